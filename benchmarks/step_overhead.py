@@ -1,0 +1,137 @@
+"""What a training step costs over the plain forward of the same sequences.
+
+Times, interleaved in one process: a plain no-grad forward of the same 2Q·B sequences, the fused TeZO
+step, the in-place TeZO step, and a MeZO-style step (dense normals, four in-place rewrites; written
+here after arXiv 2305.17333, algorithm 1). Prints medians, spread, and ratios to the plain forward
+taken within each round.
+
+    python benchmarks/step_overhead.py --model .cache/quickstart/SmolLM2-135M-Instruct
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+import tezo_ds
+from machine import describe
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = ("16x64", "4x32")
+
+
+def make_batch(shape: str, vocabulary: int, labels: str) -> dict[str, torch.Tensor]:
+    """Random tokens, B x T, labelled at every position or, as in classification, at the last."""
+    examples, length = map(int, shape.split("x"))
+    ids = torch.randint(0, vocabulary, (examples, length), generator=torch.manual_seed(0))
+    wanted = ids.clone()
+    if labels == "last":
+        wanted[:, :-1] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": wanted}
+
+
+def mezo_step(
+    engine: tezo_ds.Engine, batch: dict[str, torch.Tensor], directions: int, rho: float, lr: float
+) -> None:
+    """One MeZO-SGD step for each direction on the matrices that `engine` trains."""
+    parameters = dict(engine.sharding.module.named_parameters())
+    weights = [parameters[matrix.name].data for matrix in engine.space.matrices]
+
+    def move(seed: int, scale: float) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for weight in weights:
+            weight.add_(torch.randn(weight.shape, generator=generator), alpha=scale)
+
+    def loss() -> float:
+        loss_sum, count = engine.objective(batch, 1)
+        return (loss_sum / count).item()
+
+    for seed in range(directions):
+        move(seed, rho)
+        plus = loss()
+        move(seed, -2 * rho)
+        minus = loss()
+        move(seed, rho)
+        move(seed, -lr * (plus - minus) / (2 * rho))
+
+
+def contestants(args: argparse.Namespace, shape: str) -> dict[str, Callable[[], object]]:
+    """The steps to time, by name; all on one model, which none of them changes for good."""
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+    fields = {"rank": args.rank, "queries": args.queries, "lr": 1e-9, "exclude": args.exclude}
+    fused = tezo_ds.initialize(model, {**fields, "probe": "fused"})
+    inplace = tezo_ds.initialize(model, {**fields, "probe": "inplace"})
+    batch = make_batch(shape, model.config.vocab_size, args.labels)
+    return {
+        "plain forward": lambda: fused.objective(batch, 2 * args.queries),
+        "fused": lambda: fused.step(batch),
+        "in-place": lambda: inplace.step(batch),
+        "MeZO-style": lambda: mezo_step(inplace, batch, args.queries, 1e-3, 0.0),
+    }
+
+
+def measure(steps: dict[str, Callable[[], object]], rounds: int, label: str) -> dict[str, list[float]]:
+    """Seconds of each contestant, in turn within each round; two rounds of warm-up are dropped."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in track(range(rounds + 2), label, console=Console(stderr=True)):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if turn >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def report(seconds: dict[str, list[float]], title: str) -> Table:
+    """Medians, 10–90 % spread, and the median over rounds of the ratio to the plain forward."""
+    table = Table("step", "median ms", "10–90 % ms", "÷ plain forward", "10–90 %", title=title)
+    plain = seconds["plain forward"]
+    for name, values in seconds.items():
+        ratios = [value / base for value, base in zip(values, plain, strict=True)]
+        spread, around = _spread(values, 1e3, 1), _spread(ratios, 1, 3)
+        table.add_row(
+            name, f"{statistics.median(values) * 1e3:.1f}", spread,
+            f"{statistics.median(ratios):.3f}", around,
+        )  # fmt: skip
+    return table
+
+
+def _spread(values: list[float], scale: float, digits: int) -> str:
+    ordered = sorted(values)
+    low, high = ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]
+    return f"{low * scale:.{digits}f}–{high * scale:.{digits}f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default=str(ROOT / ".cache/quickstart/SmolLM2-135M-Instruct"))
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="B x T, e.g. 16x64")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--queries", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--labels", default="last", choices=["last", "all"])
+    parser.add_argument("--exclude", nargs="*", default=[], help="glob patterns of frozen matrices")
+    parser.add_argument("--only", nargs="+", help="contestants to run besides the plain forward")
+    args = parser.parse_args()
+    console = Console()
+    console.print(describe())
+    for shape in args.shapes:
+        steps = contestants(args, shape)
+        if args.only:
+            steps = {name: s for name, s in steps.items() if name in ("plain forward", *args.only)}
+        seconds = measure(steps, args.rounds, shape)
+        console.print(report(seconds, f"{shape} tokens, r={args.rank}, Q={args.queries}, {args.dtype}"))
+
+
+if __name__ == "__main__":
+    main()

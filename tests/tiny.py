@@ -1,0 +1,59 @@
+"""Tiny models of the shapes that people fine-tune, with sizes that divide by nothing, and batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+VOCABULARY = 61
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 22, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 2, "max_position_embeddings": 64}
+
+
+def tiny(kind: str = "llama", tied: bool = True, seed: int = 0) -> nn.Module:
+    """A randomly initialised model of some 10,000 parameters; large enough weights to have slopes."""
+    torch.manual_seed(seed)
+    shared = {**SIZES, **HEADS, "tie_word_embeddings": tied, "initializer_range": 0.1}
+    if kind == "llama":
+        config = LlamaConfig(**shared, intermediate_size=37, num_key_value_heads=1, head_dim=10)
+        return LlamaForCausalLM(config).eval()
+    if kind == "opt":
+        return OPTForCausalLM(OPTConfig(**shared, ffn_dim=37, word_embed_proj_dim=22)).eval()
+    if kind == "neox":
+        return GPTNeoXForCausalLM(GPTNeoXConfig(**shared, intermediate_size=37)).eval()
+    if kind == "roberta":
+        config = RobertaConfig(**shared, intermediate_size=37, type_vocab_size=5)
+        return RobertaForMaskedLM(config).eval()
+    if kind == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=22, n_layer=2, n_head=2)).eval()
+    raise KeyError(kind)
+
+
+def make_batch(examples: int, seed: int = 0, length: int = 11) -> dict[str, torch.Tensor]:
+    """Random tokens with ragged ends and unequal label counts."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, VOCABULARY, (examples, length), generator=generator)
+    mask, labels = torch.ones_like(ids), ids.clone()
+    labels[:, :3] = -100
+    for row in range(examples):
+        end = length - (row * 2) % 5
+        mask[row, end:] = 0
+        labels[row, end:] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def part_of(batch: dict[str, torch.Tensor], rank: int, size: int) -> dict[str, torch.Tensor]:
+    """This rank's rows of a batch, as unequal as the sizes make them."""
+    return {key: value.tensor_split(size)[rank] for key, value in batch.items()}

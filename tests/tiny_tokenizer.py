@@ -1,0 +1,33 @@
+"""A byte-level BPE tokenizer made on the fly, so that tests need neither network nor files."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+
+def tiny_tokenizer(
+    texts: list[str], *, bos: bool = True, eos: bool = False, vocab_size: int = 400
+) -> PreTrainedTokenizerFast:
+    """Train on `texts`; <s>, </s>, <pad> are ids 0, 1, 2, and any text at all can be encoded.
+
+    `bos` and `eos` choose which of <s> and </s> are put around a text by default.
+    """
+    specials = ["<s>", "</s>", "<pad>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    single = " ".join(["<s>"] * bos + ["$A"] + ["</s>"] * eos)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )

@@ -1,0 +1,131 @@
+"""Worlds of gloo ranks that stay up for many cases, as importing and joining costs 10 s a process.
+
+A case is a function of a `World`, decorated with `@case(worlds=(2, 3))`; every rank runs it and any
+rank's exception fails it. `python tests/worlds.py SIZE FOLDER` starts the ranks of one size, runs all
+their cases in order and leaves one JSON line a case and rank.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+MODULES = ("world_replicated", "world_zero3", "world_hazards")
+TIMEOUT = 400  # seconds for all cases of one size
+
+
+@dataclass(frozen=True)
+class World:
+    """What a case knows of where it runs."""
+
+    rank: int
+    size: int
+    folder: Path  # shared by the ranks
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    worlds: tuple[int, ...]
+    run: Callable[[World], None]
+
+
+CASES: list[Case] = []
+
+
+def case(worlds: tuple[int, ...]) -> Callable[[Callable[[World], None]], Callable[[World], None]]:
+    """Registers a case for these world sizes."""
+
+    def register(run: Callable[[World], None]) -> Callable[[World], None]:
+        CASES.append(Case(f"{run.__module__}.{run.__name__}", worlds, run))
+        return run
+
+    return register
+
+
+def load_cases() -> list[Case]:
+    """All cases of all modules, in order."""
+    sys.path.insert(0, str(HERE))
+    registry = importlib.import_module("worlds").CASES  # not __main__'s, when run as a script
+    for module in MODULES:
+        importlib.import_module(module)
+    return registry
+
+
+def run_world(size: int, folder: Path) -> dict[str, list[str]]:
+    """Runs every case of one size; the errors of each case ([] where all ranks passed)."""
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, __file__, str(size), str(folder)],
+            env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            process.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+    lines = [
+        json.loads(line)
+        for path in sorted(folder.glob("rank*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
+    errors: dict[str, list[str]] = {}
+    for name in (c.name for c in load_cases() if size in c.worlds):
+        of_case = [line for line in lines if line["case"] == name]
+        errors[name] = [f"rank {x['rank']}: {x['error']}" for x in of_case if x["error"]]
+        if len(of_case) < size and not errors[name]:
+            tail = (folder / "log").read_text()[-2000:]
+            errors[name] = [f"only {len(of_case)} of {size} ranks finished it; log ends: {tail}"]
+    return errors
+
+
+def _rank_main(rank: int, size: int, folder: str, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    from datetime import timedelta
+
+    import torch
+
+    torch.set_num_threads(1)
+    from tezo_ds.sharding import zero3
+
+    zero3.init_distributed(timeout=timedelta(seconds=60))
+    world = World(rank, size, Path(folder))
+    with (world.folder / f"rank{rank}.jsonl").open("w") as out:
+        for c in (c for c in load_cases() if size in c.worlds):
+            start, error = time.perf_counter(), ""
+            try:
+                c.run(world)
+            except BaseException:
+                error = traceback.format_exc()
+            seconds = round(time.perf_counter() - start, 2)
+            line = {"case": c.name, "rank": rank, "seconds": seconds, "error": error}
+            print(json.dumps(line), file=out, flush=True)
+    torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    import socket
+
+    import torch.multiprocessing as mp
+
+    size, folder = int(sys.argv[1]), sys.argv[2]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(_rank_main, (size, folder, port), nprocs=size, start_method="spawn")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""Forward-only (zeroth-order) fine-tuning of large language models whose weights are sharded."""
+
+from tezo_ds.config import TezoConfig
+from tezo_ds.engine import Engine, StepReport, initialize
+from tezo_ds.errors import ConfigError, DataError, ProbeError, ShardingError, TezoError
+from tezo_ds.factors import factors, tau
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "Engine",
+    "ProbeError",
+    "ShardingError",
+    "StepReport",
+    "TezoConfig",
+    "TezoError",
+    "factors",
+    "initialize",
+    "tau",
+]

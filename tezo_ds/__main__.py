@@ -1,0 +1,3 @@
+from tezo_ds.cli import main
+
+main()

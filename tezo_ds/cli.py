@@ -1,0 +1,269 @@
+"""The command line: `tezo-ds train` and `tezo-ds evaluate`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from tezo_ds.config import TezoConfig
+from tezo_ds.errors import ConfigError, TezoError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Forward-only fine-tuning of language models whose weights are sharded.",
+)
+
+TRAIN_HELP = """Fine-tune a model with forward passes alone.
+
+Start it plainly, with `deepspeed` or with `torchrun`; the flags are the same.
+
+```
+deepspeed --num_gpus 8 --module tezo_ds train --deepspeed ds_configs/zero3_bf16.json \\
+    --model meta-llama/Llama-3.1-8B --task sst2 --steps 5000 --output runs/sst2
+
+tezo-ds train --model ./SmolLM2 --task reviews.jsonl --template "{text} It was" \\
+    --verbalizers '{"neg": "terrible", "pos": "great"}' --output runs/reviews
+```
+"""
+
+EVALUATE_HELP = """Accuracy and loss of a run's result, or of a bare model, on a task's test examples.
+
+```
+tezo-ds evaluate --run runs/sst2
+
+tezo-ds evaluate --model ./SmolLM2 --task trec --data ./trec
+```
+"""
+
+DATA, BLOCK = "Task and data", "Overrides of the tezo block"
+
+
+def _block(name: str) -> Any:
+    """An option for one field of the tezo block, described by the field itself."""
+    return typer.Option(help=TezoConfig.model_fields[name].description, rich_help_panel=BLOCK)
+
+
+def _data(text: str) -> Any:
+    return typer.Option(help=text, rich_help_panel=DATA)
+
+
+# Each flag that both commands take, once.
+Model = Annotated[str | None, typer.Option(help="model folder or hub name")]
+DeepSpeed = Annotated[
+    Path | None, typer.Option(help="DeepSpeed JSON with a tezo block; its ZeRO-3 shards the weights")
+]
+Task = Annotated[str | None, _data("built-in name, or a .jsonl/.csv file (needs --template)")]
+Data = Annotated[str | None, _data("local folder or file, in place of the hub, for a built-in task")]
+TestData = Annotated[str | None, _data("test file")]
+Template = Annotated[str | None, _data('prompt with columns in braces, e.g. "{text} It was"')]
+Verbalizers = Annotated[str | None, _data('label to word, as JSON: {"0": "bad", "1": "good"}')]
+LabelField = Annotated[str | None, _data("column that holds the label")]
+TestFraction = Annotated[float | None, _data("held out where there is no test file (0.2)")]
+TestExamples = Annotated[int | None, _data("at most so many test examples")]
+DataSeed = Annotated[int | None, _data("of the split and of subsets (0)")]
+MaxLength = Annotated[int | None, _data("tokens; longer prompts lose their beginning (512)")]
+EvalBatch = Annotated[int | None, _data("examples of a rank in one evaluation forward (32)")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="auto, float32, bfloat16 or float16; DeepSpeed's config decides where given"),
+]
+
+
+@app.callback()
+def launched(
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,
+) -> None:
+    """Takes the flag that the deepspeed launcher puts first; LOCAL_RANK says the same."""
+
+
+@app.command(help=TRAIN_HELP)
+def train(
+    model: Model = None,
+    output: Annotated[Path | None, typer.Option(help="run folder to make")] = None,
+    deepspeed: DeepSpeed = None,
+    steps: Annotated[int, typer.Option(min=1, help="training steps")] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, help="examples a step, over all ranks")] = 16,
+    eval_every: Annotated[
+        int, typer.Option(min=0, help="steps between evaluations; 0: before and after only")
+    ] = 0,
+    log_every: Annotated[
+        int, typer.Option(min=1, help="steps between lines where stdout is no terminal")
+    ] = 10,
+    dtype: Dtype = None,
+    task: Task = None,
+    data: Data = None,
+    test_data: TestData = None,
+    template: Template = None,
+    verbalizers: Verbalizers = None,
+    label_field: LabelField = None,
+    test_fraction: TestFraction = None,
+    train_examples: Annotated[int | None, _data("at most so many training examples")] = None,
+    test_examples: TestExamples = None,
+    data_seed: DataSeed = None,
+    max_length: MaxLength = None,
+    eval_batch_size: EvalBatch = None,
+    method: Annotated[str | None, _block("method")] = None,
+    rank: Annotated[int | None, _block("rank")] = None,
+    rho: Annotated[float | None, _block("rho")] = None,
+    lr: Annotated[float | None, _block("lr")] = None,
+    schedule: Annotated[str | None, _block("schedule")] = None,
+    warmup_steps: Annotated[int | None, _block("warmup_steps")] = None,
+    total_steps: Annotated[int | None, _block("total_steps")] = None,
+    momentum: Annotated[float | None, _block("momentum")] = None,
+    seed: Annotated[int | None, _block("seed")] = None,
+    queries: Annotated[int | None, _block("queries")] = None,
+    probe: Annotated[str | None, _block("probe")] = None,
+    include: Annotated[list[str] | None, _block("include")] = None,
+    exclude: Annotated[list[str] | None, _block("exclude")] = None,
+) -> None:
+    """See TRAIN_HELP."""
+    given = dict(locals())
+    # Imported late, as transformers and DeepSpeed take seconds that --help need not wait for.
+    from tezo_ds import session, training
+    from tezo_ds.display import Display
+    from tezo_ds.runfolder import CONFIG, RunFolder, refuse_used
+    from tezo_ds.tasks import encode, truncations
+
+    if output is None:
+        raise ConfigError("--output is missing; name a folder for the run, e.g. runs/first")
+    settings = _settings(given)
+    refuse_used(output)
+    overrides = {name: given[name] for name in TezoConfig.model_fields}
+    config, deepspeed_config = session.resolve_config(deepspeed, overrides, {"total_steps": steps})
+    _quieten()
+    opened = session.open_session(settings, config, deepspeed_config)
+    world_size = opened.engine.sharding.world_size
+    display = Display(opened.engine.sharding.rank, world_size, log_every)
+    training.per_rank(batch_size, world_size)
+    display.summary(opened.engine)
+    examples = encode(opened.tokenizer, opened.task.train, settings.max_length)
+    display.data(opened.task, truncations(examples), settings.max_length)
+    folder = None
+    if opened.engine.sharding.rank == 0:
+        folder = RunFolder(output)
+        about = {"steps": steps, "batch_size": batch_size, "deepspeed": deepspeed_config}
+        folder.write_json(CONFIG, session.describe_run(opened, about))
+    plan = training.Plan(steps, batch_size, eval_every)
+    summary = training.train(opened, plan, examples, folder, display)
+    display.end(summary, output)
+
+
+@app.command(help=EVALUATE_HELP)
+def evaluate(
+    run: Annotated[Path | None, typer.Option(help="run folder: its model, task and result")] = None,
+    model: Model = None,
+    deepspeed: DeepSpeed = None,
+    dtype: Dtype = None,
+    task: Task = None,
+    data: Data = None,
+    test_data: TestData = None,
+    template: Template = None,
+    verbalizers: Verbalizers = None,
+    label_field: LabelField = None,
+    test_fraction: TestFraction = None,
+    test_examples: TestExamples = None,
+    data_seed: DataSeed = None,
+    max_length: MaxLength = None,
+    eval_batch_size: EvalBatch = None,
+) -> None:
+    """See EVALUATE_HELP."""
+    given = dict(locals())
+    from tezo_ds import session
+    from tezo_ds.display import Display
+
+    if run is not None:
+        before, config = session.read_run(run)
+        settings = _settings(given, before.model_dump())
+        _, deepspeed_config = session.resolve_config(deepspeed)
+    else:
+        settings = _settings(given)
+        config, deepspeed_config = session.resolve_config(deepspeed, {"rank": 1})
+    _quieten()
+    opened = session.open_session(settings, config, deepspeed_config)
+    if run is not None:
+        session.load_result(opened.engine, run)
+    sharding = opened.engine.sharding
+    display = Display(sharding.rank, sharding.world_size, log_every=1)
+    evaluator = opened.evaluator()
+    if evaluator is None:
+        raise ConfigError("there are no test examples; pass --test-data or a --test-fraction above 0")
+    with display.evaluation(f"evaluating {evaluator.examples} test examples") as progress:
+        score = evaluator(progress)
+    if sharding.rank == 0:
+        result = {"accuracy": score.accuracy, "loss": score.loss, "test_examples": score.examples}
+        print(json.dumps(result))
+
+
+def _settings(given: dict[str, Any], before: dict[str, Any] | None = None) -> Any:
+    """Settings from flags, over those of an earlier run.
+
+    Raises:
+        ConfigError: --model or --task is missing, or a value is out of range.
+    """
+    from tezo_ds.session import Settings
+
+    chosen = {k: v for k, v in given.items() if k in Settings.model_fields and v is not None}
+    if "verbalizers" in chosen:
+        chosen["verbalizers"] = _json_object(chosen["verbalizers"])
+    merged = {**(before or {}), **chosen}
+    for name in ("model", "task"):
+        if name not in merged:
+            raise ConfigError(f"--{name} is missing; see --help for examples")
+    try:
+        return Settings(**merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = "--" + ".".join(map(str, first["loc"])).replace("_", "-")
+        raise ConfigError(f"{flag}: {first['msg']} (got {first['input']!r})") from None
+
+
+def _json_object(text: str) -> dict[str, str]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--verbalizers is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ConfigError('--verbalizers must be a JSON object, e.g. {"0": "bad", "1": "good"}')
+    return {str(label): str(word) for label, word in value.items()}
+
+
+def _quieten() -> None:
+    """Leaves the terminal to our own lines."""
+    from transformers.utils import logging as transformers_logging
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Entry point: errors of the user's in one line, exit code 2; signals 130."""
+    from tezo_ds.interrupts import Interrupted
+
+    # On every node once: an error that one rank meets, its neighbours meet as well.
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        app()
+    except TezoError as error:
+        if speaks:
+            print(f"tezo-ds: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as signalled:
+        if speaks:
+            print(f"tezo-ds: {signalled}; results so far are in the run folder", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""What a run is: one validated object, from the `tezo` block of a DeepSpeed JSON, a dict, or flags."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tezo_ds.errors import ConfigError
+
+BLOCK = "tezo"
+
+
+class TezoConfig(BaseModel):
+    """The `tezo` block. Every field has an override of the same name on the command line."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    method: Literal["tezo", "tezo-m"] = Field(
+        "tezo", description="tezo: SGD on the temporal factor; tezo-m: with momentum"
+    )
+    rank: int = Field(16, ge=1, description="r, columns of U and V of each matrix")
+    rho: float = Field(1e-3, gt=0, description="perturbation radius ρ")
+    lr: float = Field(1e-6, ge=0, description="learning rate η at its peak")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="how lr goes after the warm-up: stays, or falls to 0 at total_steps"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps over which lr rises from 0")
+    total_steps: int | None = Field(
+        None, ge=1, description="length of the run in steps; linear and cosine need it"
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="β₁ of tezo-m")
+    seed: int = Field(0, ge=0, description="of U, V, τ and the data order")
+    queries: int = Field(1, ge=1, description="directions measured a step (two branches each)")
+    probe: Literal["auto", "fused", "inplace"] = Field(
+        "auto", description="fused: all branches in one forward; inplace: one forward a branch"
+    )
+    include: tuple[str, ...] = Field(
+        ("*",), description="glob patterns: a matrix whose name matches one of them trains"
+    )
+    exclude: tuple[str, ...] = Field((), description="glob patterns that freeze what include took")
+
+    @model_validator(mode="after")
+    def _schedule_has_an_end(self) -> TezoConfig:
+        if self.schedule != "constant" and self.total_steps is None:
+            raise ValueError(f"schedule: {self.schedule} falls to 0 at total_steps, which is not set")
+        if self.total_steps is not None and self.warmup_steps > self.total_steps:
+            raise ValueError(
+                f"warmup_steps: {self.warmup_steps} is more than total_steps {self.total_steps}"
+            )
+        return self
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of `step` (from 0): linear warm-up, then the schedule."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        if self.schedule == "constant" or self.total_steps is None:
+            return self.lr
+        remaining = max(1, self.total_steps - self.warmup_steps)
+        done = min(1.0, (step - self.warmup_steps) / remaining)
+        if self.schedule == "linear":
+            return self.lr * (1 - done)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ConfigError: no such file, not JSON, or not an object.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold a JSON object, holds a {type(content).__name__}")
+    return content
+
+
+def build(fields: dict[str, Any], where: str) -> TezoConfig:
+    """A TezoConfig of `fields`; `where` is named in errors.
+
+    Raises:
+        ConfigError: one line that names each bad field.
+    """
+    try:
+        return TezoConfig(**fields)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: " + "; ".join(map(_explain, error.errors()))) from None
+
+
+def _explain(problem: Any) -> str:
+    field = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        known = ", ".join(TezoConfig.model_fields)
+        return f"unknown field {field!r}; remove it or use one of: {known}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{field}: {message} (got {problem['input']!r})" if field else message
+
+
+def resolve(
+    config: TezoConfig | dict[str, Any] | str | Path,
+    overrides: dict[str, Any] | None = None,
+    defaults: dict[str, Any] | None = None,
+) -> tuple[TezoConfig, dict[str, Any] | None]:
+    """The validated config, and the DeepSpeed part of it when there is one.
+
+    Args:
+        config: a TezoConfig; a dict of its fields; a whole DeepSpeed config (dict or path to its
+            JSON) with a "tezo" block.
+        overrides: fields that win over the block's; None values are skipped.
+        defaults: fields for where neither says anything.
+
+    Raises:
+        ConfigError: the block is missing, or a field is unknown or out of range.
+    """
+    where, deepspeed = f'"{BLOCK}" block', None
+    if isinstance(config, TezoConfig):
+        fields = config.model_dump(exclude_unset=True)
+    else:
+        if isinstance(config, (str, Path)):
+            where, config = f'{config}: "{BLOCK}" block', read_json(config)
+            if BLOCK not in config:
+                raise ConfigError(f'{where} is missing; add one, e.g. "{BLOCK}": {{"rank": 16}}')
+        if BLOCK in config:
+            fields = config[BLOCK]
+            deepspeed = {key: value for key, value in config.items() if key != BLOCK}
+        elif "zero_optimization" in config:
+            raise ConfigError(f'{where} is missing; add one, e.g. "{BLOCK}": {{"rank": 16}}')
+        else:
+            fields = config
+        if not isinstance(fields, dict):
+            raise ConfigError(f"{where}: must be an object, is a {type(fields).__name__}")
+    chosen = {key: value for key, value in (overrides or {}).items() if value is not None}
+    return build({**(defaults or {}), **fields, **chosen}, where), deepspeed

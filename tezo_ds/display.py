@@ -1,0 +1,133 @@
+"""What a run shows on rank 0's terminal: the parameter summary, progress, scores, the end."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tezo_ds.engine import Engine, StepReport
+from tezo_ds.tasks import TaskData
+from tezo_ds.tasks.evaluation import Score
+
+WINDOW = 20  # steps that shown figures are medians of
+
+
+class Display:
+    """Live on a terminal, plain lines every so often in a log file, silent on other ranks."""
+
+    def __init__(self, rank: int, world_size: int, log_every: int) -> None:
+        self._silent = rank != 0
+        self._world_size, self._log_every = world_size, log_every
+        self.console = Console(quiet=self._silent, highlight=False)
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._total = 0
+        self._recent: deque[StepReport] = deque(maxlen=WINDOW)
+        self._start = 0.0
+
+    def summary(self, engine: Engine) -> None:
+        """What trains, what is frozen and why, and what the learnt state weighs."""
+        selection, config = engine.selection, engine.config
+        table = Table(show_header=False, box=None, padding=(0, 2))
+        table.add_row(
+            "trains", f"{len(selection.matrices)} matrices, {selection.trainable_numel:,} weights"
+        )
+        for reason, count in selection.frozen.items():
+            table.add_row("frozen", f"{count} parameters: {reason}")
+        table.add_row("frozen weights", f"{selection.frozen_numel:,}")
+        vectors = len(engine.method.state)
+        state = 8 * engine.space.numel * vectors
+        table.add_row("rank", f"{config.rank}")
+        table.add_row("coefficients", f"{engine.space.numel:,} ({state:,} bytes of state)")
+        kind = type(engine.sharding).__name__
+        table.add_row("weights", f"{kind} on {self._world_size} rank(s), {engine.sharding.device}")
+        table.add_row("method", f"{config.method}, {engine.probe.name} probe, Q = {config.queries}")
+        self.console.print(table)
+
+    def data(self, task: TaskData, truncated: int, max_length: int) -> None:
+        """What there is to learn from, and what of it was left out."""
+        self.note(f"{task.spec.name}: {len(task.train)} training and {len(task.test)} test examples")
+        if task.duplicates or task.leaked:
+            self.note(f"left out: {task.duplicates} repeats, {task.leaked} that are test prompts too")
+        if truncated:
+            self.note(f"{truncated} training prompts cut to {max_length} tokens; see --max-length")
+
+    def end(self, summary: dict[str, Any], folder: Path) -> None:
+        """The result, in one place."""
+        table = Table(show_header=False, box=None, padding=(0, 2))
+        before, after = summary.get("accuracy_before"), summary.get("accuracy_after")
+        if before is not None and after is not None:
+            table.add_row("accuracy before", f"{before:.1%}")
+            table.add_row("accuracy after", f"{after:.1%} ({100 * (after - before):+.1f} points)")
+            table.add_row("test examples", f"{summary['test_examples']}")
+        elif "test_loss_after" in summary:
+            losses = f"{summary['test_loss_before']:.4f} → {summary['test_loss_after']:.4f}"
+            table.add_row("test loss", losses)
+        table.add_row("steps", f"{summary['steps']} in {summary['seconds_training']:.0f} s")
+        table.add_row("run folder", str(folder))
+        self.console.print(table)
+
+    def note(self, text: str) -> None:
+        """One line."""
+        self.console.print(text)
+
+    @contextmanager
+    def steps(self, total: int) -> Iterator[None]:
+        """Around the training steps."""
+        self._total, self._start = total, time.perf_counter()
+        if self._silent or not self.console.is_terminal:
+            yield
+            return
+        columns = (
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20),
+            TextColumn("{task.fields[line]}"), TextColumn("eta"), TimeRemainingColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=self.console) as self._bar:
+            self._task = self._bar.add_task("", total=total, line="")
+            try:
+                yield
+            finally:
+                self._bar = None
+
+    def step(self, report: StepReport) -> None:
+        """After each step."""
+        if self._silent:
+            return
+        self._recent.append(report)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=report.step + 1, line=self._line())
+        elif (report.step + 1) % self._log_every == 0 or report.step + 1 == self._total:
+            left = self._total - report.step - 1
+            eta = statistics.median(r.seconds for r in self._recent) * left
+            self.note(f"step {report.step + 1}/{self._total}  {self._line()}  eta {eta:.0f} s")
+
+    def _line(self) -> str:
+        recent = self._recent
+        loss = statistics.median(r.loss for r in recent)
+        kappa = statistics.median(abs(k) for r in recent for k in r.kappa)
+        speed = sum(r.tokens for r in recent) / sum(r.seconds for r in recent)
+        return f"loss {loss:.4f}  |κ| {kappa:.2f}  {speed:,.0f} tokens/s/rank"
+
+    @contextmanager
+    def evaluation(self, label: str) -> Iterator[Callable[[float], None] | None]:
+        """Around an evaluation; gives what to call with the fraction done."""
+        if self._silent or not self.console.is_terminal or self._bar is not None:
+            yield None
+            return
+        with Progress(console=self.console, transient=True) as bar:
+            task = bar.add_task(label, total=1.0)
+            yield lambda fraction: bar.update(task, completed=fraction)
+
+    def score(self, step: int, score: Score) -> None:
+        """The result of an evaluation."""
+        accuracy = "" if score.accuracy is None else f"accuracy {score.accuracy:.1%}, "
+        self.note(f"after {step} steps: {accuracy}loss {score.loss:.4f} on {score.examples} test examples")

@@ -1,0 +1,213 @@
+"""One step of training: draw directions, probe, reduce scalars, update."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tezo_ds.config import TezoConfig, resolve
+from tezo_ds.errors import ConfigError, ProbeError, ShardingError
+from tezo_ds.factors import CoefficientSpace
+from tezo_ds.lowrank import ShardFactors, add_low_rank_
+from tezo_ds.methods import make_method
+from tezo_ds.objective import LossFn, Objective
+from tezo_ds.probes import make_probe
+from tezo_ds.selection import Selection, select
+from tezo_ds.sharding import Sharding, ShardView, sharding_of
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step measured.
+
+    Attributes:
+        step: counted from 0.
+        loss: mean over branches of the loss over all ranks.
+        kappa: slope along each direction, in loss per unit of ρ.
+        lr: learning rate of the step.
+        seconds: wall-clock of the step on this rank.
+        tokens: of this rank's batch (its attention mask's sum), counted once whatever the branches.
+    """
+
+    step: int
+    loss: float
+    kappa: tuple[float, ...]
+    lr: float
+    seconds: float
+    tokens: int
+
+
+class Engine:
+    """Forward-only training of a model whose weights may be sharded. Made by `initialize`."""
+
+    def __init__(self, sharding: Sharding, config: TezoConfig, loss_fn: LossFn | None) -> None:
+        self.config, self.sharding = config, sharding
+        self.selection: Selection = select(sharding, config)
+        self.space = CoefficientSpace(self.selection.matrices, config.seed)
+        self.method = make_method(config, self.space)
+        self.probe = make_probe(config.probe, sharding, self.space)
+        self.objective = Objective(sharding, loss_fn)
+        self.step_index = 0
+
+    @torch.no_grad()
+    def step(self, batch: Mapping[str, Any]) -> StepReport:
+        """Measures L(W ± ρZ) along `queries` directions on every rank's batch and descends.
+
+        κ = (L⁺ - L⁻) / 2ρ; L is the loss sum over all ranks divided by the count over all ranks.
+
+        Args:
+            batch: this rank's examples, tensors whose first dim is the examples. All ranks must
+                call in step; a rank without examples passes one whose labels are all -100.
+
+        Raises:
+            ProbeError: a loss is not finite, no position carries a label, or no branch differs.
+        """
+        start = time.perf_counter()
+        step, lr, rho = self.step_index, self.config.lr_at(self.step_index), self.config.rho
+        tau = self.method.directions(step, self.config.queries)  # (Q, D)
+        offsets = torch.stack([rho * tau, -rho * tau], dim=1).flatten(0, 1)  # (2Q, D): +, -, +, …
+        losses = self._losses(batch, self.method.coefficients + offsets)
+        if bool((losses == losses[0]).all()):
+            raise ProbeError(
+                f"step {step}: all {len(losses)} branches give the same loss {losses[0]:.6g}, so "
+                "nothing was measured; raise rho, or check that the chosen parameters act on the loss"
+            )
+        kappa = (losses[0::2] - losses[1::2]) / (2 * rho)
+        self.method.update(kappa, tau, lr)
+        self.step_index += 1
+        return StepReport(
+            step, losses.mean().item(), tuple(kappa.tolist()), lr,
+            time.perf_counter() - start, _tokens(batch),
+        )  # fmt: skip
+
+    def _losses(self, batch: Mapping[str, Any], c: Tensor) -> Tensor:
+        """Loss of each row of c over all ranks: float64 (branches,) on the CPU."""
+        self.sharding.module.eval()  # dropout would differ between branches
+        sums = self.probe.measure(self.objective, batch, c)  # (2, branches)
+        loss_sum, count = self.sharding.all_reduce(sums).cpu()
+        if not bool(count.all()):
+            raise ProbeError(
+                f"step {self.step_index}: no position of the batch carries a label on any rank; "
+                "check the labels (-100 means none) and the truncation length"
+            )
+        losses = loss_sum / count
+        if not bool(losses.isfinite().all()):
+            raise ProbeError(
+                f"step {self.step_index}: loss is {losses[~losses.isfinite()][0].item()} in "
+                f"{int((~losses.isfinite()).sum())} of {len(losses)} branches; lower lr or rho, and "
+                "check the data and the dtype"
+            )
+        return losses
+
+    @torch.no_grad()
+    def loss(self, batch: Mapping[str, Any]) -> float:
+        """Unperturbed mean loss of a batch over all ranks at the current coefficients."""
+        return self._losses(batch, self.method.coefficients[None]).item()
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within it, plain forwards of the model see the current coefficients."""
+        self.sharding.module.eval()
+        with torch.no_grad(), self.probe.held(self.method.coefficients):
+            yield
+
+    def coefficients(self) -> dict[str, Tensor]:
+        """a of each matrix: {parameter name: float64 (rank,) on the CPU}, copies."""
+        parts = self.space.split(self.method.coefficients)
+        return {name: part.clone() for name, part in parts.items()}
+
+    def load_coefficients(self, coefficients: Mapping[str, Tensor]) -> None:
+        """Sets a, e.g. from a run's coefficients.safetensors.
+
+        Raises:
+            ConfigError: the names or ranks are not those of this engine.
+        """
+        parts = self.space.split(self.method.coefficients)
+        if (odd := coefficients.keys() ^ parts.keys()):
+            raise ConfigError(
+                f"coefficients and engine differ in {len(odd)} parameters, e.g. {min(odd)}; "
+                "use the run's own model, include and exclude"
+            )
+        for name, part in parts.items():
+            if coefficients[name].shape != part.shape:
+                raise ConfigError(
+                    f"{name}: {coefficients[name].numel()} coefficients, but rank is {len(part)}"
+                )
+            part.copy_(coefficients[name])
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """W ← W + U diag(a) Vᵀ in the shards themselves, rounded to their dtype; then a ← 0.
+
+        Raises:
+            ShardingError: the weights are quantised on their way to the forward.
+        """
+        if self.sharding.quantised:
+            raise ShardingError(
+                f"merge: weights are stored or gathered quantised ({self.sharding.quantised}); "
+                "turn it off, or export an adapter"
+            )
+        parts = self.space.split(self.method.coefficients)
+        factors = ShardFactors(self.space, keep=False)
+        self.sharding.each_shard(
+            parts.keys(), lambda view: add_low_rank_(view, *factors(view), parts[view.name])
+        )
+        self.method.coefficients.zero_()
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Tensor]:
+        """Full merged weights under the model's own names, on the CPU of rank 0 ({} elsewhere).
+
+        One parameter is gathered at a time; the model and its coefficients stay as they are.
+        """
+        parts = self.space.split(self.method.coefficients)
+        shapes = {matrix.name: matrix.shape for matrix in self.space.matrices}
+        factors = ShardFactors(self.space, keep=False)
+        merged: dict[str, Tensor] = {}
+        for names, tensor in self.sharding.full_tensors():
+            if tensor is None:
+                continue
+            for name in parts.keys() & set(names):
+                view = ShardView(name, shapes[name], 0, tensor.view(-1))
+                add_low_rank_(view, *factors(view), parts[name])
+            merged.update(dict.fromkeys(names, tensor))
+        return {name: merged[name] for name in self.sharding.module.state_dict()} if merged else {}
+
+
+def _tokens(batch: Mapping[str, Any]) -> int:
+    for key in ("attention_mask", "input_ids"):
+        if isinstance(batch.get(key), Tensor):
+            return int(batch[key].sum() if key == "attention_mask" else batch[key].numel())
+    return 0
+
+
+def initialize(
+    model: nn.Module,
+    config: TezoConfig | dict[str, Any] | str | Path,
+    loss_fn: LossFn | None = None,
+) -> Engine:
+    """An engine for `model`.
+
+    Args:
+        model: any module, or a DeepSpeed ZeRO-3 engine made without an optimizer. It is put in eval
+            mode and never written to, but by `Engine.merge` and, for the time of a step, the
+            in-place probe.
+        config: a TezoConfig; a dict of its fields; a DeepSpeed config (dict, or path to its JSON)
+            with a "tezo" block, by whose zero_optimization a plain module is then partitioned.
+        loss_fn: (outputs, batch) -> (loss_sum per example, count per example). The default is
+            cross-entropy on batch["labels"] (-100 ignored), next-token for causal models.
+
+    Raises:
+        ConfigError, ProbeError, ShardingError: one line that says what to change.
+    """
+    resolved, deepspeed_config = resolve(config)
+    engine = Engine(sharding_of(model, deepspeed_config), resolved, loss_fn)
+    engine.sharding.module.eval()
+    return engine

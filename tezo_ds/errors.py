@@ -1,0 +1,21 @@
+"""Errors a user can cause: each carries one line that says what was wrong, where, and what to do."""
+
+
+class TezoError(ValueError):
+    """Base of every error that the command line prints as one line."""
+
+
+class ConfigError(TezoError):
+    """The configuration is missing, malformed, or asks for something impossible."""
+
+
+class DataError(TezoError):
+    """A task, data file or label is missing or malformed."""
+
+
+class ProbeError(TezoError):
+    """A probe measured nothing, or cannot measure this model."""
+
+
+class ShardingError(TezoError):
+    """The weights are sharded in a way that the request cannot be served."""

@@ -1,0 +1,141 @@
+"""Only positions that carry a label reach the vocabulary projection, a chunk of them at a time.
+
+The logits of a whole batch are often the largest tensor of a forward: 32 x 64 tokens x 49,152 words
+in float32 are 400 MB. A run of the output layer over a few positions at a time needs 64 MB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tezo_ds.sharding.base import Sharding
+
+CHUNK_NUMEL = 1 << 24  # logits at a time
+
+Reduce = Callable[[Tensor, slice], Tensor]
+
+
+class Head:
+    """Reduces a model's logits at chosen positions without ever holding all of them.
+
+    The output layer's forward is replaced for the time of one forward of the model. Models that
+    return its result as it is (Llama, OPT, GPT-NeoX, …) get a chunk at a time. Models that go on to
+    change it (soft-capping, scaling, a cast) are noticed by it and get the chosen positions at once;
+    those that do anything else with it, or have no output layer, compute all logits.
+    """
+
+    def __init__(self, sharding: Sharding) -> None:
+        self._sharding = sharding
+        get = getattr(sharding.module, "get_output_embeddings", None)
+        self._layer: nn.Module | None = get() if get is not None else None
+        self.mode = "chunks" if self._layer is not None else "whole"
+
+    def __call__(
+        self, inputs: dict[str, Any], positions: Tensor, branches: int, reduce: Reduce
+    ) -> Tensor:
+        """Runs the model once (more often only the first time) and reduces its logits.
+
+        Args:
+            inputs: for the model's forward, `branches` copies of B examples.
+            positions: int64 (k,), places in one copy's flattened (B * T).
+            branches: copies.
+            reduce: (logits (branches, j, vocabulary), slice of the k positions) -> (branches, j, …).
+
+        Returns:
+            reduce's results joined: (branches, k, …).
+        """
+        positions = positions.to(self._sharding.device)
+        while True:
+            result = self._run(inputs, positions, branches, reduce)
+            if result is not None:
+                return result
+            self.mode = {"chunks": "chosen", "chosen": "whole"}[self.mode]
+
+    def _run(
+        self, inputs: dict[str, Any], positions: Tensor, branches: int, reduce: Reduce
+    ) -> Tensor | None:
+        """One forward in the present mode; None if the model turns out not to allow it."""
+        if self._layer is None or self.mode == "whole":
+            logits = _logits(self._sharding.forward(**inputs))
+            return reduce(_pick(logits, positions, branches), slice(None))
+        tap = _Tap(self._layer, positions, branches, reduce if self.mode == "chunks" else None)
+        with tap:
+            logits = _logits(self._sharding.forward(**inputs))
+        if not tap.called:
+            return None
+        if self.mode == "chunks":
+            return tap.result if tap.is_own(logits) else None
+        if logits.shape[:2] != (branches, positions.numel()):
+            return None
+        return reduce(logits, slice(None))
+
+
+class _Tap:
+    """Stands in for the output layer's forward within a `with`."""
+
+    def __init__(
+        self, layer: nn.Module, positions: Tensor, branches: int, reduce: Reduce | None
+    ) -> None:
+        self._layer, self._positions, self._branches = layer, positions, branches
+        self._reduce = reduce
+        self._before = layer.__dict__.get("forward")
+        self._project = layer.forward
+        self._returned: tuple[Tensor, int] | None = None
+        self.result: Tensor | None = None
+
+    @property
+    def called(self) -> bool:
+        """Whether the model used its output layer."""
+        return self._returned is not None
+
+    def is_own(self, logits: Tensor) -> bool:
+        """Whether the model returned what the layer did, untouched."""
+        assert self._returned is not None
+        own, version = self._returned
+        # Not by address: those of empty tensors are all equal, and ranks must decide alike.
+        return logits is own and logits._version == version
+
+    def __enter__(self) -> _Tap:
+        self._layer.__dict__["forward"] = self._forward
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        del self._layer.__dict__["forward"]
+        if self._before is not None:
+            self._layer.__dict__["forward"] = self._before
+
+    def _forward(self, hidden: Tensor) -> Tensor:
+        chosen = _pick(hidden, self._positions, self._branches)  # (branches, k, hidden)
+        if self._reduce is None:
+            logits = self._project(chosen)
+        else:
+            logits = self._in_chunks(chosen, self._reduce)
+        self._returned = logits, logits._version
+        return logits
+
+    def _in_chunks(self, chosen: Tensor, reduce: Reduce) -> Tensor:
+        count, out_features = chosen.shape[1], getattr(self._layer, "out_features", CHUNK_NUMEL)
+        step = max(1, CHUNK_NUMEL // (self._branches * out_features))
+        parts = []
+        for start in range(0, max(1, count), step):  # once even for none: gathers must stay in step
+            part = slice(start, min(start + step, count))
+            logits = self._project(chosen[:, part].contiguous())  # (branches, j, vocabulary)
+            parts.append(reduce(logits, part))
+        self.result = torch.cat(parts, dim=1)
+        return logits
+
+
+def _logits(outputs: Any) -> Tensor:
+    """The logits of a model's outputs: a tensor, or an object or tuple that holds them."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    return outputs.logits if hasattr(outputs, "logits") else outputs[0]
+
+
+def _pick(x: Tensor, positions: Tensor, branches: int) -> Tensor:
+    """(branches * B, T, width) at flat `positions` of each copy: (branches, k, width)."""
+    return x.reshape(branches, -1, x.shape[-1])[:, positions]

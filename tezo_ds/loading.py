@@ -1,0 +1,109 @@
+"""Models, tokenizers and the launcher's world, as the command line needs them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import nn
+
+from tezo_ds.errors import ConfigError
+
+_zero_configs: list[Any] = []  # transformers partitions while it loads only as long as one is alive
+
+
+def join_world(deepspeed: bool) -> None:
+    """Joins the ranks that `deepspeed` or `torchrun` started; ZeRO-3 needs a world even if of one."""
+    if deepspeed:
+        from tezo_ds.sharding import zero3
+
+        zero3.init_distributed()
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        device = torch.accelerator.current_accelerator()
+        if device is not None and torch.accelerator.is_available():
+            torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group()
+
+
+def local_device() -> torch.device:
+    """This rank's accelerator, or the CPU where there is none."""
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None
+    return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub name, with a pad token.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_loaded("tokenizer", name, error)) from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masked out, so any token would do
+    return tokenizer
+
+
+def load_model(
+    name: str, dtype: str = "auto", deepspeed_config: dict[str, Any] | None = None
+) -> nn.Module:
+    """A causal or masked language model, by `from_pretrained`.
+
+    Args:
+        name: folder or hub name.
+        dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16". Under DeepSpeed its
+            bf16 and fp16 blocks decide.
+        deepspeed_config: with zero_optimization, each rank keeps its partition only: the model is
+            partitioned while it is built and filled.
+
+    Raises:
+        ConfigError: no such model, or `dtype` contradicts the DeepSpeed config.
+    """
+    if deepspeed_config is not None and "zero_optimization" in deepspeed_config:
+        from transformers.integrations import HfDeepSpeedConfig
+
+        from tezo_ds.sharding import zero3
+
+        prepared = zero3.prepare(deepspeed_config)
+        dtype = _deepspeed_dtype(prepared, dtype)
+        _zero_configs[:] = [HfDeepSpeedConfig(prepared)]
+    else:
+        _zero_configs.clear()
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        masked = any(a.endswith("ForMaskedLM") for a in config.architectures or [])
+        loader = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+        model = loader.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_loaded("model", name, error)) from None
+    return model if _zero_configs else model.to(local_device())
+
+
+def _deepspeed_dtype(config: dict[str, Any], asked: str) -> str:
+    enabled = {
+        name
+        for block, name in (("bf16", "bfloat16"), ("fp16", "float16"))
+        if config.get(block, {}).get("enabled")
+    }
+    dtype = enabled.pop() if enabled else "float32"
+    if asked not in ("auto", dtype):
+        raise ConfigError(
+            f"--dtype {asked} contradicts the DeepSpeed config, which means {dtype}; "
+            'change its "bf16" or "fp16" block, or leave --dtype out'
+        )
+    return dtype
+
+
+def _not_loaded(what: str, name: str, error: Exception) -> str:
+    reason = str(error).split("\n")[0]
+    hint = "" if Path(name).is_dir() else "; give a folder made by save_pretrained, or a hub name"
+    return f"cannot load a {what} from {name!r}: {reason}{hint}"

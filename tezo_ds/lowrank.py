@@ -1,0 +1,92 @@
+"""In-place rank-r updates of a shard that may begin and end in the middle of a row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tezo_ds.factors import CoefficientSpace, Matrix, left_rows, right
+from tezo_ds.sharding.view import ShardView
+
+BLOCK_BYTES = 1 << 24  # of float32 temporaries; small beside one layer of a model worth sharding
+
+
+class ShardFactors:
+    """U and V as a shard needs them: the rows of U that it touches, V whole, on its device.
+
+    Both are rounded to the dtype of the weights, so that every user of a run (probes, merge, export)
+    means the same direction.
+
+    Args:
+        space: the run's matrices and seed.
+        keep: hold on to what was made, for those who ask again every step.
+    """
+
+    def __init__(self, space: CoefficientSpace, keep: bool) -> None:
+        self._seed = space.seed
+        self._ranks = {matrix.name: matrix.rank for matrix in space.matrices}
+        self._kept: dict[tuple[str, int, int], tuple[Tensor, Tensor]] | None = {} if keep else None
+
+    def __call__(self, view: ShardView) -> tuple[Tensor, Tensor]:
+        """U (len(view.rows), rank) and V (n, rank)."""
+        if self._kept is not None and view.key in self._kept:
+            return self._kept[view.key]
+        made = self._make(view.name, view.rows, view.shape[1], view.local.dtype, view.local.device)
+        if self._kept is not None:
+            self._kept[view.key] = made
+        return made
+
+    def whole(
+        self, matrix: Matrix, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
+        """U (m, rank) and V (n, rank) of a matrix whose weight is of `dtype`."""
+        return self._make(matrix.name, range(matrix.shape[0]), matrix.shape[1], dtype, device)
+
+    def _make(
+        self, name: str, rows: range, n: int, dtype: torch.dtype, device: torch.device | str
+    ) -> tuple[Tensor, Tensor]:
+        rank = self._ranks[name]
+        index = torch.arange(rows.start, rows.stop, device=device)
+        U = left_rows(name, rank, self._seed, index).to(dtype)
+        return U, right(name, n, rank, self._seed, device).to(dtype)
+
+
+def add_low_rank_(view: ShardView, U: Tensor, V: Tensor, coefficient: Tensor) -> None:
+    """W ← W + U diag(c) Vᵀ on the elements that `view` holds, without a full-size temporary.
+
+    Sums are formed in float32 and rounded to the shard's dtype once.
+
+    Args:
+        view: the shard.
+        U: (len(view.rows), rank), only the rows that the range touches.
+        V: (n, rank), whole.
+        coefficient: c, (rank,).
+    """
+    n = view.shape[1]
+    if view.numel == 0:
+        return
+    scaled = U.float() * coefficient.to(U.device, torch.float32)  # (rows, rank)
+    Vt = V.float().t()  # (rank, n)
+    head = min(view.numel, -view.start % n)  # elements before the first whole row
+    whole, tail = divmod(view.numel - head, n)
+    ragged = int(head > 0)  # rows of `scaled` that the head takes
+    if head:
+        column = view.start % n
+        _add_rows_(view.local[None, :head], scaled[:1], Vt[:, column : column + head])
+    rows = view.local[head : head + whole * n].view(whole, n)
+    _add_rows_(rows, scaled[ragged : ragged + whole], Vt)
+    if tail:
+        _add_rows_(view.local[None, -tail:], scaled[-1:], Vt[:, :tail])
+
+
+def _add_rows_(rows: Tensor, scaled: Tensor, Vt: Tensor) -> None:
+    """rows (k, n) += scaled (k, rank) @ Vt (rank, n)."""
+    if rows.dtype == torch.float32:
+        rows.addmm_(scaled, Vt)
+        return
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    step = max(1, BLOCK_BYTES // (4 * rows.shape[1]))
+    for start in range(0, rows.shape[0], step):
+        block = rows[start : start + step]
+        update = scaled[start : start + step].to(wide)
+        block.copy_(torch.addmm(block.to(wide), update, Vt.to(wide)))

@@ -1,0 +1,150 @@
+"""The fused probe: all branches in one batch and one forward, weights only read.
+
+    y = x Wᵀ + ((x V) ∘ c) Uᵀ        Linear
+    y = W[ids] + (U[ids] ∘ c) Vᵀ     Embedding
+
+with c = a ± ρτ of the branch that a row belongs to. A batch of B examples goes in `branches` times,
+copy after copy, so that the rows of one branch are contiguous ("branch-major").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tezo_ds.errors import ProbeError
+from tezo_ds.factors import CoefficientSpace
+from tezo_ds.lowrank import ShardFactors
+from tezo_ds.objective import Objective
+from tezo_ds.probes.sites import Sightings, Site, attached, kind_of
+from tezo_ds.sharding.base import Sharding
+
+
+class FusedProbe:
+    """Adds every branch's low-rank term on the activation side.
+
+    Keeps U and V whole on every rank, in the dtype of the weights: r(m + n) numbers a matrix.
+    """
+
+    name = "fused"
+
+    def __init__(self, sharding: Sharding, space: CoefficientSpace) -> None:
+        self._space, self._device = space, sharding.device
+        self._sites = list(_find_sites(sharding, space))
+        self._sightings: Sightings | None = None
+        self._seen = False
+        self._branches = self._examples = 1
+        self._leads: set[int] = set()  # sizes of a leading dim that counts branch-major rows
+
+    def measure(self, objective: Objective, batch: Mapping[str, Any], c: Tensor) -> Tensor:
+        """See `Probe`.
+
+        Raises:
+            ProbeError: a trainable matrix took no part in the forward, or a layer's input does not
+                show which rows belong to which branch.
+        """
+        if not c.any():  # W₀ itself
+            return objective(batch, len(c))
+        if not self._seen:
+            self._sightings = Sightings()
+        self._expect(batch, len(c))
+        with self._at(c):
+            result = objective(batch, len(c))
+        idle = sorted({site.name for site in self._sites if site.calls == 0})
+        if idle:
+            raise ProbeError(
+                f"{idle[0]} took no part in the forward ({len(idle)} such); "
+                f'add it to exclude, e.g. exclude: ["{idle[0]}"]'
+            )
+        if self._sightings is not None:
+            self._sightings.join()
+            self._seen, self._sightings = True, None
+        return result
+
+    @contextmanager
+    def held(self, c: Tensor) -> Iterator[None]:
+        """See `Probe`."""
+        if not c.any():
+            yield
+            return
+        self._branches = 1
+        with self._at(c[None]):
+            yield
+
+    @contextmanager
+    def _at(self, c: Tensor) -> Iterator[None]:
+        """Within it, every site adds its term; c is (branches, D) float64."""
+        parts = self._space.split(c.to(self._device, torch.float32))
+        for group in {id(site.group): site.group for site in self._sites}.values():
+            group.start(torch.cat([parts[site.name] for site in group.sites], dim=1))
+        for site in self._sites:
+            site.calls = 0
+        with attached(self._sites, self._add):
+            yield
+
+    def _expect(self, batch: Mapping[str, Any], branches: int) -> None:
+        """Notes the shapes by which a layer's input shows its branches: (branches * B, …) as the
+        batch goes in, (branches * B * T, …) flattened, (branches, …) at the output layer."""
+        shapes = [value.shape for value in batch.values() if isinstance(value, Tensor)]
+        self._branches, self._examples = branches, shapes[0][0]
+        rows = branches * self._examples
+        self._leads = {branches, rows, *(rows * shape[1] for shape in shapes if len(shape) > 1)}
+
+    def _add(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        """y plus the site's term."""
+        site.calls += 1
+        if self._branches > 1 and (not x.dim() or x.shape[0] not in self._leads):
+            return self._add_shared(site, x, y)
+        if site.kind == "embedding":
+            return y.add_(self._embedding_term(site, x, len(site.group.c)).view(y.shape))
+        if self._sightings is not None:
+            self._sightings.note(site, x)
+        y = y.contiguous()
+        y.view(-1, y.shape[-1]).addmm_(site.group.scaled(site, x), site.U.t())
+        return y
+
+    def _embedding_term(self, site: Site, ids: Tensor, copies: int) -> Tensor:
+        """(U[ids] ∘ c) Vᵀ: (branches, rows, n); `copies` of the ids are there, or one for all."""
+        rows = F.embedding(ids, site.U).view(copies, -1, site.U.shape[1])  # (copies, rows, rank)
+        return (rows * site.group.c).to(site.V.dtype) @ site.V.t()
+
+    def _add_shared(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        """One row that serves every example, as position ids of shape (1, T) do: the result must be
+        (branches * B, …), as each branch adds a term of its own.
+
+        Raises:
+            ProbeError: the input is of some other shape.
+        """
+        if not x.dim() or x.shape[0] != 1:
+            raise ProbeError(
+                f"{site.path}: input of shape {tuple(x.shape)} does not show which of its rows "
+                f'belong to which branch; add "{site.name}" to exclude, or set probe to inplace'
+            )
+        if site.kind == "embedding":
+            term = self._embedding_term(site, x, 1)
+        else:
+            h = (x.reshape(1, -1, x.shape[-1]) @ site.V).float()
+            c = site.group.c[..., site.group.columns[site.path]]
+            term = (h * c).to(site.U.dtype) @ site.U.t()
+        term = term.view(self._branches, *y.shape[1:])
+        return (y + term).repeat_interleave(self._examples, dim=0)
+
+
+def _find_sites(sharding: Sharding, space: CoefficientSpace) -> Iterator[Site]:
+    parameters = dict(sharding.module.named_parameters())
+    make = ShardFactors(space, keep=False)
+    factors: dict[int, tuple[str, Tensor, Tensor]] = {}
+    for matrix in space.matrices:
+        parameter = parameters[matrix.name]
+        U, V = make.whole(matrix, parameter.dtype, sharding.device)
+        factors[id(parameter)] = matrix.name, U, V
+    for path, module in sharding.module.named_modules():
+        if kind_of(module) and id(module.weight) in factors:
+            yield Site(path, module, *factors[id(module.weight)])
+
+

@@ -1,0 +1,163 @@
+"""Where a trainable matrix acts in a model, and how a term is added there without editing it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# The modules whose weight acts in one known way, and the torch.nn.functional name it goes through.
+KINDS: dict[type[nn.Module], str] = {nn.Linear: "linear", nn.Embedding: "embedding"}
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """ "linear", "embedding", or None for a module that the fused probe does not know."""
+    return next((name for base, name in KINDS.items() if isinstance(module, base)), None)
+
+
+def uncovered(module: nn.Module, names: set[str]) -> dict[str, str]:
+    """Those of the named parameters that act elsewhere than as a Linear's or Embedding's weight,
+    and where that is."""
+    by_id = {id(p): name for name, p in module.named_parameters() if name in names}
+    gaps: dict[str, str] = {}
+    for owner in module.modules():
+        for attribute, parameter in owner.named_parameters(recurse=False):
+            name = by_id.get(id(parameter))
+            if name and (kind_of(owner) is None or attribute != "weight"):
+                gaps[name] = f"{attribute} of {type(owner).__name__}"
+            elif name and getattr(owner, "max_norm", None) is not None:
+                gaps[name] = "Embedding with max_norm, which rewrites its weight in every forward"
+    return gaps
+
+
+class Site:
+    """One module through which a trainable matrix acts; a tied matrix has two."""
+
+    def __init__(self, path: str, module: nn.Module, name: str, U: Tensor, V: Tensor) -> None:
+        self.path, self.module, self.name = path, module, name
+        self.U, self.V = U, V  # (m, rank), (n, rank)
+        self.kind = kind_of(module)
+        self.group = Group([self])
+        self.calls = 0
+
+
+class Group:
+    """Linear sites that read the very same tensor (q, k, v; gate, up): one skinny product serves all.
+
+    At hidden sizes of a few hundred these products are most of the probe's overhead.
+    """
+
+    def __init__(self, sites: list[Site]) -> None:
+        self.sites = sites
+        self.V = sites[0].V if len(sites) == 1 else torch.cat([site.V for site in sites], dim=1)
+        self.columns: dict[str, slice] = {}  # by path, in the last dim of V and c
+        start = 0
+        for site in sites:
+            stop = start + site.V.shape[1]
+            self.columns[site.path] = slice(start, stop)
+            site.V = self.V[:, start:stop]  # the group's memory, not a second copy
+            site.group, start = self, stop
+        self.c = torch.empty(0)  # (branches, 1, sum of ranks) float32
+        self._input: weakref.ref[Tensor] | None = None
+        self._version = -1
+        self._scaled: dict[str, Tensor] = {}  # by path, (rows, rank)
+
+    def start(self, c: Tensor) -> None:
+        """Takes c, (branches, sum of ranks) float32, and forgets the last forward."""
+        self.c, self._input = c[:, None], None
+
+    def scaled(self, site: Site, x: Tensor) -> Tensor:
+        """(x V) ∘ c of one site: (rows, rank), rows in branch-major order."""
+        same = self._input is not None and self._input() is x and self._version == x._version
+        if not same:
+            scaled = self._product(x)
+            # Contiguous: BLAS takes ten times as long over the columns of a wider matrix.
+            self._scaled = {path: scaled[:, part].contiguous() for path, part in self.columns.items()}
+            self._input, self._version = weakref.ref(x), x._version
+        return self._scaled[site.path]
+
+    def _product(self, x: Tensor) -> Tensor:
+        h = x.reshape(-1, x.shape[-1]) @ self.V  # (rows, sum of ranks)
+        by_branch = h.view(len(self.c), -1, h.shape[1])
+        if h.dtype == torch.float32:
+            by_branch.mul_(self.c)
+            return h
+        # c is applied in float32: rounded to 16 bits, ±ρτ would vanish beside a larger a.
+        return (by_branch * self.c).to(h.dtype).view(h.shape)
+
+
+class Sightings:
+    """Watches one forward to see which sites read the same tensor one right after another."""
+
+    def __init__(self) -> None:
+        self._runs: list[list[Site]] = []
+        self._last: weakref.ref[Tensor] | None = None
+        self._version = -1
+
+    def note(self, site: Site, x: Tensor) -> None:
+        """Site reads x."""
+        if self._last is not None and self._last() is x and self._version == x._version:
+            self._runs[-1].append(site)
+        else:
+            self._runs.append([site])
+        self._last, self._version = weakref.ref(x), x._version
+
+    def join(self) -> None:
+        """Makes a group of each such run; a site that was called more than once stays alone."""
+        times: dict[str, int] = {}
+        for site in (site for run in self._runs for site in run):
+            times[site.path] = times.get(site.path, 0) + 1
+        for run in self._runs:
+            if len(run) > 1 and all(times[site.path] == 1 for site in run):
+                Group(run)
+
+
+AddTerm = Callable[[Site, Tensor, Tensor], Tensor]  # (site, input, output) -> output with the term
+
+
+@contextmanager
+def attached(sites: list[Site], add: AddTerm) -> Iterator[None]:
+    """Within it, each site's forward passes its result through `add`."""
+    before = [site.module.__dict__.get("forward") for site in sites]
+    for site in sites:
+        site.module.__dict__["forward"] = _wrapped(site, add)
+    try:
+        yield
+    finally:
+        for site, forward in zip(sites, before, strict=True):
+            del site.module.__dict__["forward"]
+            if forward is not None:
+                site.module.__dict__["forward"] = forward
+
+
+def _wrapped(site: Site, add: AddTerm) -> Callable[..., Tensor]:
+    forward = site.module.forward
+    if type(site.module).forward in (nn.Linear.forward, nn.Embedding.forward):
+
+        def plain(x: Tensor) -> Tensor:
+            return add(site, x, forward(x))
+
+        return plain
+
+    # A subclass that does more around its product or lookup (OPT's offset, Gemma's scale): the term
+    # goes in at the very call that uses the weight.
+    def intercepted(*args: Any, **kwargs: Any) -> Tensor:
+        assert site.kind is not None
+        original = getattr(F, site.kind)
+
+        def call(x: Tensor, weight: Tensor, *rest: Any, **more: Any) -> Tensor:
+            y = original(x, weight, *rest, **more)
+            return add(site, x, y) if weight is site.module.weight else y
+
+        setattr(F, site.kind, call)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            setattr(F, site.kind, original)
+
+    return intercepted

@@ -1,0 +1,30 @@
+"""Whole weights on every rank: one process, or data-parallel replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+
+from torch import Tensor, nn
+
+from tezo_ds.factors import matrix_shape
+from tezo_ds.sharding.base import Sharding, named_state
+from tezo_ds.sharding.view import ShardView
+
+
+class Replicated(Sharding):
+    """Each rank holds every weight; replicas stay equal because all make the same updates."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module, group=None)
+        self.device = next(module.parameters()).device
+
+    def each_shard(self, names: Collection[str], write: Callable[[ShardView], None]) -> None:
+        """One view of each whole parameter."""
+        for name, parameter in self.module.named_parameters():
+            if name in names:
+                write(ShardView(name, matrix_shape(parameter.shape), 0, parameter.data.view(-1)))
+
+    def full_tensors(self) -> Iterator[tuple[list[str], Tensor | None]]:
+        """No communication: rank 0 copies what it has."""
+        for names, tensor in named_state(self.module):
+            yield names, tensor.detach().cpu().clone() if self.rank == 0 else None

@@ -1,0 +1,181 @@
+"""DeepSpeed ZeRO-3 without an optimizer, forward only."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Collection, Iterator
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from packaging.version import Version
+from torch import Tensor, nn
+
+from tezo_ds.errors import ConfigError, ShardingError
+from tezo_ds.factors import matrix_shape
+from tezo_ds.sharding.base import Sharding, named_state
+from tezo_ds.sharding.view import ShardView
+
+# Up to 0.19.7 a CPU gather may wait for the last of its handles only and return wrong weights.
+OLDEST = Version("0.19.8")
+
+
+class Zero3(Sharding):
+    """A DeepSpeedEngine of stage 3 that has no optimizer.
+
+    Raises:
+        ConfigError: another stage, or DeepSpeed older than `OLDEST`.
+        ShardingError: the engine has an optimizer, whose master weights would undo our writes.
+    """
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
+        check_version()
+        check_stage(engine.zero_optimization_stage())
+        if not isinstance(engine.optimizer, DeepSpeedZeRoOffload):
+            raise ShardingError(
+                "the DeepSpeed engine has an optimizer; call deepspeed.initialize without one"
+            )
+        super().__init__(engine.module, engine.data_parallel_group)
+        self._offload = engine.optimizer
+        self.device = torch.device(engine.device)
+        zero = engine._config.zero_config
+        if zero.zero_quantized_weights:
+            self.quantised = "zero_quantized_weights"
+        elif zero.zero_quantized_nontrainable_weights:
+            self.quantised = "zero_quantized_nontrainable_weights"
+
+    def forward(self, **inputs: Any) -> Any:
+        """As in the base class. A forward that fails leaves layers gathered, and the next one would
+        mix them with newer shards: partition them again before the error goes on."""
+        try:
+            return self.module(**inputs)
+        except BaseException:
+            self._offload.partition_all_parameters()
+            raise
+
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        """The shape before partitioning (the parameter itself is empty)."""
+        return parameter.ds_shape
+
+    def each_shard(self, names: Collection[str], write: Callable[[ShardView], None]) -> None:
+        """The partition of each parameter, and its secondary copy under hpZ.
+
+        Persistent parameters stay gathered between forwards and would hide a write for ever, so
+        everything is partitioned first.
+        """
+        self._offload.partition_all_parameters()
+        for name, parameter in self.module.named_parameters():
+            if name not in names:
+                continue
+            if parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE:
+                raise ShardingError(f"{name}: still {parameter.ds_status.name} while being written")
+            for view in _views(name, parameter):
+                write(view)
+        # Gathers may run on a stream of their own, which does not wait for writes on this one.
+        get_accelerator().synchronize()
+
+    def full_tensors(self) -> Iterator[tuple[list[str], Tensor | None]]:
+        """Gathers one parameter at a time."""
+        for names, tensor in named_state(self.module):
+            gathered = [tensor] if hasattr(tensor, "ds_id") else []
+            with deepspeed.zero.GatheredParameters(gathered):
+                copy = tensor.detach().cpu().clone() if self.rank == 0 else None
+            yield names, copy
+
+
+def _views(name: str, parameter: nn.Parameter) -> Iterator[ShardView]:
+    """What this rank holds. Both tensors end in padding that is uninitialised memory."""
+    shards = [(parameter.ds_tensor, parameter.ds_zero_partition_rank)]
+    secondary = parameter.ds_secondary_tensor
+    if secondary is not None:  # hpZ: forwards gather from it, never from ds_tensor
+        group = parameter.ds_zero_param_process_group
+        shards.append((secondary, torch.distributed.get_rank(group)))
+    for tensor, rank in shards:
+        if hasattr(tensor, "ds_quant_scale"):
+            raise ShardingError(f"{name}: its shard is quantised; set quantisation off to write it")
+        if tensor.numel() == 0 and parameter.ds_numel:
+            raise ShardingError(
+                f"{name}: its shard is on NVMe, which cannot be written yet; offload to cpu instead"
+            )
+        start = min(rank * tensor.numel(), parameter.ds_numel)
+        valid = min(parameter.ds_numel - start, tensor.numel())
+        yield ShardView(name, matrix_shape(parameter.ds_shape), start, tensor.data[:valid])
+
+
+def check_version(version: str = deepspeed.__version__) -> None:
+    """Raises ConfigError on a DeepSpeed whose gathers cannot be trusted."""
+    if Version(version) < OLDEST:
+        raise ConfigError(f"deepspeed {version} is too old; install deepspeed>={OLDEST}")
+
+
+def check_stage(stage: int) -> None:
+    """Raises ConfigError unless `stage` is 3."""
+    if stage != 3:
+        raise ConfigError(
+            f"zero_optimization.stage is {stage}; forward-only training shards weights: set it to 3"
+        )
+
+
+def prepare(config: dict[str, Any]) -> dict[str, Any]:
+    """A DeepSpeed config fit for a forward-only run.
+
+    Drops "auto" (DeepSpeed's own default then holds), gives the batch size that DeepSpeed insists
+    on and we never use, and keeps DeepSpeed from replacing torch's linear for the whole process.
+
+    Raises:
+        ConfigError: the stage is not 3.
+    """
+    config = _without_auto(config)
+    zero = config.setdefault("zero_optimization", {})
+    check_stage(zero.get("stage", 0))
+    zero.setdefault("memory_efficient_linear", False)
+    if not {"train_batch_size", "train_micro_batch_size_per_gpu"} & set(config):
+        config["train_micro_batch_size_per_gpu"] = 1
+    return config
+
+
+def _without_auto(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _without_auto(value) for key, value in node.items() if value != "auto"}
+    return node
+
+
+def init_distributed(timeout: timedelta | None = None) -> None:
+    """Joins the launcher's world, or makes one of a single process; does nothing where one is.
+
+    Args:
+        timeout: of collectives; None takes DeepSpeed's default.
+    """
+    if torch.distributed.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    # On CPU this op would compile for minutes at every first start, for intra-node all-reduces of
+    # a size that we never make.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(timeout=timeout or default_pg_timeout, verbose=False)
+
+
+def wrap(module: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+    """Partitions `module` by a DeepSpeed config and returns the engine."""
+    check_version()
+    config = prepare(config)
+    init_distributed()
+    # hpZ without an optimizer asks the engine for a method that only optimizers have, unless the
+    # group is there already.
+    hpz = config["zero_optimization"].get("zero_hpz_partition_size", 1)
+    groups = deepspeed.utils.groups
+    if hpz > 1 and groups._get_zero_param_intra_parallel_group() is None:
+        groups._create_zero_param_parallel_group(hpz)
+    engine, *_ = deepspeed.initialize(model=module, config=config)
+    return engine

@@ -1,0 +1,32 @@
+"""Tasks: prompts and labels, examples from files or the hub, token ids, batches."""
+
+from tezo_ds.tasks.batches import batch_indices, rounds, shard_range
+from tezo_ds.tasks.data import Example, TaskData, load_task
+from tezo_ds.tasks.encoding import (
+    IGNORED,
+    Encoded,
+    candidates,
+    collate,
+    encode,
+    first_tokens,
+    truncations,
+)
+from tezo_ds.tasks.spec import BUILTIN_TASKS, TaskSpec
+
+__all__ = [
+    "BUILTIN_TASKS",
+    "IGNORED",
+    "Encoded",
+    "Example",
+    "TaskData",
+    "TaskSpec",
+    "batch_indices",
+    "candidates",
+    "collate",
+    "encode",
+    "first_tokens",
+    "load_task",
+    "rounds",
+    "shard_range",
+    "truncations",
+]

@@ -1,0 +1,61 @@
+"""Which examples a rank takes: pure functions of step, seed and world, with no state."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from functools import lru_cache
+
+import numpy as np
+
+
+def batch_indices(
+    n: int, batch_size: int, step: int, seed: int, rank: int, world_size: int
+) -> list[int]:
+    """This rank's `batch_size` of the step's `batch_size * world_size` examples: indices below n.
+
+    The examples come in one endless sequence, a fresh permutation of range(n) for each epoch, no
+    example dropped at its end; a step takes the next piece, and the ranks split it in order. So the
+    sequence is the same for 1 rank of 16 and 2 ranks of 8, and a resumed run goes on where it was.
+    """
+    _check(n, rank, world_size)
+    if batch_size < 1 or step < 0:
+        raise ValueError(f"batch_size {batch_size} must be at least 1, and step {step} at least 0")
+    first = (step * world_size + rank) * batch_size
+    places = (divmod(place, n) for place in range(first, first + batch_size))
+    return [int(_permutation(n, seed, epoch)[i]) for epoch, i in places]
+
+
+@lru_cache(maxsize=2)  # a batch may lie across the end of an epoch
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of range(n).
+
+    It sorts the raw output of Philox, because NumPy promises that bit generators' streams stay the
+    same over its versions, and does not promise it of `Generator.permutation`.
+    """
+    key = int.from_bytes(hashlib.sha256(f"batches:{seed}:{epoch}".encode()).digest()[:16], "big")
+    return np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable")
+
+
+def shard_range(n: int, rank: int, world_size: int) -> range:
+    """This rank's contiguous share of range(n); the shares cover it once, evenly to within one."""
+    _check(n, rank, world_size, least=0)
+    return range(n * rank // world_size, n * (rank + 1) // world_size)
+
+
+def rounds(n: int, batch_size: int, world_size: int) -> int:
+    """Batches that the largest `shard_range` needs: all ranks run so many, to stay in step.
+
+    A rank whose share has run out goes on with empty batches (see `collate`'s filler).
+    """
+    _check(n, 0, world_size, least=0)
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} must be at least 1")
+    return math.ceil(math.ceil(n / world_size) / batch_size)
+
+
+def _check(n: int, rank: int, world_size: int, least: int = 1) -> None:
+    if n < least:
+        raise ValueError(f"there are {n} examples; at least {least} needed")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not in a world of {world_size}")

@@ -1,0 +1,249 @@
+"""Examples of a task: read, checked, deduplicated, split."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from tezo_ds.errors import DataError
+from tezo_ds.tasks.reading import SUFFIXES, Table, find_splits, read_file, read_hub
+from tezo_ds.tasks.spec import BUILTIN_TASKS, TaskSpec
+
+
+@dataclass(frozen=True)
+class Example:
+    """A filled-in prompt; label and answer (the label's word) are None in a language-model task."""
+
+    prompt: str
+    label: str | None
+    answer: str | None
+
+
+@dataclass
+class TaskData:
+    """The examples of a task. No prompt is there twice, in a split or across the two."""
+
+    spec: TaskSpec
+    train: list[Example]
+    test: list[Example]
+    duplicates: int = 0
+    """Rows left out because their prompt was in an earlier row of the same file."""
+    leaked: int = 0
+    """Training examples left out because their prompt is in the test file."""
+
+
+def load_task(
+    task: str,
+    *,
+    data: str | None = None,
+    test_data: str | None = None,
+    template: str | None = None,
+    verbalizers: Mapping[Any, str] | None = None,
+    label_field: str | None = None,
+    test_fraction: float = 0.2,
+    train_examples: int | None = None,
+    test_examples: int | None = None,
+    seed: int = 0,
+) -> TaskData:
+    """Load a task's examples. Ranks may call this at the same time; all of them get the same.
+
+    task: a name in BUILTIN_TASKS, or a .jsonl, .json or .csv file, which needs a `template`.
+    data: for a built-in task, a folder with train.* and test.* or one file, in place of the hub.
+    test_data: a test file. Without one (and without a test.*), `test_fraction` of the examples is
+        held out: which ones depends on `seed` and each prompt only, not on the order of the rows.
+    template, verbalizers, label_field: override the built-in's; see TaskSpec. For a file without
+        verbalizers, the labels are themselves the words; if the file has no label column, or the
+        template shows it, it is a language-model task.
+    train_examples, test_examples: take at most so many, chosen like the split.
+
+    Raises DataError, in one line, for anything wrong with the names, the files or their rows.
+    """
+    if not 0 <= test_fraction < 1:
+        raise DataError(f"test_fraction is {test_fraction}; it must be at least 0 and below 1")
+    for name, count in (("train_examples", train_examples), ("test_examples", test_examples)):
+        if count is not None and count < 1:
+            raise DataError(f"{name} is {count}; it must be at least 1")
+    source = _source(task, data, test_data, template)
+    tables = _read(task, source, test_data)
+    spec = _resolve_spec(task, tables, template, verbalizers, label_field)
+
+    splits = [_examples(table, spec) for table in tables]
+    unique = [_deduplicate(examples) for examples in splits]
+    duplicates = sum(len(s) for s in splits) - sum(len(u) for u in unique)
+    if len(tables) == 2:
+        train, test = unique
+        kept = _remove_prompts(train, test, tables)
+    else:
+        train, test = _hold_out(unique[0], test_fraction, seed, tables[0].where)
+        kept = train
+    leaked = len(train) - len(kept)
+    kept, test = _subset(kept, train_examples, seed), _subset(test, test_examples, seed)
+    return TaskData(spec, kept, test, duplicates, leaked)
+
+
+def _source(task: str, data: str | None, test_data: str | None, template: str | None) -> str | None:
+    """The local file or folder to read; None for the hub."""
+    if task in BUILTIN_TASKS:
+        if data is None and test_data is not None:
+            raise DataError(f"test_data is given for task {task!r} without data; pass both")
+        return data
+    if Path(task).suffix not in SUFFIXES:
+        raise DataError(
+            f"unknown task {task!r}; known: {', '.join(BUILTIN_TASKS)},"
+            f" or a {', '.join(SUFFIXES)} file"
+        )
+    if data is not None:
+        raise DataError(f"data is given, but the task is itself a file ({task}); drop one of them")
+    if template is None:
+        raise DataError(f"{task}: a task from a file needs a template, such as '{{text}} It was'")
+    return task
+
+
+def _read(task: str, source: str | None, test_data: str | None) -> list[Table]:
+    """The training table, and the test table if there is one."""
+    if source is None:
+        spec = BUILTIN_TASKS[task]
+        return [read_hub(spec, spec.train_split), read_hub(spec, spec.test_split)]
+    train, test = find_splits(source)
+    if test_data is not None:
+        test = Path(test_data)
+    return [read_file(path) for path in (train, test) if path is not None]
+
+
+def _resolve_spec(
+    task: str,
+    tables: list[Table],
+    template: str | None,
+    verbalizers: Mapping[Any, str] | None,
+    label_field: str | None,
+) -> TaskSpec:
+    builtin = BUILTIN_TASKS.get(task)
+    fields: dict[str, Any] = builtin.model_dump() if builtin else {"name": Path(task).stem}
+    given = {"template": template, "label_field": label_field}
+    fields |= {name: value for name, value in given.items() if value is not None}
+    if verbalizers is not None:
+        fields["verbalizers"] = {str(label): word for label, word in verbalizers.items()}
+    try:
+        spec = TaskSpec(**fields)
+        if builtin is None and verbalizers is None:
+            words = _labels_as_words(tables, spec, required=label_field is not None)
+            spec = TaskSpec(**fields, verbalizers=words)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "task"
+        message = first["msg"].removeprefix("Value error, ")
+        raise DataError(f"{task}: {field}: {message}") from None
+    return spec
+
+
+def _labels_as_words(tables: list[Table], spec: TaskSpec, required: bool) -> dict[str, str] | None:
+    """Each label as its own word; None where there are no labels to be told apart."""
+    column = spec.label_field
+    if column not in tables[0].columns:
+        if required:
+            _check_column(tables[0], column, "label_field")
+        return None
+    if column in spec.columns:
+        return None
+    labels: set[str] = set()
+    for table in tables:
+        _check_column(table, column, "label_field")
+        labels.update(_text(table, n, row, column) for n, row in enumerate(table.rows, 1))
+    if len(labels) == 1:
+        raise DataError(
+            f"{tables[0].where}: all labels in column {column!r} are {labels.pop()!r};"
+            " a task needs two"
+        )
+    return {label: label for label in sorted(labels)}
+
+
+def _examples(table: Table, spec: TaskSpec) -> list[Example]:
+    for column in spec.columns:
+        _check_column(table, column, "the template")
+    if spec.verbalizers is not None:
+        _check_column(table, spec.label_field, "label_field")
+    return [_example(table, number, row, spec) for number, row in enumerate(table.rows, 1)]
+
+
+def _example(table: Table, number: int, row: dict[str, Any], spec: TaskSpec) -> Example:
+    values = {column: _text(table, number, row, column) for column in spec.columns}
+    if spec.verbalizers is None:
+        return Example(spec.fill(values), None, None)
+    # Stripped, because some sets end each sentence in a space, and the template adds its own.
+    prompt = spec.fill({column: value.strip() for column, value in values.items()})
+    label = _text(table, number, row, spec.label_field)
+    if label not in spec.verbalizers:
+        known = ", ".join(spec.verbalizers)
+        raise DataError(f"{table.where}, row {number}: label {label!r} has no word; known: {known}")
+    return Example(prompt, label, spec.verbalizers[label])
+
+
+def _check_column(table: Table, column: str, named_by: str) -> None:
+    if column not in table.columns:
+        there = ", ".join(table.columns)
+        raise DataError(f"{table.where}: {named_by} names column {column!r}; there are: {there}")
+
+
+def _text(table: Table, number: int, row: dict[str, Any], column: str) -> str:
+    """A cell as text. Numbers and truth values are spelt as Python does: a JSON true is `True`."""
+    value = row[column]
+    where = f"{table.where}, row {number}, column {column!r}"
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise DataError(f"{where}: missing or empty; fill it in or remove the row")
+    if not isinstance(value, (str, int, float)):
+        raise DataError(
+            f"{where}: holds a {type(value).__name__}; only text and numbers can be used"
+        )
+    return str(value)
+
+
+def _deduplicate(examples: list[Example]) -> list[Example]:
+    """The first example of each prompt."""
+    first: dict[str, Example] = {}
+    for example in examples:
+        first.setdefault(example.prompt, example)
+    return list(first.values())
+
+
+def _rank(example: Example, purpose: str, seed: int) -> float:
+    """A number in [0, 1) that depends on the seed and the prompt alone."""
+    digest = hashlib.sha256(f"{purpose}:{seed}:{example.prompt}".encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def _remove_prompts(
+    train: list[Example], test: list[Example], tables: list[Table]
+) -> list[Example]:
+    """The training examples whose prompt is not in the test file."""
+    held_out = {e.prompt for e in test}
+    kept = [e for e in train if e.prompt not in held_out]
+    if not kept:
+        raise DataError(f"{tables[0].where}: every prompt is also in {tables[1].where}")
+    return kept
+
+
+def _hold_out(
+    examples: list[Example], fraction: float, seed: int, where: str
+) -> tuple[list[Example], list[Example]]:
+    train = [e for e in examples if _rank(e, "split", seed) >= fraction]
+    test = [e for e in examples if _rank(e, "split", seed) < fraction]
+    if not train or (fraction > 0 and not test):
+        raise DataError(
+            f"{where}: {len(examples)} prompts split into {len(train)} for training and {len(test)}"
+            f" for test; change test_fraction ({fraction}) or pass test_data"
+        )
+    return train, test
+
+
+def _subset(examples: list[Example], count: int | None, seed: int) -> list[Example]:
+    """`count` examples, or all if there are fewer, in the order they came in."""
+    if count is None or count >= len(examples):
+        return examples
+    chosen = sorted(examples, key=lambda e: _rank(e, "subset", seed))[:count]
+    prompts = {e.prompt for e in chosen}
+    return [e for e in examples if e.prompt in prompts]

@@ -1,0 +1,191 @@
+"""Examples as token ids, and batches of them as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tezo_ds.errors import DataError
+from tezo_ds.tasks.data import Example
+
+IGNORED = -100  # the label that torch's cross-entropy leaves out
+_TAIL = 32  # characters of a prompt's end that can matter to how the next word is tokenised
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sequence; `input_ids[label_start:]` are its labels. `label` is the example's."""
+
+    input_ids: list[int]
+    label_start: int
+    label: str | None
+    truncated: int = 0
+    """How many tokens of the prompt's beginning were cut away; 0 for a whole prompt."""
+
+
+def truncations(encoded: Sequence[Encoded]) -> int:
+    """How many of the sequences lost a part of their prompt: to be reported to the user."""
+    return sum(e.truncated > 0 for e in encoded)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
+) -> list[Encoded]:
+    """Tokenise each prompt with its answer, joined by a space; the answer's tokens are the labels.
+
+    Special tokens that the tokenizer puts first by default (BOS) are there; nothing stands between
+    prompt and answer, nor after the answer. A language-model example (answer None) is its prompt
+    with all default special tokens, and all tokens but the first are labels.
+
+    A sequence longer than `max_length` loses the beginning of its prompt (not BOS, nor any of the
+    answer) and says so in `truncated`. Raises DataError where no prompt token would be left, or
+    where a language-model text is a single token, with nothing to predict.
+    """
+    before, after = _special_ids(tokenizer)
+    answered = [e for e in examples if e.answer is not None]
+    pairs = iter(_prompt_and_answer_ids(tokenizer, [(e.prompt, str(e.answer)) for e in answered]))
+    texts = iter(_ids(tokenizer, [e.prompt for e in examples if e.answer is None]))
+    encoded = []
+    for example in examples:
+        if example.answer is not None:
+            prompt, answer = next(pairs)
+            encoded.append(_fit(before, prompt, answer, example, max_length, len(answer)))
+            continue
+        whole = _fit(before, next(texts), after, example, max_length, len(after))
+        if len(whole.input_ids) < 2:
+            raise DataError(f"text {example.prompt[:40]!r} is a single token: nothing to predict")
+        encoded.append(Encoded(whole.input_ids, 1, example.label, whole.truncated))
+    return encoded
+
+
+def candidates(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    words: Sequence[str],
+    max_length: int,
+) -> list[list[Encoded]]:
+    """Each example with each of the words as its answer: [example][word], encoded as `encode` does.
+
+    All candidates of an example see the same prompt: it is cut to fit the longest of them.
+    """
+    before, _ = _special_ids(tokenizer)
+    pairs = _prompt_and_answer_ids(tokenizer, [(e.prompt, w) for e in examples for w in words])
+    rows = []
+    for i, example in enumerate(examples):
+        row = pairs[i * len(words) : (i + 1) * len(words)]
+        longest = max(len(answer) for _, answer in row)
+        rows.append([_fit(before, p, a, example, max_length, longest) for p, a in row])
+    return rows
+
+
+def first_tokens(
+    tokenizer: PreTrainedTokenizerBase, words: Sequence[str], prompts: Sequence[str]
+) -> list[int] | None:
+    """The token id of each word, if one token tells them apart: else None, and use `candidates`.
+
+    That is so when, after each of the prompts, every word is a single token, the same one after all
+    prompts, and no two words share one. `prompts` are real ones: what precedes a word may change
+    how it is tokenised. Only their ends are looked at, so any number of them is cheap.
+    """
+    if not words or not prompts:
+        raise ValueError("first_tokens needs at least one word and one prompt")
+    tails = sorted({prompt[-_TAIL:] for prompt in prompts})
+    pairs = _prompt_and_answer_ids(tokenizer, [(t, w) for w in words for t in tails])
+    found = []
+    for i in range(len(words)):
+        answers = [answer for _, answer in pairs[i * len(tails) : (i + 1) * len(tails)]]
+        if len(answers[0]) != 1 or any(answer != answers[0] for answer in answers):
+            return None
+        found.append(answers[0][0])
+    return found if len(set(found)) == len(words) else None
+
+
+def collate(
+    batch: Sequence[Encoded], pad_id: int, multiple: int = 1, filler: Encoded | None = None
+) -> dict[str, torch.Tensor]:
+    """Pad on the right to the longest, rounded up to a multiple of `multiple`.
+
+    Returns int64 tensors (B, T): input_ids, attention_mask, and labels, which are aligned with
+    input_ids (the loss does the shifting) and -100 where nothing is to be predicted.
+
+    A rank with nothing to do must still take part in a sharded forward: an empty batch gives one
+    row of `filler` whose labels are all -100. Raises ValueError when it has no filler either.
+    """
+    rows = list(batch)
+    if not rows:
+        if filler is None:
+            raise ValueError("collate: the batch is empty and there is no filler")
+        rows = [Encoded(filler.input_ids, len(filler.input_ids), None)]
+    longest = max(len(e.input_ids) for e in rows)
+    shape = (len(rows), -(-longest // multiple) * multiple)
+    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORED, dtype=torch.int64)
+    for i, e in enumerate(rows):
+        length = len(e.input_ids)
+        ids = torch.tensor(e.input_ids, dtype=torch.int64)
+        input_ids[i, :length] = ids
+        attention_mask[i, :length] = 1
+        labels[i, e.label_start : length] = ids[e.label_start :]
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def _fit(
+    before: list[int],
+    prompt: list[int],
+    answer: list[int],
+    example: Example,
+    max_length: int,
+    longest_answer: int,
+) -> Encoded:
+    """Put the parts together, the prompt cut from the left to leave room for `longest_answer`."""
+    room = max_length - len(before) - longest_answer
+    if room < 1:
+        raise DataError(
+            f"max_length {max_length} leaves no room for a prompt beside {len(before)} special and"
+            f" {longest_answer} answer tokens; raise it"
+        )
+    cut = max(0, len(prompt) - room)
+    ids = before + prompt[cut:] + answer
+    return Encoded(ids, len(ids) - len(answer), example.label, cut)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids without special tokens. `verbose` off: too long is dealt with here."""
+    if not texts:
+        return []
+    return list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before and after a text by default."""
+    (bare,) = _ids(tokenizer, ["a"])
+    whole = list(tokenizer("a")["input_ids"])
+    for start in range(len(whole) - len(bare) + 1):
+        if bare and whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    raise DataError(f"{type(tokenizer).__name__} cannot tokenise 'a'; is it the model's tokenizer?")
+
+
+def _prompt_and_answer_ids(
+    tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]
+) -> list[tuple[list[int], list[int]]]:
+    """Ids of "prompt answer", tokenised as one text and parted where the prompt's own ids end.
+
+    As one, because the model will meet it so, and because some tokenizers give a text's first word
+    another token than the same word after a space. If the end of a prompt merges with its answer,
+    the merged token is the answer's.
+    """
+    prompts = sorted({prompt for prompt, _ in pairs})
+    alone = dict(zip(prompts, _ids(tokenizer, prompts), strict=True))
+    parted = []
+    wholes = _ids(tokenizer, [f"{prompt} {answer}" for prompt, answer in pairs])
+    for (prompt, _), whole in zip(pairs, wholes, strict=True):
+        start = 0
+        while start < min(len(alone[prompt]), len(whole)) and alone[prompt][start] == whole[start]:
+            start += 1
+        parted.append((whole[:start], whole[start:]))
+    return parted

@@ -1,0 +1,96 @@
+"""Accuracy and loss on a task's examples, at the engine's present coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from tezo_ds.engine import Engine
+from tezo_ds.tasks.batches import rounds, shard_range
+from tezo_ds.tasks.data import Example
+from tezo_ds.tasks.encoding import Encoded, candidates, collate, encode, first_tokens
+from tezo_ds.tasks.spec import TaskSpec
+
+
+@dataclass(frozen=True)
+class Score:
+    """Over all ranks: accuracy (None for a language-model task), mean loss a label token."""
+
+    accuracy: float | None
+    loss: float
+    examples: int
+
+
+class Evaluator:
+    """Scores one fixed set of examples, split over the ranks.
+
+    Where one token tells the answers apart, an example is one sequence and its prediction the answer
+    with the highest logit. Otherwise each answer is a sequence of its own and the prediction the
+    one with the lowest mean loss a token.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        spec: TaskSpec,
+        examples: Sequence[Example],
+        batch_size: int,
+        max_length: int,
+    ) -> None:
+        self._engine, self._batch_size = engine, batch_size
+        self._pad = int(tokenizer.pad_token_id)
+        self.labels = list(spec.verbalizers or {})
+        words = list((spec.verbalizers or {}).values())
+        self._tokens = first_tokens(tokenizer, words, [e.prompt for e in examples]) if words else None
+        self._choices = 1
+        share = shard_range(len(examples), engine.sharding.rank, engine.sharding.world_size)
+        mine = examples[share.start : share.stop]
+        if words and self._tokens is None:
+            self._choices = len(words)
+            rows = candidates(tokenizer, mine, words, max_length)
+            self.encoded = [encoded for row in rows for encoded in row]
+        else:
+            self.encoded = encode(tokenizer, mine, max_length)
+        self._filler = self.encoded[0] if self.encoded else encode(tokenizer, examples[:1], max_length)[0]
+        world_size = engine.sharding.world_size
+        self._rounds = rounds(len(examples), batch_size, world_size)
+        self._truth = torch.tensor([self.labels.index(e.label) for e in mine if e.label is not None])
+        self.examples = len(examples)
+
+    def __call__(self, progress: Callable[[float], None] | None = None) -> Score:
+        """Runs all batches; every rank must call it. `progress` is given the fraction done."""
+        totals = torch.zeros(3, dtype=torch.float64)  # correct, loss sum, label tokens
+        per_batch = self._batch_size * self._choices
+        with self._engine.applied():
+            for index in range(self._rounds):
+                part = slice(index * per_batch, (index + 1) * per_batch)
+                truth = self._truth[index * self._batch_size : (index + 1) * self._batch_size]
+                totals += self._batch(self.encoded[part], truth)
+                if progress is not None:
+                    progress((index + 1) / self._rounds)
+        self._engine.sharding.all_reduce(totals := totals.to(self._engine.sharding.device))
+        correct, loss_sum, tokens = totals.tolist()
+        accuracy = correct / self.examples if self.labels else None
+        return Score(accuracy, loss_sum / max(tokens, 1), self.examples)
+
+    def _batch(self, encoded: list[Encoded], truth: Tensor) -> Tensor:
+        batch = collate(encoded, self._pad, filler=self._filler)
+        ids = None if self._tokens is None else torch.tensor(self._tokens)
+        rows, losses, logits = self._engine.objective.score(batch, ids)
+        sums = torch.zeros(len(encoded), dtype=torch.float64).index_add_(0, rows, losses.double())
+        counts = torch.bincount(rows, minlength=len(encoded)).double()
+        if self._tokens is not None:
+            correct = (logits.argmax(dim=1) == truth).sum()
+        elif self.labels:
+            means = (sums / counts).view(-1, self._choices)  # (examples, answers)
+            correct = (means.argmin(dim=1) == truth).sum()
+            right = torch.arange(len(truth)) * self._choices + truth
+            sums, counts = sums[right], counts[right]
+        else:
+            correct = torch.tensor(0)
+        return torch.stack([correct.double(), sums.sum(), counts.sum()])

@@ -1,0 +1,197 @@
+"""Rows out of files and off the hub, all of them through `datasets`, as plain Python values."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tezo_ds.errors import DataError
+from tezo_ds.tasks.spec import TaskSpec
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SUFFIXES = (".jsonl", ".json", ".csv")
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one split; `where` is what an error message calls it."""
+
+    where: str
+    columns: list[str]
+    rows: list[dict[str, Any]]
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of the innermost cause: `datasets` wraps the one that says something."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def find_splits(data: str) -> tuple[Path, Path | None]:
+    """(training file, test file or None) of a folder with train.* and test.*, or of one file."""
+    path = Path(data)
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        return path, None
+    train, test = _split_file(path, "train"), _split_file(path, "test")
+    if train is None:
+        raise DataError(f"{path}: no train.jsonl, train.json or train.csv in this folder")
+    return train, test
+
+
+def _split_file(folder: Path, split: str) -> Path | None:
+    found = [folder / f"{split}{s}" for s in SUFFIXES if (folder / f"{split}{s}").exists()]
+    if len(found) > 1:
+        names = ", ".join(p.name for p in found)
+        raise DataError(f"{folder}: {names} are all there; keep one of them")
+    return found[0] if found else None
+
+
+def read_file(path: Path) -> Table:
+    """Read a .jsonl, .json or .csv file. Needs no network. Raises DataError."""
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{path}: not a {', '.join(SUFFIXES)} file")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    text = _read_text(path)
+    if text.strip() in ("", "[]"):
+        raise DataError(f"{path}: the file is empty")
+    if path.suffix == ".csv":
+        features = _csv_features(path, text)
+        return _load_file(path, text, "csv", features=features, keep_default_na=False)
+    return _load_file(path, text, "json")
+
+
+def _read_text(path: Path) -> str:
+    raw = b""
+    try:
+        raw = path.read_bytes()
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _load_file(path: Path, text: str, builder: str, **options: Any) -> Table:
+    import datasets  # takes a second: not paid for by importing this module
+
+    # Every rank reads the file, at the same moment. A cache of its own, dropped at the end, needs
+    # no lock between them: datasets' shared one takes file locks, which network home folders may
+    # lack, and judges a file by its time stamp, so that a quick edit could bring back old rows.
+    with _quiet_datasets(), tempfile.TemporaryDirectory(prefix="tezo-ds-") as cache:
+        try:
+            dataset = datasets.load_dataset(
+                builder,
+                data_files=glob.escape(str(path)),
+                split="train",
+                cache_dir=cache,
+                keep_in_memory=True,
+                **options,
+            )
+        except Exception as error:  # pyarrow's, pandas', datasets': no common base
+            found = _bad_json(text) if builder == "json" else None
+            what = f", {found}" if found else f": {one_line(error)}"
+            raise DataError(f"{path}{what}") from error
+        return _table(str(path), dataset)
+
+
+def _csv_features(path: Path, text: str) -> Any:
+    """All columns as text: pandas would guess, and make the label `01` 1 and the word `NA` null."""
+    import datasets
+
+    try:
+        lines = (line for line in csv.reader(io.StringIO(text, newline="")) if line)
+        header, first = next(lines), next(lines, None)
+    except csv.Error as error:
+        raise DataError(f"{path}: {one_line(error)}") from None
+    if first is None:
+        raise DataError(f"{path}: the file has a header and no rows")
+    repeated = sorted({c for c in header if header.count(c) > 1})
+    if repeated:
+        raise DataError(f"{path}, line 1: column {repeated[0]!r} is there twice; rename one")
+    if len(first) > len(header):  # pandas would take the first column for an index
+        raise DataError(
+            f"{path}: the first row has {len(first)} fields, the header {len(header)};"
+            " quote fields with commas"
+        )
+    return datasets.Features({column: datasets.Value("string") for column in header})
+
+
+def _bad_json(text: str) -> str | None:
+    """Where a JSON array, or a file of JSON lines, goes wrong; None if it does not."""
+    whole = text.lstrip().startswith("[")
+    for number, piece in enumerate([text] if whole else text.split("\n"), 1):
+        try:
+            if piece.strip() and not isinstance(json.loads(piece), list if whole else dict):
+                return f"line {number}: not a JSON object"
+        except json.JSONDecodeError as error:
+            line = number + error.lineno - 1 if whole else number
+            return f"line {line}: not valid JSON: {error.msg}"
+    return None
+
+
+def read_hub(spec: TaskSpec, split: str) -> Table:
+    """Read one split of a built-in task from the hub (or its cache). Raises DataError."""
+    import datasets
+
+    where = f"{spec.hub_id} ({split})"
+    with _quiet_datasets():
+        try:
+            # The hub's cache is shared by all ranks: datasets locks it, and one of them downloads.
+            dataset = datasets.load_dataset(
+                spec.hub_id, spec.hub_config, split=split, revision=spec.hub_revision
+            )
+        except Exception as error:  # network, offline mode, gone, gated: no common base
+            raise DataError(
+                f"cannot reach {spec.hub_id} on the Hugging Face hub ({one_line(error)}); "
+                "pass --data FOLDER, a folder with train.jsonl and test.jsonl"
+            ) from error
+        if spec.hub_label_field is not None and spec.label_field not in dataset.column_names:
+            dataset = dataset.rename_column(spec.hub_label_field, spec.label_field)
+        return _table(where, dataset)
+
+
+def _table(where: str, dataset: Dataset) -> Table:
+    """The rows in memory, with class numbers turned to class names (-1, unlabelled, to None)."""
+    from datasets import ClassLabel
+
+    rows = dataset.to_list()
+    for column, feature in dataset.features.items():
+        if isinstance(feature, ClassLabel):
+            for row in rows:
+                number = row[column]
+                unlabelled = number is None or number < 0
+                row[column] = None if unlabelled else feature.int2str(number)
+    return Table(where, list(dataset.column_names), rows)
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """No progress bars (one set per rank), and no log line beside the error that we raise."""
+    import datasets
+
+    had_bars = not datasets.are_progress_bars_disabled()
+    verbosity = datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if had_bars:
+            datasets.enable_progress_bars()

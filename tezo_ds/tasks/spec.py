@@ -1,0 +1,150 @@
+"""What a task is: a prompt template, the words that stand for its labels, and where its data is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from string import Formatter
+
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+
+class TaskSpec(BaseModel):
+    """One task.
+
+    `template` is a prompt with `{column}` fields, filled from the columns of a row; `{{` and `}}`
+    are literal braces. `verbalizers` maps each label to the word that answers the prompt, after one
+    space. None makes a language-model task: there is no answer, all of the prompt is trained on.
+
+    Raises pydantic's ValidationError (a ValueError) when a field is malformed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    template: str
+    verbalizers: dict[str, str] | None = None
+    label_field: str = "label"
+    """The column that holds the label."""
+    hub_id: str | None = None
+    hub_config: str | None = None
+    hub_revision: str | None = None
+    hub_label_field: str | None = None
+    """The hub's name for the label column, where it differs: it is renamed to `label_field`."""
+    train_split: str = "train"
+    test_split: str = "test"
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that the template names, in order, without repeats."""
+        return list(dict.fromkeys(c for _, c in _parse(self.template) if c is not None))
+
+    def fill(self, values: Mapping[str, str]) -> str:
+        """The prompt of one row; `values` has a text for each of `columns`."""
+        pieces = (lit + (values[c] if c is not None else "") for lit, c in _parse(self.template))
+        return "".join(pieces)
+
+    @field_validator("template")
+    @classmethod
+    def _check_template(cls, template: str) -> str:
+        if all(column is None for _, column in _parse(template)):
+            raise ValueError(f"template {template!r} names no column; write one as {{column}}")
+        return template
+
+    @field_validator("verbalizers")
+    @classmethod
+    def _check_verbalizers(cls, verbalizers: dict[str, str] | None) -> dict[str, str] | None:
+        if verbalizers is None:
+            return None
+        if len(verbalizers) < 2:
+            raise ValueError(f"verbalizers need at least two labels, got {sorted(verbalizers)}")
+        label_of: dict[str, str] = {}
+        for label, word in verbalizers.items():
+            if not word or word != word.strip():
+                raise ValueError(f"verbalizer {word!r} of label {label!r} is blank or padded")
+            if word in label_of:
+                raise ValueError(f"labels {label_of[word]!r} and {label!r} share the word {word!r}")
+            label_of[word] = label
+        return verbalizers
+
+    @model_validator(mode="after")
+    def _check_answer_fits(self) -> TaskSpec:
+        if self.verbalizers is None:
+            return self
+        if self.label_field in self.columns:
+            raise ValueError(f"the template shows the label column {self.label_field!r}")
+        if self.template != self.template.rstrip():
+            raise ValueError("the template ends in whitespace; the answer follows after one space")
+        return self
+
+
+def _parse(template: str) -> list[tuple[str, str | None]]:
+    """(literal text, column or None) pairs. Only plain fields: `{a}`, not `{}` or `{a:>5}`."""
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"template {template!r}: {error}") from None
+    for _, column, spec, conversion in parts:
+        if column == "" or spec or conversion:
+            raise ValueError(f"template {template!r}: only plain {{column}} fields can be used")
+    return [(literal, column) for literal, column, _, _ in parts]
+
+
+_SPECS = (
+    TaskSpec(
+        name="trec",
+        template="Question: {text}\n"
+        "Answer type (abbreviation, description, thing, person, place or number):",
+        verbalizers={
+            "ABBR": "abbreviation",
+            "DESC": "description",
+            "ENTY": "thing",
+            "HUM": "person",
+            "LOC": "place",
+            "NUM": "number",
+        },
+        hub_id="CogComp/trec",
+        # The main branch is a loading script, which datasets >= 4 refuses to run.
+        hub_revision="refs/convert/parquet",
+        hub_label_field="coarse_label",
+    ),
+    TaskSpec(
+        name="rotten-tomatoes",
+        template="{text} It was",
+        verbalizers={"neg": "terrible", "pos": "great"},
+        hub_id="cornell-movie-review-data/rotten_tomatoes",
+    ),
+    TaskSpec(
+        name="sst2",
+        template="{sentence} It was",
+        verbalizers={"negative": "terrible", "positive": "great"},
+        hub_id="nyu-mll/glue",
+        hub_config="sst2",
+        test_split="validation",  # GLUE's and SuperGLUE's test labels are not public
+    ),
+    TaskSpec(
+        name="boolq",
+        template="{passage}\nQuestion: {question}?\nAnswer (Yes or No):",
+        verbalizers={"True": "Yes", "False": "No"},
+        hub_id="google/boolq",
+        hub_label_field="answer",
+        test_split="validation",
+    ),
+    TaskSpec(
+        name="rte",
+        template='{premise}\nDoes it follow that "{hypothesis}"? Yes or No?\nAnswer:',
+        verbalizers={"entailment": "Yes", "not_entailment": "No"},
+        hub_id="aps/super_glue",
+        hub_config="rte",
+        test_split="validation",
+    ),
+    TaskSpec(
+        name="cb",
+        template='{premise}\nDoes it follow that "{hypothesis}"? Yes, No or Maybe?\nAnswer:',
+        verbalizers={"entailment": "Yes", "contradiction": "No", "neutral": "Maybe"},
+        hub_id="aps/super_glue",
+        hub_config="cb",
+        test_split="validation",
+    ),
+)
+
+BUILTIN_TASKS: dict[str, TaskSpec] = {spec.name: spec for spec in _SPECS}
