@@ -17,13 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from machine import describe
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 import tezo_ds
-from machine import describe
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ("16x64", "4x32")
@@ -79,7 +79,9 @@ def contestants(args: argparse.Namespace, shape: str) -> dict[str, Callable[[], 
     }
 
 
-def measure(steps: dict[str, Callable[[], object]], rounds: int, label: str) -> dict[str, list[float]]:
+def measure(
+    steps: dict[str, Callable[[], object]], rounds: int, label: str
+) -> dict[str, list[float]]:
     """Seconds of each contestant, in turn within each round; two rounds of warm-up are dropped."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in track(range(rounds + 2), label, console=Console(stderr=True)):
@@ -130,7 +132,9 @@ def main() -> None:
         if args.only:
             steps = {name: s for name, s in steps.items() if name in ("plain forward", *args.only)}
         seconds = measure(steps, args.rounds, shape)
-        console.print(report(seconds, f"{shape} tokens, r={args.rank}, Q={args.queries}, {args.dtype}"))
+        console.print(
+            report(seconds, f"{shape} tokens, r={args.rank}, Q={args.queries}, {args.dtype}")
+        )
 
 
 if __name__ == "__main__":

@@ -61,10 +61,13 @@ def _data(text: str) -> Any:
 # Each flag that both commands take, once.
 Model = Annotated[str | None, typer.Option(help="model folder or hub name")]
 DeepSpeed = Annotated[
-    Path | None, typer.Option(help="DeepSpeed JSON with a tezo block; its ZeRO-3 shards the weights")
+    Path | None,
+    typer.Option(help="DeepSpeed JSON with a tezo block; its ZeRO-3 shards the weights"),
 ]
 Task = Annotated[str | None, _data("built-in name, or a .jsonl/.csv file (needs --template)")]
-Data = Annotated[str | None, _data("local folder or file, in place of the hub, for a built-in task")]
+Data = Annotated[
+    str | None, _data("local folder or file, in place of the hub, for a built-in task")
+]
 TestData = Annotated[str | None, _data("test file")]
 Template = Annotated[str | None, _data('prompt with columns in braces, e.g. "{text} It was"')]
 Verbalizers = Annotated[str | None, _data('label to word, as JSON: {"0": "bad", "1": "good"}')]
@@ -139,18 +142,18 @@ def train(
         raise ConfigError("--output is missing; name a folder for the run, e.g. runs/first")
     settings = _settings(given)
     refuse_used(output)
+    training.per_rank(batch_size, int(os.environ.get("WORLD_SIZE", "1")))
     overrides = {name: given[name] for name in TezoConfig.model_fields}
     config, deepspeed_config = session.resolve_config(deepspeed, overrides, {"total_steps": steps})
     _quieten()
     opened = session.open_session(settings, config, deepspeed_config)
-    world_size = opened.engine.sharding.world_size
-    display = Display(opened.engine.sharding.rank, world_size, log_every)
-    training.per_rank(batch_size, world_size)
+    sharding = opened.engine.sharding
+    display = Display(sharding.rank, sharding.world_size, log_every)
     display.summary(opened.engine)
     examples = encode(opened.tokenizer, opened.task.train, settings.max_length)
     display.data(opened.task, truncations(examples), settings.max_length)
     folder = None
-    if opened.engine.sharding.rank == 0:
+    if sharding.rank == 0:
         folder = RunFolder(output)
         about = {"steps": steps, "batch_size": batch_size, "deepspeed": deepspeed_config}
         folder.write_json(CONFIG, session.describe_run(opened, about))
@@ -181,6 +184,7 @@ def evaluate(
     given = dict(locals())
     from tezo_ds import session
     from tezo_ds.display import Display
+    from tezo_ds.runfolder import to_json
 
     if run is not None:
         before, config = session.read_run(run)
@@ -197,12 +201,14 @@ def evaluate(
     display = Display(sharding.rank, sharding.world_size, log_every=1)
     evaluator = opened.evaluator()
     if evaluator is None:
-        raise ConfigError("there are no test examples; pass --test-data or a --test-fraction above 0")
+        raise ConfigError(
+            "there are no test examples; pass --test-data or a --test-fraction above 0"
+        )
     with display.evaluation(f"evaluating {evaluator.examples} test examples") as progress:
         score = evaluator(progress)
     if sharding.rank == 0:
         result = {"accuracy": score.accuracy, "loss": score.loss, "test_examples": score.examples}
-        print(json.dumps(result))
+        print(to_json(result))
 
 
 def _settings(given: dict[str, Any], before: dict[str, Any] | None = None) -> Any:

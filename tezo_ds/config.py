@@ -46,7 +46,9 @@ class TezoConfig(BaseModel):
     @model_validator(mode="after")
     def _schedule_has_an_end(self) -> TezoConfig:
         if self.schedule != "constant" and self.total_steps is None:
-            raise ValueError(f"schedule: {self.schedule} falls to 0 at total_steps, which is not set")
+            raise ValueError(
+                f"schedule: {self.schedule} falls to 0 at total_steps, which is not set"
+            )
         if self.total_steps is not None and self.warmup_steps > self.total_steps:
             raise ValueError(
                 f"warmup_steps: {self.warmup_steps} is more than total_steps {self.total_steps}"

@@ -27,7 +27,7 @@ class Display:
     def __init__(self, rank: int, world_size: int, log_every: int) -> None:
         self._silent = rank != 0
         self._world_size, self._log_every = world_size, log_every
-        self.console = Console(quiet=self._silent, highlight=False)
+        self.console = Console(quiet=self._silent, highlight=False, markup=False, emoji=False)
         self._bar: Progress | None = None
         self._task: Any = None
         self._total = 0
@@ -55,9 +55,13 @@ class Display:
 
     def data(self, task: TaskData, truncated: int, max_length: int) -> None:
         """What there is to learn from, and what of it was left out."""
-        self.note(f"{task.spec.name}: {len(task.train)} training and {len(task.test)} test examples")
+        self.note(
+            f"{task.spec.name}: {len(task.train)} training and {len(task.test)} test examples"
+        )
         if task.duplicates or task.leaked:
-            self.note(f"left out: {task.duplicates} repeats, {task.leaked} that are test prompts too")
+            self.note(
+                f"left out: {task.duplicates} repeats, {task.leaked} that are test prompts too"
+            )
         if truncated:
             self.note(f"{truncated} training prompts cut to {max_length} tokens; see --max-length")
 
@@ -73,12 +77,14 @@ class Display:
             losses = f"{summary['test_loss_before']:.4f} → {summary['test_loss_after']:.4f}"
             table.add_row("test loss", losses)
         table.add_row("steps", f"{summary['steps']} in {summary['seconds_training']:.0f} s")
-        table.add_row("run folder", str(folder))
+        if "adapter" in summary:
+            table.add_row("no adapter", summary["adapter"])
         self.console.print(table)
+        self.note(f"  run folder         {folder}")
 
     def note(self, text: str) -> None:
-        """One line."""
-        self.console.print(text)
+        """One line, however long."""
+        self.console.print(text, soft_wrap=True)
 
     @contextmanager
     def steps(self, total: int) -> Iterator[None]:
@@ -130,4 +136,6 @@ class Display:
     def score(self, step: int, score: Score) -> None:
         """The result of an evaluation."""
         accuracy = "" if score.accuracy is None else f"accuracy {score.accuracy:.1%}, "
-        self.note(f"after {step} steps: {accuracy}loss {score.loss:.4f} on {score.examples} test examples")
+        self.note(
+            f"after {step} steps: {accuracy}loss {score.loss:.4f} on {score.examples} test examples"
+        )

@@ -130,7 +130,7 @@ class Engine:
             ConfigError: the names or ranks are not those of this engine.
         """
         parts = self.space.split(self.method.coefficients)
-        if (odd := coefficients.keys() ^ parts.keys()):
+        if odd := coefficients.keys() ^ parts.keys():
             raise ConfigError(
                 f"coefficients and engine differ in {len(odd)} parameters, e.g. {min(odd)}; "
                 "use the run's own model, include and exclude"

@@ -26,10 +26,11 @@ def lora_tensors(engine: Engine) -> dict[str, Tensor]:
     uses it, so the adapter is for adding on the side: peft's own merge would add both into one weight.
 
     Raises:
-        ConfigError: a trained matrix sits elsewhere than in a Linear or Embedding.
+        ConfigError: a trained matrix sits elsewhere than in a Linear or a plain Embedding.
     """
     module = engine.sharding.module
-    gaps = uncovered(module, {matrix.name for matrix in engine.space.matrices})
+    names = {matrix.name for matrix in engine.space.matrices}
+    gaps = {**uncovered(module, names), **_offset_embeddings(module, names)}
     if gaps:
         name, where = next(iter(gaps.items()))
         raise ConfigError(f"{name} ({where}) has no place in a LoRA adapter; export merged weights")
@@ -52,6 +53,20 @@ def lora_tensors(engine: Engine) -> dict[str, Tensor]:
     return tensors
 
 
+def _offset_embeddings(module: nn.Module, names: set[str]) -> dict[str, str]:
+    """Embeddings that do not look up their first argument (OPT's positions), as peft would. It
+    knows of those that scale what they looked up."""
+    by_id = {id(p): name for name, p in module.named_parameters() if name in names}
+    return {
+        by_id[id(owner.weight)]: f"weight of {type(owner).__name__}"
+        for owner in module.modules()
+        if isinstance(owner, nn.Embedding)
+        and id(owner.weight) in by_id
+        and type(owner).forward is not nn.Embedding.forward
+        and not hasattr(owner, "embed_scale")
+    }
+
+
 def _owners(module: nn.Module) -> dict[int, list[tuple[str, str]]]:
     """(path, kind) of the modules that use each weight, by the weight's id."""
     owners: dict[int, list[tuple[str, str]]] = {}
@@ -66,9 +81,7 @@ def lora_config(engine: Engine, base_model: str) -> dict[str, Any]:
     owners = _owners(engine.sharding.module)
     parameters = dict(engine.sharding.module.named_parameters())
     paths = [
-        path
-        for matrix in engine.space.matrices
-        for path, _ in owners[id(parameters[matrix.name])]
+        path for matrix in engine.space.matrices for path, _ in owners[id(parameters[matrix.name])]
     ]
     rank = engine.config.rank
     return {

@@ -24,8 +24,8 @@ class Head:
 
     The output layer's forward is replaced for the time of one forward of the model. Models that
     return its result as it is (Llama, OPT, GPT-NeoX, …) get a chunk at a time. Models that go on to
-    change it (soft-capping, scaling, a cast) are noticed by it and get the chosen positions at once;
-    those that do anything else with it, or have no output layer, compute all logits.
+    change it row by row (soft-capping, scaling, a cast) are noticed, tried, and get the chosen
+    positions at once; those that do anything else, or have no output layer, compute all logits.
     """
 
     def __init__(self, sharding: Sharding) -> None:
@@ -53,7 +53,7 @@ class Head:
             result = self._run(inputs, positions, branches, reduce)
             if result is not None:
                 return result
-            self.mode = {"chunks": "chosen", "chosen": "whole"}[self.mode]
+            self.mode = "chosen" if self._row_by_row(inputs, branches) else "whole"
 
     def _run(
         self, inputs: dict[str, Any], positions: Tensor, branches: int, reduce: Reduce
@@ -62,16 +62,37 @@ class Head:
         if self._layer is None or self.mode == "whole":
             logits = _logits(self._sharding.forward(**inputs))
             return reduce(_pick(logits, positions, branches), slice(None))
-        tap = _Tap(self._layer, positions, branches, reduce if self.mode == "chunks" else None)
-        with tap:
+        with _Tap(
+            self._layer, positions, branches, reduce if self.mode == "chunks" else None
+        ) as tap:
             logits = _logits(self._sharding.forward(**inputs))
-        if not tap.called:
-            return None
-        if self.mode == "chunks":
-            return tap.result if tap.is_own(logits) else None
-        if logits.shape[:2] != (branches, positions.numel()):
-            return None
-        return reduce(logits, slice(None))
+        if self.mode == "chosen":
+            return reduce(logits, slice(None))
+        return tap.result if tap.is_own(logits) else None
+
+    def _row_by_row(self, inputs: dict[str, Any], branches: int) -> bool:
+        """Whether the model treats each row of its output layer's result by itself, so that leaving
+        rows out changes nothing else: tried on one example of each branch."""
+        assert self._layer is not None
+        rows = max(value.shape[0] for value in inputs.values() if isinstance(value, Tensor))
+        few = {
+            key: value[:: rows // branches]
+            if isinstance(value, Tensor) and value.shape[:1] == (rows,)
+            else value
+            for key, value in inputs.items()
+        }
+        whole = _logits(self._sharding.forward(**few))
+        most = torch.arange(
+            max(1, whole.shape[1] - 1), device=whole.device
+        )  # a reversal would show
+        with _Tap(self._layer, most, branches, None) as tap:
+            chosen = _logits(self._sharding.forward(**few))
+        expected = _pick(whole, most, branches)
+        if not tap.called or chosen.shape != expected.shape:
+            return False
+        return torch.allclose(
+            chosen.float(), expected.float(), rtol=1e-2, atol=1e-2 * float(expected.std())
+        )
 
 
 class _Tap:
@@ -94,7 +115,8 @@ class _Tap:
 
     def is_own(self, logits: Tensor) -> bool:
         """Whether the model returned what the layer did, untouched."""
-        assert self._returned is not None
+        if self._returned is None:
+            return False
         own, version = self._returned
         # Not by address: those of empty tensors are all equal, and ranks must decide alike.
         return logits is own and logits._version == version
@@ -108,12 +130,10 @@ class _Tap:
         if self._before is not None:
             self._layer.__dict__["forward"] = self._before
 
-    def _forward(self, hidden: Tensor) -> Tensor:
-        chosen = _pick(hidden, self._positions, self._branches)  # (branches, k, hidden)
-        if self._reduce is None:
-            logits = self._project(chosen)
-        else:
-            logits = self._in_chunks(chosen, self._reduce)
+    def _forward(self, input: Tensor) -> Tensor:  # torch's own name: callers may use it
+        chosen = _pick(input, self._positions, self._branches)  # (branches, k, hidden)
+        reduce = self._reduce
+        logits = self._project(chosen) if reduce is None else self._in_chunks(chosen, reduce)
         self._returned = logits, logits._version
         return logits
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -14,21 +14,37 @@ class Interrupted(BaseException):
 
 
 @contextmanager
-def turned_into_exceptions() -> Iterator[None]:
+def turned_into_exceptions(
+    halfway: Callable[[], bool] = lambda: False,
+) -> Iterator[Callable[[], None]]:
     """Turns the first SIGINT or SIGTERM into `Interrupted` and ignores all further ones: launchers
-    and terminals send several, and what is written after the first must be written whole."""
+    and terminals send several, and what is written after the first must be written whole.
+
+    Args:
+        halfway: true where an exception would leave something half done.
+
+    Yields:
+        What to call when no longer halfway: it raises for a signal that came meanwhile.
+    """
     before: dict[signal.Signals, Any] = {}
+    waiting: list[Interrupted] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         for name in before:
             signal.signal(name, signal.SIG_IGN)
-        raise Interrupted(f"stopped by {signal.Signals(number).name}")
+        waiting.append(Interrupted(f"stopped by {signal.Signals(number).name}"))
+        if not halfway():
+            raise waiting[0]
+
+    def raise_waiting() -> None:
+        if waiting:
+            raise waiting[0]
 
     for name in (signal.SIGINT, signal.SIGTERM):
         before[name] = signal.signal(name, interrupt)
     stopped = False
     try:
-        yield
+        yield raise_waiting
     except Interrupted:
         stopped = True  # stay deaf: the process writes its results and ends
         raise

@@ -82,7 +82,9 @@ def load_model(
         config = transformers.AutoConfig.from_pretrained(name)
         masked = any(a.endswith("ForMaskedLM") for a in config.architectures or [])
         loader = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
-        model = loader.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        model: nn.Module = loader.from_pretrained(
+            name, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(_not_loaded("model", name, error)) from None
     return model if _zero_configs else model.to(local_device())

@@ -54,7 +54,7 @@ class ShardFactors:
 def add_low_rank_(view: ShardView, U: Tensor, V: Tensor, coefficient: Tensor) -> None:
     """W ← W + U diag(c) Vᵀ on the elements that `view` holds, without a full-size temporary.
 
-    Sums are formed in float32 and rounded to the shard's dtype once.
+    Sums are formed in float32 (float64 for float64 weights) and rounded to the shard's dtype once.
 
     Args:
         view: the shard.
@@ -65,8 +65,9 @@ def add_low_rank_(view: ShardView, U: Tensor, V: Tensor, coefficient: Tensor) ->
     n = view.shape[1]
     if view.numel == 0:
         return
-    scaled = U.float() * coefficient.to(U.device, torch.float32)  # (rows, rank)
-    Vt = V.float().t()  # (rank, n)
+    wide = torch.promote_types(view.local.dtype, torch.float32)
+    scaled = U.to(wide) * coefficient.to(U.device, wide)  # (rows, rank)
+    Vt = V.to(wide).t()  # (rank, n)
     head = min(view.numel, -view.start % n)  # elements before the first whole row
     whole, tail = divmod(view.numel - head, n)
     ragged = int(head > 0)  # rows of `scaled` that the head takes
@@ -81,12 +82,10 @@ def add_low_rank_(view: ShardView, U: Tensor, V: Tensor, coefficient: Tensor) ->
 
 def _add_rows_(rows: Tensor, scaled: Tensor, Vt: Tensor) -> None:
     """rows (k, n) += scaled (k, rank) @ Vt (rank, n)."""
-    if rows.dtype == torch.float32:
+    if rows.dtype == scaled.dtype:
         rows.addmm_(scaled, Vt)
         return
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    step = max(1, BLOCK_BYTES // (4 * rows.shape[1]))
+    step = max(1, BLOCK_BYTES // (scaled.itemsize * rows.shape[1]))
     for start in range(0, rows.shape[0], step):
         block = rows[start : start + step]
-        update = scaled[start : start + step].to(wide)
-        block.copy_(torch.addmm(block.to(wide), update, Vt.to(wide)))
+        block.copy_(torch.addmm(block.to(Vt.dtype), scaled[start : start + step], Vt))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,19 @@ from tezo_ds.errors import ConfigError
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 COEFFICIENTS, ADAPTER, CURVE = "coefficients.safetensors", "adapter", "curve.png"
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """JSON that any reader takes: numbers that are not finite, which JSON does not have, are null."""
+    return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def _finite(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _finite(value) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [_finite(value) for value in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
 def refuse_used(path: Path) -> None:
@@ -39,7 +53,7 @@ class RunFolder:
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Writes a JSON file by way of a temporary name, so that it is never half there."""
         partial = self.path / f".{name}.{os.getpid()}"
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.write_text(to_json(content, indent=2) + "\n")
         partial.replace(self.path / name)
 
     def log_step(self, report: StepReport) -> None:
@@ -56,7 +70,7 @@ class RunFolder:
         )
 
     def _log(self, line: dict[str, Any]) -> None:
-        print(json.dumps(line), file=self._metrics)
+        print(to_json(line), file=self._metrics)
 
     def close(self) -> None:
         """No more lines."""
@@ -87,7 +101,10 @@ def draw_curve(metrics: Path, picture: Path) -> None:
     accurate = [line for line in scores if line["test_accuracy"] is not None]
     if accurate:
         right = axis.twinx()
-        points = [line["step"] for line in accurate], [100 * line["test_accuracy"] for line in accurate]
+        points = (
+            [line["step"] for line in accurate],
+            [100 * line["test_accuracy"] for line in accurate],
+        )
         right.plot(*points, "o-", color="tab:orange", label="test accuracy")
         right.set_ylabel("test accuracy, %")
         right.set_ylim(0, 100)

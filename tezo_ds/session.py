@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
@@ -39,7 +39,7 @@ class Settings(BaseModel):
     data_seed: int = 0
     max_length: int = Field(512, ge=2)
     eval_batch_size: int = Field(32, ge=1)
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
 @dataclass
@@ -62,7 +62,12 @@ class Session:
             return None
         s = self.settings
         return Evaluator(
-            self.engine, self.tokenizer, self.task.spec, self.task.test, s.eval_batch_size, s.max_length
+            self.engine,
+            self.tokenizer,
+            self.task.spec,
+            self.task.test,
+            s.eval_batch_size,
+            s.max_length,
         )
 
 
@@ -97,8 +102,8 @@ def resolve_config(
     Raises:
         ConfigError: see `config.resolve`; a stage other than 3.
     """
-    block = {} if deepspeed is None else deepspeed
-    config, deepspeed_config = resolve(block, overrides, defaults)
+    source: Path | dict[str, Any] = {} if deepspeed is None else deepspeed
+    config, deepspeed_config = resolve(source, overrides, defaults)
     if deepspeed_config is not None:
         from tezo_ds.sharding import zero3
 
@@ -133,7 +138,11 @@ def read_run(folder: Path) -> tuple[Settings, TezoConfig]:
     content = read_json(folder / CONFIG)
     if BLOCK not in content or "settings" not in content:
         raise ConfigError(f'{folder / CONFIG}: no "{BLOCK}" and "settings"; is it a run folder?')
-    settings = Settings(**{**content["settings"], "dtype": content["weights_dtype"]})
+    try:
+        settings = Settings(**{**content["settings"], "dtype": content.get("weights_dtype")})
+    except ValidationError as error:
+        fields = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
+        raise ConfigError(f"{folder / CONFIG}: missing or malformed: {fields}") from None
     return settings, resolve({BLOCK: content[BLOCK]})[0]
 
 

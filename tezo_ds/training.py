@@ -1,4 +1,4 @@
-"""The loop of `tezo-ds train`: batches in, steps, evaluations, and a run folder that is always whole."""
+"""The loop of `tezo-ds train`: batches, steps, evaluations, and a run folder that is always whole."""
 
 from __future__ import annotations
 
@@ -75,8 +75,10 @@ def train(
         "method": engine.config.method, "probe": engine.probe.name,
         "world_size": engine.sharding.world_size, "train_examples": len(examples),
     }  # fmt: skip
+    logged = engine.step_index
     try:
-        with turned_into_exceptions():
+        # Never between a step's update and its line in metrics.jsonl, so that they agree.
+        with turned_into_exceptions(lambda: engine.step_index > logged) as raise_waiting:
             evaluator = session.evaluator()
             _evaluate(engine, evaluator, folder, display, summary, "before")
             trained = time.perf_counter()
@@ -85,7 +87,8 @@ def train(
                     if folder is not None:
                         folder.log_step(report)
                     display.step(report)
-                    done = report.step + 1
+                    logged = done = report.step + 1
+                    raise_waiting()
                     if plan.eval_every and done % plan.eval_every == 0 and done < plan.steps:
                         _evaluate(engine, evaluator, folder, display, summary, None)
             summary["seconds_training"] = round(time.perf_counter() - trained, 2)
@@ -129,9 +132,7 @@ def _evaluate(
         summary["test_examples"] = score.examples
 
 
-def _write_results(
-    engine: Engine, model: str, folder: RunFolder, summary: dict[str, Any]
-) -> None:
+def _write_results(engine: Engine, model: str, folder: RunFolder, summary: dict[str, Any]) -> None:
     folder.close()
     save_coefficients(engine.coefficients(), folder.path / COEFFICIENTS)
     try:

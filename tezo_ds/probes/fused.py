@@ -79,7 +79,7 @@ class FusedProbe:
     @contextmanager
     def _at(self, c: Tensor) -> Iterator[None]:
         """Within it, every site adds its term; c is (branches, D) float64."""
-        parts = self._space.split(c.to(self._device, torch.float32))
+        parts = self._space.split(c.to(self._device))
         for group in {id(site.group): site.group for site in self._sites}.values():
             group.start(torch.cat([parts[site.name] for site in group.sites], dim=1))
         for site in self._sites:
@@ -128,7 +128,7 @@ class FusedProbe:
         if site.kind == "embedding":
             term = self._embedding_term(site, x, 1)
         else:
-            h = (x.reshape(1, -1, x.shape[-1]) @ site.V).float()
+            h = x.reshape(1, -1, x.shape[-1]) @ site.V
             c = site.group.c[..., site.group.columns[site.path]]
             term = (h * c).to(site.U.dtype) @ site.U.t()
         term = term.view(self._branches, *y.shape[1:])
@@ -146,5 +146,3 @@ def _find_sites(sharding: Sharding, space: CoefficientSpace) -> Iterator[Site]:
     for path, module in sharding.module.named_modules():
         if kind_of(module) and id(module.weight) in factors:
             yield Site(path, module, *factors[id(module.weight)])
-
-

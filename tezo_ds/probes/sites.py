@@ -62,14 +62,18 @@ class Group:
             self.columns[site.path] = slice(start, stop)
             site.V = self.V[:, start:stop]  # the group's memory, not a second copy
             site.group, start = self, stop
-        self.c = torch.empty(0)  # (branches, 1, sum of ranks) float32
+        self.c = torch.empty(0)  # (branches, 1, sum of ranks)
         self._input: weakref.ref[Tensor] | None = None
         self._version = -1
         self._scaled: dict[str, Tensor] = {}  # by path, (rows, rank)
 
     def start(self, c: Tensor) -> None:
-        """Takes c, (branches, sum of ranks) float32, and forgets the last forward."""
-        self.c, self._input = c[:, None], None
+        """Takes c, (branches, sum of ranks) float64, and forgets the last forward.
+
+        c stays float32 beside 16-bit weights: rounded like them, ±ρτ would vanish beside a larger a.
+        """
+        self.c = c[:, None].to(torch.promote_types(self.V.dtype, torch.float32))
+        self._input = None
 
     def scaled(self, site: Site, x: Tensor) -> Tensor:
         """(x V) ∘ c of one site: (rows, rank), rows in branch-major order."""
@@ -77,17 +81,18 @@ class Group:
         if not same:
             scaled = self._product(x)
             # Contiguous: BLAS takes ten times as long over the columns of a wider matrix.
-            self._scaled = {path: scaled[:, part].contiguous() for path, part in self.columns.items()}
+            self._scaled = {
+                path: scaled[:, part].contiguous() for path, part in self.columns.items()
+            }
             self._input, self._version = weakref.ref(x), x._version
         return self._scaled[site.path]
 
     def _product(self, x: Tensor) -> Tensor:
         h = x.reshape(-1, x.shape[-1]) @ self.V  # (rows, sum of ranks)
         by_branch = h.view(len(self.c), -1, h.shape[1])
-        if h.dtype == torch.float32:
+        if h.dtype == self.c.dtype:
             by_branch.mul_(self.c)
             return h
-        # c is applied in float32: rounded to 16 bits, ±ρτ would vanish beside a larger a.
         return (by_branch * self.c).to(h.dtype).view(h.shape)
 
 
@@ -139,8 +144,8 @@ def _wrapped(site: Site, add: AddTerm) -> Callable[..., Tensor]:
     forward = site.module.forward
     if type(site.module).forward in (nn.Linear.forward, nn.Embedding.forward):
 
-        def plain(x: Tensor) -> Tensor:
-            return add(site, x, forward(x))
+        def plain(input: Tensor) -> Tensor:  # torch's own name, as some call it by keyword
+            return add(site, input, forward(input))
 
         return plain
 
@@ -150,9 +155,9 @@ def _wrapped(site: Site, add: AddTerm) -> Callable[..., Tensor]:
         assert site.kind is not None
         original = getattr(F, site.kind)
 
-        def call(x: Tensor, weight: Tensor, *rest: Any, **more: Any) -> Tensor:
-            y = original(x, weight, *rest, **more)
-            return add(site, x, y) if weight is site.module.weight else y
+        def call(input: Tensor, weight: Tensor, *rest: Any, **more: Any) -> Tensor:
+            y = original(input, weight, *rest, **more)
+            return add(site, input, y) if weight is site.module.weight else y
 
         setattr(F, site.kind, call)
         try:

@@ -61,7 +61,8 @@ class Zero3(Sharding):
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         """The shape before partitioning (the parameter itself is empty)."""
-        return parameter.ds_shape
+        shape: torch.Size = vars(parameter)["ds_shape"]
+        return shape
 
     def each_shard(self, names: Collection[str], write: Callable[[ShardView], None]) -> None:
         """The partition of each parameter, and its secondary copy under hpZ.
@@ -73,8 +74,9 @@ class Zero3(Sharding):
         for name, parameter in self.module.named_parameters():
             if name not in names:
                 continue
-            if parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE:
-                raise ShardingError(f"{name}: still {parameter.ds_status.name} while being written")
+            status = vars(parameter)["ds_status"]
+            if status != ZeroParamStatus.NOT_AVAILABLE:
+                raise ShardingError(f"{name}: still {status.name} while being written")
             for view in _views(name, parameter):
                 write(view)
         # Gathers may run on a stream of their own, which does not wait for writes on this one.
@@ -89,7 +91,7 @@ class Zero3(Sharding):
             yield names, copy
 
 
-def _views(name: str, parameter: nn.Parameter) -> Iterator[ShardView]:
+def _views(name: str, parameter: Any) -> Iterator[ShardView]:
     """What this rank holds. Both tensors end in padding that is uninitialised memory."""
     shards = [(parameter.ds_tensor, parameter.ds_zero_partition_rank)]
     secondary = parameter.ds_secondary_tensor

@@ -44,23 +44,27 @@ class Evaluator:
     ) -> None:
         self._engine, self._batch_size = engine, batch_size
         self._pad = int(tokenizer.pad_token_id)
+        self.examples = len(examples)
         self.labels = list(spec.verbalizers or {})
-        words = list((spec.verbalizers or {}).values())
-        self._tokens = first_tokens(tokenizer, words, [e.prompt for e in examples]) if words else None
-        self._choices = 1
-        share = shard_range(len(examples), engine.sharding.rank, engine.sharding.world_size)
+        rank, world_size = engine.sharding.rank, engine.sharding.world_size
+        self._rounds = rounds(len(examples), batch_size, world_size)
+        share = shard_range(len(examples), rank, world_size)
         mine = examples[share.start : share.stop]
+        self._truth = torch.tensor(
+            [self.labels.index(e.label) for e in mine if e.label is not None]
+        )
+        words, self._choices = list((spec.verbalizers or {}).values()), 1
+        self._tokens: list[int] | None = None
+        if words:
+            self._tokens = first_tokens(tokenizer, words, [e.prompt for e in examples])
         if words and self._tokens is None:
             self._choices = len(words)
             rows = candidates(tokenizer, mine, words, max_length)
             self.encoded = [encoded for row in rows for encoded in row]
         else:
             self.encoded = encode(tokenizer, mine, max_length)
-        self._filler = self.encoded[0] if self.encoded else encode(tokenizer, examples[:1], max_length)[0]
-        world_size = engine.sharding.world_size
-        self._rounds = rounds(len(examples), batch_size, world_size)
-        self._truth = torch.tensor([self.labels.index(e.label) for e in mine if e.label is not None])
-        self.examples = len(examples)
+        # For a rank that has run out: any sequence will do, as none of its labels count.
+        self._filler = encode(tokenizer, examples[:1], max_length)[0]
 
     def __call__(self, progress: Callable[[float], None] | None = None) -> Score:
         """Runs all batches; every rank must call it. `progress` is given the fraction done."""
@@ -73,8 +77,8 @@ class Evaluator:
                 totals += self._batch(self.encoded[part], truth)
                 if progress is not None:
                     progress((index + 1) / self._rounds)
-        self._engine.sharding.all_reduce(totals := totals.to(self._engine.sharding.device))
-        correct, loss_sum, tokens = totals.tolist()
+        sharding = self._engine.sharding
+        correct, loss_sum, tokens = sharding.all_reduce(totals.to(sharding.device)).tolist()
         accuracy = correct / self.examples if self.labels else None
         return Score(accuracy, loss_sum / max(tokens, 1), self.examples)
 

@@ -1,0 +1,102 @@
+"""U, V and τ by name; the coefficient vector; in-place updates of ragged shards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tezo_ds
+from tezo_ds.factors import CoefficientSpace, Matrix, matrix_shape
+from tezo_ds.lowrank import ShardFactors, add_low_rank_
+from tezo_ds.sharding import ShardView
+
+NAME, SHAPE, RANK, SEED = "layers.3.weight", (37, 22), 5, 11
+
+
+@pytest.mark.parametrize(
+    "rows", [slice(4, 19), range(4, 19), list(range(4, 19)), torch.arange(4, 19)]
+)
+def test_rows_of_U_are_the_same_bits_as_of_the_whole(rows: object) -> None:
+    U, V = tezo_ds.factors(NAME, SHAPE, RANK, SEED)
+    part, same_V = tezo_ds.factors(NAME, SHAPE, RANK, SEED, rows=rows)
+    assert U.shape == (37, RANK) and V.shape == (22, RANK) and U.dtype == V.dtype == torch.float32
+    assert torch.equal(part, U[4:19]) and torch.equal(same_V, V)
+
+
+def test_factors_differ_by_name_seed_and_side() -> None:
+    U, V = tezo_ds.factors("a", (9, 9), 4, 0)
+    assert not torch.equal(U, V)
+    assert not torch.equal(U, tezo_ds.factors("b", (9, 9), 4, 0)[0])  # same-shaped layers
+    assert not torch.equal(U, tezo_ds.factors("a", (9, 9), 4, 1)[0])
+    with pytest.raises(IndexError, match=r"not all within \[0, 9\)"):
+        tezo_ds.factors("a", (9, 9), 4, 0, rows=[9])
+    with pytest.raises(ValueError, match="two dims"):
+        tezo_ds.factors("bias", (9,), 4, 0)
+    assert matrix_shape((2, 3, 5)) == (6, 5)
+
+
+def test_tau_is_fresh_by_name_step_and_direction() -> None:
+    taus = {
+        (name, step, direction): tuple(tezo_ds.tau(name, RANK, SEED, step, direction).tolist())
+        for name in "ab" for step in range(3) for direction in range(3)
+    }  # fmt: skip
+    assert len(set(taus.values())) == len(taus)
+    again = tezo_ds.tau("a", RANK, SEED, 2, 1)
+    assert again.dtype == torch.float32 and tuple(again.tolist()) == taus["a", 2, 1]
+
+
+def test_all_taus_at_once_are_those_of_tau() -> None:
+    matrices = [Matrix("a", (9, 8), 3), Matrix("b", (7, 9), 6), Matrix("c", (9, 9), 1)]
+    space = CoefficientSpace(matrices, SEED)
+    together = space.taus(step=4, directions=3)
+    assert together.shape == (3, 10) == (3, space.numel)
+    for direction in range(3):
+        for matrix in matrices:
+            expected = tezo_ds.tau(matrix.name, matrix.rank, SEED, 4, direction)
+            assert torch.equal(space.split(together[direction])[matrix.name], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("start", "stop", "hazard"),
+    [
+        (0, 37 * 22, "whole"),
+        (44, 66, "one whole row"),
+        (30, 100, "ragged at both ends"),
+        (30, 66, "ragged head"),
+        (44, 100, "ragged tail"),
+        (50, 60, "inside one row"),
+        (40, 50, "two parts of rows and no whole one"),
+        (70, 70, "empty"),
+    ],
+)
+def test_updates_of_a_shard_are_those_of_the_matrix(
+    dtype: torch.dtype, start: int, stop: int, hazard: str
+) -> None:
+    space = CoefficientSpace([Matrix(NAME, SHAPE, RANK)], SEED)
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(SHAPE, generator=generator).to(dtype)
+    c = torch.randn(RANK, generator=generator, dtype=torch.float64)
+    view = ShardView(NAME, SHAPE, start, W.flatten()[start:stop].clone())
+    U, V = ShardFactors(space, keep=False)(view)
+    assert len(U) == len(view.rows) and U.dtype == dtype
+    before, guard = view.local.clone(), view.local.clone()
+    add_low_rank_(view, U, V, c)
+    whole_U, whole_V = (f.to(dtype).double() for f in tezo_ds.factors(NAME, SHAPE, RANK, SEED))
+    change = ((whole_U * c.float().double()) @ whole_V.t()).flatten()[start:stop]
+    expected = (before.double() + change).to(dtype)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float64: 1e-5}[dtype]
+    torch.testing.assert_close(view.local, expected, rtol=tolerance, atol=tolerance)
+    assert stop == start or not torch.equal(view.local, guard)
+
+
+def test_bfloat16_sums_are_rounded_once() -> None:
+    """U diag(c) Vᵀ in bfloat16 would lose what the row-block path keeps."""
+    space = CoefficientSpace([Matrix(NAME, SHAPE, RANK)], SEED)
+    W = torch.zeros(SHAPE, dtype=torch.bfloat16)
+    view = ShardView(NAME, SHAPE, 0, W.view(-1))
+    U, V = ShardFactors(space, keep=False)(view)
+    c = torch.full((RANK,), 1.001, dtype=torch.float64)  # 1.001 rounds to 1 in bfloat16
+    add_low_rank_(view, U, V, c)
+    exact = (U.double() * c) @ V.double().t()
+    assert torch.equal(W, exact.to(torch.bfloat16))
