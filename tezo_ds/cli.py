@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -133,7 +134,7 @@ def train(
     """See TRAIN_HELP."""
     given = dict(locals())
     # Imported late, as transformers and DeepSpeed take seconds that --help need not wait for.
-    from tezo_ds import session, training
+    from tezo_ds import export, session, training
     from tezo_ds.display import Display
     from tezo_ds.runfolder import CONFIG, RunFolder, refuse_used
     from tezo_ds.tasks import encode, truncations
@@ -150,6 +151,8 @@ def train(
     sharding = opened.engine.sharding
     display = Display(sharding.rank, sharding.world_size, log_every)
     display.summary(opened.engine)
+    if reason := export.no_adapter_because(opened.engine):
+        display.note(f"no adapter will be written: {reason}")
     examples = encode(opened.tokenizer, opened.task.train, settings.max_length)
     display.data(opened.task, truncations(examples), settings.max_length)
     folder = None
@@ -249,6 +252,8 @@ def _quieten() -> None:
     from transformers.utils import logging as transformers_logging
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed's calls of names that torch is about to drop.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
 

@@ -80,8 +80,8 @@ class Engine:
                 "nothing was measured; raise rho, or check that the chosen parameters act on the loss"
             )
         kappa = (losses[0::2] - losses[1::2]) / (2 * rho)
-        self.method.update(kappa, tau, lr)
         self.step_index += 1
+        self.method.update(kappa, tau, lr)
         return StepReport(
             step, losses.mean().item(), tuple(kappa.tolist()), lr,
             time.perf_counter() - start, _tokens(batch),

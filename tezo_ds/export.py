@@ -28,12 +28,9 @@ def lora_tensors(engine: Engine) -> dict[str, Tensor]:
     Raises:
         ConfigError: a trained matrix sits elsewhere than in a Linear or a plain Embedding.
     """
+    if reason := no_adapter_because(engine):
+        raise ConfigError(reason)
     module = engine.sharding.module
-    names = {matrix.name for matrix in engine.space.matrices}
-    gaps = {**uncovered(module, names), **_offset_embeddings(module, names)}
-    if gaps:
-        name, where = next(iter(gaps.items()))
-        raise ConfigError(f"{name} ({where}) has no place in a LoRA adapter; export merged weights")
     parameters, make = dict(module.named_parameters()), ShardFactors(engine.space, keep=False)
     coefficients = engine.coefficients()
     owners = _owners(module)
@@ -51,6 +48,20 @@ def lora_tensors(engine: Engine) -> dict[str, Tensor]:
                 tensors[f"{prefix}A.weight"] = V.t().contiguous()
                 tensors[f"{prefix}B.weight"] = scaled.clone()
     return tensors
+
+
+def no_adapter_because(engine: Engine) -> str | None:
+    """What stands against an adapter of this run, in one line; None if nothing does."""
+    module = engine.sharding.module
+    names = {matrix.name for matrix in engine.space.matrices}
+    gaps = {**uncovered(module, names), **_offset_embeddings(module, names)}
+    if not gaps:
+        return None
+    name, where = next(iter(gaps.items()))
+    return (
+        f"{name} ({where}) has no place in a LoRA adapter; exclude it, or take the merged weights "
+        "from Engine.state_dict"
+    )
 
 
 def _offset_embeddings(module: nn.Module, names: set[str]) -> dict[str, str]:

@@ -30,8 +30,8 @@ def turned_into_exceptions(
     waiting: list[Interrupted] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        for name in before:
-            signal.signal(name, signal.SIG_IGN)
+        if waiting:
+            return
         waiting.append(Interrupted(f"stopped by {signal.Signals(number).name}"))
         if not halfway():
             raise waiting[0]
@@ -42,13 +42,8 @@ def turned_into_exceptions(
 
     for name in (signal.SIGINT, signal.SIGTERM):
         before[name] = signal.signal(name, interrupt)
-    stopped = False
     try:
         yield raise_waiting
-    except Interrupted:
-        stopped = True  # stay deaf: the process writes its results and ends
-        raise
     finally:
-        if not stopped:
-            for name, handler in before.items():
-                signal.signal(name, handler)
+        for name, handler in before.items():  # once stopped, deaf: it writes its results and ends
+            signal.signal(name, signal.SIG_IGN if waiting else handler)

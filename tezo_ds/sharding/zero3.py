@@ -103,7 +103,7 @@ def _views(name: str, parameter: Any) -> Iterator[ShardView]:
             raise ShardingError(f"{name}: its shard is quantised; set quantisation off to write it")
         if tensor.numel() == 0 and parameter.ds_numel:
             raise ShardingError(
-                f"{name}: its shard is on NVMe, which cannot be written yet; offload to cpu instead"
+                f"{name}: its shard is on NVMe and cannot be written; offload to cpu, or train fused"
             )
         start = min(rank * tensor.numel(), parameter.ds_numel)
         valid = min(parameter.ds_numel - start, tensor.numel())

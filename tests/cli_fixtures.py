@@ -1,0 +1,41 @@
+"""A pytest plugin for the tests of the command line; modules name it in `pytest_plugins`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from command_line import WORDS, Given, Run, call
+from tiny import tiny
+from tiny_tokenizer import tiny_tokenizer
+from transformers import LlamaForCausalLM
+
+
+@pytest.fixture(scope="session")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
+    """A tiny Llama with its tokenizer, and 48 labelled films."""
+    folder = tmp_path_factory.mktemp("given")
+    feelings = ("long", "dull", "slow", "fresh", "warm", "odd")
+    rows = [
+        {"text": f"film {i} felt {feelings[i % 6]}", "label": label}
+        for i, label in enumerate(list(WORDS) * 16)
+    ]
+    (folder / "films.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = tiny_tokenizer(
+        [f"{row['text']} It was {word}" for row in rows for word in WORDS.values()]
+    )
+    tokenizer.save_pretrained(folder / "model")
+    config = tiny().config
+    config.vocab_size = len(tokenizer)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    return Given(folder / "model", folder / "films.jsonl")
+
+
+@pytest.fixture(scope="session")
+def plain(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run of one process."""
+    output = tmp_path_factory.mktemp("plain") / "run"
+    assert call(*given.train(output, eval_every=4)) == 0
+    return Run(output)

@@ -1,0 +1,123 @@
+"""Ways to call the command line and to read what it leaves; cli_fixtures.py has the fixtures."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tezo_ds.cli import main
+from tezo_ds.runfolder import COEFFICIENTS, CONFIG, METRICS, SUMMARY, read_metrics
+
+TEMPLATE = "{text} It was"
+WORDS = {"bad": "terrible", "good": "great", "mixed": "okay"}
+STEPS, BATCH = 6, 4
+BLOCK = {"rank": 4, "lr": 0.002, "seed": 3}
+TIMEOUT = 120  # seconds, of a process
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a user has before the first run."""
+
+    model: Path
+    data: Path
+
+    def task(self) -> list[str]:
+        """Options that name the model and the task."""
+        words = json.dumps(WORDS)
+        named = {"model": self.model, "task": self.data, "template": TEMPLATE, "verbalizers": words}
+        return flags({**named, "test_fraction": 0.4})
+
+    def train(self, output: Path, **options: Any) -> list[str]:
+        """A short run; `options` come on top of BLOCK, STEPS and BATCH."""
+        chosen = {"output": output, "steps": STEPS, "batch_size": BATCH, **BLOCK, **options}
+        return ["train", *self.task(), *flags(chosen)]
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    """`--name value` of each; None leaves one out."""
+    pairs = ((f"--{k.replace('_', '-')}", str(v)) for k, v in options.items() if v is not None)
+    return [word for pair in pairs for word in pair]
+
+
+def call(*arguments: object) -> int:
+    """Exit code of `tezo-ds ARGUMENTS`, run in this process."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(sys, "argv", ["tezo-ds", *map(str, arguments)])
+        main()
+    code = stopped.value.code
+    assert code is None or isinstance(code, int), code
+    return code or 0
+
+
+def start(*command: object, **env: object) -> subprocess.Popen[str]:
+    """A process on the CPU with one thread, its output piped."""
+    quiet = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [str(word) for word in command],
+        env={**os.environ, **quiet, **{key: str(value) for key, value in env.items()}},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a process, which is not left behind whatever happens."""
+    try:
+        out, err = process.communicate(timeout=TIMEOUT)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def strict_json(text: str) -> Any:
+    """JSON as other languages read it: without NaN and Infinity."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The files of a run folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return dict(strict_json((self.path / CONFIG).read_text()))
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return dict(strict_json((self.path / SUMMARY).read_text()))
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return [strict_json(line) for line in (self.path / METRICS).read_text().splitlines()]
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """The lines of steps alone."""
+        return read_metrics(self.path / METRICS)[0]
+
+    @property
+    def coefficients(self) -> dict[str, torch.Tensor]:
+        return load_file(self.path / COEFFICIENTS)

@@ -1,0 +1,143 @@
+"""`tezo-ds train` and `tezo-ds evaluate`: plain, launched on two ranks, and by hand all agree."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import (
+    BATCH,
+    BLOCK,
+    STEPS,
+    TEMPLATE,
+    WORDS,
+    Given,
+    Run,
+    call,
+    finish,
+    free_port,
+    start,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tezo_ds
+from tezo_ds.tasks import batch_indices, collate, encode, load_task
+
+pytest_plugins = ("cli_fixtures",)
+
+OVERRIDES: dict[str, Any] = {
+    "method": "tezo-m",
+    "rank": 3,
+    "rho": 0.002,
+    "lr": 0.0003,
+    "schedule": "linear",
+    "warmup_steps": 1,
+    "total_steps": 7,
+    "momentum": 0.5,
+    "seed": 11,
+    "queries": 2,
+    "probe": "inplace",
+    "include": ["model.layers.*"],
+    "exclude": ["*q_proj*"],
+}
+
+
+def by_hand(given: Given) -> tezo_ds.Engine:
+    """The run of the fixture `plain`, through the public API."""
+    task = load_task(str(given.data), template=TEMPLATE, verbalizers=WORDS, test_fraction=0.4)
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    examples = encode(tokenizer, task.train, 512)
+    engine = tezo_ds.initialize(AutoModelForCausalLM.from_pretrained(given.model), dict(BLOCK))
+    for step in range(STEPS):
+        chosen = batch_indices(len(examples), BATCH, step, BLOCK["seed"], 0, 1)
+        engine.step(collate([examples[i] for i in chosen], tokenizer.pad_token_id))
+    return engine
+
+
+def assert_halved(run: Run, plain: Run) -> None:
+    """Two ranks shared each batch of `plain` and reached the same, up to float32's rounding in the
+    losses, which κ divides by ρ."""
+    assert run.config["world_size"] == run.summary["world_size"] == 2
+    assert [2 * line["tokens"] for line in run.steps] == [line["tokens"] for line in plain.steps]
+    found, expected = run.coefficients, plain.coefficients
+    assert found.keys() == expected.keys()
+    largest = max(float(part.abs().max()) for part in expected.values())
+    for name, part in expected.items():
+        torch.testing.assert_close(found[name], part, rtol=0, atol=1e-3 * largest)
+    assert run.summary["accuracy_after"] == plain.summary["accuracy_after"]
+
+
+def test_coefficients_are_those_of_an_engine_driven_by_hand(given: Given, plain: Run) -> None:
+    engine = by_hand(given)
+    expected, found = engine.coefficients(), plain.coefficients
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(bool(part.all()) for part in found.values())
+
+
+def test_deepspeed_launches_two_ranks_of_zero_3(given: Given, plain: Run, tmp_path: Path) -> None:
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "tezo": {**BLOCK, "lr": 0.5},  # the flag wins
+    }
+    (tmp_path / "zero3.json").write_text(json.dumps(config))
+    launcher = Path(sys.executable).with_name("deepspeed")
+    options = ("--num_gpus", 2, "--master_port", free_port(), "--module", "tezo_ds")
+    arguments = given.train(tmp_path / "run", deepspeed=tmp_path / "zero3.json")
+    code, out, err = finish(start(launcher, *options, *arguments))
+    assert code == 0, err
+    run = Run(tmp_path / "run")
+    assert run.config["deepspeed"]["zero_optimization"]["stage"] == 3
+    assert run.config["tezo"]["lr"] == BLOCK["lr"]
+    assert "Zero3 on 2 rank(s)" in out
+    assert_halved(run, plain)
+
+
+def test_torchrun_launches_two_replicas(given: Given, plain: Run, tmp_path: Path) -> None:
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2)
+    options = ("--master-port", free_port(), "-m", "tezo_ds")
+    code, out, err = finish(start(*launcher, *options, *given.train(tmp_path / "run")))
+    assert code == 0, err
+    assert "Replicated on 2 rank(s)" in out
+    assert out.count(f"step {STEPS}/{STEPS}") == 1  # rank 0 alone speaks
+    assert_halved(Run(tmp_path / "run"), plain)
+
+
+def test_evaluate_finds_what_the_run_found(
+    given: Given, plain: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = plain.summary
+    assert call("evaluate", "--run", plain.path) == 0
+    after = json.loads(capsys.readouterr().out)
+    assert call("evaluate", *given.task()) == 0
+    before = json.loads(capsys.readouterr().out)
+    for found, when in ((before, "before"), (after, "after")):
+        assert found == {
+            "accuracy": summary[f"accuracy_{when}"],
+            "loss": pytest.approx(summary[f"test_loss_{when}"], rel=1e-6),
+            "test_examples": summary["test_examples"],
+        }
+    assert after["accuracy"] != before["accuracy"]
+    assert abs(after["loss"] - before["loss"]) > 0.1
+
+
+def test_every_field_of_the_block_has_an_option(given: Given, tmp_path: Path) -> None:
+    fields = tezo_ds.TezoConfig.model_fields
+    assert OVERRIDES.keys() == fields.keys()
+    assert all(value != fields[name].get_default() for name, value in OVERRIDES.items())
+    options = {k: v[0] if isinstance(v, list) else v for k, v in OVERRIDES.items()}
+    assert call(*given.train(tmp_path / "run", **options, steps=3)) == 0
+    assert Run(tmp_path / "run").config["tezo"] == OVERRIDES
+
+
+def test_patterns_may_be_given_more_than_once(given: Given, tmp_path: Path) -> None:
+    more = ("--exclude", "*embed*", "--exclude", "*mlp*")
+    assert call(*given.train(tmp_path / "run", steps=1), *more) == 0
+    run = Run(tmp_path / "run")
+    assert run.config["tezo"]["exclude"] == ["*embed*", "*mlp*"]
+    assert all("self_attn" in name for name in run.coefficients)
