@@ -214,3 +214,29 @@ def test_coefficients_load_only_where_they_belong() -> None:
         tezo_ds.initialize(tiny(), {"rank": 3}).load_coefficients(saved)
     with pytest.raises(tezo_ds.ConfigError, match="differ in 1 parameters"):
         tezo_ds.initialize(tiny(), {"rank": 2, "exclude": ["*embed*"]}).load_coefficients(saved)
+
+
+def test_choices_make_the_loss_a_pick_among_words() -> None:
+    """Cross-entropy over the chosen tokens alone, in both probes and in scores."""
+    batch = make_batch(4)
+    choices = torch.tensor([7, 30, 11])
+    labelled = batch["labels"] != -100
+    batch["labels"][labelled] = choices[batch["labels"][labelled] % 3]
+    model = tiny()
+    with torch.no_grad():
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    wanted = batch["labels"][:, 1:]
+    place = (wanted[..., None] == choices).int().argmax(dim=-1)[wanted != -100]
+    rows = logits[:, :-1][wanted != -100][:, choices]
+    expected = torch.nn.functional.cross_entropy(rows, place).item()
+    for probe in ("fused", "inplace"):
+        engine = tezo_ds.initialize(model, {"rank": 2, "probe": probe})
+        assert engine.loss(batch) > 2.5  # among 61 words
+        engine.objective.choices = choices
+        assert engine.loss(batch) == pytest.approx(expected, rel=1e-5) and expected < 2
+        assert engine.step(batch).loss == pytest.approx(expected, rel=1e-3)
+        _, losses, _ = engine.objective.score(batch)
+        assert losses.mean().item() == pytest.approx(expected, rel=1e-5)
+    engine.objective.choices = choices[:2]
+    with pytest.raises(tezo_ds.DataError, match=r"label token 11 is none of the choices \[7, 30\]"):
+        engine.loss(batch)

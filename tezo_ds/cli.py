@@ -72,6 +72,10 @@ Data = Annotated[
 TestData = Annotated[str | None, _data("test file")]
 Template = Annotated[str | None, _data('prompt with columns in braces, e.g. "{text} It was"')]
 Verbalizers = Annotated[str | None, _data('label to word, as JSON: {"0": "bad", "1": "good"}')]
+Objective = Annotated[
+    str | None,
+    _data("lm: the answer among all tokens (default); choices: among the task's words alone"),
+]
 LabelField = Annotated[str | None, _data("column that holds the label")]
 TestFraction = Annotated[float | None, _data("held out where there is no test file (0.2)")]
 TestExamples = Annotated[int | None, _data("at most so many test examples")]
@@ -111,6 +115,7 @@ def train(
     template: Template = None,
     verbalizers: Verbalizers = None,
     label_field: LabelField = None,
+    objective: Objective = None,
     test_fraction: TestFraction = None,
     train_examples: Annotated[int | None, _data("at most so many training examples")] = None,
     test_examples: TestExamples = None,
@@ -177,6 +182,7 @@ def evaluate(
     template: Template = None,
     verbalizers: Verbalizers = None,
     label_field: LabelField = None,
+    objective: Objective = None,
     test_fraction: TestFraction = None,
     test_examples: TestExamples = None,
     data_seed: DataSeed = None,

@@ -46,6 +46,10 @@ def repeat(batch: Mapping[str, Any], times: int) -> dict[str, Any]:
 class Objective:
     """Runs the model on a batch and gives loss sums and counts, branch by branch.
 
+    Attributes:
+        choices: int64 (words,), or None. With it the default loss is over these tokens alone: the
+            cross-entropy of picking the right one of them, not of predicting it among all.
+
     Args:
         sharding: of the model.
         loss_fn: (outputs, batch) -> (loss_sum, count), each (examples,). None: cross-entropy on
@@ -57,6 +61,7 @@ class Objective:
         self._loss_fn = loss_fn
         self._parameters = inspect.signature(sharding.module.forward).parameters
         self._head = Head(sharding) if loss_fn is None else None
+        self.choices: Tensor | None = None
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What of a batch the model's forward takes, on its device; labels stay with us."""
@@ -94,22 +99,32 @@ class Objective:
     def _token_losses(self, head: Head, batch: Mapping[str, Any], branches: int) -> Tensor:
         positions, tokens = self._labelled(batch)
 
-        def negative_log_likelihood(logits: Tensor, part: slice) -> Tensor:
-            flat = logits.float().flatten(0, 1)  # (branches * j, vocabulary)
-            loss = F.cross_entropy(flat, tokens[part].repeat(branches), reduction="none")
-            return loss.view(branches, -1)
+        def losses(logits: Tensor, part: slice) -> Tensor:
+            flat = logits.flatten(0, 1)  # (branches * j, vocabulary)
+            return self._cross_entropy(flat, tokens[part].repeat(branches)).view(branches, -1)
 
         inputs = self.inputs(repeat(batch, branches))
-        sums = head(inputs, positions, branches, negative_log_likelihood).double().sum(dim=1)
+        sums = head(inputs, positions, branches, losses).double().sum(dim=1)
         return torch.stack([sums, torch.full_like(sums, positions.numel())])
 
     def _labelled(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Flat positions (k,) that predict a label, and those labels (k,)."""
+        """Flat positions (k,) that predict a label; those labels, as places among the choices where
+        there are any: (k,)."""
         if "labels" not in batch:
             raise DataError('batch has no "labels"; add them (-100 where none), or pass a loss_fn')
         wanted = targets(self._sharding.module, batch["labels"]).reshape(-1)  # (B * T,)
         positions = (wanted != IGNORE).nonzero()[:, 0]
-        return positions, wanted[positions].to(self._sharding.device)
+        tokens = wanted[positions].to(self._sharding.device)
+        if self.choices is None:
+            return positions, tokens
+        self.choices = self.choices.to(tokens.device)
+        return positions, _index_in(self.choices, tokens)
+
+    def _cross_entropy(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """Of each row of logits (rows, vocabulary), float32 (rows,)."""
+        if self.choices is not None:
+            logits = logits[:, self.choices]
+        return F.cross_entropy(logits.float(), tokens, reduction="none")
 
     @torch.no_grad()
     def score(
@@ -122,8 +137,8 @@ class Objective:
             candidates: int64 (words,), token ids to compare.
 
         Returns:
-            On the CPU: the example that each position belongs to, int64 (k,); the negative
-            log-likelihood of its label, float32 (k,); the candidates' logits, float32 (k, words).
+            On the CPU: the example that each position belongs to, int64 (k,); the cross-entropy
+            of its label, float32 (k,); the candidates' logits, float32 (k, words).
         """
         assert self._head is not None, "scores need the default loss"
         positions, tokens = self._labelled(batch)
@@ -131,10 +146,22 @@ class Objective:
         ids = ids.to(self._sharding.device)
 
         def both(logits: Tensor, part: slice) -> Tensor:
-            logits = logits.float()
-            loss = F.cross_entropy(logits[0], tokens[part], reduction="none")
-            return torch.cat([loss[None, :, None], logits[..., ids]], dim=-1)
+            loss = self._cross_entropy(logits[0], tokens[part])
+            return torch.cat([loss[None, :, None], logits[..., ids].float()], dim=-1)
 
         result = self._head(self.inputs(batch), positions, 1, both)[0].cpu()  # (k, 1 + words)
         rows = positions.cpu() // batch["labels"].shape[1]
         return rows, result[:, 0], result[:, 1:]
+
+
+def _index_in(choices: Tensor, tokens: Tensor) -> Tensor:
+    """Place of each token among the choices: (k,).
+
+    Raises:
+        DataError: one is none of them.
+    """
+    same = tokens[:, None] == choices
+    if not bool(same.any(dim=1).all()):
+        stranger = tokens[~same.any(dim=1)][0].item()
+        raise DataError(f"label token {stranger} is none of the choices {choices.tolist()}")
+    return same.int().argmax(dim=1)

@@ -7,8 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tezo_ds.config import BLOCK, TezoConfig, read_json, resolve
@@ -17,7 +19,7 @@ from tezo_ds.errors import ConfigError
 from tezo_ds.loading import join_world, load_model, load_tokenizer
 from tezo_ds.runfolder import COEFFICIENTS, CONFIG
 from tezo_ds.sharding import sharding_of
-from tezo_ds.tasks import TaskData, load_task
+from tezo_ds.tasks import TaskData, first_tokens, load_task
 from tezo_ds.tasks.evaluation import Evaluator
 
 
@@ -40,6 +42,7 @@ class Settings(BaseModel):
     max_length: int = Field(512, ge=2)
     eval_batch_size: int = Field(32, ge=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    objective: Literal["lm", "choices"] = "lm"
 
 
 @dataclass
@@ -88,7 +91,26 @@ def open_session(
     tokenizer = load_tokenizer(s.model)
     model = load_model(s.model, s.dtype, deepspeed_config)
     engine = Engine(sharding_of(model, deepspeed_config), config, loss_fn=None)
+    if s.objective == "choices":
+        engine.objective.choices = _choices(tokenizer, task)
     return Session(settings, engine, tokenizer, task)
+
+
+def _choices(tokenizer: PreTrainedTokenizerBase, task: TaskData) -> Tensor:
+    """The token of each verbaliser's word.
+
+    Raises:
+        ConfigError: one token does not tell them apart.
+    """
+    words = list((task.spec.verbalizers or {}).values())
+    prompts = [example.prompt for example in [*task.train, *task.test]]
+    tokens = first_tokens(tokenizer, words, prompts) if words else None
+    if tokens is None:
+        raise ConfigError(
+            f"--objective choices needs words of one token each, all different; {words} are not "
+            "for this tokenizer: choose others, or use --objective lm"
+        )
+    return torch.tensor(tokens)
 
 
 def resolve_config(
