@@ -5,7 +5,11 @@ step, the in-place TeZO step, and a MeZO-style step (dense normals, four in-plac
 here after arXiv 2305.17333, algorithm 1). Prints medians, spread, and ratios to the plain forward
 taken within each round.
 
-    python benchmarks/step_overhead.py --model .cache/quickstart/SmolLM2-135M-Instruct
+    python benchmarks/step_overhead.py
+    python benchmarks/step_overhead.py --hidden 4096 --shapes 4x32 --only fused
+
+The plain forward computes logits and loss at the same positions as the steps do: comparing with one
+that computes the logits of every position would flatter the steps wherever few carry a label.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from machine import describe
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import tezo_ds
 
@@ -64,9 +68,22 @@ def mezo_step(
         move(seed, -lr * (plus - minus) / (2 * rho))
 
 
+def random_llama(hidden: int) -> LlamaForCausalLM:
+    """Two layers of Llama proportions and a small vocabulary, random weights."""
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=hidden, intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=2, num_attention_heads=hidden // 128, num_key_value_heads=hidden // 128,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
 def contestants(args: argparse.Namespace, shape: str) -> dict[str, Callable[[], object]]:
     """The steps to time, by name; all on one model, which none of them changes for good."""
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype)
+    if args.hidden:
+        model = random_llama(args.hidden).to(dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
     fields = {"rank": args.rank, "queries": args.queries, "lr": 1e-9, "exclude": args.exclude}
     fused = tezo_ds.initialize(model, {**fields, "probe": "fused"})
     inplace = tezo_ds.initialize(model, {**fields, "probe": "inplace"})
@@ -116,6 +133,7 @@ def _spread(values: list[float], scale: float, digits: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(ROOT / ".cache/quickstart/SmolLM2-135M-Instruct"))
+    parser.add_argument("--hidden", type=int, help="two random Llama layers of this size instead")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="B x T, e.g. 16x64")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--queries", type=int, default=1)

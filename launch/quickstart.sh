@@ -17,6 +17,8 @@ cache="${TEZO_QUICKSTART_CACHE:-.cache/quickstart}"
 gpus="$("$bin/python" -c 'import torch; print(torch.accelerator.device_count())')"
 if ((gpus == 0)); then
     export DS_ACCELERATOR=cpu
+    # Else glibc hands the pages of each large tensor back to the kernel and faults them in again.
+    export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
 fi
 ranks="${RANKS:-$((gpus > 0 ? gpus : 2))}"
 cores="$("$bin/python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"
@@ -31,4 +33,5 @@ PATH="$bin:$PATH" deepspeed --num_gpus "$ranks" --master_port "${MASTER_PORT:-29
     --module tezo_ds train \
     --deepspeed ds_configs/quickstart.json \
     --model "$cache/SmolLM2-135M-Instruct" --task trec --data "$cache/trec" \
+    --objective choices --steps 80 --eval-every 40 --test-examples 400 \
     --batch-size $((ranks * ((16 + ranks - 1) / ranks))) --output "$output" "$@"

@@ -61,7 +61,7 @@ fi
 say "installing into $venv (the first time takes minutes)"
 rm -f "$stamp" # an install that breaks off is then run again
 cd "$repo"
-"$venv/bin/python" -m pip install --quiet -c constraints.txt -e '.[dev]' ||
+"$venv/bin/python" -m pip install -qq -c constraints.txt -e '.[dev]' ||
     die "pip could not install the package; its message is above"
 echo "$wanted" >"$stamp"
 say "done; activate it with: source $venv/bin/activate"

@@ -192,7 +192,7 @@ def test_selection_names_counts_and_refuses() -> None:
     assert len(selection.matrices) == 13 and selection.coefficients == 26
     assert selection.frozen == {
         "vectors (biases, norms)": 5,
-        "excluded by name": 1,
+        "left out by include or exclude": 1,
         "requires_grad is False": 1,
     }
     total = selection.trainable_numel + selection.frozen_numel

@@ -13,7 +13,7 @@ from tezo_ds.factors import Matrix, matrix_shape
 from tezo_ds.sharding.base import Sharding
 
 VECTOR = "vectors (biases, norms)"
-EXCLUDED = "excluded by name"
+EXCLUDED = "left out by include or exclude"
 NO_GRAD = "requires_grad is False"
 
 

@@ -105,13 +105,13 @@ class FusedProbe:
         if self._sightings is not None:
             self._sightings.note(site, x)
         y = y.contiguous()
-        y.view(-1, y.shape[-1]).addmm_(site.group.scaled(site, x), site.U.t())
+        y.view(-1, y.shape[-1]).addmm_(site.group.scaled(site, x), site.U)
         return y
 
     def _embedding_term(self, site: Site, ids: Tensor, copies: int) -> Tensor:
         """(U[ids] ∘ c) Vᵀ: (branches, rows, n); `copies` of the ids are there, or one for all."""
         rows = F.embedding(ids, site.U).view(copies, -1, site.U.shape[1])  # (copies, rows, rank)
-        return (rows * site.group.c).to(site.V.dtype) @ site.V.t()
+        return (rows * site.group.c).to(site.Vt.dtype) @ site.Vt
 
     def _add_shared(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """One row that serves every example, as position ids of shape (1, T) do: the result must be
@@ -128,9 +128,9 @@ class FusedProbe:
         if site.kind == "embedding":
             term = self._embedding_term(site, x, 1)
         else:
-            h = x.reshape(1, -1, x.shape[-1]) @ site.V
+            h = F.linear(x.reshape(1, -1, x.shape[-1]), site.Vt)
             c = site.group.c[..., site.group.columns[site.path]]
-            term = (h * c).to(site.U.dtype) @ site.U.t()
+            term = (h * c).to(site.U.dtype) @ site.U
         term = term.view(self._branches, *y.shape[1:])
         return (y + term).repeat_interleave(self._examples, dim=0)
 
