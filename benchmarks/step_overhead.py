@@ -8,8 +8,9 @@ taken within each round.
     python benchmarks/step_overhead.py
     python benchmarks/step_overhead.py --hidden 4096 --shapes 4x32 --only fused
 
-The plain forward computes logits and loss at the same positions as the steps do: comparing with one
-that computes the logits of every position would flatter the steps wherever few carry a label.
+The plain forward computes logits and loss at the same positions as the steps do. "All logits" is what
+`model(**batch)` does by itself: comparing with it flatters the steps wherever few positions carry a
+label.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import tezo_ds
+from tezo_ds.objective import repeat
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ("16x64", "4x32")
@@ -88,8 +90,15 @@ def contestants(args: argparse.Namespace, shape: str) -> dict[str, Callable[[], 
     fused = tezo_ds.initialize(model, {**fields, "probe": "fused"})
     inplace = tezo_ds.initialize(model, {**fields, "probe": "inplace"})
     batch = make_batch(shape, model.config.vocab_size, args.labels)
+    repeated = repeat({k: v for k, v in batch.items() if k != "labels"}, 2 * args.queries)
+
+    def all_logits() -> None:
+        with torch.no_grad():
+            model(**repeated, use_cache=False)
+
     return {
         "plain forward": lambda: fused.objective(batch, 2 * args.queries),
+        "plain, all logits": all_logits,
         "fused": lambda: fused.step(batch),
         "in-place": lambda: inplace.step(batch),
         "MeZO-style": lambda: mezo_step(inplace, batch, args.queries, 1e-3, 0.0),

@@ -122,3 +122,13 @@ def test_without_any_label_the_layers_still_run() -> None:
             fresh.objective(batch, 1)
         assert fresh.objective._head.mode == settled
         assert forward.call_count == {"chunks": 1, "chosen": 4}[settled]
+
+
+def test_a_model_that_caps_its_logits_measures_alike_in_both_probes() -> None:
+    losses = []
+    for probe in ("fused", "inplace"):
+        config = {"rank": 3, "rho": 1e-2, "lr": 1e-3, "queries": 2, "probe": probe}
+        engine = tezo_ds.initialize(gemma(), config)
+        losses.append([engine.step(make_batch(4, seed=step)).loss for step in range(3)])
+        assert engine.objective._head.mode == "chosen"
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -41,6 +41,9 @@ def zero3_runs_as_one_process(world: World) -> None:
             assert isinstance(engine.sharding, zero3.Zero3)
             assert_same_run(engine, alone(kind, tied, {"probe": probe}), world)
             assert_equal_on_all_ranks(engine.method.coefficients)
+            assert (
+                engine.objective._head.mode == "chunks"
+            )  # though DeepSpeed wraps what layers return
 
 
 @case(worlds=(2, 3, 4))

@@ -118,8 +118,11 @@ class _Tap:
         if self._returned is None:
             return False
         own, version = self._returned
-        # Not by address: those of empty tensors are all equal, and ranks must decide alike.
-        return logits is own and logits._version == version
+        # Neither by object (wrappers return views) nor by address (those of empty tensors are all
+        # equal, and ranks must decide alike).
+        same = logits.untyped_storage()._cdata == own.untyped_storage()._cdata
+        same = same and logits.shape == own.shape and logits.dtype == own.dtype
+        return same and logits._version == version
 
     def __enter__(self) -> _Tap:
         self._layer.__dict__["forward"] = self._forward

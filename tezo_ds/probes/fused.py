@@ -92,8 +92,9 @@ class FusedProbe:
         batch goes in, (branches * B * T, …) flattened, (branches, …) at the output layer."""
         shapes = [value.shape for value in batch.values() if isinstance(value, Tensor)]
         self._branches, self._examples = branches, shapes[0][0]
-        rows = branches * self._examples
-        self._leads = {branches, rows, *(rows * shape[1] for shape in shapes if len(shape) > 1)}
+        whole = (branches * self._examples, branches)  # Head tries one example of each branch
+        lengths = {shape[1] for shape in shapes if len(shape) > 1}
+        self._leads = {*whole, *(rows * length for rows in whole for length in lengths)}
 
     def _add(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """y plus the site's term."""
