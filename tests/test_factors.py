@@ -48,12 +48,13 @@ def test_tau_is_fresh_by_name_step_and_direction() -> None:
 def test_all_taus_at_once_are_those_of_tau() -> None:
     matrices = [Matrix("a", (9, 8), 3), Matrix("b", (7, 9), 6), Matrix("c", (9, 9), 1)]
     space = CoefficientSpace(matrices, SEED)
-    together = space.taus(step=4, directions=3)
-    assert together.shape == (3, 10) == (3, space.numel)
-    for direction in range(3):
-        for matrix in matrices:
-            expected = tezo_ds.tau(matrix.name, matrix.rank, SEED, 4, direction)
-            assert torch.equal(space.split(together[direction])[matrix.name], expected)
+    for step, directions in ((4, 3), (5, 3), (40, 3), (3, 3), (3, 1), (4, 2)):  # any order, any Q
+        together = space.taus(step, directions)
+        assert together.shape == (directions, 10) == (directions, space.numel)
+        for direction in range(directions):
+            for matrix in matrices:
+                expected = tezo_ds.tau(matrix.name, matrix.rank, SEED, step, direction)
+                assert torch.equal(space.split(together[direction])[matrix.name], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

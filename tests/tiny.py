@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers import (
@@ -16,6 +18,8 @@ from transformers import (
     RobertaConfig,
     RobertaForMaskedLM,
 )
+
+import tezo_ds
 
 VOCABULARY = 61
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 22, "num_hidden_layers": 2}
@@ -57,3 +61,16 @@ def make_batch(examples: int, seed: int = 0, length: int = 11) -> dict[str, torc
 def part_of(batch: dict[str, torch.Tensor], rank: int, size: int) -> dict[str, torch.Tensor]:
     """This rank's rows of a batch, as unequal as the sizes make them."""
     return {key: value.tensor_split(size)[rank] for key, value in batch.items()}
+
+
+def losses_of_both_probes(
+    make: Callable[[], nn.Module], head_mode: str, steps: int = 4
+) -> tuple[list[float], list[float]]:
+    """Losses of a few steps on a fresh model each, fused and in-place."""
+    losses = []
+    for probe in ("fused", "inplace"):
+        config = {"rank": 3, "rho": 1e-2, "lr": 1e-5, "queries": 2, "probe": probe}
+        engine = tezo_ds.initialize(make(), config)
+        losses.append([engine.step(make_batch(4, seed=step)).loss for step in range(steps)])
+        assert engine.objective._head is not None and engine.objective._head.mode == head_mode
+    return losses[0], losses[1]

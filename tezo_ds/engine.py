@@ -89,7 +89,8 @@ class Engine:
 
     def _losses(self, batch: Mapping[str, Any], c: Tensor) -> Tensor:
         """Loss of each row of c over all ranks: float64 (branches,) on the CPU."""
-        self.sharding.module.eval()  # dropout would differ between branches
+        if any(m.training for m in self.sharding.module.modules()):  # dropout differs by branch
+            self.sharding.module.eval()
         sums = self.probe.measure(self.objective, batch, c)  # (2, branches)
         loss_sum, count = self.sharding.all_reduce(sums).cpu()
         if not bool(count.all()):

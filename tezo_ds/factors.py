@@ -100,13 +100,24 @@ class CoefficientSpace:
         ranks = torch.tensor([matrix.rank for matrix in self.matrices])
         self._width = int(ranks.max()) if len(ranks) else 0
         self._used = torch.arange(self._width) < ranks[:, None]  # (matrices, width)
+        self._drawn = 0, torch.empty(0, 0, 0)  # first step, (steps, Q, D)
 
     def taus(self, step: int, directions: int) -> Tensor:
         """τ of every matrix for directions 0 … Q-1 of `step`: float32 (Q, D), bits as of `tau`."""
-        k0, k1 = (key.repeat(directions) for key in self._keys)
-        index = torch.arange(directions).repeat_interleave(len(self.matrices))
-        z = normals((k0, k1), index, self._width, stream=step)
-        return z.view(directions, len(self.matrices), self._width)[:, self._used]
+        first, drawn = self._drawn
+        if not (first <= step < first + len(drawn) and drawn.shape[1] == directions):
+            # Several steps ahead: a step's few thousand numbers are all overhead.
+            drawn = self._draw(step, max(1, 32 // directions), directions)
+            first, self._drawn = step, (step, drawn)
+        return drawn[step - first]
+
+    def _draw(self, step: int, steps: int, directions: int) -> Tensor:
+        matrices = len(self.matrices)
+        k0, k1 = (key.repeat(steps * directions) for key in self._keys)
+        index = torch.arange(directions).repeat_interleave(matrices).repeat(steps)
+        stream = torch.arange(step, step + steps).repeat_interleave(directions * matrices)
+        z = normals((k0, k1), index, self._width, stream)
+        return z.view(steps, directions, matrices, self._width)[:, :, self._used]
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """Views of a (D,) vector (or (…, D)) by parameter name."""

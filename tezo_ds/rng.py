@@ -95,14 +95,14 @@ def box_muller(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return first.to(torch.float32), second.to(torch.float32)
 
 
-def normals(key: tuple[Word, Word], index: Tensor, width: int, stream: int = 0) -> Tensor:
+def normals(key: tuple[Word, Word], index: Tensor, width: int, stream: Word = 0) -> Tensor:
     """N(0, 1) numbers addressed by (key, index, column, stream).
 
     Args:
         key: from `derive_key`; ints, or int64 tensors of shape (n,), one key for each index.
         index: int64 (n,), e.g. row numbers; the same row gives the same numbers in any company.
         width: numbers for each index; a narrower request is a prefix of a wider one.
-        stream: a further 32-bit counter word, e.g. the step.
+        stream: a further 32-bit counter word, e.g. the step; an int, or one for each index: (n,).
 
     Returns:
         float32 (n, width) on `index`'s device.
@@ -114,8 +114,8 @@ def normals(key: tuple[Word, Word], index: Tensor, width: int, stream: int = 0) 
     for start in range(0, index.numel(), rows_at_once):
         rows = slice(start, start + rows_at_once)
         i = index[rows, None]  # (rows, 1)
-        k0, k1 = (k[rows, None] if isinstance(k, Tensor) else k for k in key)
-        words = philox((block, i & _MASK, i >> 32, stream), (k0, k1))  # 4 x (rows, blocks)
+        k0, k1, s = (k[rows, None] if isinstance(k, Tensor) else k for k in (*key, stream))
+        words = philox((block, i & _MASK, i >> 32, s), (k0, k1))  # 4 x (rows, blocks)
         pairs = (*box_muller(words[0], words[1]), *box_muller(words[2], words[3]))
         out[rows] = torch.stack(pairs, dim=-1).view(-1, blocks * 4)
     return out[:, :width]

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tezo_ds.errors import ProbeError
 from tezo_ds.factors import CoefficientSpace
 from tezo_ds.lowrank import ShardFactors
 from tezo_ds.objective import Objective
-from tezo_ds.probes.sites import Sightings, Site, attached, kind_of
+from tezo_ds.probes.sites import Group, Sightings, Site, attached, kind_of
 from tezo_ds.sharding.base import Sharding
 
 
@@ -34,8 +34,9 @@ class FusedProbe:
     name = "fused"
 
     def __init__(self, sharding: Sharding, space: CoefficientSpace) -> None:
-        self._space, self._device = space, sharding.device
+        self._module, self._device, self._space = sharding.module, sharding.device, space
         self._sites = list(_find_sites(sharding, space))
+        self._regroup()
         self._sightings: Sightings | None = None
         self._seen = False
         self._branches = self._examples = 1
@@ -52,9 +53,13 @@ class FusedProbe:
             return objective(batch, len(c))
         if not self._seen:
             self._sightings = Sightings()
-        self._expect(batch, len(c))
-        with self._at(c):
-            result = objective(batch, len(c))
+        self._branches = len(c)
+        watch = self._module.register_forward_pre_hook(self._expect, with_kwargs=True)
+        try:
+            with self._at(c):
+                result = objective(batch, len(c))
+        finally:
+            watch.remove()
         idle = sorted({site.name for site in self._sites if site.calls == 0})
         if idle:
             raise ProbeError(
@@ -63,6 +68,7 @@ class FusedProbe:
             )
         if self._sightings is not None:
             self._sightings.join()
+            self._regroup()
             self._seen, self._sightings = True, None
         return result
 
@@ -76,25 +82,38 @@ class FusedProbe:
         with self._at(c[None]):
             yield
 
+    def _regroup(self) -> None:
+        self._groups = list({id(site.group): site.group for site in self._sites}.values())
+        columns = torch.arange(self._space.numel)
+        names = [site.name for group in self._groups for site in group.sites]
+        parts = [columns[self._space.slices[name]] for name in names]
+        self._columns = torch.cat(parts).to(self._device)  # of c, in the order of the groups
+
     @contextmanager
     def _at(self, c: Tensor) -> Iterator[None]:
         """Within it, every site adds its term; c is (branches, D) float64."""
-        parts = self._space.split(c.to(self._device))
-        for group in {id(site.group): site.group for site in self._sites}.values():
-            group.start(torch.cat([parts[site.name] for site in group.sites], dim=1))
+        # All columns at once into the order of the groups, each of which then takes a view.
+        c = c.to(self._device)[:, None, self._columns]  # (branches, 1, sum of widths)
+        by_dtype = {dtype: c.to(dtype) for dtype in {_wide(group) for group in self._groups}}
+        start = 0
+        for group in self._groups:
+            group.start(by_dtype[_wide(group)][..., start : start + group.width])
+            start += group.width
         for site in self._sites:
             site.calls = 0
         with attached(self._sites, self._add):
             yield
 
-    def _expect(self, batch: Mapping[str, Any], branches: int) -> None:
-        """Notes the shapes by which a layer's input shows its branches: (branches * B, …) as the
-        batch goes in, (branches * B * T, …) flattened, (branches, …) at the output layer."""
-        shapes = [value.shape for value in batch.values() if isinstance(value, Tensor)]
-        self._branches, self._examples = branches, shapes[0][0]
-        whole = (branches * self._examples, branches)  # Head tries one example of each branch
+    def _expect(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notes, before each forward, the shapes by which a layer's input shows its branches:
+        (branches * B, …) as the batch goes in, (branches * B * T, …) flattened, (branches, …) at the
+        output layer."""
+        inputs = (*args, *kwargs.values())
+        shapes = [value.shape for value in inputs if isinstance(value, Tensor) and value.dim()]
+        rows = max(shape[0] for shape in shapes)
+        self._examples = rows // self._branches
         lengths = {shape[1] for shape in shapes if len(shape) > 1}
-        self._leads = {*whole, *(rows * length for rows in whole for length in lengths)}
+        self._leads = {rows, self._branches, *(rows * length for length in lengths)}
 
     def _add(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """y plus the site's term."""
@@ -102,7 +121,7 @@ class FusedProbe:
         if self._branches > 1 and (not x.dim() or x.shape[0] not in self._leads):
             return self._add_shared(site, x, y)
         if site.kind == "embedding":
-            return y.add_(self._embedding_term(site, x, len(site.group.c)).view(y.shape))
+            return y.add_(self._embedding_term(site, x, self._branches).view(y.shape))
         if self._sightings is not None:
             self._sightings.note(site, x)
         y = y.contiguous()
@@ -112,7 +131,7 @@ class FusedProbe:
     def _embedding_term(self, site: Site, ids: Tensor, copies: int) -> Tensor:
         """(U[ids] ∘ c) Vᵀ: (branches, rows, n); `copies` of the ids are there, or one for all."""
         rows = F.embedding(ids, site.U).view(copies, -1, site.U.shape[1])  # (copies, rows, rank)
-        return (rows * site.group.c).to(site.Vt.dtype) @ site.Vt
+        return (rows * site.group.c(site)).to(site.Vt.dtype) @ site.Vt
 
     def _add_shared(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """One row that serves every example, as position ids of shape (1, T) do: the result must be
@@ -130,10 +149,14 @@ class FusedProbe:
             term = self._embedding_term(site, x, 1)
         else:
             h = F.linear(x.reshape(1, -1, x.shape[-1]), site.Vt)
-            c = site.group.c[..., site.group.columns[site.path]]
-            term = (h * c).to(site.U.dtype) @ site.U
+            term = (h * site.group.c(site)).to(site.U.dtype) @ site.U
         term = term.view(self._branches, *y.shape[1:])
         return (y + term).repeat_interleave(self._examples, dim=0)
+
+
+def _wide(group: Group) -> torch.dtype:
+    """c stays float32 beside 16-bit weights: rounded like them, ±ρτ would vanish beside a larger a."""
+    return torch.promote_types(group.Vt.dtype, torch.float32)
 
 
 def _find_sites(sharding: Sharding, space: CoefficientSpace) -> Iterator[Site]:

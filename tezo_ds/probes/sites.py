@@ -44,6 +44,7 @@ class Site:
     def __init__(self, path: str, module: nn.Module, name: str, U: Tensor, V: Tensor) -> None:
         self.path, self.module, self.name = path, module, name
         self.kind = kind_of(module)
+        self.rank = V.shape[1]
         self.Vt = V.t().contiguous()  # (rank, n)
         # (m, rank) for an embedding, which looks up its rows; (rank, m) for a linear layer
         self.U = U if self.kind == "embedding" else U.t().contiguous()
@@ -60,42 +61,44 @@ class Group:
     def __init__(self, sites: list[Site]) -> None:
         self.sites = sites
         self.Vt = sites[0].Vt if len(sites) == 1 else torch.cat([site.Vt for site in sites])
-        self.columns: dict[str, slice] = {}  # by path, in the last dim of c and of x V
+        self.width = len(self.Vt)  # sum of ranks
         start = 0
         for site in sites:
-            stop = start + len(site.Vt)
-            self.columns[site.path] = slice(start, stop)
-            site.Vt = self.Vt[start:stop]  # the group's memory, not a second copy
-            site.group, start = self, stop
-        self.c = torch.empty(0)  # (branches, 1, sum of ranks)
+            site.Vt = self.Vt[start : start + site.rank]  # the group's memory, not a second copy
+            site.group, start = self, start + site.rank
+        self._places = {site.path: place for place, site in enumerate(sites)}
+        self._ranks = [site.rank for site in sites]
+        self._c = torch.empty(0)  # (branches, 1, width)
         self._input: weakref.ref[Tensor] | None = None
         self._version = -1
-        self._scaled: dict[str, Tensor] = {}  # by path, (rows, rank)
+        self._scaled: tuple[Tensor, ...] = ()  # by place, (rows, rank)
 
     def start(self, c: Tensor) -> None:
-        """Takes c, (branches, sum of ranks) float64, and forgets the last forward.
+        """Takes c, (branches, 1, width), and forgets the last forward."""
+        self._c, self._input = c, None
 
-        c stays float32 beside 16-bit weights: rounded like them, ±ρτ would vanish beside a larger a.
-        """
-        self.c = c[:, None].to(torch.promote_types(self.Vt.dtype, torch.float32))
-        self._input = None
+    def c(self, site: Site) -> Tensor:
+        """c of one site: (branches, 1, rank)."""
+        return self._c.split(self._ranks, dim=-1)[self._places[site.path]]
 
     def scaled(self, site: Site, x: Tensor) -> Tensor:
         """(x V) ∘ c of one site: (rows, rank), rows in branch-major order."""
+        if len(self._ranks) == 1:
+            return self._product(x)
         same = self._input is not None and self._input() is x and self._version == x._version
         if not same:
-            scaled = self._product(x)
-            self._scaled = {path: scaled[:, part] for path, part in self.columns.items()}
+            self._scaled = self._product(x).split(self._ranks, dim=1)
             self._input, self._version = weakref.ref(x), x._version
-        return self._scaled[site.path]
+        return self._scaled[self._places[site.path]]
 
     def _product(self, x: Tensor) -> Tensor:
-        h = F.linear(x.reshape(-1, x.shape[-1]), self.Vt)  # (rows, sum of ranks)
-        by_branch = h.view(len(self.c), -1, h.shape[1])
-        if h.dtype == self.c.dtype:
-            by_branch.mul_(self.c)
-            return h
-        return (by_branch * self.c).to(h.dtype).view(h.shape)
+        h = F.linear(x, self.Vt)  # (…, width)
+        by_branch = h.view(len(self._c), -1, self.width)
+        if h.dtype == self._c.dtype:
+            by_branch.mul_(self._c)
+        else:
+            h = (by_branch * self._c).to(h.dtype)
+        return h.view(-1, self.width)
 
 
 class Sightings:
