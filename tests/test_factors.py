@@ -74,7 +74,7 @@ def test_all_taus_at_once_are_those_of_tau() -> None:
 def test_updates_of_a_shard_are_those_of_the_matrix(
     dtype: torch.dtype, start: int, stop: int, hazard: str
 ) -> None:
-    space = CoefficientSpace([Matrix(NAME, SHAPE, RANK)], SEED)
+    space = CoefficientSpace([Matrix(NAME, SHAPE, RANK, dtype)], SEED)
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(SHAPE, generator=generator).to(dtype)
     c = torch.randn(RANK, generator=generator, dtype=torch.float64)
@@ -91,9 +91,26 @@ def test_updates_of_a_shard_are_those_of_the_matrix(
     assert stop == start or not torch.equal(view.local, guard)
 
 
+@pytest.mark.parametrize("rows", [range(37), range(9, 20), range(4, 4)])
+def test_updates_of_a_block_of_columns_are_those_of_the_matrix(rows: range) -> None:
+    columns = range(5, 14)
+    space = CoefficientSpace([Matrix(NAME, SHAPE, RANK)], SEED)
+    c = torch.randn(RANK, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    local = torch.zeros(len(rows) * len(columns))
+    view = ShardView(NAME, SHAPE, rows.start * len(columns), local, columns)
+    factors = ShardFactors(space, keep=True)
+    U, V = factors(view)
+    assert (len(U), len(V)) == (len(rows), len(columns)) and factors(view)[0] is U
+    add_low_rank_(view, U, V, c)
+    whole_U, whole_V = tezo_ds.factors(NAME, SHAPE, RANK, SEED)
+    change = (whole_U * c.float()) @ whole_V.t()
+    block = change[rows.start : rows.stop, columns.start : columns.stop]
+    torch.testing.assert_close(local.view(len(rows), len(columns)), block, rtol=1e-5, atol=1e-5)
+
+
 def test_bfloat16_sums_are_rounded_once() -> None:
     """U diag(c) Vᵀ in bfloat16 would lose what the row-block path keeps."""
-    space = CoefficientSpace([Matrix(NAME, SHAPE, RANK)], SEED)
+    space = CoefficientSpace([Matrix(NAME, SHAPE, RANK, torch.bfloat16)], SEED)
     W = torch.zeros(SHAPE, dtype=torch.bfloat16)
     view = ShardView(NAME, SHAPE, 0, W.view(-1))
     U, V = ShardFactors(space, keep=False)(view)

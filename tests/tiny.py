@@ -26,19 +26,19 @@ SIZES = {"vocab_size": VOCABULARY, "hidden_size": 22, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "max_position_embeddings": 64}
 
 
-def tiny(kind: str = "llama", tied: bool = True, seed: int = 0) -> nn.Module:
+def tiny(kind: str = "llama", tied: bool = True, seed: int = 0, mlp: int = 37) -> nn.Module:
     """A randomly initialised model of some 10,000 parameters; large enough weights to have slopes."""
     torch.manual_seed(seed)
     shared = {**SIZES, **HEADS, "tie_word_embeddings": tied, "initializer_range": 0.1}
     if kind == "llama":
-        config = LlamaConfig(**shared, intermediate_size=37, num_key_value_heads=1, head_dim=10)
+        config = LlamaConfig(**shared, intermediate_size=mlp, num_key_value_heads=1, head_dim=10)
         return LlamaForCausalLM(config).eval()
     if kind == "opt":
-        return OPTForCausalLM(OPTConfig(**shared, ffn_dim=37, word_embed_proj_dim=22)).eval()
+        return OPTForCausalLM(OPTConfig(**shared, ffn_dim=mlp, word_embed_proj_dim=22)).eval()
     if kind == "neox":
-        return GPTNeoXForCausalLM(GPTNeoXConfig(**shared, intermediate_size=37)).eval()
+        return GPTNeoXForCausalLM(GPTNeoXConfig(**shared, intermediate_size=mlp)).eval()
     if kind == "roberta":
-        config = RobertaConfig(**shared, intermediate_size=37, type_vocab_size=5)
+        config = RobertaConfig(**shared, intermediate_size=mlp, type_vocab_size=5)
         return RobertaForMaskedLM(config).eval()
     if kind == "gpt2":
         return GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=22, n_layer=2, n_head=2)).eval()

@@ -16,7 +16,7 @@ from tezo_ds.engine import Engine
 from tezo_ds.errors import ConfigError
 from tezo_ds.lowrank import ShardFactors
 from tezo_ds.objective import is_masked_lm
-from tezo_ds.probes.sites import kind_of, uncovered
+from tezo_ds.probes.sites import kind_of, uncovered, users
 
 
 def lora_tensors(engine: Engine) -> dict[str, Tensor]:
@@ -37,7 +37,7 @@ def lora_tensors(engine: Engine) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for matrix in engine.space.matrices:
         parameter = parameters[matrix.name]
-        U, V = (factor.float() for factor in make.whole(matrix, parameter.dtype))
+        U, V = (factor.float() for factor in make.of(matrix.name))
         scaled = (U.double() * coefficients[matrix.name]).float()  # (m, rank)
         for path, kind in owners[id(parameter)]:
             prefix = f"base_model.model.{path}.lora_"
@@ -59,20 +59,18 @@ def no_adapter_because(engine: Engine) -> str | None:
         return None
     name, where = next(iter(gaps.items()))
     return (
-        f"{name} ({where}) has no place in a LoRA adapter; exclude it, or take the merged weights "
-        "from Engine.state_dict"
+        f"{name} ({where}) has no place in a LoRA adapter; exclude it, or write the merged model "
+        "(tezo-ds export --merged)"
     )
 
 
 def _offset_embeddings(module: nn.Module, names: set[str]) -> dict[str, str]:
     """Embeddings that do not look up their first argument (OPT's positions), as peft would. It
     knows of those that scale what they looked up."""
-    by_id = {id(p): name for name, p in module.named_parameters() if name in names}
     return {
-        by_id[id(owner.weight)]: f"weight of {type(owner).__name__}"
-        for owner in module.modules()
+        name: f"weight of {type(owner).__name__}"
+        for name, owner, _ in users(module, names)
         if isinstance(owner, nn.Embedding)
-        and id(owner.weight) in by_id
         and type(owner).forward is not nn.Embedding.forward
         and not hasattr(owner, "embed_scale")
     }

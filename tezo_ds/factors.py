@@ -30,9 +30,9 @@ def left_rows(name: str, rank: int, seed: int, rows: Tensor) -> Tensor:
     return normals(derive_key(seed, name, "U"), rows, rank)
 
 
-def right(name: str, cols: int, rank: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """V, float32 (cols, rank)."""
-    return normals(derive_key(seed, name, "V"), torch.arange(cols, device=device), rank)
+def right_rows(name: str, rank: int, seed: int, rows: Tensor) -> Tensor:
+    """Rows of V, one for each column of the matrix: float32 (len(rows), rank), likewise."""
+    return normals(derive_key(seed, name, "V"), rows, rank)
 
 
 def factors(
@@ -62,7 +62,7 @@ def factors(
         index = torch.as_tensor(rows, dtype=torch.int64)
     if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < m:
         raise IndexError(f"{name}: rows {rows} are not all within [0, {m})")
-    return left_rows(name, rank, seed, index), right(name, n, rank, seed)
+    return left_rows(name, rank, seed, index), right_rows(name, rank, seed, torch.arange(n))
 
 
 def tau(name: str, rank: int, seed: int, step: int, direction: int) -> Tensor:
@@ -77,6 +77,8 @@ class Matrix:
     name: str
     shape: tuple[int, int]  # (m, n)
     rank: int
+    dtype: torch.dtype = torch.float32  # of the weight in a forward, and so of U and V
+    rounding: torch.dtype = torch.float32  # to which U and V were rounded before
 
 
 class CoefficientSpace:

@@ -135,7 +135,8 @@ class _Tap:
 
     def _forward(self, input: Tensor) -> Tensor:  # torch's own name: callers may use it
         chosen = _pick(input, self._positions, self._branches)  # (branches, k, hidden)
-        reduce = self._reduce
+        # Of an output layer that tensor parallelism has split, no rank sees whole logits here.
+        reduce = None if hasattr(input, "to_local") else self._reduce
         logits = self._project(chosen) if reduce is None else self._in_chunks(chosen, reduce)
         self._returned = logits, logits._version
         return logits
@@ -161,4 +162,9 @@ def _logits(outputs: Any) -> Tensor:
 
 def _pick(x: Tensor, positions: Tensor, branches: int) -> Tensor:
     """(branches * B, T, width) at flat `positions` of each copy: (branches, k, width)."""
+    if hasattr(x, "to_local"):  # a DTensor, which plain positions cannot index
+        split: Any = x
+        picked = _pick(split.to_local(), positions, branches)
+        of_all: Tensor = split.from_local(picked, split.device_mesh, split.placements)
+        return of_all
     return x.reshape(branches, -1, x.shape[-1])[:, positions]

@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tezo_ds.factors import CoefficientSpace, Matrix, left_rows, right
-from tezo_ds.sharding.view import ShardView
+from tezo_ds.factors import CoefficientSpace, left_rows, right_rows
+from tezo_ds.sharding.view import Block, ShardKey, ShardView
 
 BLOCK_BYTES = 1 << 24  # of float32 temporaries; small beside one layer of a model worth sharding
 
 
 class ShardFactors:
-    """U and V as a shard needs them: the rows of U that it touches, V whole, on its device.
+    """U and V as a shard needs them: the rows of either that it touches, on its device.
 
-    Both are rounded to the dtype of the weights, so that every user of a run (probes, merge, export)
-    means the same direction.
+    Both are rounded to the dtype that the weights had in the run's forwards, so that every user of a
+    run (probes, merge, export) means the same direction.
 
     Args:
         space: the run's matrices and seed.
@@ -24,31 +24,34 @@ class ShardFactors:
 
     def __init__(self, space: CoefficientSpace, keep: bool) -> None:
         self._seed = space.seed
-        self._ranks = {matrix.name: matrix.rank for matrix in space.matrices}
-        self._kept: dict[tuple[str, int, int], tuple[Tensor, Tensor]] | None = {} if keep else None
+        self._matrices = {matrix.name: matrix for matrix in space.matrices}
+        self._kept: dict[ShardKey, tuple[Tensor, Tensor]] | None = {} if keep else None
 
     def __call__(self, view: ShardView) -> tuple[Tensor, Tensor]:
-        """U (len(view.rows), rank) and V (n, rank)."""
+        """U (len(view.rows), rank) and V (view.width, rank)."""
         if self._kept is not None and view.key in self._kept:
             return self._kept[view.key]
-        made = self._make(view.name, view.rows, view.shape[1], view.local.dtype, view.local.device)
+        columns = range(view.shape[1]) if view.columns is None else view.columns
+        made = self.of(view.name, Block(view.rows, columns), view.local.device)
         if self._kept is not None:
             self._kept[view.key] = made
         return made
 
-    def whole(
-        self, matrix: Matrix, dtype: torch.dtype, device: torch.device | str = "cpu"
+    def of(
+        self, name: str, block: Block | None = None, device: torch.device | str = "cpu"
     ) -> tuple[Tensor, Tensor]:
-        """U (m, rank) and V (n, rank) of a matrix whose weight is of `dtype`."""
-        return self._make(matrix.name, range(matrix.shape[0]), matrix.shape[1], dtype, device)
-
-    def _make(
-        self, name: str, rows: range, n: int, dtype: torch.dtype, device: torch.device | str
-    ) -> tuple[Tensor, Tensor]:
-        rank = self._ranks[name]
-        index = torch.arange(rows.start, rows.stop, device=device)
-        U = left_rows(name, rank, self._seed, index).to(dtype)
-        return U, right(name, n, rank, self._seed, device).to(dtype)
+        """U (len(block.rows), rank) and V (len(block.columns), rank) of a block of a matrix; of the
+        whole matrix without one."""
+        matrix = self._matrices[name]
+        block = block or Block(*map(range, matrix.shape))
+        rows, columns = (
+            torch.arange(places.start, places.stop, device=device)
+            for places in (block.rows, block.columns)
+        )
+        U = left_rows(name, matrix.rank, self._seed, rows)
+        V = right_rows(name, matrix.rank, self._seed, columns)
+        U, V = (factor.to(matrix.rounding).to(matrix.dtype) for factor in (U, V))
+        return U, V
 
 
 def add_low_rank_(view: ShardView, U: Tensor, V: Tensor, coefficient: Tensor) -> None:
@@ -59,10 +62,10 @@ def add_low_rank_(view: ShardView, U: Tensor, V: Tensor, coefficient: Tensor) ->
     Args:
         view: the shard.
         U: (len(view.rows), rank), only the rows that the range touches.
-        V: (n, rank), whole.
+        V: (view.width, rank), only those of the columns that the range runs over.
         coefficient: c, (rank,).
     """
-    n = view.shape[1]
+    n = view.width
     if view.numel == 0:
         return
     wide = torch.promote_types(view.local.dtype, torch.float32)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+import torch
+
 from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError
 from tezo_ds.factors import Matrix, matrix_shape
@@ -32,8 +34,16 @@ class Selection:
         return sum(matrix.rank for matrix in self.matrices)
 
 
-def select(sharding: Sharding, config: TezoConfig) -> Selection:
+def select(
+    sharding: Sharding, config: TezoConfig, factors_dtype: torch.dtype | None = None
+) -> Selection:
     """Goes through the model's parameters once, tied ones by the first of their names.
+
+    Args:
+        sharding: the model.
+        config: what trains.
+        factors_dtype: to which an earlier run rounded its factors, if these are to be the same; None:
+            the dtype of the weights in a forward.
 
     Raises:
         ConfigError: nothing trains, or `rank` is above min(m, n) of a matrix.
@@ -46,7 +56,9 @@ def select(sharding: Sharding, config: TezoConfig) -> Selection:
             chosen.frozen[reason] += 1
             chosen.frozen_numel += shape.numel()
         else:
-            chosen.matrices.append(Matrix(name, matrix_shape(shape), config.rank))
+            dtype = sharding.compute_dtype(parameter)
+            matrix = Matrix(name, matrix_shape(shape), config.rank, dtype, factors_dtype or dtype)
+            chosen.matrices.append(matrix)
             chosen.trainable_numel += shape.numel()
     _check(chosen.matrices, config)
     return chosen

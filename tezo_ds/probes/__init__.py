@@ -10,11 +10,11 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from tezo_ds.errors import ProbeError
-from tezo_ds.factors import CoefficientSpace
+from tezo_ds.factors import CoefficientSpace, matrix_shape
 from tezo_ds.objective import Objective
 from tezo_ds.probes.fused import FusedProbe
 from tezo_ds.probes.inplace import InplaceProbe
-from tezo_ds.probes.sites import uncovered
+from tezo_ds.probes.sites import kind_of, uncovered, users
 from tezo_ds.sharding.base import Sharding
 
 __all__ = ["FusedProbe", "InplaceProbe", "Probe", "make_probe"]
@@ -41,7 +41,8 @@ def make_probe(choice: str, sharding: Sharding, space: CoefficientSpace) -> Prob
         ProbeError: fused where a trainable parameter is out of its reach.
         ShardingError: in-place on weights that cannot be written exactly.
     """
-    gaps = uncovered(sharding.module, {matrix.name for matrix in space.matrices})
+    names = {matrix.name for matrix in space.matrices}
+    gaps = {**_split_embeddings(sharding, names), **uncovered(sharding.module, names)}
     if choice == "fused" and gaps:
         raise ProbeError(f"fused probe cannot reach {_listed(gaps)}; exclude it or use inplace")
     if choice == "auto" and gaps:
@@ -49,6 +50,19 @@ def make_probe(choice: str, sharding: Sharding, space: CoefficientSpace) -> Prob
     if choice == "inplace" or gaps:
         return InplaceProbe(sharding, space)
     return FusedProbe(sharding, space)
+
+
+def _split_embeddings(sharding: Sharding, names: set[str]) -> dict[str, str]:
+    """A rank looks up nothing for the words of the others, in ways of torch's own."""
+    parameters = dict(sharding.module.named_parameters())
+    return {
+        name: "Embedding split by tensor parallelism"
+        for name, owner, _ in users(sharding.module, names)
+        if kind_of(owner) == "embedding"
+        if not sharding.block(parameters[name]).covers(
+            matrix_shape(sharding.shape(parameters[name]))
+        )
+    }
 
 
 def _listed(gaps: dict[str, str]) -> str:

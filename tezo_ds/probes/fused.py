@@ -28,13 +28,14 @@ from tezo_ds.sharding.base import Sharding
 class FusedProbe:
     """Adds every branch's low-rank term on the activation side.
 
-    Keeps U and V whole on every rank, in the dtype of the weights: r(m + n) numbers a matrix.
+    Keeps U and V whole on every rank (under tensor parallelism those of its block), in the dtype of
+    the weights in a forward: r(m + n) numbers a matrix.
     """
 
     name = "fused"
 
     def __init__(self, sharding: Sharding, space: CoefficientSpace) -> None:
-        self._module, self._device, self._space = sharding.module, sharding.device, space
+        self._sharding, self._space = sharding, space
         self._sites = list(_find_sites(sharding, space))
         self._regroup()
         self._sightings: Sightings | None = None
@@ -54,7 +55,7 @@ class FusedProbe:
         if not self._seen:
             self._sightings = Sightings()
         self._branches = len(c)
-        watch = self._module.register_forward_pre_hook(self._expect, with_kwargs=True)
+        watch = self._sharding.module.register_forward_pre_hook(self._expect, with_kwargs=True)
         try:
             with self._at(c):
                 result = objective(batch, len(c))
@@ -87,13 +88,15 @@ class FusedProbe:
         columns = torch.arange(self._space.numel)
         names = [site.name for group in self._groups for site in group.sites]
         parts = [columns[self._space.slices[name]] for name in names]
-        self._columns = torch.cat(parts).to(self._device)  # of c, in the order of the groups
+        self._columns = torch.cat(parts).to(
+            self._sharding.device
+        )  # of c, in the order of the groups
 
     @contextmanager
     def _at(self, c: Tensor) -> Iterator[None]:
         """Within it, every site adds its term; c is (branches, D) float64."""
         # All columns at once into the order of the groups, each of which then takes a view.
-        c = c.to(self._device)[:, None, self._columns]  # (branches, 1, sum of widths)
+        c = c.to(self._sharding.device)[:, None, self._columns]  # (branches, 1, sum of widths)
         by_dtype = {dtype: c.to(dtype) for dtype in {_wide(group) for group in self._groups}}
         start = 0
         for group in self._groups:
@@ -118,15 +121,17 @@ class FusedProbe:
     def _add(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """y plus the site's term."""
         site.calls += 1
+        result = y = y.contiguous()
+        if site.split:
+            x, y = self._sharding.local(x, y)
         if self._branches > 1 and (not x.dim() or x.shape[0] not in self._leads):
             return self._add_shared(site, x, y)
         if site.kind == "embedding":
             return y.add_(self._embedding_term(site, x, self._branches).view(y.shape))
         if self._sightings is not None:
             self._sightings.note(site, x)
-        y = y.contiguous()
         y.view(-1, y.shape[-1]).addmm_(site.group.scaled(site, x), site.U)
-        return y
+        return result
 
     def _embedding_term(self, site: Site, ids: Tensor, copies: int) -> Tensor:
         """(U[ids] ∘ c) Vᵀ: (branches, rows, n); `copies` of the ids are there, or one for all."""
@@ -140,7 +145,7 @@ class FusedProbe:
         Raises:
             ProbeError: the input is of some other shape.
         """
-        if not x.dim() or x.shape[0] != 1:
+        if not x.dim() or x.shape[0] != 1 or site.split:
             raise ProbeError(
                 f"{site.path}: input of shape {tuple(x.shape)} does not show which of its rows "
                 f'belong to which branch; add "{site.name}" to exclude, or set probe to inplace'
@@ -162,11 +167,12 @@ def _wide(group: Group) -> torch.dtype:
 def _find_sites(sharding: Sharding, space: CoefficientSpace) -> Iterator[Site]:
     parameters = dict(sharding.module.named_parameters())
     make = ShardFactors(space, keep=False)
-    factors: dict[int, tuple[str, Tensor, Tensor]] = {}
+    factors: dict[int, tuple[str, Tensor, Tensor, bool]] = {}
     for matrix in space.matrices:
         parameter = parameters[matrix.name]
-        U, V = make.whole(matrix, parameter.dtype, sharding.device)
-        factors[id(parameter)] = matrix.name, U, V
+        block = sharding.block(parameter)
+        U, V = make.of(matrix.name, block, sharding.device)
+        factors[id(parameter)] = matrix.name, U, V, not block.covers(matrix.shape)
     for path, module in sharding.module.named_modules():
         if kind_of(module) and id(module.weight) in factors:
             yield Site(path, module, *factors[id(module.weight)])

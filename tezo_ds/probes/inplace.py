@@ -14,7 +14,7 @@ from tezo_ds.factors import CoefficientSpace
 from tezo_ds.lowrank import ShardFactors, add_low_rank_
 from tezo_ds.objective import Objective
 from tezo_ds.sharding.base import Sharding
-from tezo_ds.sharding.view import ShardView
+from tezo_ds.sharding.view import ShardKey, ShardView
 
 
 class InplaceProbe:
@@ -36,7 +36,7 @@ class InplaceProbe:
             )
         self._sharding, self._space = sharding, space
         self._factors = ShardFactors(space, keep=True)
-        self._originals: dict[tuple[str, int, int], Tensor] = {}
+        self._originals: dict[ShardKey, Tensor] = {}
 
     def measure(self, objective: Objective, batch: Mapping[str, Any], c: Tensor) -> Tensor:
         """See `Probe`."""
@@ -53,7 +53,7 @@ class InplaceProbe:
             yield
             return
         parts = self._space.split(c)
-        changed: set[tuple[str, int, int]] = set()
+        changed: set[ShardKey] = set()
 
         def perturb(view: ShardView) -> None:
             if view.key not in self._originals:

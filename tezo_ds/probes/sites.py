@@ -20,18 +20,24 @@ def kind_of(module: nn.Module) -> str | None:
     return next((name for base, name in KINDS.items() if isinstance(module, base)), None)
 
 
+def users(module: nn.Module, names: set[str]) -> Iterator[tuple[str, nn.Module, str]]:
+    """(parameter name, module, its attribute) of each use of the named parameters in a model."""
+    by_id = {id(p): name for name, p in module.named_parameters() if name in names}
+    for owner in module.modules():
+        for attribute, parameter in owner.named_parameters(recurse=False):
+            if name := by_id.get(id(parameter)):
+                yield name, owner, attribute
+
+
 def uncovered(module: nn.Module, names: set[str]) -> dict[str, str]:
     """Those of the named parameters that act elsewhere than as a Linear's or Embedding's weight,
     and where that is."""
-    by_id = {id(p): name for name, p in module.named_parameters() if name in names}
     gaps: dict[str, str] = {}
-    for owner in module.modules():
-        for attribute, parameter in owner.named_parameters(recurse=False):
-            name = by_id.get(id(parameter))
-            if name and (kind_of(owner) is None or attribute != "weight"):
-                gaps[name] = f"{attribute} of {type(owner).__name__}"
-            elif name and getattr(owner, "max_norm", None) is not None:
-                gaps[name] = "Embedding with max_norm, which rewrites its weight in every forward"
+    for name, owner, attribute in users(module, names):
+        if kind_of(owner) is None or attribute != "weight":
+            gaps[name] = f"{attribute} of {type(owner).__name__}"
+        elif getattr(owner, "max_norm", None) is not None:
+            gaps[name] = "Embedding with max_norm, which rewrites its weight in every forward"
     return gaps
 
 
@@ -41,8 +47,11 @@ class Site:
     Factors lie as their products read them fastest (BLAS takes twice as long the other way round).
     """
 
-    def __init__(self, path: str, module: nn.Module, name: str, U: Tensor, V: Tensor) -> None:
+    def __init__(
+        self, path: str, module: nn.Module, name: str, U: Tensor, V: Tensor, split: bool
+    ) -> None:
         self.path, self.module, self.name = path, module, name
+        self.split = split  # by tensor parallelism: U and V are those of this rank's block
         self.kind = kind_of(module)
         self.rank = V.shape[1]
         self.Vt = V.t().contiguous()  # (rank, n)
@@ -89,7 +98,11 @@ class Group:
         if not same:
             self._scaled = self._product(x).split(self._ranks, dim=1)
             self._input, self._version = weakref.ref(x), x._version
-        return self._scaled[self._places[site.path]]
+        place = self._places[site.path]
+        scaled = self._scaled[place]
+        if place == len(self._ranks) - 1:  # of no more use, and those of all layers would pile up
+            self._scaled, self._input = (), None
+        return scaled
 
     def _product(self, x: Tensor) -> Tensor:
         h = F.linear(x, self.Vt)  # (…, width)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from tezo_ds.errors import ConfigError
+from tezo_ds.errors import ConfigError, ShardingError
 from tezo_ds.sharding.base import Sharding
 from tezo_ds.sharding.replicated import Replicated
 from tezo_ds.sharding.view import ShardView
@@ -18,14 +18,23 @@ def sharding_of(model: nn.Module, deepspeed_config: dict[str, Any] | None = None
     """The Sharding of a model.
 
     Args:
-        model: a DeepSpeed engine, or a plain module: partitioned here if `deepspeed_config` has a
-            `zero_optimization` block, replicated otherwise.
+        model: a DeepSpeed engine; a module to which `fully_shard` was applied; or a plain module:
+            partitioned here if `deepspeed_config` has a `zero_optimization` block, else replicated.
         deepspeed_config: a DeepSpeed config without our block.
 
     Raises:
         ConfigError: a stage other than 3; a module already partitioned by `zero.Init` without a
             config to run it by. ShardingError: an engine with an optimizer.
     """
+    if any(hasattr(module, "reset_iter_state") for module in model.modules()):  # an FSDPModule
+        from tezo_ds.sharding import fsdp2
+
+        return fsdp2.Fsdp2(model)
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):  # a DTensor
+        raise ShardingError(
+            "the model's weights are DTensors but fully_shard was not applied; apply it on the data "
+            "dim of the mesh, even if that has one rank"
+        )
     partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     wants_zero = "zero_optimization" in (deepspeed_config or {})
     if not (partitioned or wants_zero or hasattr(model, "zero_optimization_stage")):

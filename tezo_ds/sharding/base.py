@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tezo_ds.sharding.view import ShardView
+from tezo_ds.factors import matrix_shape
+from tezo_ds.sharding.view import Block, ShardView
+
+Thing = TypeVar("Thing")
 
 
 class Sharding(ABC):
@@ -20,12 +23,15 @@ class Sharding(ABC):
         module: the user's model, without wrappers; its names are the names used everywhere.
         device: where its forward runs.
         rank, world_size: of this process among those that see different data.
+        everyone: ranks of the whole world, those that see the same data included.
+        filled_apart: each rank filled its weights by itself, so they may differ from the start.
         quantised: why the weights cannot be written between forwards; None when they can.
     """
 
     module: nn.Module
     device: torch.device
     quantised: str | None = None
+    filled_apart = False
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup | None) -> None:
         self.module = module
@@ -33,6 +39,7 @@ class Sharding(ABC):
         distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank(group) if distributed else 0
         self.world_size = dist.get_world_size(group) if distributed else 1
+        self.everyone = dist.get_world_size() if distributed else 1
 
     def forward(self, **inputs: Any) -> Any:
         """One forward of the model. Every rank must call it equally often, in the same order."""
@@ -44,9 +51,37 @@ class Sharding(ABC):
             dist.all_reduce(tensor, group=self._group)
         return tensor
 
+    def maxima(self, numbers: Sequence[int]) -> list[int]:
+        """The largest of each number over the whole world; as int64, 8 bytes each."""
+        tensor = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        if self.everyone > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return [int(number) for number in tensor.tolist()]
+
+    def gather(self, thing: Thing) -> list[Thing]:
+        """`thing` of each rank of the whole world, pickled; for what is rare."""
+        things = [thing] * self.everyone
+        if self.everyone > 1:
+            dist.all_gather_object(things, thing)
+        return things
+
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         """Global shape of a parameter."""
         return parameter.shape
+
+    def compute_dtype(self, parameter: nn.Parameter) -> torch.dtype:
+        """Of a parameter while a forward uses it."""
+        return parameter.dtype
+
+    def block(self, parameter: nn.Parameter) -> Block:
+        """What of a parameter, seen as a matrix, this rank's forwards multiply with."""
+        m, n = matrix_shape(self.shape(parameter))
+        return Block(range(m), range(n))
+
+    def local(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's part of a layer's input and result where the layer's weight is a `block` of
+        its matrix: y = x W[block]ᵀ holds for them, up to a sum over the ranks that share it."""
+        return x, y
 
     @abstractmethod
     def each_shard(self, names: Collection[str], write: Callable[[ShardView], None]) -> None:

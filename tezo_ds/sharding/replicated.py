@@ -14,6 +14,8 @@ from tezo_ds.sharding.view import ShardView
 class Replicated(Sharding):
     """Each rank holds every weight; replicas stay equal because all make the same updates."""
 
+    filled_apart = True
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module, group=None)
         self.device = next(module.parameters()).device

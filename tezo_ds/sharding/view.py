@@ -1,4 +1,5 @@
-"""The one thing that the mathematics sees of a distributed weight."""
+"""The two things that the mathematics sees of a distributed weight: what a rank holds of it, and
+what its forwards multiply with."""
 
 from __future__ import annotations
 
@@ -6,22 +7,27 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+ShardKey = tuple[str, int, int, int]
+
 
 @dataclass(frozen=True)
 class ShardView:
-    """A contiguous range of a matrix's row-major elements, held by this rank.
+    """A contiguous range of the row-major elements of a matrix, or of some whole columns of it, held
+    by this rank.
 
     Attributes:
         name: the model's own parameter name.
         shape: global (m, n).
-        start: first element held, in the global row-major order.
+        start: first element held, in the row-major order of (m, columns).
         local: the elements [start, stop) themselves, 1-D; writing to it writes the weight.
+        columns: those that the range runs over; None for all n. Tensor parallelism splits by column.
     """
 
     name: str
     shape: tuple[int, int]
     start: int
     local: Tensor
+    columns: range | None = None
 
     @property
     def numel(self) -> int:
@@ -34,12 +40,33 @@ class ShardView:
         return self.start + self.numel
 
     @property
-    def key(self) -> tuple[str, int, int]:
+    def width(self) -> int:
+        """Columns that the range runs over."""
+        return self.shape[1] if self.columns is None else len(self.columns)
+
+    @property
+    def key(self) -> ShardKey:
         """Identifies the range; under hpZ a rank holds two ranges of a parameter."""
-        return self.name, self.start, self.numel
+        first = 0 if self.columns is None else self.columns.start
+        return self.name, self.start, self.numel, first
 
     @property
     def rows(self) -> range:
         """The rows of the matrix (hence of U) that the range touches, ragged ends included."""
-        n = self.shape[1]
+        n = self.width
         return range(self.start // n, -(-self.stop // n)) if self.numel else range(0)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The rows and columns of a matrix that this rank's forwards multiply with, once gathered.
+
+    All of them, but under tensor parallelism.
+    """
+
+    rows: range
+    columns: range
+
+    def covers(self, shape: tuple[int, int]) -> bool:
+        """Whether it is the whole matrix."""
+        return (len(self.rows), len(self.columns)) == shape

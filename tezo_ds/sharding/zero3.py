@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -12,7 +13,10 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
-from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload, ZeROOrderedDict
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from packaging.version import Version
 from torch import Tensor, nn
@@ -52,12 +56,28 @@ class Zero3(Sharding):
 
     def forward(self, **inputs: Any) -> Any:
         """As in the base class. A forward that fails leaves layers gathered, and the next one would
-        mix them with newer shards: partition them again before the error goes on."""
+        mix them with newer shards; it also leaves DeepSpeed ready to gather any weight that is merely
+        read, on this rank alone. Both are undone before the error goes on."""
         try:
-            return self.module(**inputs)
+            with buffers_explained():
+                return self.module(**inputs)
         except BaseException:
-            self._offload.partition_all_parameters()
+            self._partition()
+            for module in self.module.modules():
+                if isinstance(module._parameters, ZeROOrderedDict):
+                    module._parameters._in_forward = False
             raise
+
+    def _partition(self) -> None:
+        """Partitions every parameter, also persistent ones and those that a failed forward left."""
+        self._offload.partition_all_parameters()
+        for parameter in map(_internals, self.module.parameters()):
+            # A forward that failed leaves shards that were read ahead from NVMe: they hold on to
+            # DeepSpeed's few buffers, and would go into the next gather however old they are.
+            if _on_nvme(parameter):
+                parameter.nvme_swapper.synchronize_reads()
+                if parameter.ds_tensor.status == PartitionedParamStatus.AVAILABLE:
+                    parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         """The shape before partitioning (the parameter itself is empty)."""
@@ -67,18 +87,21 @@ class Zero3(Sharding):
     def each_shard(self, names: Collection[str], write: Callable[[ShardView], None]) -> None:
         """The partition of each parameter, and its secondary copy under hpZ.
 
+        A view is good during the call alone: a shard on NVMe has memory for no longer.
+
         Persistent parameters stay gathered between forwards and would hide a write for ever, so
         everything is partitioned first.
         """
-        self._offload.partition_all_parameters()
+        self._partition()
         for name, parameter in self.module.named_parameters():
             if name not in names:
                 continue
             status = vars(parameter)["ds_status"]
             if status != ZeroParamStatus.NOT_AVAILABLE:
                 raise ShardingError(f"{name}: still {status.name} while being written")
-            for view in _views(name, parameter):
-                write(view)
+            with _in_memory(_internals(parameter)):
+                for view in _views(name, parameter):
+                    write(view)
         # Gathers may run on a stream of their own, which does not wait for writes on this one.
         get_accelerator().synchronize()
 
@@ -91,6 +114,36 @@ class Zero3(Sharding):
             yield names, copy
 
 
+def _internals(parameter: nn.Parameter) -> Any:
+    """The parameter, with the attributes that DeepSpeed gave it and no type checker knows."""
+    return parameter
+
+
+def _on_nvme(parameter: Any) -> bool:
+    """Whether the shard lives in a file. DeepSpeed keeps those under a megabyte in memory."""
+    return bool(parameter.ds_tensor.final_location == OffloadDeviceEnum.nvme)
+
+
+@contextmanager
+def _in_memory(parameter: Any) -> Iterator[None]:
+    """Within it, `ds_tensor` is the shard. One that lives on NVMe takes a buffer of DeepSpeed's for
+    that time, and goes back to its file if it was written in place."""
+    if not _on_nvme(parameter):
+        yield
+        return
+    swapper = parameter.nvme_swapper
+    swapper.swap_in([parameter], async_op=False)
+    version = parameter.ds_tensor._version
+    try:
+        yield
+    finally:
+        if parameter.ds_tensor._version == version:
+            swapper.remove_partition_and_release_buffers([parameter])
+        else:
+            get_accelerator().synchronize()  # under GDS the buffer is the accelerator's
+            swapper.swap_out_and_release([parameter])
+
+
 def _views(name: str, parameter: Any) -> Iterator[ShardView]:
     """What this rank holds. Both tensors end in padding that is uninitialised memory."""
     shards = [(parameter.ds_tensor, parameter.ds_zero_partition_rank)]
@@ -101,13 +154,9 @@ def _views(name: str, parameter: Any) -> Iterator[ShardView]:
     for tensor, rank in shards:
         if hasattr(tensor, "ds_quant_scale"):
             raise ShardingError(f"{name}: its shard is quantised; set quantisation off to write it")
-        if tensor.numel() == 0 and parameter.ds_numel:
-            raise ShardingError(
-                f"{name}: its shard is on NVMe and cannot be written; offload to cpu, or train fused"
-            )
         start = min(rank * tensor.numel(), parameter.ds_numel)
         valid = min(parameter.ds_numel - start, tensor.numel())
-        yield ShardView(name, matrix_shape(parameter.ds_shape), start, tensor.data[:valid])
+        yield ShardView(name, matrix_shape(parameter.ds_shape), start, tensor.detach()[:valid])
 
 
 def check_version(version: str = deepspeed.__version__) -> None:
@@ -124,6 +173,46 @@ def check_stage(stage: int) -> None:
         )
 
 
+def check_offload(zero: dict[str, Any]) -> None:
+    """Of a zero_optimization block, on the machine that is to run it. The first offload to NVMe
+    compiles DeepSpeed's async_io op, which takes minutes.
+
+    Raises:
+        ConfigError: offload to NVMe without a path, with hpZ, or without what the op is made of.
+    """
+    offload = zero.get("offload_param") or {}
+    if offload.get("device") != OffloadDeviceEnum.nvme:
+        return
+    if not offload.get("nvme_path"):
+        raise ConfigError("offload_param has no nvme_path; name a folder on the drive to use")
+    if zero.get("zero_hpz_partition_size", 1) > 1:
+        raise ConfigError(
+            "zero_hpz_partition_size does not go with offload_param to nvme, as DeepSpeed keeps hpZ's "
+            "copies in memory only; leave one of them out"
+        )
+    try:
+        AsyncIOBuilder().load(verbose=False)
+    except (RuntimeError, ImportError, OSError) as error:
+        raise ConfigError(
+            "offload_param to nvme needs DeepSpeed's async_io op, which cannot be built here; install "
+            "libaio-dev, gcc, g++ and ninja (`ds_report` says what it misses), or offload to cpu"
+        ) from error
+
+
+@contextmanager
+def buffers_explained() -> Iterator[None]:
+    """Turns what DeepSpeed asserts of its buffers for NVMe into a ConfigError that says what to do."""
+    try:
+        yield
+    except AssertionError as error:
+        if "buffer" not in str(error):
+            raise
+        raise ConfigError(
+            f"offload_param: {error}; raise buffer_size to the elements of the largest shard (of a "
+            "parameter, divided by the ranks), buffer_count above the parameters of one layer"
+        ) from error
+
+
 def prepare(config: dict[str, Any]) -> dict[str, Any]:
     """A DeepSpeed config fit for a forward-only run.
 
@@ -131,11 +220,12 @@ def prepare(config: dict[str, Any]) -> dict[str, Any]:
     on and we never use, and keeps DeepSpeed from replacing torch's linear for the whole process.
 
     Raises:
-        ConfigError: the stage is not 3.
+        ConfigError: the stage is not 3, or parameters cannot be offloaded as it says.
     """
     config = _without_auto(config)
     zero = config.setdefault("zero_optimization", {})
     check_stage(zero.get("stage", 0))
+    check_offload(zero)
     zero.setdefault("memory_efficient_linear", False)
     if not {"train_batch_size", "train_micro_batch_size_per_gpu"} & set(config):
         config["train_micro_batch_size_per_gpu"] = 1
@@ -179,5 +269,6 @@ def wrap(module: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine
     groups = deepspeed.utils.groups
     if hpz > 1 and groups._get_zero_param_intra_parallel_group() is None:
         groups._create_zero_param_parallel_group(hpz)
-    engine, *_ = deepspeed.initialize(model=module, config=config)
+    with buffers_explained():
+        engine, *_ = deepspeed.initialize(model=module, config=config)
     return engine
