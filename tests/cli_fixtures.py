@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +15,8 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import LlamaForCausalLM
 
 
-@pytest.fixture(scope="session")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
+def make_given(folder: Path) -> Given:
     """A tiny Llama with its tokenizer, and 48 labelled films."""
-    folder = tmp_path_factory.mktemp("given")
     feelings = ("long", "dull", "slow", "fresh", "warm", "odd")
     rows = [
         {"text": f"film {i} felt {feelings[i % 6]}", "label": label}
@@ -34,8 +35,23 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
 
 
 @pytest.fixture(scope="session")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
+    """See `make_given`."""
+    return make_given(tmp_path_factory.mktemp("given"))
+
+
+@pytest.fixture(scope="session")
 def plain(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished run of one process."""
     output = tmp_path_factory.mktemp("plain") / "run"
     assert call(*given.train(output, eval_every=4)) == 0
     return Run(output)
+
+
+@pytest.fixture
+def hearing_again() -> Iterator[None]:
+    """An interrupted command ignores signals; the tests go on."""
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for name, handler in before.items():
+        signal.signal(name, handler)

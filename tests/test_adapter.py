@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from tiny import make_batch, tiny
-from torch import Tensor, nn
+from tiny import tiny
+from trained import logits, trained
 
 import tezo_ds
 from tezo_ds.export import save_adapter
-
-
-def trained(kind: str, tied: bool, exclude: Sequence[str]) -> tezo_ds.Engine:
-    """An engine at coefficients that move the logits by about their own size."""
-    engine = tezo_ds.initialize(tiny(kind, tied), {"rank": 3, "exclude": tuple(exclude)})
-    engine.method.coefficients.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
-    return engine
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    batch = make_batch(3)
-    found: Tensor = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return found
 
 
 @pytest.mark.parametrize(
@@ -45,7 +30,7 @@ def logits(model: nn.Module) -> Tensor:
 def test_peft_gives_the_logits_of_the_merged_model(
     kind: str, tied: bool, exclude: list[str], tmp_path: Path
 ) -> None:
-    engine = trained(kind, tied, exclude)
+    engine = trained(tiny(kind, tied), exclude)
     save_adapter(engine, tmp_path / "adapter", "the base")
     merged = tiny(kind, tied, seed=1)
     merged.load_state_dict(engine.state_dict())
@@ -56,7 +41,7 @@ def test_peft_gives_the_logits_of_the_merged_model(
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_adapter_covers_exactly_the_modules_that_train(tied: bool, tmp_path: Path) -> None:
-    engine = trained("llama", tied, ["*mlp*"])
+    engine = trained(tiny("llama", tied), ["*mlp*"])
     save_adapter(engine, tmp_path / "adapter", "the base")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     layers = [
@@ -73,7 +58,7 @@ def test_adapter_covers_exactly_the_modules_that_train(tied: bool, tmp_path: Pat
 
 def test_a_masked_model_has_no_task_type(tmp_path: Path) -> None:
     for kind, expected in (("roberta", None), ("llama", "CAUSAL_LM")):
-        save_adapter(trained(kind, True, ()), tmp_path / kind, "the base")
+        save_adapter(trained(tiny(kind)), tmp_path / kind, "the base")
         config = json.loads((tmp_path / kind / "adapter_config.json").read_text())
         assert config["task_type"] == expected
 
@@ -86,7 +71,7 @@ def test_a_masked_model_has_no_task_type(tmp_path: Path) -> None:
     ],
 )
 def test_what_peft_would_misread_is_refused(kind: str, name: str, tmp_path: Path) -> None:
-    engine = trained(kind, True, ())
+    engine = trained(tiny(kind))
     with pytest.raises(tezo_ds.ConfigError) as refused:
         save_adapter(engine, tmp_path / "adapter", "the base")
     assert str(refused.value).startswith(f"{name} (")
@@ -97,7 +82,7 @@ def test_what_peft_would_misread_is_refused(kind: str, name: str, tmp_path: Path
 def test_an_adapter_is_replaced_whole(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "old").touch()
-    save_adapter(trained("llama", True, ()), tmp_path / "adapter", "the base")
+    save_adapter(trained(tiny()), tmp_path / "adapter", "the base")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     names = {path.name for path in (tmp_path / "adapter").iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors"}

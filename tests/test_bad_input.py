@@ -166,3 +166,23 @@ def test_a_real_process_says_no_more(given: Given, tmp_path: Path) -> None:
     code, out, err = finish(start(sys.executable, "-m", "tezo_ds", *arguments))
     assert_one_line(code, err, ["cannot load a tokenizer", "hub name"])
     assert out == ""
+
+
+def test_export(given: Given, plain: Run, tmp_path: Path, refused: Refusal) -> None:
+    out, run = tmp_path / "out", ["--run", plain.path]
+    refused(["export", "--merged", out], "--run is missing; name the folder of a run")
+    refused(["export", *run], "--merged or --adapter is missing; name a folder to write")
+    refused(["export", *run, "--merged", out, "--adapter", out], "choose two folders")
+    refused(["export", *run, "--merged", out, "--dtype", "int3"], "--dtype: ", "(got 'int3')")
+    for what in ("--merged", "--adapter"):
+        refused(["export", *run, what, plain.path], "is not an empty folder; choose another")
+    refused(["export", "--run", tmp_path, "--merged", out], "config.json: cannot be read")
+    (tmp_path / "config.json").write_text(json.dumps(plain.config))
+    refused(["export", "--run", tmp_path, "--merged", out], "does not exist; has the run ended?")
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "tezo": {}}))
+    options = ["--merged", out, "--deepspeed", tmp_path / "ds.json"]
+    refused(["export", *run, *options], "stage is 2", "set it to 3")
+    (tmp_path / "file").touch()
+    refused(["export", *run, "--merged", tmp_path / "file" / "out"], "file/out: cannot be written")
+    refused(["export", *run, "--adapter", tmp_path / "file" / "out"], "cannot be written")
+    assert not out.exists()

@@ -43,6 +43,7 @@ OVERRIDES: dict[str, Any] = {
     "probe": "inplace",
     "include": ["model.layers.*"],
     "exclude": ["*q_proj*"],
+    "check_every": 2,
 }
 
 

@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -135,15 +134,6 @@ def test_what_has_no_place_in_an_adapter(
     assert "no adapter" in out
     assert out.endswith(f"{run.path}\n")  # neither cut to the width nor read as markup
     assert {path.name for path in run.path.iterdir()} == FILES - {ADAPTER}
-
-
-@pytest.fixture
-def hearing_again() -> Iterator[None]:
-    """An interrupted run ignores signals; the tests go on."""
-    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for name, handler in before.items():
-        signal.signal(name, handler)
 
 
 def test_a_signal_between_a_step_and_its_line(

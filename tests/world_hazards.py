@@ -209,6 +209,21 @@ def a_forward_that_fails_leaves_nothing_behind(world: World) -> None:
 
 
 @case(worlds=(2,))
+def a_forward_that_failed_is_over(world: World) -> None:
+    engine, batch = sharded(), make_batch(4)
+    module = engine.sharding.module
+    engine.loss(batch)
+    fail_in_the_middle(engine, batch)
+    assert module.model.norm.weight.numel() == 0
+    assert left_gathered(engine) == 0
+
+    with mock.patch.object(engine.sharding, "forward", lambda **inputs: module(**inputs)):
+        fail_in_the_middle(engine, batch)
+    engine.sharding._partition()
+    assert module.model.norm.weight.numel() == 22  # a gather, for which all ranks must be here
+
+
+@case(worlds=(2,))
 def weights_quantised_on_the_way_are_refused_where_they_matter(world: World) -> None:
     plain = zero3.wrap(tiny(), ZERO3)
     for flag in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):

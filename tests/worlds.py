@@ -19,7 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-MODULES = ("world_replicated", "world_zero3", "world_hazards")
+MODULES = (
+    "world_replicated",
+    "world_zero3",
+    "world_hazards",
+    "world_offload",
+    "world_configs",
+    "world_fsdp2",
+    "world_loading",
+    "world_fsdp_runs",
+    "world_everywhere",
+    "world_watch",
+    "world_traffic",
+    "world_merged",
+)
 TIMEOUT = 400  # seconds for all cases of one size
 
 

@@ -1,20 +1,25 @@
-"""The command line: `tezo-ds train` and `tezo-ds evaluate`."""
+"""The command line: `tezo-ds train`, `tezo-ds evaluate` and `tezo-ds export`."""
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
 from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError, TezoError
+from tezo_ds.export_command import EXPORT_HELP, export
+from tezo_ds.flags import (
+    ComputeDtype,
+    Fsdp,
+    FsdpOffloadParams,
+    FsdpReplicas,
+    refuse_idle,
+    settings_from,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,10 +32,13 @@ app = typer.Typer(
 
 TRAIN_HELP = """Fine-tune a model with forward passes alone.
 
-Start it plainly, with `deepspeed` or with `torchrun`; the flags are the same.
+Start it plainly, with `deepspeed`, `torchrun` or `accelerate launch`; the flags are the same.
 
 ```
 deepspeed --num_gpus 8 --module tezo_ds train --deepspeed ds_configs/zero3_bf16.json \\
+    --model meta-llama/Llama-3.1-8B --task sst2 --steps 5000 --output runs/sst2
+
+torchrun --nproc-per-node 8 -m tezo_ds train --fsdp \\
     --model meta-llama/Llama-3.1-8B --task sst2 --steps 5000 --output runs/sst2
 
 tezo-ds train --model ./SmolLM2 --task reviews.jsonl --template "{text} It was" \\
@@ -39,6 +47,9 @@ tezo-ds train --model ./SmolLM2 --task reviews.jsonl --template "{text} It was" 
 """
 
 EVALUATE_HELP = """Accuracy and loss of a run's result, or of a bare model, on a task's test examples.
+
+Started by a launcher, the ranks shard a run's model as the run did; started plainly, one process holds
+it whole.
 
 ```
 tezo-ds evaluate --run runs/sst2
@@ -88,6 +99,9 @@ Dtype = Annotated[
 ]
 
 
+app.command(help=EXPORT_HELP)(export)
+
+
 @app.callback()
 def launched(
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,
@@ -109,6 +123,10 @@ def train(
         int, typer.Option(min=1, help="steps between lines where stdout is no terminal")
     ] = 10,
     dtype: Dtype = None,
+    fsdp: Fsdp = None,
+    fsdp_replicas: FsdpReplicas = None,
+    fsdp_offload_params: FsdpOffloadParams = None,
+    compute_dtype: ComputeDtype = None,
     task: Task = None,
     data: Data = None,
     test_data: TestData = None,
@@ -135,23 +153,28 @@ def train(
     probe: Annotated[str | None, _block("probe")] = None,
     include: Annotated[list[str] | None, _block("include")] = None,
     exclude: Annotated[list[str] | None, _block("exclude")] = None,
+    check_every: Annotated[int | None, _block("check_every")] = None,
 ) -> None:
     """See TRAIN_HELP."""
     given = dict(locals())
     # Imported late, as transformers and DeepSpeed take seconds that --help need not wait for.
-    from tezo_ds import export, session, training
-    from tezo_ds.display import Display
+    from tezo_ds import export, launchers, session, training
+    from tezo_ds.display import Display, quieten
     from tezo_ds.runfolder import CONFIG, RunFolder, refuse_used
     from tezo_ds.tasks import encode, truncations
 
     if output is None:
         raise ConfigError("--output is missing; name a folder for the run, e.g. runs/first")
-    settings = _settings(given)
+    launched = launchers.launched()
+    settings = settings_from(given, launched.settings)
+    refuse_idle(settings.fsdp, settings.model_dump())
     refuse_used(output)
     training.per_rank(batch_size, int(os.environ.get("WORLD_SIZE", "1")))
     overrides = {name: given[name] for name in TezoConfig.model_fields}
-    config, deepspeed_config = session.resolve_config(deepspeed, overrides, {"total_steps": steps})
-    _quieten()
+    config, deepspeed_config = session.resolve_config(
+        deepspeed or launched.deepspeed, overrides, {"total_steps": steps}, settings.fsdp
+    )
+    quieten()
     opened = session.open_session(settings, config, deepspeed_config)
     sharding = opened.engine.sharding
     display = Display(sharding.rank, sharding.world_size, log_every)
@@ -176,6 +199,10 @@ def evaluate(
     model: Model = None,
     deepspeed: DeepSpeed = None,
     dtype: Dtype = None,
+    fsdp: Fsdp = None,
+    fsdp_replicas: FsdpReplicas = None,
+    fsdp_offload_params: FsdpOffloadParams = None,
+    compute_dtype: ComputeDtype = None,
     task: Task = None,
     data: Data = None,
     test_data: TestData = None,
@@ -191,19 +218,27 @@ def evaluate(
 ) -> None:
     """See EVALUATE_HELP."""
     given = dict(locals())
-    from tezo_ds import session
-    from tezo_ds.display import Display
+    from tezo_ds import launchers, session
+    from tezo_ds.display import Display, quieten
     from tezo_ds.runfolder import to_json
 
+    launched = launchers.launched()
+    deepspeed = deepspeed or launched.deepspeed
+    source: Path | dict[str, Any] | None = deepspeed
+    before: dict[str, Any] = {}
+    ran: TezoConfig | None = None
     if run is not None:
-        before, config = session.read_run(run)
-        settings = _settings(given, before.model_dump())
-        _, deepspeed_config = session.resolve_config(deepspeed)
-    else:
-        settings = _settings(given)
-        config, deepspeed_config = session.resolve_config(deepspeed, {"rank": 1})
-    _quieten()
-    opened = session.open_session(settings, config, deepspeed_config)
+        asked = fsdp if fsdp is not None else launched.settings.get("fsdp")
+        stored, ran = session.read_run(run)
+        source, stored.fsdp = session.sharded_as(run, deepspeed, asked)
+        before = stored.model_dump()
+    settings = settings_from(given, {**before, **launched.settings})
+    refuse_idle(settings.fsdp, given)
+    if dtype is None and not settings.fsdp:  # the weights as FSDP2 gathered them
+        settings.dtype = settings.compute_dtype or settings.dtype
+    config, deepspeed_config = session.resolve_config(source, {"rank": 1}, fsdp=settings.fsdp)
+    quieten()
+    opened = session.open_session(settings, ran or config, deepspeed_config)
     if run is not None:
         session.load_result(opened.engine, run)
     sharding = opened.engine.sharding
@@ -220,50 +255,6 @@ def evaluate(
         print(to_json(result))
 
 
-def _settings(given: dict[str, Any], before: dict[str, Any] | None = None) -> Any:
-    """Settings from flags, over those of an earlier run.
-
-    Raises:
-        ConfigError: --model or --task is missing, or a value is out of range.
-    """
-    from tezo_ds.session import Settings
-
-    chosen = {k: v for k, v in given.items() if k in Settings.model_fields and v is not None}
-    if "verbalizers" in chosen:
-        chosen["verbalizers"] = _json_object(chosen["verbalizers"])
-    merged = {**(before or {}), **chosen}
-    for name in ("model", "task"):
-        if name not in merged:
-            raise ConfigError(f"--{name} is missing; see --help for examples")
-    try:
-        return Settings(**merged)
-    except ValidationError as error:
-        first = error.errors()[0]
-        flag = "--" + ".".join(map(str, first["loc"])).replace("_", "-")
-        raise ConfigError(f"{flag}: {first['msg']} (got {first['input']!r})") from None
-
-
-def _json_object(text: str) -> dict[str, str]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--verbalizers is not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ConfigError('--verbalizers must be a JSON object, e.g. {"0": "bad", "1": "good"}')
-    return {str(label): str(word) for label, word in value.items()}
-
-
-def _quieten() -> None:
-    """Leaves the terminal to our own lines."""
-    from transformers.utils import logging as transformers_logging
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed's calls of names that torch is about to drop.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
-    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-
-
 def main() -> None:
     """Entry point: errors of the user's in one line, exit code 2; signals 130."""
     from tezo_ds.interrupts import Interrupted
@@ -278,7 +269,7 @@ def main() -> None:
         sys.exit(2)
     except Interrupted as signalled:
         if speaks:
-            print(f"tezo-ds: {signalled}; results so far are in the run folder", file=sys.stderr)
+            print(f"tezo-ds: {signalled}; {signalled.left}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -42,6 +42,9 @@ class TezoConfig(BaseModel):
         ("*",), description="glob patterns: a matrix whose name matches one of them trains"
     )
     exclude: tuple[str, ...] = Field((), description="glob patterns that freeze what include took")
+    check_every: int = Field(
+        100, ge=0, description="steps between checks that all ranks agree; 0: only at the end"
+    )
 
     @model_validator(mode="after")
     def _schedule_has_an_end(self) -> TezoConfig:

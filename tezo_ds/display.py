@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import statistics
+import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,12 +17,22 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 from tezo_ds.engine import Engine, StepReport
 from tezo_ds.tasks import TaskData
 from tezo_ds.tasks.evaluation import Score
 
 WINDOW = 20  # steps that shown figures are medians of
+
+
+def quieten() -> None:
+    """Leaves the terminal to our own lines; to be called once DeepSpeed is imported, if it is."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed's calls of names that torch is about to drop.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
+    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
 
 
 class Display:
@@ -125,7 +139,7 @@ class Display:
 
     @contextmanager
     def evaluation(self, label: str) -> Iterator[Callable[[float], None] | None]:
-        """Around an evaluation; gives what to call with the fraction done."""
+        """Around an evaluation or an export; gives what to call with the fraction done."""
         if self._silent or not self.console.is_terminal or self._bar is not None:
             yield None
             return

@@ -21,6 +21,7 @@ from tezo_ds.objective import LossFn, Objective
 from tezo_ds.probes import make_probe
 from tezo_ds.selection import Selection, select
 from tezo_ds.sharding import Sharding, ShardView, sharding_of
+from tezo_ds.watch import Watch, require_same_start
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,24 @@ class StepReport:
 class Engine:
     """Forward-only training of a model whose weights may be sharded. Made by `initialize`."""
 
-    def __init__(self, sharding: Sharding, config: TezoConfig, loss_fn: LossFn | None) -> None:
+    def __init__(
+        self,
+        sharding: Sharding,
+        config: TezoConfig,
+        loss_fn: LossFn | None,
+        factors_dtype: torch.dtype | None = None,
+    ) -> None:
+        require_same_start(sharding, config)
         self.config, self.sharding = config, sharding
-        self.selection: Selection = select(sharding, config)
+        self.selection: Selection = select(sharding, config, factors_dtype)
         self.space = CoefficientSpace(self.selection.matrices, config.seed)
         self.method = make_method(config, self.space)
         self.probe = make_probe(config.probe, sharding, self.space)
         self.objective = Objective(sharding, loss_fn)
         self.step_index = 0
+        self._watch = Watch(sharding, self.space)
+        if sharding.filled_apart:
+            self._watch.check(self.method.state, 0, weights=True)
 
     @torch.no_grad()
     def step(self, batch: Mapping[str, Any]) -> StepReport:
@@ -68,8 +79,12 @@ class Engine:
 
         Raises:
             ProbeError: a loss is not finite, no position carries a label, or no branch differs.
+            ShardingError: replicas differ; looked for before every `check_every`-th step.
         """
         start = time.perf_counter()
+        every = self.config.check_every
+        if every and self.step_index and self.step_index % every == 0:
+            self.check()
         step, lr, rho = self.step_index, self.config.lr_at(self.step_index), self.config.rho
         tau = self.method.directions(step, self.config.queries)  # (Q, D)
         offsets = torch.stack([rho * tau, -rho * tau], dim=1).flatten(0, 1)  # (2Q, D): +, -, +, …
@@ -143,43 +158,89 @@ class Engine:
                 )
             part.copy_(coefficients[name])
 
+    def check(self) -> None:
+        """Compares over all ranks what must be equal on them: coefficients, and the weights that
+        several ranks hold if the probe writes them. All ranks must call it.
+
+        Raises:
+            ShardingError: something differs; names the first parameter and the ranks.
+        """
+        self._watch.check(self.method.state, self.step_index, self.probe.name == "inplace")
+
     @torch.no_grad()
     def merge(self) -> None:
         """W ← W + U diag(a) Vᵀ in the shards themselves, rounded to their dtype; then a ← 0.
 
+        All ranks must call it: it begins and ends with a `check`.
+
         Raises:
-            ShardingError: the weights are quantised on their way to the forward.
+            ShardingError: the weights are quantised on their way to the forward; replicas differ.
         """
-        if self.sharding.quantised:
-            raise ShardingError(
-                f"merge: weights are stored or gathered quantised ({self.sharding.quantised}); "
-                "turn it off, or export an adapter"
-            )
+        self._refuse_quantised("merge")
+        self.check()
         parts = self.space.split(self.method.coefficients)
         factors = ShardFactors(self.space, keep=False)
         self.sharding.each_shard(
             parts.keys(), lambda view: add_low_rank_(view, *factors(view), parts[view.name])
         )
         self.method.coefficients.zero_()
+        self._watch.check(self.method.state, self.step_index, weights=True)
+
+    def merged_tensors(
+        self, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[list[str], Tensor | None]]:
+        """Full merged weights, one at a time: all names of each and a copy on the CPU of rank 0
+        (None elsewhere). The model and its coefficients stay as they are.
+
+        All ranks must run it to its end, since each tensor is gathered when its turn comes.
+
+        Args:
+            dtype: of the copies of floating-point tensors, rounded to it after the update was
+                added; None keeps the weights' own, in which small updates of bfloat16 weights
+                round away.
+
+        Raises:
+            ShardingError: the weights are quantised on their way to the forward.
+        """
+        self._refuse_quantised("merged weights")
+        return self._merged_tensors(dtype)
 
     @torch.no_grad()
-    def state_dict(self) -> dict[str, Tensor]:
-        """Full merged weights under the model's own names, on the CPU of rank 0 ({} elsewhere).
-
-        One parameter is gathered at a time; the model and its coefficients stay as they are.
-        """
+    def _merged_tensors(
+        self, dtype: torch.dtype | None
+    ) -> Iterator[tuple[list[str], Tensor | None]]:
         parts = self.space.split(self.method.coefficients)
         shapes = {matrix.name: matrix.shape for matrix in self.space.matrices}
         factors = ShardFactors(self.space, keep=False)
-        merged: dict[str, Tensor] = {}
         for names, tensor in self.sharding.full_tensors():
-            if tensor is None:
-                continue
-            for name in parts.keys() & set(names):
-                view = ShardView(name, shapes[name], 0, tensor.view(-1))
-                add_low_rank_(view, *factors(view), parts[name])
-            merged.update(dict.fromkeys(names, tensor))
+            if tensor is not None:
+                target = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+                tensor = tensor.to(torch.promote_types(tensor.dtype, target))
+                for name in parts.keys() & set(names):
+                    view = ShardView(name, shapes[name], 0, tensor.view(-1))
+                    add_low_rank_(view, *factors(view), parts[name])
+                tensor = tensor.to(target)
+            yield names, tensor
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All of `merged_tensors` at once, in the order of the model's own state_dict: on the CPU of
+        rank 0, {} elsewhere.
+
+        Raises:
+            ShardingError: the weights are quantised on their way to the forward.
+        """
+        merged: dict[str, Tensor] = {}
+        for names, tensor in self.merged_tensors():
+            if tensor is not None:
+                merged.update(dict.fromkeys(names, tensor))
         return {name: merged[name] for name in self.sharding.module.state_dict()} if merged else {}
+
+    def _refuse_quantised(self, what: str) -> None:
+        if self.sharding.quantised:
+            raise ShardingError(
+                f"{what}: weights are stored or gathered quantised ({self.sharding.quantised}); "
+                "turn it off, or export an adapter"
+            )
 
 
 def _tokens(batch: Mapping[str, Any]) -> int:

@@ -18,4 +18,4 @@ class ProbeError(TezoError):
 
 
 class ShardingError(TezoError):
-    """The weights are sharded in a way that the request cannot be served."""
+    """The weights are sharded in a way that the request cannot be served, or replicas differ."""

@@ -8,9 +8,17 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived."""
+    """SIGINT or SIGTERM arrived.
+
+    Attributes:
+        left: what there is of the work, for the command line to say.
+    """
+
+    left = "results so far are in the run folder"
 
 
 @contextmanager
@@ -40,10 +48,22 @@ def turned_into_exceptions(
         if waiting:
             raise waiting[0]
 
-    for name in (signal.SIGINT, signal.SIGTERM):
+    for name in SIGNALS:
         before[name] = signal.signal(name, interrupt)
     try:
         yield raise_waiting
     finally:
         for name, handler in before.items():  # once stopped, deaf: it writes its results and ends
             signal.signal(name, signal.SIG_IGN if waiting else handler)
+
+
+@contextmanager
+def deaf() -> Iterator[None]:
+    """Ignores SIGINT and SIGTERM, which a launcher sends as soon as one rank has ended with an error:
+    the others may then still be writing their results."""
+    before = {name: signal.signal(name, signal.SIG_IGN) for name in SIGNALS}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -13,20 +13,28 @@ from torch import nn
 
 from tezo_ds.errors import ConfigError
 
+if TYPE_CHECKING:  # what only some ways of sharding need is imported where it is used
+    from tezo_ds.fsdp_loading import FsdpPlan
+
 _zero_configs: list[Any] = []  # transformers partitions while it loads only as long as one is alive
 
 
-def join_world(deepspeed: bool) -> None:
-    """Joins the ranks that `deepspeed` or `torchrun` started; ZeRO-3 needs a world even if of one."""
+def join_world(deepspeed: bool, fsdp: bool = False) -> None:
+    """Joins the ranks that a launcher started; ZeRO-3 and FSDP2 need a world even if of one."""
     if deepspeed:
         from tezo_ds.sharding import zero3
 
         zero3.init_distributed()
-    elif int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        device = torch.accelerator.current_accelerator()
-        if device is not None and torch.accelerator.is_available():
-            torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
+        return
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if dist.is_initialized() or not (several or fsdp):
+        return
+    if torch.accelerator.is_available():
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
+    if several:
         dist.init_process_group()
+    else:
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
 
 
 def local_device() -> torch.device:
@@ -38,8 +46,12 @@ def local_device() -> torch.device:
     return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub name, with a pad token.
+def load_tokenizer(name: str, pad: bool = True) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub name.
+
+    Args:
+        name: folder or hub name.
+        pad: give it a pad token where it has none.
 
     Raises:
         ConfigError: there is none.
@@ -48,13 +60,16 @@ def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ConfigError(_not_loaded("tokenizer", name, error)) from None
-    if tokenizer.pad_token_id is None:
+    if pad and tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked out, so any token would do
     return tokenizer
 
 
 def load_model(
-    name: str, dtype: str = "auto", deepspeed_config: dict[str, Any] | None = None
+    name: str,
+    dtype: str = "auto",
+    deepspeed_config: dict[str, Any] | None = None,
+    fsdp: FsdpPlan | None = None,
 ) -> nn.Module:
     """A causal or masked language model, by `from_pretrained`.
 
@@ -64,9 +79,11 @@ def load_model(
             bf16 and fp16 blocks decide.
         deepspeed_config: with zero_optimization, each rank keeps its partition only: the model is
             partitioned while it is built and filled.
+        fsdp: each rank reads and keeps its shards only; not with a `deepspeed_config`.
 
     Raises:
-        ConfigError: no such model, or `dtype` contradicts the DeepSpeed config.
+        ConfigError: no such model; the DeepSpeed config contradicts `dtype`, or has buffers that are
+            too small for the model; `fsdp` does not fit the world or the model.
     """
     if deepspeed_config is not None and "zero_optimization" in deepspeed_config:
         from transformers.integrations import HfDeepSpeedConfig
@@ -76,18 +93,31 @@ def load_model(
         prepared = zero3.prepare(deepspeed_config)
         dtype = _deepspeed_dtype(prepared, dtype)
         _zero_configs[:] = [HfDeepSpeedConfig(prepared)]
-    else:
-        _zero_configs.clear()
+        with zero3.buffers_explained():
+            return _from_pretrained(name, dtype)
+    _zero_configs.clear()
+    model = _from_pretrained(name, dtype, fsdp)
+    return model.to(local_device()) if fsdp is None else model
+
+
+def _from_pretrained(name: str, dtype: str, fsdp: FsdpPlan | None = None) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         masked = any(a.endswith("ForMaskedLM") for a in config.architectures or [])
         loader = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
-        model: nn.Module = loader.from_pretrained(
-            name, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
-        )
+        wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+        if fsdp is None:
+            model: nn.Module = loader.from_pretrained(name, dtype=wanted)
+            return model
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError("its weights are quantised, which --fsdp does not shard")
+        from tezo_ds.fsdp_loading import load_sharded
+
+        return load_sharded(loader, name, wanted, local_device(), fsdp)
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(_not_loaded("model", name, error)) from None
-    return model if _zero_configs else model.to(local_device())
 
 
 def _deepspeed_dtype(config: dict[str, Any], asked: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,8 @@ from tezo_ds.sharding import sharding_of
 from tezo_ds.tasks import TaskData, first_tokens, load_task
 from tezo_ds.tasks.evaluation import Evaluator
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+
 
 class Settings(BaseModel):
     """What both commands need to know besides the `tezo` block; kept in a run's config.json."""
@@ -41,7 +44,13 @@ class Settings(BaseModel):
     data_seed: int = 0
     max_length: int = Field(512, ge=2)
     eval_batch_size: int = Field(32, ge=1)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", Dtype] = "auto"
+    compute_dtype: Dtype | None = None  # of a forward; None: of the weights
+    factors_dtype: Dtype | None = None  # to which the run rounded U and V; None: the compute dtype
+    fsdp: bool = False
+    fsdp_replicas: int = Field(1, ge=1)
+    fsdp_offload_params: bool = False
+    fsdp_layers: tuple[str, ...] | None = None
     objective: Literal["lm", "choices"] = "lm"
 
 
@@ -89,11 +98,33 @@ def open_session(
         test_examples=s.test_examples, seed=s.data_seed,
     )  # fmt: skip
     tokenizer = load_tokenizer(s.model)
-    model = load_model(s.model, s.dtype, deepspeed_config)
-    engine = Engine(sharding_of(model, deepspeed_config), config, loss_fn=None)
+    engine = open_engine(s, config, deepspeed_config)
     if s.objective == "choices":
         engine.objective.choices = _choices(tokenizer, task)
     return Session(settings, engine, tokenizer, task)
+
+
+def open_engine(
+    settings: Settings, config: TezoConfig, deepspeed_config: dict[str, Any] | None
+) -> Engine:
+    """Loads the model, sharded as the settings or the DeepSpeed config say.
+
+    Raises:
+        TezoError: one line that says what to change.
+    """
+    s, plan = settings, None
+    compute_dtype, factors_dtype = (
+        None if name is None else getattr(torch, name)
+        for name in (s.compute_dtype, s.factors_dtype)
+    )
+    if s.fsdp:
+        from tezo_ds.fsdp_loading import FsdpPlan
+
+        plan = FsdpPlan(s.fsdp_replicas, compute_dtype, s.fsdp_offload_params, s.fsdp_layers)
+    model = load_model(s.model, s.dtype, deepspeed_config, plan)
+    sharding = sharding_of(model, deepspeed_config)
+    sharding.filled_apart |= s.fsdp  # copies on different nodes come from different files
+    return Engine(sharding, config, None, factors_dtype)
 
 
 def _choices(tokenizer: PreTrainedTokenizerBase, task: TaskData) -> Tensor:
@@ -114,23 +145,31 @@ def _choices(tokenizer: PreTrainedTokenizerBase, task: TaskData) -> Tensor:
 
 
 def resolve_config(
-    deepspeed: Path | None,
+    deepspeed: Path | dict[str, Any] | None,
     overrides: dict[str, Any] | None = None,
     defaults: dict[str, Any] | None = None,
+    fsdp: bool = False,
 ) -> tuple[TezoConfig, dict[str, Any] | None]:
     """The tezo block with the command line's overrides, and the DeepSpeed config if there is one;
-    joins the launcher's world on the way, as ZeRO-3 needs one before the model is built.
+    joins the launcher's world on the way, as sharding needs one before the model is built.
 
     Raises:
-        ConfigError: see `config.resolve`; a stage other than 3.
+        ConfigError: see `config.resolve`; a stage other than 3; with `fsdp` anything but a tezo block.
     """
     source: Path | dict[str, Any] = {} if deepspeed is None else deepspeed
     config, deepspeed_config = resolve(source, overrides, defaults)
-    if deepspeed_config is not None:
+    if fsdp and deepspeed_config:
+        raise ConfigError(
+            f"--fsdp and --deepspeed both shard: {deepspeed} has {', '.join(deepspeed_config)}; with "
+            f'--fsdp only its "{BLOCK}" block could be used, so give one of the two'
+        )
+    if fsdp:
+        deepspeed_config = None
+    elif deepspeed_config is not None:
         from tezo_ds.sharding import zero3
 
         deepspeed_config = zero3.prepare(deepspeed_config)
-    join_world(deepspeed=deepspeed_config is not None)
+    join_world(deepspeed=deepspeed_config is not None, fsdp=fsdp)
     return config, deepspeed_config
 
 
@@ -139,20 +178,20 @@ def describe_run(session: Session, extra: dict[str, Any]) -> dict[str, Any]:
     return {
         BLOCK: session.engine.config.model_dump(mode="json"),
         "settings": session.settings.model_dump(mode="json"),
-        "weights_dtype": weights_dtype(session.engine),
+        "weights_dtype": _name(next(session.engine.sharding.module.parameters()).dtype),
+        "factors_dtype": _name(session.engine.space.matrices[0].rounding),
         "world_size": session.engine.sharding.world_size,
         **extra,
         "versions": {name: version(name) for name in ("tezo_ds", "torch", "transformers")},
     }
 
 
-def weights_dtype(engine: Engine) -> str:
-    """The dtype in which a run's factors are rounded, e.g. "bfloat16"."""
-    return str(next(engine.sharding.module.parameters()).dtype).removeprefix("torch.")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def read_run(folder: Path) -> tuple[Settings, TezoConfig]:
-    """Settings and config of a run folder; the dtype is the one the run really had.
+    """Settings and config of a run folder; the dtypes are those that the run really had.
 
     Raises:
         ConfigError: it is no run folder.
@@ -161,11 +200,35 @@ def read_run(folder: Path) -> tuple[Settings, TezoConfig]:
     if BLOCK not in content or "settings" not in content:
         raise ConfigError(f'{folder / CONFIG}: no "{BLOCK}" and "settings"; is it a run folder?')
     try:
-        settings = Settings(**{**content["settings"], "dtype": content.get("weights_dtype")})
+        weights = content.get("weights_dtype")
+        dtypes = {"dtype": weights, "factors_dtype": content.get("factors_dtype", weights)}
+        settings = Settings(**{**content["settings"], **dtypes})
     except ValidationError as error:
         fields = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
         raise ConfigError(f"{folder / CONFIG}: missing or malformed: {fields}") from None
     return settings, resolve({BLOCK: content[BLOCK]})[0]
+
+
+def sharded_as(
+    folder: Path, deepspeed: Path | None, fsdp: bool | None
+) -> tuple[Path | dict[str, Any] | None, bool]:
+    """How to shard a run's model: as asked, and where nothing is, as the run did; but a process that
+    is alone then holds it whole.
+
+    Args:
+        folder: of the run.
+        deepspeed: the DeepSpeed JSON that was asked for.
+        fsdp: whether FSDP2 was; None: nothing was said.
+
+    Returns:
+        The DeepSpeed config (the run's with an empty tezo block), and whether to use FSDP2.
+    """
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if deepspeed is not None or fsdp is not None or alone:
+        return deepspeed, bool(fsdp)
+    content = read_json(folder / CONFIG)
+    ran = content.get("deepspeed")
+    return {**ran, BLOCK: {}} if ran else None, bool(content["settings"].get("fsdp"))
 
 
 def load_result(engine: Engine, folder: Path) -> None:
@@ -174,7 +237,16 @@ def load_result(engine: Engine, folder: Path) -> None:
     Raises:
         ConfigError: there are none, or of another model.
     """
+    engine.load_coefficients(read_result(folder))
+
+
+def read_result(folder: Path) -> dict[str, Tensor]:
+    """The coefficients of a run folder, by parameter name.
+
+    Raises:
+        ConfigError: there are none.
+    """
     path = folder / COEFFICIENTS
     if not path.exists():
         raise ConfigError(f"{path} does not exist; has the run ended?")
-    engine.load_coefficients(load_file(path))
+    return load_file(path)

@@ -11,7 +11,7 @@ from tezo_ds.display import Display
 from tezo_ds.engine import Engine, StepReport
 from tezo_ds.errors import ConfigError
 from tezo_ds.export import save_adapter, save_coefficients
-from tezo_ds.interrupts import Interrupted, turned_into_exceptions
+from tezo_ds.interrupts import Interrupted, deaf, turned_into_exceptions
 from tezo_ds.runfolder import (
     ADAPTER,
     COEFFICIENTS,
@@ -91,6 +91,7 @@ def train(
                     raise_waiting()
                     if plan.eval_every and done % plan.eval_every == 0 and done < plan.steps:
                         _evaluate(engine, evaluator, folder, display, summary, None)
+            engine.check()
             summary["seconds_training"] = round(time.perf_counter() - trained, 2)
             _evaluate(engine, evaluator, folder, display, summary, "after")
         summary["status"] = "finished"
@@ -103,7 +104,8 @@ def train(
     finally:
         summary |= {"steps": engine.step_index, "seconds": round(time.perf_counter() - start, 2)}
         if folder is not None:
-            _write_results(engine, session.settings.model, folder, summary)
+            with deaf():
+                _write_results(engine, session.settings.model, folder, summary)
     return summary
 
 

@@ -1,0 +1,25 @@
+"""An engine at a result, and what a model makes of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tiny import make_batch
+from torch import Tensor, nn
+
+import tezo_ds
+
+
+def trained(model: nn.Module, exclude: Sequence[str] = ()) -> tezo_ds.Engine:
+    """An engine at coefficients that move the logits by about their own size."""
+    engine = tezo_ds.initialize(model, {"rank": 3, "exclude": tuple(exclude)})
+    engine.method.coefficients.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
+    return engine
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    batch = make_batch(3)
+    found: Tensor = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return found

@@ -1,0 +1,132 @@
+"""`tezo-ds train --fsdp` and what is done with its runs, by the real command line on two ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cli_fixtures import make_given
+from command_line import BLOCK, Given, Run, flags
+from safetensors.torch import load_file
+from tiny import tiny
+from torch import Tensor
+from world_hazards import refusal
+from world_loading import saved
+from worlds import World, case
+
+import tezo_ds
+from tezo_ds import cli
+from tezo_ds.factors import factors
+from tezo_ds.fsdp_loading import FsdpPlan
+from tezo_ds.loading import load_model
+from tezo_ds.runfolder import COEFFICIENTS
+from tezo_ds.session import Settings, open_engine
+
+MIXED = {"dtype": "float32", "compute_dtype": "bfloat16"}
+
+
+def given_to(world: World) -> Given:
+    """The model and data of the command line's tests."""
+    folder = world.folder / "given-to-fsdp"
+    if world.rank == 0 and not folder.exists():
+        folder.mkdir()
+        make_given(folder)
+    dist.barrier()
+    return Given(folder / "model", folder / "films.jsonl")
+
+
+def call(*arguments: object) -> str:
+    """What `tezo-ds ARGUMENTS` prints on this rank."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        cli.app([str(word) for word in arguments], standalone_mode=False)
+    dist.barrier()
+    return out.getvalue()
+
+
+def train(world: World, name: str, *switches: str, **options: Any) -> Run:
+    """A short run that both ranks shard by FSDP2."""
+    folder = world.folder / f"fsdp-{name}"
+    call(*given_to(world).train(folder, steps=3, **options), "--fsdp", *switches)
+    return Run(folder)
+
+
+def evaluated(run: Path, world: World, *switches: str, **options: Any) -> dict[str, Any]:
+    """The result that rank 0 prints."""
+    out = call("evaluate", "--run", run, *switches, *flags(options))
+    return dict(json.loads(out)) if world.rank == 0 else {}
+
+
+@case(worlds=(2,))
+def hybrid_and_offloaded_runs_are_the_same(world: World) -> None:
+    options = {"probe": "inplace"}  # which writes the shards, too
+    plain = train(world, "plain", **options)
+    other = train(world, "hybrid", "--fsdp-offload-params", **options, fsdp_replicas=2)
+    assert other.config["settings"]["fsdp"] and other.config["settings"]["fsdp_replicas"] == 2
+    assert other.config["world_size"] == 2
+    for name, part in plain.coefficients.items():
+        assert bool(part.any()) and torch.equal(other.coefficients[name], part)
+
+
+@case(worlds=(2,))
+def runs_in_mixed_precision_are_evaluated_as_they_were_trained(world: World) -> None:
+    run = train(world, "mixed", **MIXED)
+    assert run.config["weights_dtype"] == "float32"
+    assert run.config["factors_dtype"] == "bfloat16"
+    after = run.summary["accuracy_after"], run.summary["test_loss_after"]
+    for switches in ((), ("--no-fsdp",)):  # as the run did; whole in bfloat16, which FSDP2 gathered
+        found = evaluated(run.path, world, *switches)
+        if world.rank == 0:
+            assert (found["accuracy"], found["loss"]) == after, switches
+    exact = evaluated(run.path, world, "--no-fsdp", dtype="float32")
+    if world.rank == 0:
+        assert 0 < abs(exact["loss"] - after[1]) < 0.05
+
+
+@case(worlds=(2,))
+def exports_add_the_factors_that_were_trained(world: World) -> None:
+    """Those of a run in mixed precision are rounded to bfloat16, its weights are not."""
+    path = train(world, "merged", **MIXED, lr=0.01).path
+    written: list[dict[str, Tensor]] = []
+    for switch in ("--fsdp", "--no-fsdp"):
+        folder = world.folder / f"exported{switch}"
+        call("export", "--run", path, "--merged", folder, switch)
+        files = [load_file(file) for file in folder.glob("*.safetensors")]
+        written.append({name: tensor for file in files for name, tensor in file.items()})
+    base = load_model(str(given_to(world).model)).state_dict()
+    learnt = load_file(path / COEFFICIENTS)
+    for name, a in learnt.items():
+        U, V = factors(name, base[name].shape, BLOCK["rank"], BLOCK["seed"])
+        exact = base[name] + (U * a.float()) @ V.t()
+        rounded = base[name] + (U.bfloat16() * a.float()) @ V.bfloat16().float().t()
+        assert (exact - rounded).abs().max() > 3e-5
+        for tensors in written:
+            torch.testing.assert_close(tensors[name], rounded, rtol=1e-5, atol=1e-6)
+
+
+@case(worlds=(2,))
+def evaluations_may_be_sharded_in_another_way(world: World) -> None:
+    """The factors stay those of the run; bfloat16 in the forward alone costs some of the loss's digits."""
+    run = train(world, "float32")
+    loss = run.summary["test_loss_after"]
+    for options, digits in (({}, 1e-6), ({"compute_dtype": "bfloat16"}, 0.02)):
+        found = evaluated(run.path, world, "--fsdp", **options)
+        if world.rank == 0:
+            assert abs(found["loss"] - loss) < digits
+
+
+@case(worlds=(2,))
+def copies_from_different_files_are_refused(world: World) -> None:
+    path = [saved(world, f"copy-{i}", tiny(seed=i).save_pretrained) for i in (0, 1)][world.rank]
+    settings = Settings(model=str(path), task="-", fsdp=True, fsdp_replicas=2)
+    config = tezo_ds.TezoConfig(rank=3)
+    message = refusal(lambda: open_engine(settings, config, None), tezo_ds.ShardingError)
+    assert "weights of model.embed_tokens.weight on rank 1 differ from those on rank 0" in message
+    # Without the handling: nobody looks.
+    model = load_model(str(path), fsdp=FsdpPlan(replicas=2))
+    tezo_ds.initialize(model, {"rank": 3})

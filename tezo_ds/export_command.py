@@ -1,0 +1,122 @@
+"""`tezo-ds export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tezo_ds.errors import ConfigError
+from tezo_ds.flags import Fsdp
+
+if TYPE_CHECKING:  # what takes seconds to import is imported late, as --help need not wait for it
+    from tezo_ds.display import Display
+    from tezo_ds.engine import Engine
+
+EXPORT_HELP = """Write a run's result as a whole merged model, or as a LoRA adapter, for other tools.
+
+The merged model is written while it is gathered, tensor by tensor. Started by a launcher, the ranks
+shard it as the run did and none holds more than its shard and two layers; started plainly, one process
+holds the whole model.
+
+```
+tezo-ds export --run runs/sst2 --merged models/sst2
+
+deepspeed --num_gpus 8 --module tezo_ds export --run runs/sst2 --merged models/sst2 --dtype float32
+
+tezo-ds export --run runs/sst2 --adapter models/sst2-lora
+```
+"""
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def export(
+    run: Annotated[Path | None, typer.Option(help="run folder")] = None,
+    merged: Annotated[
+        Path | None, typer.Option(help="folder to write for transformers' from_pretrained")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="folder to write for peft's from_pretrained")
+    ] = None,
+    deepspeed: Annotated[
+        Path | None,
+        typer.Option(help="DeepSpeed JSON with a tezo block, to shard in another way"),
+    ] = None,
+    fsdp: Fsdp = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="of the merged weights: float32, bfloat16 or float16; the run's own by default. "
+            "float32 keeps what bfloat16 would round away of a small update"
+        ),
+    ] = None,
+) -> None:
+    """See EXPORT_HELP."""
+    from tezo_ds import launchers, session
+    from tezo_ds.display import Display, quieten
+    from tezo_ds.export import no_adapter_because
+    from tezo_ds.merged import refuse_filled
+
+    if run is None:
+        raise ConfigError("--run is missing; name the folder of a run, e.g. runs/first")
+    if merged is None and adapter is None:
+        raise ConfigError("--merged or --adapter is missing; name a folder to write")
+    if merged == adapter:
+        raise ConfigError(f"--merged and --adapter both name {merged}; choose two folders")
+    if dtype not in (None, *DTYPES):
+        raise ConfigError(f"--dtype: must be one of {', '.join(DTYPES)} (got {dtype!r})")
+    for folder in filter(None, (merged, adapter)):
+        refuse_filled(folder)
+    settings, config = session.read_run(run)
+    coefficients = session.read_result(run)
+    launched = launchers.launched()
+    if fsdp is None:
+        fsdp = launched.settings.get("fsdp")
+    source, settings.fsdp = session.sharded_as(run, deepspeed or launched.deepspeed, fsdp)
+    settings.fsdp_replicas = 1  # all ranks share the one copy
+    _, deepspeed_config = session.resolve_config(source, fsdp=settings.fsdp)
+    quieten()
+    engine = session.open_engine(settings, config, deepspeed_config)
+    engine.load_coefficients(coefficients)
+    sharding = engine.sharding
+    display = Display(sharding.rank, sharding.world_size, log_every=1)
+    kind = type(sharding).__name__
+    display.note(f"weights       {kind} on {sharding.world_size} rank(s), {sharding.device}")
+    if adapter is not None:
+        if reason := no_adapter_because(engine):
+            raise ConfigError(reason)
+        _export_adapter(engine, adapter, settings.model, display)
+    if merged is not None:
+        _export_merged(engine, merged, settings.model, dtype, display)
+
+
+def _export_adapter(engine: Engine, folder: Path, base_model: str, display: Display) -> None:
+    from tezo_ds.export import save_adapter
+    from tezo_ds.merged import writing
+
+    if engine.sharding.rank == 0:
+        with writing(folder):
+            save_adapter(engine, folder, base_model)
+    display.note(f"adapter       {folder}")
+
+
+def _export_merged(
+    engine: Engine, folder: Path, base_model: str, dtype: str | None, display: Display
+) -> None:
+    import torch
+
+    from tezo_ds.interrupts import Interrupted, turned_into_exceptions
+    from tezo_ds.loading import load_tokenizer
+    from tezo_ds.merged import save_merged
+
+    tokenizer = load_tokenizer(base_model, pad=False)
+    written = None if dtype is None else getattr(torch, dtype)
+    try:
+        with turned_into_exceptions(), display.evaluation(f"writing {folder}") as progress:
+            save_merged(engine, folder, tokenizer, written, progress)
+    except Interrupted as signalled:
+        signalled.left = f"nothing is left in {folder}"
+        raise
+    display.note(f"merged model  {folder}")

@@ -1,0 +1,93 @@
+"""Flags of FSDP2, which several commands take; settings from flags."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from tezo_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tezo_ds.session import Settings
+
+PANEL = "FSDP2"
+
+Fsdp = Annotated[
+    bool | None,
+    typer.Option(
+        "--fsdp/--no-fsdp",
+        help="shard the weights by FSDP2 over all ranks; each reads only its shards from disk",
+        rich_help_panel=PANEL,
+    ),
+]
+FsdpReplicas = Annotated[
+    int | None,
+    typer.Option(
+        help="whole copies of the weights, e.g. one a node, between which only scalars travel (1)",
+        rich_help_panel=PANEL,
+    ),
+]
+FsdpOffloadParams = Annotated[
+    bool | None,
+    typer.Option(
+        "--fsdp-offload-params/--no-fsdp-offload-params",
+        help="keep the shards in CPU memory until they are gathered",
+        rich_help_panel=PANEL,
+    ),
+]
+ComputeDtype = Annotated[
+    str | None,
+    typer.Option(
+        help="bfloat16, float16 or float32: weights of --dtype are cast to it as they are gathered",
+        rich_help_panel=PANEL,
+    ),
+]
+
+
+def refuse_idle(fsdp: bool, values: Mapping[str, Any]) -> None:
+    """Raises ConfigError if one of the flags is set where FSDP2 is not used."""
+    idle = {
+        "fsdp_replicas": (None, 1),
+        "fsdp_offload_params": (None, False),
+        "compute_dtype": (None,),
+    }
+    for name, unset in idle.items():
+        if not fsdp and values[name] not in unset:
+            raise ConfigError(f"--{name.replace('_', '-')} needs --fsdp; add it, or leave both out")
+
+
+def settings_from(given: dict[str, Any], before: dict[str, Any]) -> Settings:
+    """Settings from flags, over those of an earlier run or of the launcher.
+
+    Raises:
+        ConfigError: --model or --task is missing, or a value is out of range.
+    """
+    from tezo_ds.session import Settings
+
+    chosen = {k: v for k, v in given.items() if k in Settings.model_fields and v is not None}
+    if "verbalizers" in chosen:
+        chosen["verbalizers"] = _json_object(chosen["verbalizers"])
+    merged = {**before, **chosen}
+    for name in ("model", "task"):
+        if name not in merged:
+            raise ConfigError(f"--{name} is missing; see --help for examples")
+    try:
+        return Settings(**merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = "--" + ".".join(map(str, first["loc"])).replace("_", "-")
+        raise ConfigError(f"{flag}: {first['msg']} (got {first['input']!r})") from None
+
+
+def _json_object(text: str) -> dict[str, str]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--verbalizers is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ConfigError('--verbalizers must be a JSON object, e.g. {"0": "bad", "1": "good"}')
+    return {str(label): str(word) for label, word in value.items()}
