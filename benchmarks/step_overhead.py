@@ -7,6 +7,10 @@ taken within each round.
 
     python benchmarks/step_overhead.py
     python benchmarks/step_overhead.py --hidden 4096 --shapes 4x32 --only fused
+    python benchmarks/step_overhead.py --sharding zero3 --ranks 2
+
+With --sharding every rank has a batch of its own, "plain forward" is that of the same backend, and a time
+is that of the slowest rank. MeZO's step is left out, as it needs whole weights.
 
 The plain forward computes logits and loss at the same positions as the steps do. "All logits" is what
 `model(**batch)` does by itself: comparing with it flatters the steps wherever few positions carry a
@@ -22,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from backends import BACKENDS, place, settle, spawn
 from machine import describe
 from rich.console import Console
 from rich.progress import track
@@ -35,10 +40,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ("16x64", "4x32")
 
 
-def make_batch(shape: str, vocabulary: int, labels: str) -> dict[str, torch.Tensor]:
+def make_batch(shape: str, vocabulary: int, labels: str, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random tokens, B x T, labelled at every position or, as in classification, at the last."""
     examples, length = map(int, shape.split("x"))
-    ids = torch.randint(0, vocabulary, (examples, length), generator=torch.manual_seed(0))
+    ids = torch.randint(0, vocabulary, (examples, length), generator=torch.manual_seed(seed))
     wanted = ids.clone()
     if labels == "last":
         wanted[:, :-1] = -100
@@ -79,41 +84,60 @@ def random_llama(hidden: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def contestants(args: argparse.Namespace, shape: str) -> dict[str, Callable[[], object]]:
+def low_rank_share(engine: tezo_ds.Engine, vocabulary: int) -> str:
+    """Multiplications of the low-rank terms over those of the layers, embeddings aside."""
+    layers = [matrix for matrix in engine.space.matrices if matrix.shape[0] != vocabulary]
+    extra = sum(matrix.rank * sum(matrix.shape) for matrix in layers)
+    share = extra / sum(matrix.shape[0] * matrix.shape[1] for matrix in layers)
+    return f"low-rank products: {share:.1%} of the layers' multiplications"
+
+
+def contestants(args: argparse.Namespace, shape: str, rank: int) -> dict[str, Callable[[], object]]:
     """The steps to time, by name; all on one model, which none of them changes for good."""
+    torch.manual_seed(0)  # one model on all ranks
     dtype = getattr(torch, args.dtype)
     if args.hidden:
         model = random_llama(args.hidden).to(dtype)
     else:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    vocabulary = model.config.vocab_size
+    model = place(model, args.sharding)
     fields = {"rank": args.rank, "queries": args.queries, "lr": 1e-9, "exclude": args.exclude}
     fused = tezo_ds.initialize(model, {**fields, "probe": "fused"})
     inplace = tezo_ds.initialize(model, {**fields, "probe": "inplace"})
-    batch = make_batch(shape, model.config.vocab_size, args.labels)
-    repeated = repeat({k: v for k, v in batch.items() if k != "labels"}, 2 * args.queries)
+    if rank == 0:
+        print(low_rank_share(fused, vocabulary))
+    batch = make_batch(shape, vocabulary, args.labels, seed=rank)
+    inputs = fused.objective.inputs(repeat(batch, 2 * args.queries))
 
     def all_logits() -> None:
         with torch.no_grad():
-            model(**repeated, use_cache=False)
+            fused.sharding.forward(**inputs)
 
-    return {
+    steps: dict[str, Callable[[], object]] = {
         "plain forward": lambda: fused.objective(batch, 2 * args.queries),
         "plain, all logits": all_logits,
         "fused": lambda: fused.step(batch),
         "in-place": lambda: inplace.step(batch),
-        "MeZO-style": lambda: mezo_step(inplace, batch, args.queries, 1e-3, 0.0),
     }
+    if args.sharding == "none":
+        steps["MeZO-style"] = lambda: mezo_step(inplace, batch, args.queries, 1e-3, 0.0)
+    if args.only:
+        steps = {name: s for name, s in steps.items() if name in ("plain forward", *args.only)}
+    return steps
 
 
 def measure(
-    steps: dict[str, Callable[[], object]], rounds: int, label: str
+    steps: dict[str, Callable[[], object]], rounds: int, label: str, quiet: bool
 ) -> dict[str, list[float]]:
     """Seconds of each contestant, in turn within each round; two rounds of warm-up are dropped."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in track(range(rounds + 2), label, console=Console(stderr=True)):
+    for turn in track(range(rounds + 2), label, console=Console(stderr=True, quiet=quiet)):
         for name, step in steps.items():
+            settle()
             start = time.perf_counter()
             step()
+            settle()
             if turn >= 2:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -139,6 +163,17 @@ def _spread(values: list[float], scale: float, digits: int) -> str:
     return f"{low * scale:.{digits}f}–{high * scale:.{digits}f}"
 
 
+def run(rank: int, args: argparse.Namespace) -> None:
+    """Times every shape; rank 0 prints."""
+    console = Console(quiet=rank > 0)
+    console.print(describe())
+    backend = "" if args.sharding == "none" else f", {args.sharding} on {args.ranks} ranks"
+    for shape in args.shapes:
+        seconds = measure(contestants(args, shape, rank), args.rounds, shape, quiet=rank > 0)
+        title = f"{shape} tokens, r={args.rank}, Q={args.queries}, {args.dtype}{backend}"
+        console.print(report(seconds, title))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(ROOT / ".cache/quickstart/SmolLM2-135M-Instruct"))
@@ -151,17 +186,15 @@ def main() -> None:
     parser.add_argument("--labels", default="last", choices=["last", "all"])
     parser.add_argument("--exclude", nargs="*", default=[], help="glob patterns of frozen matrices")
     parser.add_argument("--only", nargs="+", help="contestants to run besides the plain forward")
+    parser.add_argument("--sharding", default="none", choices=BACKENDS)
+    parser.add_argument("--ranks", type=int, default=2, help="processes of a sharded run")
     args = parser.parse_args()
-    console = Console()
-    console.print(describe())
-    for shape in args.shapes:
-        steps = contestants(args, shape)
-        if args.only:
-            steps = {name: s for name, s in steps.items() if name in ("plain forward", *args.only)}
-        seconds = measure(steps, args.rounds, shape)
-        console.print(
-            report(seconds, f"{shape} tokens, r={args.rank}, Q={args.queries}, {args.dtype}")
-        )
+    if args.sharding == "none":
+        run(0, args)
+    elif args.ranks < (fewest := 4 if args.sharding == "zero3-hpz" else 2):
+        parser.error(f"--sharding {args.sharding} takes at least {fewest} --ranks")
+    else:
+        spawn(args.ranks, args.sharding, run, args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,86 @@
+"""Backends that a benchmark runs a model on, and the ranks they take, all on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from tezo_ds import loading
+
+BACKENDS = ("none", "zero3", "zero3-hpz", "fsdp2")
+
+
+def spawn(ranks: int, backend: str, run: Callable[..., None], *args: Any) -> None:
+    """Calls run(rank, *args) in as many new processes, which share the processor's cores."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    threads = max(1, torch.get_num_threads() // ranks)
+    mp.start_processes(_rank, (ranks, port, threads, backend, run, args), ranks)
+
+
+def _rank(
+    rank: int,
+    ranks: int,
+    port: int,
+    threads: int,
+    backend: str,
+    run: Callable[..., None],
+    args: Any,
+) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    torch.set_num_threads(threads)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed calls torch by older names
+    loading.join_world(deepspeed=backend.startswith("zero3"))
+    run(rank, *args)
+    dist.destroy_process_group()
+
+
+def place(model: nn.Module, backend: str) -> nn.Module:
+    """The model as `tezo_ds.initialize` takes it on this backend.
+
+    Args:
+        model: equal on all ranks.
+        backend: "zero3-hpz" makes two groups of ranks, each with a whole copy of the model.
+    """
+    if backend == "fsdp2":
+        blocks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        for block in blocks[0]:
+            fully_shard(block)
+        fully_shard(model)
+    if not backend.startswith("zero3"):
+        return model
+    from tezo_ds.sharding import zero3  # DeepSpeed takes seconds to import
+
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    if backend == "zero3-hpz":
+        zero["zero_hpz_partition_size"] = dist.get_world_size() // 2
+    dtype = next(model.parameters()).dtype
+    config = {
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+    }
+    return zero3.wrap(model, config)
+
+
+def settle() -> None:
+    """Waits for the device and for the other ranks."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    if dist.is_initialized():
+        dist.barrier()
