@@ -1,8 +1,9 @@
 """Peak memory of a training step over that of the plain forward of the same sequences.
 
-Each contestant runs three times in a process of its own. On the CPU the peak is that of the process's
-resident memory since the model was loaded, less what Python and its libraries took before; on an
-accelerator what torch allocated.
+Each contestant runs three times in a process of its own. "Process" is, on the CPU, the peak of resident
+memory since the model was loaded, less what Python and its libraries took before: it has pages that the
+allocator keeps and code that is loaded on the way. On an accelerator it is what torch allocated.
+"Tensors" are the bytes of all tensors that are alive at once.
 
     python benchmarks/peak_memory.py
     python benchmarks/peak_memory.py --hidden 2048 --shapes 4x32
@@ -22,11 +23,15 @@ from machine import describe
 from rich.console import Console
 from rich.table import Table
 from step_overhead import ROOT, SHAPES, make_batch, random_llama
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import tezo_ds
 from tezo_ds.objective import Objective
 from tezo_ds.sharding import sharding_of
+
+sys.path.append(str(ROOT / "tests"))
+from live_bytes import LiveBytes
 
 NAMES = ("plain forward", "fused", "inplace")
 
@@ -37,29 +42,16 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
-def peak_of(load: Callable[[], Callable[[], object]]) -> int:
-    """Bytes at the highest point of three runs of what `load` returns, the model included."""
-    if torch.accelerator.is_available():
-        run = load()
-        torch.accelerator.reset_peak_memory_stats()
-        for _ in range(3):
-            run()
-        return torch.accelerator.max_memory_allocated()
-    before = _status("VmRSS")
-    run = load()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of loading
-    for _ in range(3):
-        run()
-    return _status("VmHWM") - before
-
-
-def contestant(args: argparse.Namespace, name: str) -> Callable[[], object]:
-    """Loads a model and returns what is to be measured; a plain forward knows of no factors."""
+def load(args: argparse.Namespace) -> nn.Module:
+    """The model to measure on."""
     dtype = getattr(torch, args.dtype)
     if args.hidden:
-        model = random_llama(args.hidden).to(dtype)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+        return random_llama(args.hidden).to(dtype)
+    return AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+
+
+def prepare(args: argparse.Namespace, name: str, model: nn.Module) -> Callable[[], object]:
+    """What is to be run; a plain forward knows of no factors."""
     batch = make_batch(args.shapes[0], model.config.vocab_size, args.labels)
     if name == "plain forward":
         objective = Objective(sharding_of(model.eval()), None)
@@ -69,12 +61,36 @@ def contestant(args: argparse.Namespace, name: str) -> Callable[[], object]:
     return lambda: engine.step(batch)
 
 
-def measure(name: str, shape: str, arguments: list[str]) -> int:
-    """Peak of one contestant in a fresh process."""
+def peaks_of(args: argparse.Namespace, name: str) -> tuple[int, int]:
+    """Bytes at the highest point of three runs, the model included: of the process, of tensors."""
+    before = 0 if torch.accelerator.is_available() else _status("VmRSS")
+    model = load(args)
+    run = prepare(args, name, model)
+    if torch.accelerator.is_available():
+        torch.accelerator.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of loading
+    for _ in range(3):
+        run()
+    if torch.accelerator.is_available():
+        process = torch.accelerator.max_memory_allocated()
+    else:
+        process = _status("VmHWM") - before
+    with LiveBytes() as live:
+        again = prepare(args, name, model)  # so that its factors count
+        again()
+        live.peak = 0
+        again()
+    weights = sum(p.numel() * p.itemsize for p in model.parameters())
+    return process, weights + live.peak
+
+
+def measure(name: str, shape: str, arguments: list[str]) -> tuple[int, int]:
+    """Peaks of one contestant in a fresh process."""
     command = [sys.executable, __file__, *arguments, "--shapes", shape, "--one", name]
     found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    peak: int = json.loads(found.stdout.splitlines()[-1])
-    return peak
+    process, tensors = json.loads(found.stdout.splitlines()[-1])
+    return process, tensors
 
 
 def main() -> None:
@@ -90,15 +106,18 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(peak_of(lambda: contestant(args, args.one)))
+        print(json.dumps(peaks_of(args, args.one)))
         return
     console = Console()
     console.print(describe())
     for shape in args.shapes:
         peaks = {name: measure(name, shape, sys.argv[1:]) for name in NAMES}
-        table = Table("step", "peak MB", "÷ plain forward", title=f"{shape} tokens, r={args.rank}")
+        columns = ("process MB", "÷ plain forward", "tensors MB", "÷ plain forward")
+        table = Table("step", *columns, title=f"{shape} tokens, r={args.rank}, Q={args.queries}")
         for name, peak in peaks.items():
-            table.add_row(name, f"{peak / 1e6:.0f}", f"{peak / peaks['plain forward']:.3f}")
+            pairs = zip(peak, peaks["plain forward"], strict=True)
+            cells = [cell for p, base in pairs for cell in (f"{p / 1e6:.0f}", f"{p / base:.3f}")]
+            table.add_row(name, *cells)
         console.print(table)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from live_bytes import LiveBytes
 from tiny import VOCABULARY, losses_of_both_probes, make_batch, tiny
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import tezo_ds
 from tezo_ds.probes import sites
@@ -184,3 +187,33 @@ def test_inplace_restores_after_an_error_in_the_middle_of_a_write() -> None:
     ):
         engine.step(make_batch(2))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_fused_step_holds_no_more_than_a_plain_forward_and_the_factors() -> None:
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=128, hidden_size=132, intermediate_size=350, num_hidden_layers=3,
+            num_attention_heads=2, num_key_value_heads=1,
+        )
+    )  # fmt: skip
+    engine = tezo_ds.initialize(model, {"rank": 4, "rho": 1e-2})
+    batch = make_batch(8, length=63)
+
+    def peak(run: Callable[[], object]) -> int:
+        run()
+        with LiveBytes() as live:
+            run()
+        return live.peak
+
+    assert peak(lambda: engine.step(batch)) < 1.02 * peak(lambda: engine.objective(batch, 2))
+    keep = sites.Group.scaled
+    kept = []
+
+    def hoarding(self: sites.Group, site: sites.Site, x: torch.Tensor) -> torch.Tensor:
+        kept.append(keep(self, site, x))
+        return kept[-1]
+
+    with mock.patch.object(
+        sites.Group, "scaled", hoarding
+    ):  # x V of all layers, as if for a backward
+        assert peak(lambda: engine.step(batch)) > 1.02 * peak(lambda: engine.objective(batch, 2))
