@@ -23,8 +23,7 @@ from machine import describe
 from rich.console import Console
 from rich.table import Table
 from step_overhead import ROOT, SHAPES, make_batch, random_llama
-from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tezo_ds
 from tezo_ds.objective import Objective
@@ -42,15 +41,16 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
-def load(args: argparse.Namespace) -> nn.Module:
+def load(args: argparse.Namespace) -> PreTrainedModel:
     """The model to measure on."""
     dtype = getattr(torch, args.dtype)
     if args.hidden:
         return random_llama(args.hidden).to(dtype)
-    return AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    return model
 
 
-def prepare(args: argparse.Namespace, name: str, model: nn.Module) -> Callable[[], object]:
+def prepare(args: argparse.Namespace, name: str, model: PreTrainedModel) -> Callable[[], object]:
     """What is to be run; a plain forward knows of no factors."""
     batch = make_batch(args.shapes[0], model.config.vocab_size, args.labels)
     if name == "plain forward":
