@@ -240,3 +240,14 @@ def test_choices_make_the_loss_a_pick_among_words() -> None:
     engine.objective.choices = choices[:2]
     with pytest.raises(tezo_ds.DataError, match=r"label token 11 is none of the choices \[7, 30\]"):
         engine.loss(batch)
+
+
+@pytest.mark.parametrize("probe", ["fused", "inplace"])
+def test_steps_may_be_taken_in_inference_mode(probe: str) -> None:
+    engines = [tezo_ds.initialize(tiny(), {"rank": 2, "probe": probe}) for _ in range(2)]
+    for step in range(3):
+        batch = make_batch(3, seed=step)
+        with torch.inference_mode():
+            inside = engines[0].step(batch).loss
+        assert inside == engines[1].step(batch).loss
+    assert engines[0].loss(batch) == engines[1].loss(batch)

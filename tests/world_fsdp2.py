@@ -25,6 +25,7 @@ from worlds import World, case
 import tezo_ds
 from tezo_ds.sharding import fsdp2
 
+REAL_MODE = torch.inference_mode
 MLP = 38  # torch's tensor parallelism wants sizes that its ranks divide
 
 
@@ -120,6 +121,25 @@ def fsdp2_forwards_leave_nothing_behind(world: World) -> None:
         for _ in range(3):
             engine.step(batch)
     assert len(order) == 9  # two blocks and the root, for ever
+
+
+@case(worlds=(2,))
+def fsdp2_outlives_inference_mode(world: World) -> None:
+    def losses(engine: tezo_ds.Engine) -> list[float]:
+        batch = part_of(make_batch(4), world.rank, world.size)
+        with torch.inference_mode():
+            inside = [engine.loss(batch) for _ in range(2)]
+        return [*inside, engine.loss(batch), engine.step(batch).loss]
+
+    inside, again, outside, _ = losses(sharded())
+    assert inside == again == outside
+
+    def kept(mode: bool = True) -> contextlib.AbstractContextManager:
+        return REAL_MODE() if mode else contextlib.nullcontext()
+
+    with mock.patch.object(torch, "inference_mode", kept):
+        message = refusal(lambda: losses(sharded()), RuntimeError)
+    assert "nference tensor" in message, message
 
 
 @case(worlds=(2, 3))
