@@ -22,8 +22,8 @@ import torch
 from machine import describe
 from rich.console import Console
 from rich.table import Table
-from step_overhead import ROOT, SHAPES, make_batch, random_llama
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from step_overhead import ROOT, arguments, load, make_batch
+from transformers import PreTrainedModel
 
 import tezo_ds
 from tezo_ds.objective import Objective
@@ -39,15 +39,6 @@ def _status(field: str) -> int:
     """Bytes of one line of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
-
-
-def load(args: argparse.Namespace) -> PreTrainedModel:
-    """The model to measure on."""
-    dtype = getattr(torch, args.dtype)
-    if args.hidden:
-        return random_llama(args.hidden).to(dtype)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
-    return model
 
 
 def prepare(args: argparse.Namespace, name: str, model: PreTrainedModel) -> Callable[[], object]:
@@ -94,15 +85,7 @@ def measure(name: str, shape: str, arguments: list[str]) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default=str(ROOT / ".cache/quickstart/SmolLM2-135M-Instruct"))
-    parser.add_argument("--hidden", type=int, help="two random Llama layers of this size instead")
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="B x T, e.g. 16x64")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--queries", type=int, default=1)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--labels", default="last", choices=["last", "all"])
-    parser.add_argument("--exclude", nargs="*", default=[])
+    parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:

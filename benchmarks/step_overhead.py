@@ -31,7 +31,7 @@ from machine import describe
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import tezo_ds
 from tezo_ds.objective import repeat
@@ -84,6 +84,16 @@ def random_llama(hidden: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def load(args: argparse.Namespace) -> PreTrainedModel:
+    """The model that the arguments name; the same on all ranks."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, args.dtype)
+    if args.hidden:
+        return random_llama(args.hidden).to(dtype)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    return model
+
+
 def low_rank_share(engine: tezo_ds.Engine, vocabulary: int) -> str:
     """Multiplications of the low-rank terms over those of the layers, embeddings aside."""
     layers = [matrix for matrix in engine.space.matrices if matrix.shape[0] != vocabulary]
@@ -94,14 +104,9 @@ def low_rank_share(engine: tezo_ds.Engine, vocabulary: int) -> str:
 
 def contestants(args: argparse.Namespace, shape: str, rank: int) -> dict[str, Callable[[], object]]:
     """The steps to time, by name; all on one model, which none of them changes for good."""
-    torch.manual_seed(0)  # one model on all ranks
-    dtype = getattr(torch, args.dtype)
-    if args.hidden:
-        model = random_llama(args.hidden).to(dtype)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
-    vocabulary = model.config.vocab_size
-    model = place(model, args.sharding)
+    loaded = load(args)
+    vocabulary = loaded.config.vocab_size
+    model = place(loaded, args.sharding)
     fields = {"rank": args.rank, "queries": args.queries, "lr": 1e-9, "exclude": args.exclude}
     fused = tezo_ds.initialize(model, {**fields, "probe": "fused"})
     inplace = tezo_ds.initialize(model, {**fields, "probe": "inplace"})
@@ -174,17 +179,23 @@ def run(rank: int, args: argparse.Namespace) -> None:
         console.print(report(seconds, title))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def arguments(description: str) -> argparse.ArgumentParser:
+    """What names a model, a batch and a step."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", default=str(ROOT / ".cache/quickstart/SmolLM2-135M-Instruct"))
     parser.add_argument("--hidden", type=int, help="two random Llama layers of this size instead")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="B x T, e.g. 16x64")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--queries", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--labels", default="last", choices=["last", "all"])
     parser.add_argument("--exclude", nargs="*", default=[], help="glob patterns of frozen matrices")
+    return parser
+
+
+def main() -> None:
+    parser = arguments(__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", nargs="+", help="contestants to run besides the plain forward")
     parser.add_argument("--sharding", default="none", choices=BACKENDS)
     parser.add_argument("--ranks", type=int, default=2, help="processes of a sharded run")

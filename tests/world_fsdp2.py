@@ -17,7 +17,15 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
-from world_hazards import Lopsided, assert_write_was_lost, assert_write_was_seen, refusal, squares
+from world_hazards import (
+    Lopsided,
+    assert_write_was_lost,
+    assert_write_was_seen,
+    lopsided,
+    merge_after_same_steps,
+    refusal,
+    squares,
+)
 from world_replicated import FIELDS, alone, assert_equal_on_all_ranks, assert_same_run
 from world_zero3 import views_of
 from worlds import World, case
@@ -65,21 +73,14 @@ def fsdp2_runs_as_one_process(world: World) -> None:
 
 @case(worlds=(2, 3, 4))
 def fsdp2_shards_are_whole_rows_and_may_be_empty(world: World) -> None:
-    x = torch.randn(8, 7, generator=torch.Generator().manual_seed(1))
-    for probe in ("fused", "inplace"):
-        fields = {"rank": 1, "rho": 1e-2, "lr": 1e-2, "probe": probe, "queries": 2}
-        reference = tezo_ds.initialize(Lopsided(), fields, squares)
-        reference.sharding.world_size = 1
-        engine = tezo_ds.initialize(fully_shard(Lopsided()), fields, squares)
+    def make(fields: dict) -> tezo_ds.Engine:
+        return tezo_ds.initialize(fully_shard(Lopsided()), fields, squares)
+
+    for engine, reference in lopsided(make):
         views = {view.name: view for view in views_of(engine)}
         assert views["second.weight"].numel == (3 if world.rank == 0 else 0)
         assert all(view.start % view.width == 0 for view in views.values())
-        for _ in range(5):
-            ours = engine.step(part_of({"x": x}, world.rank, world.size))
-            theirs = reference.step({"x": x})
-            torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=0)
-        engine.merge()
-        reference.merge()
+        merge_after_same_steps(engine, reference, world)
         expected, before = reference.state_dict(), Lopsided().state_dict()
         for name, tensor in engine.state_dict().items():
             assert (tensor - before[name]).abs().max() > 1e-4

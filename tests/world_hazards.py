@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import deepspeed
@@ -114,24 +114,39 @@ def squares(outputs: torch.Tensor, batch: dict) -> tuple[torch.Tensor, torch.Ten
     return (outputs - 1).square().sum(dim=1), torch.ones(len(outputs))
 
 
-@case(worlds=(2, 3, 4))
-def shards_may_be_empty_or_end_inside_a_row(world: World) -> None:
-    x = torch.randn(8, 7, generator=torch.Generator().manual_seed(1))
+def lopsided(
+    make: Callable[[dict], tezo_ds.Engine],
+) -> Iterator[tuple[tezo_ds.Engine, tezo_ds.Engine]]:
+    """With each probe the engine that `make` makes of the fields, and one of a process alone."""
     for probe in ("fused", "inplace"):
         fields = {"rank": 1, "rho": 1e-2, "lr": 1e-2, "probe": probe, "queries": 2}
         reference = tezo_ds.initialize(Lopsided(), fields, squares)
         reference.sharding.world_size = 1
-        engine = tezo_ds.initialize(Lopsided(), {**ZERO3, "tezo": fields}, squares)
+        yield make(fields), reference
+
+
+def merge_after_same_steps(engine: tezo_ds.Engine, reference: tezo_ds.Engine, world: World) -> None:
+    """Five steps of equal losses, then both merge."""
+    x = torch.randn(8, 7, generator=torch.Generator().manual_seed(1))
+    for _ in range(5):
+        ours = engine.step(part_of({"x": x}, world.rank, world.size))
+        theirs = reference.step({"x": x})
+        torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=0)
+    engine.merge()
+    reference.merge()
+
+
+@case(worlds=(2, 3, 4))
+def shards_may_be_empty_or_end_inside_a_row(world: World) -> None:
+    def make(fields: dict) -> tezo_ds.Engine:
+        return tezo_ds.initialize(Lopsided(), {**ZERO3, "tezo": fields}, squares)
+
+    for engine, reference in lopsided(make):
         views = {view.name: view for view in views_of(engine)}
         if world.size == 4:
             assert (views["second.weight"].numel == 0) == (world.rank == 3)
             assert len(views["second.weight"].rows) == (0 if world.rank == 3 else 1)
-        for _ in range(5):
-            ours = engine.step(part_of({"x": x}, world.rank, world.size))
-            theirs = reference.step({"x": x})
-            torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=0)
-        engine.merge()
-        reference.merge()
+        merge_after_same_steps(engine, reference, world)
         for name, tensor in engine.state_dict().items():
             moved = (tensor - Lopsided().state_dict()[name]).abs().max()
             assert moved > 1e-3

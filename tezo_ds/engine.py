@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +22,6 @@ from tezo_ds.probes import make_probe
 from tezo_ds.selection import Selection, select
 from tezo_ds.sharding import Sharding, ShardView, sharding_of
 from tezo_ds.watch import Watch, require_same_start
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -49,16 +45,12 @@ class StepReport:
     tokens: int
 
 
-def _without_grad(method: Callable[P, R]) -> Callable[P, R]:
+@contextmanager
+def _without_grad() -> Iterator[None]:
     """`torch.no_grad`, also within a caller's inference mode: tensors made in that, sharded weights
     among them, would fail in every later step outside of it."""
-
-    @functools.wraps(method)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.inference_mode(False), torch.no_grad():
-            return method(*args, **kwargs)
-
-    return run
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class Engine:
@@ -83,7 +75,7 @@ class Engine:
         if sharding.filled_apart:
             self._watch.check(self.method.state, 0, weights=True)
 
-    @_without_grad
+    @_without_grad()
     def step(self, batch: Mapping[str, Any]) -> StepReport:
         """Measures L(W ± ρZ) along `queries` directions on every rank's batch and descends.
 
@@ -138,7 +130,7 @@ class Engine:
             )
         return losses
 
-    @_without_grad
+    @_without_grad()
     def loss(self, batch: Mapping[str, Any]) -> float:
         """Unperturbed mean loss of a batch over all ranks at the current coefficients."""
         return self._losses(batch, self.method.coefficients[None]).item()
@@ -147,11 +139,7 @@ class Engine:
     def applied(self) -> Iterator[None]:
         """Within it, plain forwards of the model see the current coefficients."""
         self.sharding.module.eval()
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            self.probe.held(self.method.coefficients),
-        ):
+        with _without_grad(), self.probe.held(self.method.coefficients):
             yield
 
     def coefficients(self) -> dict[str, Tensor]:
@@ -187,7 +175,7 @@ class Engine:
         """
         self._watch.check(self.method.state, self.step_index, self.probe.name == "inplace")
 
-    @_without_grad
+    @_without_grad()
     def merge(self) -> None:
         """W ← W + U diag(a) Vᵀ in the shards themselves, rounded to their dtype; then a ← 0.
 

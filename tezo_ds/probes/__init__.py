@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from tezo_ds.errors import ProbeError
-from tezo_ds.factors import CoefficientSpace, matrix_shape
+from tezo_ds.factors import CoefficientSpace
 from tezo_ds.objective import Objective
 from tezo_ds.probes.fused import FusedProbe
 from tezo_ds.probes.inplace import InplaceProbe
@@ -42,7 +42,7 @@ def make_probe(choice: str, sharding: Sharding, space: CoefficientSpace) -> Prob
         ShardingError: in-place on weights that cannot be written exactly.
     """
     names = {matrix.name for matrix in space.matrices}
-    gaps = {**_split_embeddings(sharding, names), **uncovered(sharding.module, names)}
+    gaps = {**_split_embeddings(sharding, space), **uncovered(sharding.module, names)}
     if choice == "fused" and gaps:
         raise ProbeError(f"fused probe cannot reach {_listed(gaps)}; exclude it or use inplace")
     if choice == "auto" and gaps:
@@ -52,16 +52,15 @@ def make_probe(choice: str, sharding: Sharding, space: CoefficientSpace) -> Prob
     return FusedProbe(sharding, space)
 
 
-def _split_embeddings(sharding: Sharding, names: set[str]) -> dict[str, str]:
+def _split_embeddings(sharding: Sharding, space: CoefficientSpace) -> dict[str, str]:
     """A rank looks up nothing for the words of the others, in ways of torch's own."""
     parameters = dict(sharding.module.named_parameters())
+    shapes = {matrix.name: matrix.shape for matrix in space.matrices}
     return {
         name: "Embedding split by tensor parallelism"
-        for name, owner, _ in users(sharding.module, names)
+        for name, owner, _ in users(sharding.module, set(shapes))
         if kind_of(owner) == "embedding"
-        if not sharding.block(parameters[name]).covers(
-            matrix_shape(sharding.shape(parameters[name]))
-        )
+        if not sharding.block(parameters[name]).covers(shapes[name])
     }
 
 

@@ -47,7 +47,7 @@ class Fsdp2(Sharding):
         # a backward that never comes.
         _warn_of_smaller_groups(module)
         module.set_reshard_after_forward(True)
-        _state(module)._lazy_init()  # what the first forward would do; reset_iter_state needs it
+        module._get_fsdp_state()._lazy_init()  # what the first forward would do; reset_iter_state needs it
         self._compute_dtypes = _compute_dtypes(module)
 
     def forward(self, **inputs: Any) -> Any:
@@ -130,14 +130,13 @@ def _view(name: str, parameter: nn.Parameter) -> ShardView:
     columns = range(offset[-1], offset[-1] + local_shape[-1])
     whole_rows = len(columns) == shape[1] or not local.numel()
     width = shape[1] if whole_rows else len(columns)
-    view = ShardView(name, shape, first_row * width, local.view(-1))
-    return view if whole_rows else ShardView(**{**vars(view), "columns": columns})
+    start = first_row * width
+    return ShardView(name, shape, start, local.view(-1), None if whole_rows else columns)
 
 
 def _data_mesh(module: nn.Module) -> DeviceMesh:
     """The mesh over whose ranks the data differ: (shard) or (replicate, shard)."""
-    groups = [group for m in _fsdp_modules(module) for group in _state(m)._fsdp_param_groups]
-    meshes = [group.mesh_info.mesh for group in groups]
+    meshes = [group.mesh_info.mesh for group in _param_groups(module)]
     if any(mesh != meshes[0] for mesh in meshes):
         raise ShardingError(
             "modules are sharded over different meshes; pass fully_shard the same one"
@@ -153,34 +152,29 @@ def _group(mesh: DeviceMesh) -> dist.ProcessGroup | None:
     return (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()
 
 
-def _fsdp_modules(module: nn.Module) -> Iterator[FSDPModule]:
-    return (m for m in module.modules() if isinstance(m, FSDPModule))
-
-
-def _state(module: FSDPModule) -> Any:
-    return module._get_fsdp_state()
+def _param_groups(module: nn.Module) -> Iterator[Any]:
+    """torch's own record of each group of parameters that is gathered together."""
+    for m in module.modules():
+        if isinstance(m, FSDPModule):
+            yield from m._get_fsdp_state()._fsdp_param_groups
 
 
 def _compute_dtypes(module: nn.Module) -> dict[int, torch.dtype]:
     """By id, for parameters that a mixed precision policy casts as they are gathered."""
     return {
         id(fsdp_param.sharded_param): fsdp_param.mp_policy.param_dtype
-        for m in _fsdp_modules(module)
-        for group in _state(m)._fsdp_param_groups
+        for group in _param_groups(module)
         for fsdp_param in group.fsdp_params
         if fsdp_param.mp_policy.param_dtype is not None
     }
 
 
 def _warn_of_smaller_groups(module: nn.Module) -> None:
-    for m in _fsdp_modules(module):
-        for group in _state(m)._fsdp_param_groups:
-            after = group.post_forward_mesh_info
-            if after is not None and after != group.mesh_info:
-                log.warning(
-                    "reshard_after_forward as a number of ranks is not used; it is True here"
-                )
-                return
+    if any(
+        group.post_forward_mesh_info not in (None, group.mesh_info)
+        for group in _param_groups(module)
+    ):
+        log.warning("reshard_after_forward as a number of ranks is not used; it is True here")
 
 
 def _tensor_parallel(
