@@ -70,6 +70,24 @@ def tau(name: str, rank: int, seed: int, step: int, direction: int) -> Tensor:
     return normals(derive_key(seed, name, "tau"), torch.tensor([direction]), rank, stream=step)[0]
 
 
+def fresh_left(name: str, rank: int, seed: int, step: int, direction: int, rows: Tensor) -> Tensor:
+    """Rows of the U that LOZO draws for one direction of one step, float32 (len(rows), rank), on the
+    device of `rows` (int64)."""
+    return normals(derive_key(seed, name, "LOZO U"), _at(direction, rows), rank, step)
+
+
+def dense(name: str, seed: int, step: int, direction: int, rows: Tensor, columns: range) -> Tensor:
+    """A rectangle of the dense Z of one direction of one step (MeZO): i.i.d. N(0, 1), float32
+    (len(rows), len(columns)), on the device of `rows` (int64)."""
+    key = derive_key(seed, name, "Z")
+    return normals(key, _at(direction, rows), len(columns), step, columns.start)
+
+
+def _at(direction: int, rows: Tensor) -> Tensor:
+    """A counter for each row that no other direction has."""
+    return rows + (direction << 40)
+
+
 @dataclass(frozen=True)
 class Matrix:
     """One trainable parameter seen as a matrix."""

@@ -95,7 +95,9 @@ def box_muller(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return first.to(torch.float32), second.to(torch.float32)
 
 
-def normals(key: tuple[Word, Word], index: Tensor, width: int, stream: Word = 0) -> Tensor:
+def normals(
+    key: tuple[Word, Word], index: Tensor, width: int, stream: Word = 0, first: int = 0
+) -> Tensor:
     """N(0, 1) numbers addressed by (key, index, column, stream).
 
     Args:
@@ -103,13 +105,14 @@ def normals(key: tuple[Word, Word], index: Tensor, width: int, stream: Word = 0)
         index: int64 (n,), e.g. row numbers; the same row gives the same numbers in any company.
         width: numbers for each index; a narrower request is a prefix of a wider one.
         stream: a further 32-bit counter word, e.g. the step; an int, or one for each index: (n,).
+        first: column to begin with.
 
     Returns:
         float32 (n, width) on `index`'s device.
     """
-    blocks = -(-width // 4)
+    blocks = -(-(first % 4 + width) // 4)
     out = torch.empty(index.numel(), blocks * 4, dtype=torch.float32, device=index.device)
-    block = torch.arange(blocks, device=index.device)  # (blocks,)
+    block = first // 4 + torch.arange(blocks, device=index.device)  # (blocks,)
     rows_at_once = max(1, _CHUNK // max(1, blocks))
     for start in range(0, index.numel(), rows_at_once):
         rows = slice(start, start + rows_at_once)
@@ -118,4 +121,4 @@ def normals(key: tuple[Word, Word], index: Tensor, width: int, stream: Word = 0)
         words = philox((block, i & _MASK, i >> 32, s), (k0, k1))  # 4 x (rows, blocks)
         pairs = (*box_muller(words[0], words[1]), *box_muller(words[2], words[3]))
         out[rows] = torch.stack(pairs, dim=-1).view(-1, blocks * 4)
-    return out[:, :width]
+    return out[:, first % 4 : first % 4 + width]

@@ -3,6 +3,7 @@ what its forwards multiply with."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -55,6 +56,43 @@ class ShardView:
         """The rows of the matrix (hence of U) that the range touches, ragged ends included."""
         n = self.width
         return range(self.start // n, -(-self.stop // n)) if self.numel else range(0)
+
+    def pieces(self, numel: int) -> Iterator[Piece]:
+        """What is held as rectangles in row-major order: the end of a row, whole rows, the beginning
+        of a row.
+
+        Args:
+            numel: elements of a piece at most, but one row at least.
+        """
+        n, first = self.width, 0 if self.columns is None else self.columns.start
+        at_once = max(1, numel // n) * n
+        place = self.start
+        while place < self.stop:
+            row, column = divmod(place, n)
+            end = min(self.stop, place + at_once, (row + 1) * n if column else self.stop)
+            if end - place > n:
+                end -= end % n
+            rows = range(row, -(-end // n))
+            columns = range(first + column, first + column + (end - place) // len(rows))
+            values = self.local[place - self.start : end - self.start].view(len(rows), -1)
+            yield Piece(self.name, rows, columns, values)
+            place = end
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of a matrix that this rank holds.
+
+    Attributes:
+        name: the model's own parameter name.
+        rows, columns: of the matrix.
+        values: the elements themselves, (len(rows), len(columns)); writing to it writes the weight.
+    """
+
+    name: str
+    rows: range
+    columns: range
+    values: Tensor
 
 
 @dataclass(frozen=True)
