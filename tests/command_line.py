@@ -45,9 +45,16 @@ class Given:
 
 
 def flags(options: dict[str, Any]) -> list[str]:
-    """`--name value` of each; None leaves one out."""
-    pairs = ((f"--{k.replace('_', '-')}", str(v)) for k, v in options.items() if v is not None)
-    return [word for pair in pairs for word in pair]
+    """`--name value` of each, `--name` or `--no-name` of a bool; None leaves one out."""
+    words: list[str] = []
+    for key, value in options.items():
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{name}", *map(str, values)]
+    return words
 
 
 def call(*arguments: object) -> int:

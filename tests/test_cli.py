@@ -38,6 +38,17 @@ OVERRIDES: dict[str, Any] = {
     "warmup_steps": 1,
     "total_steps": 7,
     "momentum": 0.5,
+    "rank_threshold": 0.5,
+    "rank_max": 8,
+    "refresh_every": 3,
+    "nu": 9,
+    "rank_scaling": True,
+    "betas": [0.8, 0.99],
+    "eps": 1e-6,
+    "bias_correction": False,
+    "restore": "copy",
+    "stochastic_rounding": False,
+    "train_vectors": True,
     "seed": 11,
     "queries": 2,
     "probe": "inplace",
@@ -131,7 +142,8 @@ def test_every_field_of_the_block_has_an_option(given: Given, tmp_path: Path) ->
     fields = tezo_ds.TezoConfig.model_fields
     assert OVERRIDES.keys() == fields.keys()
     assert all(value != fields[name].get_default() for name, value in OVERRIDES.items())
-    options = {k: v[0] if isinstance(v, list) else v for k, v in OVERRIDES.items()}
+    options = {k: v[0] if k in ("include", "exclude") else v for k, v in OVERRIDES.items()}
+    options["betas"] = tuple(OVERRIDES["betas"])
     assert call(*given.train(tmp_path / "run", **options, steps=3)) == 0
     assert Run(tmp_path / "run").config["tezo"] == OVERRIDES
 

@@ -7,7 +7,7 @@ import torch
 
 import tezo_ds
 from tezo_ds.factors import CoefficientSpace, Matrix, matrix_shape
-from tezo_ds.lowrank import ShardFactors, add_low_rank_
+from tezo_ds.lowrank import FixedFactors, add_low_rank_
 from tezo_ds.sharding import ShardView
 
 NAME, SHAPE, RANK, SEED = "layers.3.weight", (37, 22), 5, 11
@@ -79,10 +79,11 @@ def test_updates_of_a_shard_are_those_of_the_matrix(
     W = torch.randn(SHAPE, generator=generator).to(dtype)
     c = torch.randn(RANK, generator=generator, dtype=torch.float64)
     view = ShardView(NAME, SHAPE, start, W.flatten()[start:stop].clone())
-    U, V = ShardFactors(space, keep=False)(view)
+    factors = FixedFactors(space)
+    U, V = factors.left_of(view), factors.right_of(view)
     assert len(U) == len(view.rows) and U.dtype == dtype
     before, guard = view.local.clone(), view.local.clone()
-    add_low_rank_(view, U, V, c)
+    add_low_rank_(view, factors.scaled(view, c[None]), V)
     whole_U, whole_V = (f.to(dtype).double() for f in tezo_ds.factors(NAME, SHAPE, RANK, SEED))
     change = ((whole_U * c.float().double()) @ whole_V.t()).flatten()[start:stop]
     expected = (before.double() + change).to(dtype)
@@ -98,10 +99,11 @@ def test_updates_of_a_block_of_columns_are_those_of_the_matrix(rows: range) -> N
     c = torch.randn(RANK, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     local = torch.zeros(len(rows) * len(columns))
     view = ShardView(NAME, SHAPE, rows.start * len(columns), local, columns)
-    factors = ShardFactors(space, keep=True)
-    U, V = factors(view)
-    assert (len(U), len(V)) == (len(rows), len(columns)) and factors(view)[0] is U
-    add_low_rank_(view, U, V, c)
+    factors = FixedFactors(space)
+    factors.keep = True
+    U, V = factors.left_of(view), factors.right_of(view)
+    assert (len(U), len(V)) == (len(rows), len(columns)) and factors.left_of(view) is U
+    add_low_rank_(view, factors.scaled(view, c[None]), V)
     whole_U, whole_V = tezo_ds.factors(NAME, SHAPE, RANK, SEED)
     change = (whole_U * c.float()) @ whole_V.t()
     block = change[rows.start : rows.stop, columns.start : columns.stop]
@@ -113,8 +115,9 @@ def test_bfloat16_sums_are_rounded_once() -> None:
     space = CoefficientSpace([Matrix(NAME, SHAPE, RANK, torch.bfloat16)], SEED)
     W = torch.zeros(SHAPE, dtype=torch.bfloat16)
     view = ShardView(NAME, SHAPE, 0, W.view(-1))
-    U, V = ShardFactors(space, keep=False)(view)
+    factors = FixedFactors(space)
+    U, V = factors.left_of(view), factors.right_of(view)
     c = torch.full((RANK,), 1.001, dtype=torch.float64)  # 1.001 rounds to 1 in bfloat16
-    add_low_rank_(view, U, V, c)
+    add_low_rank_(view, factors.scaled(view, c[None]), V)
     exact = (U.double() * c) @ V.double().t()
     assert torch.equal(W, exact.to(torch.bfloat16))

@@ -17,7 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tezo_ds
 from tezo_ds.probes import sites
 
-KINDS = [(kind, tied) for kind in ("llama", "opt", "neox", "roberta") for tied in (True, False)]
+KINDS = [
+    (kind, tied) for kind in ("llama", "opt", "neox", "gpt2", "roberta") for tied in (True, False)
+]
 
 
 @pytest.mark.parametrize(("kind", "tied"), KINDS)
@@ -30,9 +32,7 @@ def test_fused_and_inplace_measure_the_same_losses(kind: str, tied: bool) -> Non
         for probe in ("fused", "inplace")
     ]
     for step in range(4):
-        c = engines[0].method.coefficients
-        tau = engines[0].method.directions(step, 2)
-        branches = c + 1e-2 * torch.cat([tau, -tau])
+        branches = engines[0].method.branches(step, 2, 1e-2)
         batch = make_batch(3, seed=step)
         fused, inplace = (
             engine.probe.measure(engine.objective, batch, branches) for engine in engines
@@ -151,9 +151,9 @@ def test_fused_says_what_it_cannot_measure() -> None:
     ):
         tezo_ds.initialize(Idle(), {"rank": 1, "probe": "fused"}, total).step(batch)
     with pytest.raises(
-        tezo_ds.ProbeError, match=r"cannot reach transformer\.h\.0\.attn\.c_attn\.weight"
+        tezo_ds.ProbeError, match=r"cannot reach model\.layers\.0\.mlp\.gate\.weight .*experts\.gate_up_proj"
     ):
-        tezo_ds.initialize(tiny("gpt2"), {"rank": 2, "probe": "fused"})
+        tezo_ds.initialize(tiny("mixtral"), {"rank": 2, "probe": "fused"})
 
 
 def test_auto_takes_fused_where_it_can_and_names_what_it_cannot(
@@ -161,9 +161,10 @@ def test_auto_takes_fused_where_it_can_and_names_what_it_cannot(
 ) -> None:
     assert tezo_ds.initialize(tiny("llama"), {"rank": 2}).probe.name == "fused"
     with caplog.at_level(logging.WARNING):
-        engine = tezo_ds.initialize(tiny("gpt2"), {"rank": 2, "rho": 1e-2, "lr": 1e-3})
+        engine = tezo_ds.initialize(tiny("mixtral"), {"rank": 2, "rho": 1e-2, "lr": 1e-3})
     assert engine.probe.name == "inplace"
-    assert "c_attn.weight (weight of Conv1D)" in caplog.text and "and 5 more" in caplog.text
+    assert "experts.gate_up_proj (gate_up_proj of MixtralExperts)" in caplog.text
+    assert "and 1 more" in caplog.text
     for _ in range(3):
         assert engine.step(make_batch(3)).kappa[0] != 0
 
@@ -172,7 +173,7 @@ def test_inplace_restores_after_an_error_in_the_middle_of_a_write() -> None:
     model = tiny()
     engine = tezo_ds.initialize(model, {"rank": 2, "probe": "inplace"})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    add = tezo_ds.probes.inplace.add_low_rank_
+    add = tezo_ds.branches.add_low_rank_
     calls = []
 
     def fail_at_the_fifth(*args: object) -> None:
@@ -182,7 +183,7 @@ def test_inplace_restores_after_an_error_in_the_middle_of_a_write() -> None:
             raise KeyboardInterrupt
 
     with (
-        mock.patch.object(tezo_ds.probes.inplace, "add_low_rank_", fail_at_the_fifth),
+        mock.patch.object(tezo_ds.branches, "add_low_rank_", fail_at_the_fifth),
         pytest.raises(KeyboardInterrupt),
     ):
         engine.step(make_batch(2))

@@ -1,12 +1,19 @@
-"""Philox against the published vectors; Box-Muller against NumPy; the statistics of the normals."""
+"""Philox against the published vectors; Box-Muller against NumPy; the statistics of the normals and
+uniforms; the compiled generator against the definition, bit for bit."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
+
+import numba
 import numpy as np
 import pytest
 import torch
 
-from tezo_ds.rng import box_muller, derive_key, normals, philox
+from tezo_ds import philox_cpu, rng
+from tezo_ds.rng import box_muller, derive_key, normals, philox, uniforms
 
 # Random123's kat_vectors for philox4x32-10: counter, key, result.
 KNOWN = [
@@ -107,8 +114,115 @@ def test_golden_bits() -> None:
     assert z.view(torch.int32).tolist() == GOLDEN
 
 
+def test_uniforms_are_the_halves_of_the_words() -> None:
+    key, index = derive_key(5, "w", "rounding"), torch.tensor([3, 2**33 + 1])
+    u = uniforms(key, index, 40, stream=9)
+    words = philox(
+        (torch.arange(5), index[:, None] & 0xFFFFFFFF, index[:, None] >> 32, 9), key
+    )  # 4 x (2, 5)
+    k = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    assert torch.equal(u * 65536, k.flatten(1).float())
+    for first in (1, 7, 8, 19):
+        assert torch.equal(uniforms(key, index, 11, 9, first), u[:, first : first + 11])
+    assert (u * 65536).int().tolist()[0][:4] == GOLDEN_UNIFORMS
+
+
+def test_uniforms_are_uniform() -> None:
+    u = uniforms(derive_key(0, "w", "rounding"), torch.arange(60_000), 16, stream=3)
+    assert u.min() >= 0 and u.max() < 1
+    counts = torch.histc(u, 256, 0, 1)
+    expected = u.numel() / 256
+    chi = ((counts - expected) ** 2 / expected).sum()
+    assert abs(chi - 255) < 4.5 * (2 * 255) ** 0.5
+    columns = torch.corrcoef(u.double().t()) - torch.eye(16)  # the halves of a word among them
+    assert columns.abs().max() < 4.5 / len(u) ** 0.5
+
+
+Request = tuple[torch.Tensor, tuple[rng.Word, rng.Word], rng.Word, int]
+
+
+def requests(rows: int) -> dict[str, Request]:
+    """Indices, key, stream and first block."""
+    index = torch.arange(rows)
+    words = torch.randint(0, 2**32, (3, rows), generator=torch.Generator().manual_seed(0))
+    return {
+        "ints": (index, (0xFFFFFFFF, 0), 0xFFFFFFFF, 0),
+        "a key and a stream for each": (index, (words[0], words[1]), words[2], 0),
+        "strided, beyond 32 bits": ((torch.arange(2 * rows) << 29).flip(0)[::2], (1, 2), 3, 5),
+        "none": (index[:0], (1, 2), 3, 0),
+    }
+
+
+@pytest.mark.parametrize("each", [4, 8])
+@pytest.mark.parametrize(("rows", "blocks"), [(3001, 1), (1009, 97), (501, 300)])
+def test_compiled_gives_the_same_bits(rows: int, blocks: int, each: int) -> None:
+    """Blocks of 256 counters begin and end inside rows, and hold several of them."""
+    for name, (index, *address) in requests(rows).items():
+        defined = torch.empty(len(index), blocks, each)
+        compiled = torch.empty_like(defined)
+        rng.fill_(defined, index, *address)
+        philox_cpu.fill_(compiled, index, *address)
+        assert torch.equal(defined, compiled), name
+
+
+def test_compiled_box_muller_at_extreme_words() -> None:
+    """Ends of the words, of the quadrants, and of the logarithm's reduction to [√½, √2)."""
+    cuts = [round(2**32 * 2.0 ** (-k / 2)) for k in range(64)]
+    edges = [0, 2**32 - 1] + [
+        cut + d
+        for cut in [*cuts, 2**30, 2**31, 3 * 2**30]
+        for d in (-1, 0, 1)
+        if 0 <= cut + d < 2**32
+    ]
+    x, y = torch.cartesian_prod(torch.tensor(edges), torch.tensor(edges)).t()
+    first, second = np.empty((2, len(x)), np.float32)
+    philox_cpu._box_muller(x.numpy().astype(np.uint32), y.numpy().astype(np.uint32), first, second)
+    for found, expected in zip((first, second), box_muller(x, y), strict=True):
+        assert torch.equal(torch.from_numpy(found).view(torch.int32), expected.view(torch.int32))
+
+
+def test_compiled_logarithm_is_not_fused() -> None:
+    """Multiply-and-add in one rounding, which `fastmath` allows, changes the last bits of float64, and
+    so about one normal in a thousand million."""
+
+    def logs(function: Callable[[float], float], x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(numba.vectorize(["float64(float64)"])(function)(x.numpy()))
+
+    x = (torch.arange(200_000, dtype=torch.float64) * 21_474.7 + 0.5) * 2.0**-32
+    assert torch.equal(logs(lambda v: philox_cpu._log(v), x), rng._log(x))
+    fused = numba.njit(fastmath={"contract"}, error_model="numpy")(philox_cpu._log.py_func)
+    assert not torch.equal(logs(lambda v: fused(v), x), rng._log(x))
+
+
+def test_same_bits_on_any_number_of_threads() -> None:
+    key, index, threads = derive_key(1, "w", "Z"), torch.arange(611), torch.get_num_threads()
+    drawn = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            drawn.append(normals(key, index, 1021, 4, first=3))
+    finally:
+        torch.set_num_threads(threads)
+    assert drawn[0].numel() > 4 * philox_cpu._PER_THREAD  # so that threads are started
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
+
+
+def test_compiles_for_a_large_request_only() -> None:
+    code = """if True:
+        import sys, torch, tezo_ds
+        from tezo_ds.rng import normals
+        normals((1, 2), torch.arange(100), 100)
+        assert "numba" not in sys.modules
+        whole = normals((1, 2), torch.arange(600), 600)
+        assert "numba" in sys.modules
+        assert torch.equal(normals((1, 2), torch.arange(7), 600), whole[:7])
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 GOLDEN_KEY = (1122098354, 2837173087)
 GOLDEN = [
     [-1084844749, -1078893312, 1055856502, -1086675178],
     [1059578327, -1081849782, -1095124930, -1097868890],
 ]
+GOLDEN_UNIFORMS = [39576, 9892, 42517, 31496]

@@ -13,8 +13,12 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     RobertaConfig,
     RobertaForMaskedLM,
 )
@@ -41,7 +45,16 @@ def tiny(kind: str = "llama", tied: bool = True, seed: int = 0, mlp: int = 37) -
         config = RobertaConfig(**shared, intermediate_size=mlp, type_vocab_size=5)
         return RobertaForMaskedLM(config).eval()
     if kind == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=22, n_layer=2, n_head=2)).eval()
+        sizes = {"n_embd": 22, "n_layer": 2, "n_head": 2, "n_inner": mlp, "n_positions": 64}
+        config = GPT2Config(vocab_size=61, **sizes, initializer_range=0.1, tie_word_embeddings=tied)
+        return GPT2LMHeadModel(config).eval()
+    if kind in ("mixtral", "qwen-moe"):  # experts fused into weights of three dims
+        few = {"num_experts_per_tok": 2, "num_key_value_heads": 1, "head_dim": 10}
+        if kind == "mixtral":
+            mixtral = MixtralConfig(**shared, **few, intermediate_size=mlp, num_local_experts=3)
+            return MixtralForCausalLM(mixtral).eval()
+        few |= {"num_experts": 3, "moe_intermediate_size": mlp}
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shared, **few)).eval()
     raise KeyError(kind)
 
 

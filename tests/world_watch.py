@@ -90,7 +90,7 @@ def one_bit_of_the_state_on_one_rank_stops_all(world: World) -> None:
 
         def spoil(engine: tezo_ds.Engine, vector: str = vector) -> None:
             # By more than the last bit, which a later step may round away again.
-            engine.method.state[vector][engine.space.slices[name]][0] *= 1 + 2**-40
+            engine.method.state[vector].data[engine.space.slices[name]][0] *= 1 + 2**-40
 
         message = stopped_by(functools.partial(make, method="tezo-m"), spoil, bad, world)
         assert f"{vector} of {name} on rank {bad} differ from those on {others(world)}; " in message

@@ -9,7 +9,7 @@ from world_replicated import FIELDS, alone, assert_equal_on_all_ranks, assert_sa
 from worlds import World, case
 
 import tezo_ds
-from tezo_ds.lowrank import ShardFactors
+from tezo_ds.lowrank import FixedFactors
 from tezo_ds.sharding import ShardView, zero3
 
 ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
@@ -49,11 +49,11 @@ def zero3_runs_as_one_process(world: World) -> None:
 @case(worlds=(2, 3, 4))
 def shards_take_the_rows_of_U_they_need(world: World) -> None:
     engine = sharded()
-    make = ShardFactors(engine.space, keep=False)
+    make = FixedFactors(engine.space)
     held = 0
     for view in views_of(engine):
         U, V = tezo_ds.factors(view.name, view.shape, FIELDS["rank"], FIELDS["seed"])
-        shard_U, shard_V = make(view)
+        shard_U, shard_V = make.left_of(view), make.right_of(view)
         assert torch.equal(shard_U, U[view.rows.start : view.rows.stop])
         assert torch.equal(shard_V, V)
         assert len(view.rows) <= view.shape[0] // world.size + 2

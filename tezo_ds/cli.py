@@ -66,6 +66,13 @@ def _block(name: str) -> Any:
     return typer.Option(help=TezoConfig.model_fields[name].description, rich_help_panel=BLOCK)
 
 
+def _switch(name: str) -> Any:
+    """Likewise, for a field that is on or off."""
+    flag = name.replace("_", "-")
+    text = TezoConfig.model_fields[name].description
+    return typer.Option(f"--{flag}/--no-{flag}", help=text, rich_help_panel=BLOCK)
+
+
 def _data(text: str) -> Any:
     return typer.Option(help=text, rich_help_panel=DATA)
 
@@ -141,13 +148,24 @@ def train(
     max_length: MaxLength = None,
     eval_batch_size: EvalBatch = None,
     method: Annotated[str | None, _block("method")] = None,
-    rank: Annotated[int | None, _block("rank")] = None,
+    rank: Annotated[str | None, _block("rank")] = None,
+    rank_threshold: Annotated[float | None, _block("rank_threshold")] = None,
+    rank_max: Annotated[int | None, _block("rank_max")] = None,
+    refresh_every: Annotated[int | None, _block("refresh_every")] = None,
+    nu: Annotated[int | None, _block("nu")] = None,
+    rank_scaling: Annotated[bool | None, _switch("rank_scaling")] = None,
     rho: Annotated[float | None, _block("rho")] = None,
     lr: Annotated[float | None, _block("lr")] = None,
     schedule: Annotated[str | None, _block("schedule")] = None,
     warmup_steps: Annotated[int | None, _block("warmup_steps")] = None,
     total_steps: Annotated[int | None, _block("total_steps")] = None,
     momentum: Annotated[float | None, _block("momentum")] = None,
+    betas: Annotated[tuple[float, float] | None, _block("betas")] = None,
+    eps: Annotated[float | None, _block("eps")] = None,
+    bias_correction: Annotated[bool | None, _switch("bias_correction")] = None,
+    restore: Annotated[str | None, _block("restore")] = None,
+    stochastic_rounding: Annotated[bool | None, _switch("stochastic_rounding")] = None,
+    train_vectors: Annotated[bool | None, _switch("train_vectors")] = None,
     seed: Annotated[int | None, _block("seed")] = None,
     queries: Annotated[int | None, _block("queries")] = None,
     probe: Annotated[str | None, _block("probe")] = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -13,16 +13,37 @@ from tezo_ds.errors import ConfigError
 
 BLOCK = "tezo"
 
+MethodName = Literal[
+    "tezo", "tezo-m", "tezo-adam", "tezo-adam-coef", "lozo", "lozo-m", "mezo", "mezo-m", "mezo-adam"
+]
+
 
 class TezoConfig(BaseModel):
     """The `tezo` block. Every field has an override of the same name on the command line."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    method: Literal["tezo", "tezo-m"] = Field(
-        "tezo", description="tezo: SGD on the temporal factor; tezo-m: with momentum"
+    method: MethodName = Field(
+        "tezo",
+        description="tezo, tezo-m (momentum), tezo-adam, tezo-adam-coef (Adam on the coefficients), "
+        "lozo, lozo-m, mezo, mezo-m or mezo-adam",
     )
-    rank: int = Field(16, ge=1, description="r, columns of U and V of each matrix")
+    rank: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        16, description='r, columns of U and V of each matrix (lozo: 2); "auto": by layer (tezo)'
+    )
+    rank_threshold: float = Field(
+        0.25, gt=0, le=1, description="auto: of the largest singular value; those above it count"
+    )
+    rank_max: int = Field(64, ge=1, description="auto: most columns")
+    refresh_every: int = Field(
+        0,
+        ge=0,
+        description="tezo: steps until W takes in what was learnt and U, V are new; 0: never",
+    )
+    nu: int = Field(50, ge=1, description="lozo: ν, steps until V is new")
+    rank_scaling: bool = Field(
+        False, description="lozo: scale updates by 1/rank, as its paper does and its code does not"
+    )
     rho: float = Field(1e-3, gt=0, description="perturbation radius ρ")
     lr: float = Field(1e-6, ge=0, description="learning rate η at its peak")
     schedule: Literal["constant", "linear", "cosine"] = Field(
@@ -32,12 +53,26 @@ class TezoConfig(BaseModel):
     total_steps: int | None = Field(
         None, ge=1, description="length of the run in steps; linear and cosine need it"
     )
-    momentum: float = Field(0.9, ge=0, lt=1, description="β₁ of tezo-m")
+    momentum: float = Field(0.9, ge=0, lt=1, description="β₁ of tezo-m, lozo-m, mezo-m")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="β₁ and β₂ of the Adams"
+    )
+    eps: float = Field(1e-8, gt=0, description="ε of the Adams")
+    bias_correction: bool = Field(True, description="of the Adams; TeZO's paper has none")
     seed: int = Field(0, ge=0, description="of U, V, τ and the data order")
     queries: int = Field(1, ge=1, description="directions measured a step (two branches each)")
     probe: Literal["auto", "fused", "inplace"] = Field(
         "auto", description="fused: all branches in one forward; inplace: one forward a branch"
     )
+    restore: Literal["auto", "copy", "subtract"] = Field(
+        "auto",
+        description="in-place probe: restore weights from a copy, exactly, or by subtracting, without "
+        "a copy and with rounding errors; auto: subtract for mezo, as published, else copy",
+    )
+    stochastic_rounding: bool = Field(
+        True, description="of updates that are written into 16-bit weights; else to the nearest"
+    )
+    train_vectors: bool = Field(False, description="biases and norm weights train too")
     include: tuple[str, ...] = Field(
         ("*",), description="glob patterns: a matrix whose name matches one of them trains"
     )
@@ -45,6 +80,22 @@ class TezoConfig(BaseModel):
     check_every: int = Field(
         100, ge=0, description="steps between checks that all ranks agree; 0: only at the end"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rank_of_lozo(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and str(fields.get("method")).startswith("lozo"):
+            return {"rank": 2, **fields}
+        return fields
+
+    @model_validator(mode="after")
+    def _method_takes(self) -> TezoConfig:
+        if not self.method.startswith("tezo"):
+            if self.refresh_every:
+                raise ValueError(f"refresh_every: is for tezo, not for method {self.method}")
+            if self.rank == "auto":
+                raise ValueError(f"rank: auto is for tezo, not for method {self.method}")
+        return self
 
     @model_validator(mode="after")
     def _schedule_has_an_end(self) -> TezoConfig:
@@ -97,11 +148,19 @@ def build(fields: dict[str, Any], where: str) -> TezoConfig:
     try:
         return TezoConfig(**fields)
     except ValidationError as error:
-        raise ConfigError(f"{where}: " + "; ".join(map(_explain, error.errors()))) from None
+        lines: dict[str, str] = {}
+        for problem in error.errors():  # a union has one for each of its members
+            lines.setdefault(_field(problem), _explain(problem))
+        raise ConfigError(f"{where}: " + "; ".join(lines.values())) from None
+
+
+def _field(problem: Any) -> str:
+    places = [part for part in problem["loc"][1:] if isinstance(part, int)]
+    return ".".join(map(str, [*problem["loc"][:1], *places]))
 
 
 def _explain(problem: Any) -> str:
-    field = ".".join(map(str, problem["loc"]))
+    field = _field(problem)
     if problem["type"] == "extra_forbidden":
         known = ", ".join(TezoConfig.model_fields)
         return f"unknown field {field!r}; remove it or use one of: {known}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tezo_ds.branches import Branches
 from tezo_ds.config import TezoConfig, resolve
 from tezo_ds.errors import ConfigError, ProbeError, ShardingError
 from tezo_ds.factors import CoefficientSpace
-from tezo_ds.lowrank import ShardFactors, add_low_rank_
-from tezo_ds.methods import make_method
+from tezo_ds.methods import Write, make_method
 from tezo_ds.objective import LossFn, Objective
 from tezo_ds.probes import make_probe
 from tezo_ds.selection import Selection, select
@@ -62,13 +62,15 @@ class Engine:
         config: TezoConfig,
         loss_fn: LossFn | None,
         factors_dtype: torch.dtype | None = None,
+        ranks: Mapping[str, int] | None = None,
     ) -> None:
         require_same_start(sharding, config)
         self.config, self.sharding = config, sharding
-        self.selection: Selection = select(sharding, config, factors_dtype)
-        self.space = CoefficientSpace(self.selection.matrices, config.seed)
-        self.method = make_method(config, self.space)
-        self.probe = make_probe(config.probe, sharding, self.space)
+        self.selection: Selection = select(sharding, config, factors_dtype, ranks)
+        chosen = self.selection
+        self.space = CoefficientSpace(chosen.matrices, config.seed, chosen.vectors)
+        self.method = make_method(config, self.space, sharding.device)
+        self.probe = make_probe(config, sharding, self.space.slices.keys(), self.method.factors)
         self.objective = Objective(sharding, loss_fn)
         self.step_index = 0
         self._watch = Watch(sharding, self.space)
@@ -94,9 +96,8 @@ class Engine:
         if every and self.step_index and self.step_index % every == 0:
             self.check()
         step, lr, rho = self.step_index, self.config.lr_at(self.step_index), self.config.rho
-        tau = self.method.directions(step, self.config.queries)  # (Q, D)
-        offsets = torch.stack([rho * tau, -rho * tau], dim=1).flatten(0, 1)  # (2Q, D): +, -, +, …
-        losses = self._losses(batch, self.method.coefficients + offsets)
+        self._write(self.method.begin(step))
+        losses = self._losses(batch, self.method.branches(step, self.config.queries, rho))
         if bool((losses == losses[0]).all()):
             raise ProbeError(
                 f"step {step}: all {len(losses)} branches give the same loss {losses[0]:.6g}, so "
@@ -104,17 +105,40 @@ class Engine:
             )
         kappa = (losses[0::2] - losses[1::2]) / (2 * rho)
         self.step_index += 1
-        self.method.update(kappa, tau, lr)
+        self._write(self.method.update(step, kappa, lr))
         return StepReport(
             step, losses.mean().item(), tuple(kappa.tolist()), lr,
             time.perf_counter() - start, _tokens(batch),
         )  # fmt: skip
 
-    def _losses(self, batch: Mapping[str, Any], c: Tensor) -> Tensor:
-        """Loss of each row of c over all ranks: float64 (branches,) on the CPU."""
+    @_without_grad()
+    def replay(self, step: int, kappa: Sequence[float], lr: float) -> None:
+        """A step that was measured before: all that `step` does to the run, without its forwards.
+
+        Args:
+            step: which; steps are replayed in order, from the first on.
+            kappa: its slopes, as in its `StepReport`.
+            lr: its learning rate.
+
+        Raises:
+            ConfigError: it is not the next step.
+        """
+        if step != self.step_index:
+            raise ConfigError(f"step {step} cannot be replayed after {self.step_index} steps")
+        self._write(self.method.begin(step))
+        self.step_index += 1
+        self._write(self.method.update(step, torch.tensor(kappa, dtype=torch.float64), lr))
+
+    def _write(self, write: Write | None) -> None:
+        """To every shard, what a method wants written."""
+        if write is not None:
+            self.sharding.each_shard(self.space.slices.keys(), write)
+
+    def _losses(self, batch: Mapping[str, Any], branches: Branches) -> Tensor:
+        """Loss of each branch over all ranks: float64 (branches,) on the CPU."""
         if any(m.training for m in self.sharding.module.modules()):  # dropout differs by branch
             self.sharding.module.eval()
-        sums = self.probe.measure(self.objective, batch, c)  # (2, branches)
+        sums = self.probe.measure(self.objective, batch, branches)  # (2, branches)
         loss_sum, count = self.sharding.all_reduce(sums).cpu()
         if not bool(count.all()):
             raise ProbeError(
@@ -133,13 +157,13 @@ class Engine:
     @_without_grad()
     def loss(self, batch: Mapping[str, Any]) -> float:
         """Unperturbed mean loss of a batch over all ranks at the current coefficients."""
-        return self._losses(batch, self.method.coefficients[None]).item()
+        return self._losses(batch, self.method.kept_aside()).item()
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within it, plain forwards of the model see the current coefficients."""
         self.sharding.module.eval()
-        with _without_grad(), self.probe.held(self.method.coefficients):
+        with _without_grad(), self.probe.held(self.method.kept_aside()):
             yield
 
     def coefficients(self) -> dict[str, Tensor]:
@@ -173,11 +197,13 @@ class Engine:
         Raises:
             ShardingError: something differs; names the first parameter and the ranks.
         """
-        self._watch.check(self.method.state, self.step_index, self.probe.name == "inplace")
+        weights = self.method.writes or self.probe.name == "inplace"
+        self._watch.check(self.method.state, self.step_index, weights)
 
     @_without_grad()
     def merge(self) -> None:
-        """W ← W + U diag(a) Vᵀ in the shards themselves, rounded to their dtype; then a ← 0.
+        """W ← W + what is kept aside (U diag(a) Vᵀ) in the shards themselves, rounded to their dtype to
+        the nearest; nothing is kept aside then.
 
         All ranks must call it: it begins and ends with a `check`.
 
@@ -186,12 +212,9 @@ class Engine:
         """
         self._refuse_quantised("merge")
         self.check()
-        parts = self.space.split(self.method.coefficients)
-        factors = ShardFactors(self.space, keep=False)
-        self.sharding.each_shard(
-            parts.keys(), lambda view: add_low_rank_(view, *factors(view), parts[view.name])
-        )
-        self.method.coefficients.zero_()
+        kept = self.method.kept_aside()
+        self._write(lambda view: kept.move_(view, None, 0))
+        self.method.merged()
         self._watch.check(self.method.state, self.step_index, weights=True)
 
     def merged_tensors(
@@ -217,16 +240,15 @@ class Engine:
     def _merged_tensors(
         self, dtype: torch.dtype | None
     ) -> Iterator[tuple[list[str], Tensor | None]]:
-        parts = self.space.split(self.method.coefficients)
+        kept = self.method.kept_aside()
         shapes = {matrix.name: matrix.shape for matrix in self.space.matrices}
-        factors = ShardFactors(self.space, keep=False)
+        shapes |= {vector.name: (1, vector.numel) for vector in self.space.vectors}
         for names, tensor in self.sharding.full_tensors():
             if tensor is not None:
                 target = dtype if dtype and tensor.is_floating_point() else tensor.dtype
                 tensor = tensor.to(torch.promote_types(tensor.dtype, target))
-                for name in parts.keys() & set(names):
-                    view = ShardView(name, shapes[name], 0, tensor.view(-1))
-                    add_low_rank_(view, *factors(view), parts[name])
+                for name in shapes.keys() & set(names):
+                    kept.move_(ShardView(name, shapes[name], 0, tensor.view(-1)), None, 0)
                 tensor = tensor.to(target)
             yield names, tensor
 

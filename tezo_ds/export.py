@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tezo_ds.engine import Engine
 from tezo_ds.errors import ConfigError
-from tezo_ds.lowrank import ShardFactors
+from tezo_ds.lowrank import FixedFactors
 from tezo_ds.objective import is_masked_lm
 from tezo_ds.probes.sites import kind_of, uncovered, users
 
@@ -31,7 +31,7 @@ def lora_tensors(engine: Engine) -> dict[str, Tensor]:
     if reason := no_adapter_because(engine):
         raise ConfigError(reason)
     module = engine.sharding.module
-    parameters, make = dict(module.named_parameters()), ShardFactors(engine.space, keep=False)
+    parameters, make = dict(module.named_parameters()), FixedFactors(engine.space)
     coefficients = engine.coefficients()
     owners = _owners(module)
     tensors: dict[str, Tensor] = {}

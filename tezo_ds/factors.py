@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tezo_ds.rng import derive_key, normals
+
+AHEAD = 1 << 20  # numbers of τ drawn at a time, at most
 
 Rows = slice | range | Sequence[int] | Tensor
 
@@ -23,6 +25,11 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     if len(shape) < 2:
         raise ValueError(f"a matrix has two dims or more, not shape {tuple(shape)}")
     return math.prod(shape[:-1]), shape[-1]
+
+
+def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """(m, n) of any parameter, as shards of it are described: a vector is one row."""
+    return (1, math.prod(shape)) if len(shape) < 2 else matrix_shape(shape)
 
 
 def left_rows(name: str, rank: int, seed: int, rows: Tensor) -> Tensor:
@@ -99,45 +106,83 @@ class Matrix:
     rounding: torch.dtype = torch.float32  # to which U and V were rounded before
 
 
+@dataclass(frozen=True)
+class Vector:
+    """One trainable parameter of one dim: its coefficients are its elements."""
+
+    name: str
+    numel: int
+    dtype: torch.dtype = torch.float32  # in a forward
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Numbers of many parameters in one 1-D tensor, and which are whose."""
+
+    data: Tensor
+    slices: Mapping[str, slice]
+
+    def split(self) -> dict[str, Tensor]:
+        """Views by parameter name."""
+        return {name: self.data[part] for name, part in self.slices.items()}
+
+
 class CoefficientSpace:
-    """All coefficients of a run as one vector of D = Σ rank numbers, matrix after matrix.
+    """All coefficients of a run as one vector of D = Σ rank + Σ numel numbers, matrix after matrix and
+    then vector after vector.
 
     One vector, because an update of 10,000 matrices of 16 numbers each is otherwise all overhead.
     """
 
-    def __init__(self, matrices: Sequence[Matrix], seed: int) -> None:
-        self.matrices = tuple(matrices)
+    def __init__(
+        self, matrices: Sequence[Matrix], seed: int, vectors: Sequence[Vector] = ()
+    ) -> None:
+        self.matrices, self.vectors = tuple(matrices), tuple(vectors)
         self.seed = seed
+        widths = {matrix.name: matrix.rank for matrix in self.matrices}
+        widths |= {vector.name: vector.numel for vector in self.vectors}
         self.slices: dict[str, slice] = {}
         self.numel = 0
-        for matrix in self.matrices:
-            self.slices[matrix.name] = slice(self.numel, self.numel + matrix.rank)
-            self.numel += matrix.rank
-        keys = torch.tensor(
-            [derive_key(seed, matrix.name, "tau") for matrix in self.matrices], dtype=torch.int64
-        ).view(-1, 2)
-        self._keys = keys[:, 0], keys[:, 1]
-        ranks = torch.tensor([matrix.rank for matrix in self.matrices])
-        self._width = int(ranks.max()) if len(ranks) else 0
-        self._used = torch.arange(self._width) < ranks[:, None]  # (matrices, width)
+        for name, width in widths.items():
+            self.slices[name] = slice(self.numel, self.numel + width)
+            self.numel += width
+        self.of_matrices = slice(0, sum(matrix.rank for matrix in self.matrices))
+        self.of_vectors = slice(self.of_matrices.stop, self.numel)
+        self._drawers = [
+            self._drawer([name for name in widths if widths[name] == width], width)
+            for width in sorted(set(widths.values()))
+        ]
         self._drawn = 0, torch.empty(0, 0, 0)  # first step, (steps, Q, D)
 
+    def _drawer(self, names: list[str], width: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Key words (names,) and columns of D (names * width,) of those of one width."""
+        keys = torch.tensor([derive_key(self.seed, name, "tau") for name in names])
+        columns = torch.cat([torch.arange(self.numel)[self.slices[name]] for name in names])
+        return keys[:, 0], keys[:, 1], columns, width
+
     def taus(self, step: int, directions: int) -> Tensor:
-        """τ of every matrix for directions 0 … Q-1 of `step`: float32 (Q, D), bits as of `tau`."""
+        """τ of every parameter for directions 0 … Q-1 of `step`: float32 (Q, D), bits as of `tau`."""
         first, drawn = self._drawn
         if not (first <= step < first + len(drawn) and drawn.shape[1] == directions):
             # Several steps ahead: a step's few thousand numbers are all overhead.
-            drawn = self._draw(step, max(1, 32 // directions), directions)
+            ahead = min(32, AHEAD // max(1, self.numel)) // directions
+            drawn = self._draw(step, max(1, ahead), directions)
             first, self._drawn = step, (step, drawn)
         return drawn[step - first]
 
     def _draw(self, step: int, steps: int, directions: int) -> Tensor:
-        matrices = len(self.matrices)
-        k0, k1 = (key.repeat(steps * directions) for key in self._keys)
-        index = torch.arange(directions).repeat_interleave(matrices).repeat(steps)
-        stream = torch.arange(step, step + steps).repeat_interleave(directions * matrices)
-        z = normals((k0, k1), index, self._width, stream)
-        return z.view(steps, directions, matrices, self._width)[:, :, self._used]
+        out = torch.empty(steps, directions, self.numel)
+        for k0, k1, columns, width in self._drawers:
+            names = len(k0)
+            key = k0.repeat(steps * directions), k1.repeat(steps * directions)
+            index = torch.arange(directions).repeat_interleave(names).repeat(steps)
+            stream = torch.arange(step, step + steps).repeat_interleave(directions * names)
+            out[..., columns] = normals(key, index, width, stream).reshape(steps, directions, -1)
+        return out
+
+    def pack(self, vector: Tensor) -> Packed:
+        """A (D,) vector with the names of its parts."""
+        return Packed(vector, self.slices)
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """Views of a (D,) vector (or (…, D)) by parameter name."""

@@ -1,94 +1,172 @@
-"""In-place rank-r updates of a shard that may begin and end in the middle of a row."""
+"""Low-rank changes of a weight: their factors, as a shard or a layer needs them, and adding them to a
+shard that may begin and end in the middle of a row."""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from tezo_ds.factors import CoefficientSpace, left_rows, right_rows
-from tezo_ds.sharding.view import Block, ShardKey, ShardView
+from tezo_ds.sharding.view import Block, Piece, ShardKey, ShardView
 
-BLOCK_BYTES = 1 << 24  # of float32 temporaries; small beside one layer of a model worth sharding
+BLOCK_NUMEL = 1 << 22  # elements of a shard worked on at a time; as float32 they are 16 MiB
+
+Store = Callable[[Piece, Tensor], None]  # puts wide values (rows, columns) into a piece
+Lent = Callable[[], tuple[Tensor, Tensor]]
 
 
-class ShardFactors:
-    """U and V as a shard needs them: the rows of either that it touches, on its device.
+def _nothing() -> tuple[Tensor, Tensor]:
+    raise AssertionError("nothing was lent")
 
-    Both are rounded to the dtype that the weights had in the run's forwards, so that every user of a
+
+NOTHING = -1, torch.empty(0)  # no period is -1
+NOTHING_LENT = -1, Block(range(0), range(0)), _nothing
+
+
+class Factors(ABC):
+    """Of a family of changes Σ_k L_k diag(c_k) Vᵀ of each matrix: `copies` lefts that share one right.
+
+    L and V are rounded to the dtype that the weights had in the run's forwards, so that every user of a
     run (probes, merge, export) means the same direction.
+
+    Attributes:
+        space: the matrices (and vectors) that the family is of.
+        copies: lefts of each matrix.
+        period: changes when V does; every left may change with it.
+        renewed: changes when the lefts do.
+    """
+
+    copies = 1
+    period = 0
+    renewed = 0
+
+    def __init__(self, space: CoefficientSpace) -> None:
+        self.space = space
+        self.matrices = {matrix.name: matrix for matrix in space.matrices}
+        self.keep = False  # hold on to what shards need, for those who ask again every step
+        self._lent: dict[str, tuple[int, Block, Lent]] = {}  # with the period they are of
+        self._rights: dict[ShardKey, tuple[int, Tensor]] = {}  # with their period
+
+    @abstractmethod
+    def left(self, name: str, rows: range, device: torch.device | str) -> Tensor:
+        """[L_1 … L_k] on some rows of a matrix: (len(rows), copies * rank)."""
+
+    @abstractmethod
+    def scaled(self, view: ShardView, c: Tensor) -> Tensor:
+        """Σ_k L_k diag(c_k) on the rows that a shard touches, (len(view.rows), rank) in float32 or
+        wider; c is (copies, rank)."""
+
+    def right(self, name: str, columns: range, device: torch.device | str) -> Tensor:
+        """V on some columns of a matrix: (len(columns), rank)."""
+        places = torch.arange(columns.start, columns.stop, device=device)
+        rank, seed = self.matrices[name].rank, self.space.seed + self.period
+        return self.rounded(name, right_rows(name, rank, seed, places))
+
+    def right_of(self, view: ShardView) -> Tensor:
+        """V on the columns that a shard runs over: (view.width, rank)."""
+        if self._rights.get(view.key, NOTHING)[0] == self.period:
+            return self._rights[view.key][1]
+        columns = range(view.shape[1]) if view.columns is None else view.columns
+        period, block, lent = self._lent.get(view.name, NOTHING_LENT)
+        if period == self.period and _within(columns, block.columns):
+            return lent()[1][_part(columns, block.columns)]
+        made = self.right(view.name, columns, view.local.device)
+        if self.keep:
+            self._rights[view.key] = self.period, made
+        return made
+
+    def rounded(self, name: str, factor: Tensor) -> Tensor:
+        """As everyone uses it."""
+        return factor.to(self.matrices[name].rounding).to(self.matrices[name].dtype)
+
+    def lend(self, name: str, block: Block, lent: Lent) -> None:
+        """Lets the family use L (rows, copies * rank) and V (columns, rank) of a block that someone keeps
+        for this period, instead of making its own."""
+        self._lent[name] = self.period, block, lent
+
+
+class FixedFactors(Factors):
+    """U and V of TeZO: they stay until a refresh, and then come from the next seed.
 
     Args:
         space: the run's matrices and seed.
-        keep: hold on to what was made, for those who ask again every step.
+        period: refreshes so far.
     """
 
-    def __init__(self, space: CoefficientSpace, keep: bool) -> None:
-        self._seed = space.seed
-        self._matrices = {matrix.name: matrix for matrix in space.matrices}
-        self._kept: dict[ShardKey, tuple[Tensor, Tensor]] | None = {} if keep else None
+    def __init__(self, space: CoefficientSpace, period: int = 0) -> None:
+        super().__init__(space)
+        self.period = self.renewed = period
+        self._lefts: dict[ShardKey, tuple[int, Tensor]] = {}
 
-    def __call__(self, view: ShardView) -> tuple[Tensor, Tensor]:
-        """U (len(view.rows), rank) and V (view.width, rank)."""
-        if self._kept is not None and view.key in self._kept:
-            return self._kept[view.key]
-        columns = range(view.shape[1]) if view.columns is None else view.columns
-        made = self.of(view.name, Block(view.rows, columns), view.local.device)
-        if self._kept is not None:
-            self._kept[view.key] = made
+    def refresh(self) -> None:
+        """On to the next seed."""
+        self.period += 1
+        self.renewed = self.period
+
+    def left(self, name: str, rows: range, device: torch.device | str) -> Tensor:
+        """U, (len(rows), rank)."""
+        places = torch.arange(rows.start, rows.stop, device=device)
+        rank, seed = self.matrices[name].rank, self.space.seed + self.period
+        return self.rounded(name, left_rows(name, rank, seed, places))
+
+    def left_of(self, view: ShardView) -> Tensor:
+        """U on the rows that a shard touches: (len(view.rows), rank)."""
+        if self._lefts.get(view.key, NOTHING)[0] == self.period:
+            return self._lefts[view.key][1]
+        period, block, lent = self._lent.get(view.name, NOTHING_LENT)
+        if period == self.period and _within(view.rows, block.rows):
+            return lent()[0][_part(view.rows, block.rows)]
+        made = self.left(view.name, view.rows, view.local.device)
+        if self.keep:
+            self._lefts[view.key] = self.period, made
         return made
+
+    def scaled(self, view: ShardView, c: Tensor) -> Tensor:
+        """U diag(c)."""
+        wide = torch.promote_types(view.local.dtype, torch.float32)
+        return self.left_of(view).to(wide) * c[0].to(view.local.device, wide)
 
     def of(
         self, name: str, block: Block | None = None, device: torch.device | str = "cpu"
     ) -> tuple[Tensor, Tensor]:
         """U (len(block.rows), rank) and V (len(block.columns), rank) of a block of a matrix; of the
         whole matrix without one."""
-        matrix = self._matrices[name]
-        block = block or Block(*map(range, matrix.shape))
-        rows, columns = (
-            torch.arange(places.start, places.stop, device=device)
-            for places in (block.rows, block.columns)
-        )
-        U = left_rows(name, matrix.rank, self._seed, rows)
-        V = right_rows(name, matrix.rank, self._seed, columns)
-        U, V = (factor.to(matrix.rounding).to(matrix.dtype) for factor in (U, V))
-        return U, V
+        block = block or Block(*map(range, self.matrices[name].shape))
+        return self.left(name, block.rows, device), self.right(name, block.columns, device)
 
 
-def add_low_rank_(view: ShardView, U: Tensor, V: Tensor, coefficient: Tensor) -> None:
-    """W ← W + U diag(c) Vᵀ on the elements that `view` holds, without a full-size temporary.
+def add_low_rank_(view: ShardView, scaled: Tensor, V: Tensor, store: Store | None = None) -> None:
+    """W ← W + L Vᵀ on the elements that `view` holds, without a full-size temporary.
 
     Sums are formed in float32 (float64 for float64 weights) and rounded to the shard's dtype once.
 
     Args:
         view: the shard.
-        U: (len(view.rows), rank), only the rows that the range touches.
+        scaled: L (len(view.rows), rank), only the rows that the range touches.
         V: (view.width, rank), only those of the columns that the range runs over.
-        coefficient: c, (rank,).
+        store: how a sum goes into the shard; rounds to the nearest by default.
     """
-    n = view.width
-    if view.numel == 0:
-        return
     wide = torch.promote_types(view.local.dtype, torch.float32)
-    scaled = U.to(wide) * coefficient.to(U.device, wide)  # (rows, rank)
-    Vt = V.to(wide).t()  # (rank, n)
-    head = min(view.numel, -view.start % n)  # elements before the first whole row
-    whole, tail = divmod(view.numel - head, n)
-    ragged = int(head > 0)  # rows of `scaled` that the head takes
-    if head:
-        column = view.start % n
-        _add_rows_(view.local[None, :head], scaled[:1], Vt[:, column : column + head])
-    rows = view.local[head : head + whole * n].view(whole, n)
-    _add_rows_(rows, scaled[ragged : ragged + whole], Vt)
-    if tail:
-        _add_rows_(view.local[None, -tail:], scaled[-1:], Vt[:, :tail])
+    scaled, Vt = scaled.to(wide), V.to(wide).t()  # (rows, rank), (rank, n)
+    first = 0 if view.columns is None else view.columns.start
+    for piece in view.pieces(BLOCK_NUMEL):
+        left = scaled[_part(piece.rows, view.rows)]  # (rows, rank)
+        right = Vt[:, piece.columns.start - first : piece.columns.stop - first]
+        if piece.values.dtype == wide:
+            piece.values.addmm_(left, right)
+        elif store is None:
+            piece.values.copy_(torch.addmm(piece.values.to(wide), left, right))
+        else:
+            store(piece, torch.addmm(piece.values.to(wide), left, right))
 
 
-def _add_rows_(rows: Tensor, scaled: Tensor, Vt: Tensor) -> None:
-    """rows (k, n) += scaled (k, rank) @ Vt (rank, n)."""
-    if rows.dtype == scaled.dtype:
-        rows.addmm_(scaled, Vt)
-        return
-    step = max(1, BLOCK_BYTES // (scaled.itemsize * rows.shape[1]))
-    for start in range(0, rows.shape[0], step):
-        block = rows[start : start + step]
-        block.copy_(torch.addmm(block.to(Vt.dtype), scaled[start : start + step], Vt))
+def _within(part: range, whole: range) -> bool:
+    return whole.start <= part.start and part.stop <= whole.stop
+
+
+def _part(part: range, whole: range) -> slice:
+    """Where a range lies in another that contains it."""
+    return slice(part.start - whole.start, part.stop - whole.start)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,9 +20,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from tezo_ds.engine import Engine
 from tezo_ds.errors import ConfigError, ShardingError
+from tezo_ds.ranks import numbered_module
 from tezo_ds.sharding.base import named_state
-
-NUMBERED = re.compile(r"(.*?\.)?\d+(?=\.)")  # up to a name's first number, as in model.layers.3
 
 
 def refuse_filled(folder: Path) -> None:
@@ -125,8 +123,7 @@ def _plan(sizes: dict[str, int]) -> list[list[str]]:
 
 def _layer(name: str) -> str:
     """The outermost numbered module that a tensor is in; its own module where there is none."""
-    numbered = NUMBERED.match(name)
-    return numbered[0] if numbered else name.rpartition(".")[0]
+    return numbered_module(name) or name.rpartition(".")[0]
 
 
 def _write_configs(

@@ -121,10 +121,11 @@ class Objective:
         return positions, _index_in(self.choices, tokens)
 
     def _cross_entropy(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """Of each row of logits (rows, vocabulary), float32 (rows,)."""
+        """Of each row of logits (rows, vocabulary), float32 or wider (rows,)."""
         if self.choices is not None:
             logits = logits[:, self.choices]
-        return F.cross_entropy(logits.float(), tokens, reduction="none")
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(wide), tokens, reduction="none")
 
     @torch.no_grad()
     def score(

@@ -1,4 +1,4 @@
-"""Counter-based normals: a pure function of (seed, name, purpose, index), the same bits on any device.
+"""Counter-based numbers: a pure function of (seed, name, purpose, index), the same bits on any device.
 
 Philox-4x32-10 (Salmon et al., SC'11) as int64 tensor operations, then Box-Muller. The logarithm, sine
 and cosine are polynomials built from IEEE +, -, *, /, sqrt in float64: libm, MKL and CUDA disagree in
@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 
 import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
 _CHUNK = 1 << 16  # counters at a time: keeps a dozen int64 temporaries within cache
+_COMPILE = 1 << 18  # numbers of one request that repay the compilation
 
 # Taylor coefficients in z = x², highest power first; truncation error < 1e-10 on the reduced ranges.
-_ATANH = tuple(1 / k for k in (13, 11, 9, 7, 5, 3, 1))
-_COS = tuple((-1) ** k / math.factorial(2 * k) for k in (5, 4, 3, 2, 1, 0))
-_SIN = tuple((-1) ** k / math.factorial(2 * k + 1) for k in (5, 4, 3, 2, 1, 0))
+ATANH = tuple(1 / k for k in (13, 11, 9, 7, 5, 3, 1))
+COS = tuple((-1) ** k / math.factorial(2 * k) for k in (5, 4, 3, 2, 1, 0))
+SIN = tuple((-1) ** k / math.factorial(2 * k + 1) for k in (5, 4, 3, 2, 1, 0))
 
 Word = Tensor | int
 
@@ -45,16 +47,16 @@ def philox(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tu
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         # int64 products wrap modulo 2**64: the low 64 bits, hence both halves, are right.
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             ((p1 >> 32) & _MASK) ^ c1 ^ k0,
             p1 & _MASK,
             ((p0 >> 32) & _MASK) ^ c3 ^ k1,
             p0 & _MASK,
         )
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+        k0, k1 = (k0 + WEYL[0]) & _MASK, (k1 + WEYL[1]) & _MASK
     return tuple(torch.broadcast_tensors(*map(torch.as_tensor, (c0, c1, c2, c3))))
 
 
@@ -72,7 +74,7 @@ def _log(x: Tensor) -> Tensor:
     mantissa = torch.where(small, mantissa * 2, mantissa)
     exponent = exponent.to(torch.float64) - small.to(torch.float64)
     s = (mantissa - 1) / (mantissa + 1)
-    series = _horner(_ATANH, s * s) * s
+    series = _horner(ATANH, s * s) * s
     return exponent * math.log(2) + series * 2
 
 
@@ -85,7 +87,7 @@ def box_muller(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     radius = torch.sqrt(_log((x.to(torch.float64) + 0.5) * 2.0**-32) * -2)
     phi = ((y & 0x3FFFFFFF).to(torch.float64) * 2.0**-30 - 0.5) * (math.pi / 2)
     z = phi * phi
-    cos, sin = _horner(_COS, z) * radius, _horner(_SIN, z) * phi * radius
+    cos, sin = _horner(COS, z) * radius, _horner(SIN, z) * phi * radius
     quadrant = y >> 30
     odd = (quadrant & 1).bool()
     first = torch.where(odd, sin, cos)
@@ -110,15 +112,60 @@ def normals(
     Returns:
         float32 (n, width) on `index`'s device.
     """
-    blocks = -(-(first % 4 + width) // 4)
-    out = torch.empty(index.numel(), blocks * 4, dtype=torch.float32, device=index.device)
-    block = first // 4 + torch.arange(blocks, device=index.device)  # (blocks,)
+    return _addressed(4, key, index, width, stream, first)
+
+
+def uniforms(
+    key: tuple[Word, Word], index: Tensor, width: int, stream: Word = 0, first: int = 0
+) -> Tensor:
+    """Numbers k/65536 of 16 random bits k, hence in [0, 1), addressed as `normals` are.
+
+    Returns:
+        float32 (n, width) on `index`'s device.
+    """
+    return _addressed(8, key, index, width, stream, first)
+
+
+def _addressed(
+    each: int, key: tuple[Word, Word], index: Tensor, width: int, stream: Word, first: int
+) -> Tensor:
+    """Columns first ... first+width: `each` of a counter, 4 for normals and 8 for uniforms."""
+    skip = first % each
+    blocks = -(-(skip + width) // each)
+    out = torch.empty(len(index), blocks, each, dtype=torch.float32, device=index.device)
+    # Compiling takes seconds; once that is done, even a few numbers come sooner.
+    if index.is_cpu and (out.numel() >= _COMPILE or "tezo_ds.philox_cpu" in sys.modules):
+        from tezo_ds import philox_cpu
+
+        philox_cpu.fill_(out, index, key, stream, first // each)
+    else:
+        fill_(out, index, key, stream, first // each)
+    return out.flatten(1)[:, skip : skip + width]
+
+
+def fill_(
+    out: Tensor, index: Tensor, key: tuple[Word, Word], stream: Word, first_block: int
+) -> None:
+    """Writes normals into `out` (n, blocks, 4), or uniforms into (n, blocks, 8), float32.
+
+    The definition, on any device; `philox_cpu.fill_` gives the same bits faster.
+    """
+    rows, blocks, each = out.shape
+    block = first_block + torch.arange(blocks, device=index.device)  # (blocks,)
     rows_at_once = max(1, _CHUNK // max(1, blocks))
-    for start in range(0, index.numel(), rows_at_once):
-        rows = slice(start, start + rows_at_once)
-        i = index[rows, None]  # (rows, 1)
-        k0, k1, s = (k[rows, None] if isinstance(k, Tensor) else k for k in (*key, stream))
-        words = philox((block, i & _MASK, i >> 32, s), (k0, k1))  # 4 x (rows, blocks)
-        pairs = (*box_muller(words[0], words[1]), *box_muller(words[2], words[3]))
-        out[rows] = torch.stack(pairs, dim=-1).view(-1, blocks * 4)
-    return out[:, first % 4 : first % 4 + width]
+    for start in range(0, rows, rows_at_once):
+        part = slice(start, start + rows_at_once)
+        i = index[part, None]  # (rows, 1)
+        k0, k1, s = (k[part, None] if isinstance(k, Tensor) else k for k in (*key, stream))
+        words = philox((block, i & _MASK, (i >> 32) & _MASK, s & _MASK), (k0, k1))
+        numbers = _normals_of(words) if each == 4 else _uniforms_of(words)
+        out[part] = torch.stack(numbers, dim=-1)  # each x (rows, blocks)
+
+
+def _normals_of(words: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return *box_muller(words[0], words[1]), *box_muller(words[2], words[3])
+
+
+def _uniforms_of(words: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    halves = (half for word in words for half in (word & 0xFFFF, word >> 16))
+    return tuple(half.to(torch.float32) * 2.0**-16 for half in halves)

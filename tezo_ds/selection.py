@@ -3,39 +3,39 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import torch
 
 from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError
-from tezo_ds.factors import Matrix, matrix_shape
+from tezo_ds.factors import Matrix, Vector, matrix_shape
+from tezo_ds.ranks import auto_ranks
 from tezo_ds.sharding.base import Sharding
 
-VECTOR = "vectors (biases, norms)"
+VECTOR = "vectors (biases, norms); see train_vectors"
 EXCLUDED = "left out by include or exclude"
 NO_GRAD = "requires_grad is False"
 
 
 @dataclass
 class Selection:
-    """The outcome: matrices that train, and counts of what is frozen by reason."""
+    """The outcome: what trains, and counts of what is frozen by reason."""
 
     matrices: list[Matrix] = field(default_factory=list)
+    vectors: list[Vector] = field(default_factory=list)
     frozen: Counter[str] = field(default_factory=Counter)  # reason -> parameters
     trainable_numel: int = 0
     frozen_numel: int = 0
 
-    @property
-    def coefficients(self) -> int:
-        """D, the numbers that are learnt."""
-        return sum(matrix.rank for matrix in self.matrices)
-
 
 def select(
-    sharding: Sharding, config: TezoConfig, factors_dtype: torch.dtype | None = None
+    sharding: Sharding,
+    config: TezoConfig,
+    factors_dtype: torch.dtype | None = None,
+    ranks: Mapping[str, int] | None = None,
 ) -> Selection:
     """Goes through the model's parameters once, tied ones by the first of their names.
 
@@ -44,28 +44,37 @@ def select(
         config: what trains.
         factors_dtype: to which an earlier run rounded its factors, if these are to be the same; None:
             the dtype of the weights in a forward.
+        ranks: of each matrix, as an earlier run chose them; None: as the config says. All ranks must
+            call it where that is "auto".
 
     Raises:
         ConfigError: nothing trains, or `rank` is above min(m, n) of a matrix.
     """
     chosen = Selection()
     for name, parameter in sharding.module.named_parameters():
-        shape = sharding.shape(parameter)
+        shape, dtype = sharding.shape(parameter), sharding.compute_dtype(parameter)
         reason = _frozen_because(name, len(shape), parameter.requires_grad, config)
         if reason:
             chosen.frozen[reason] += 1
             chosen.frozen_numel += shape.numel()
+            continue
+        chosen.trainable_numel += shape.numel()
+        if len(shape) < 2:
+            chosen.vectors.append(Vector(name, shape.numel(), dtype))
         else:
-            dtype = sharding.compute_dtype(parameter)
-            matrix = Matrix(name, matrix_shape(shape), config.rank, dtype, factors_dtype or dtype)
-            chosen.matrices.append(matrix)
-            chosen.trainable_numel += shape.numel()
-    _check(chosen.matrices, config)
+            rounding, rank = factors_dtype or dtype, 1 if config.rank == "auto" else config.rank
+            chosen.matrices.append(Matrix(name, matrix_shape(shape), rank, dtype, rounding))
+    if config.rank == "auto":
+        ranks = ranks or auto_ranks(
+            sharding, chosen.matrices, config.rank_threshold, config.rank_max, config.seed
+        )
+        chosen.matrices = [replace(matrix, rank=ranks[matrix.name]) for matrix in chosen.matrices]
+    _check(chosen, config)
     return chosen
 
 
 def _frozen_because(name: str, dims: int, requires_grad: bool, config: TezoConfig) -> str | None:
-    if dims < 2:
+    if dims < 2 and not config.train_vectors:
         return VECTOR
     if not _matches(name, config.include) or _matches(name, config.exclude):
         return EXCLUDED
@@ -76,13 +85,15 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _check(matrices: list[Matrix], config: TezoConfig) -> None:
-    if not matrices:
+def _check(chosen: Selection, config: TezoConfig) -> None:
+    if not chosen.matrices and not chosen.vectors:
         raise ConfigError(
             f"no parameter trains: include {list(config.include)} without exclude "
             f"{list(config.exclude)} matches no matrix of the model; see model.named_parameters()"
         )
-    small = [matrix for matrix in matrices if matrix.rank > min(matrix.shape)]
+    if config.method.startswith("mezo"):
+        return
+    small = [matrix for matrix in chosen.matrices if matrix.rank > min(matrix.shape)]
     if small:
         first = small[0]
         raise ConfigError(

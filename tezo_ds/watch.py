@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError, ShardingError
-from tezo_ds.factors import CoefficientSpace
+from tezo_ds.factors import CoefficientSpace, Packed
 from tezo_ds.rng import philox
 from tezo_ds.sharding import Sharding, ShardView
 from tezo_ds.sharding.view import ShardKey
@@ -119,11 +119,11 @@ class Watch:
         self._replicas: dict[ShardKey, Ranks] = {}  # those of them that further ranks hold
         self._sets: list[Ranks] = []  # of ranks that hold the same shards; alike on every rank
 
-    def check(self, state: Mapping[str, Tensor], step: int, weights: bool) -> None:
+    def check(self, state: Mapping[str, Packed], step: int, weights: bool) -> None:
         """All ranks must call it, and all of them raise or none.
 
         Args:
-            state: the method's, float64 (D,) each.
+            state: the method's.
             step: steps taken.
             weights: whether the shards may have been written since the last check.
 
@@ -133,7 +133,7 @@ class Watch:
         if self._sharding.everyone == 1:
             return
         taken = {"numbers of steps taken": step, "parts that are checked": weights}
-        own = _fold({**taken, **{name: digest(vector) for name, vector in state.items()}})
+        own = _fold({**taken, **{name: digest(part.data) for name, part in state.items()}})
         keys = self._held() if weights else self._keys
         low, high, moved = self._sharding.maxima([*_both_ends(own), keys != self._keys])
         if low != ~high:
@@ -143,11 +143,11 @@ class Watch:
         if weights:
             self._check_shards(step)
 
-    def _by_matrix(self, state: Mapping[str, Tensor]) -> dict[str, int]:
+    def _by_matrix(self, state: Mapping[str, Packed]) -> dict[str, int]:
         return {
-            f"{vector} of {name}": digest(part)
-            for vector, whole in state.items()
-            for name, part in self._space.split(whole).items()
+            f"{kind} of {name}": digest(part)
+            for kind, packed in state.items()
+            for name, part in packed.split().items()
         }
 
     def _held(self) -> list[ShardKey]:

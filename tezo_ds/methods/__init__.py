@@ -1,16 +1,50 @@
-"""The mathematics of an update. Nothing here knows of ranks, shards or models."""
+"""The mathematics of an update. Nothing here knows of ranks, models or torch.distributed."""
 
 from __future__ import annotations
 
+import functools
+
+import torch
+from torch import Tensor
+
 from tezo_ds.config import TezoConfig
 from tezo_ds.factors import CoefficientSpace
-from tezo_ds.methods.tezo import Tezo, TezoMomentum
+from tezo_ds.methods.base import Method, Write
+from tezo_ds.methods.descent import Adam, Descent, Momentum, Sgd
+from tezo_ds.methods.lozo import Lozo, lefts
+from tezo_ds.methods.mezo import Mezo
+from tezo_ds.methods.storing import Storing
+from tezo_ds.methods.tezo import Tezo
+from tezo_ds.methods.tezo_adam import TezoAdam
 
-__all__ = ["Tezo", "TezoMomentum", "make_method"]
+__all__ = ["Method", "Write", "make_method"]
 
 
-def make_method(config: TezoConfig, space: CoefficientSpace) -> Tezo:
-    """The method that `config.method` names, at its start."""
-    if config.method == "tezo-m":
-        return TezoMomentum(space, config.momentum)
-    return Tezo(space)
+def make_method(config: TezoConfig, space: CoefficientSpace, device: torch.device) -> Method:
+    """The method that `config.method` names, at its start; what of its state is as large as factors
+    lies on `device`."""
+    family, _, kind = config.method.partition("-")
+    storing = Storing(config.seed, config.stochastic_rounding)
+    descent = functools.partial(_descent, config, kind)
+    coefficients = torch.zeros(space.numel, dtype=torch.float64)
+    if family == "mezo":
+        return Mezo(space, descent, storing)
+    if family == "lozo":
+        change = lefts(space, device)
+        return Lozo(
+            space, change, descent(change.data), descent(coefficients), config.nu,
+            config.rank_scaling, storing,
+        )  # fmt: skip
+    rule = descent(coefficients)
+    if kind == "adam":
+        assert isinstance(rule, Adam)
+        return TezoAdam(space, rule, config.refresh_every, storing)
+    return Tezo(space, rule, config.refresh_every, storing)
+
+
+def _descent(config: TezoConfig, kind: str, like: Tensor) -> Descent:
+    if kind == "m":
+        return Momentum(like, config.momentum)
+    if kind.startswith("adam"):
+        return Adam(like, config.betas, config.eps, config.bias_correction)
+    return Sgd()

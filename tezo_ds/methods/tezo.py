@@ -1,5 +1,5 @@
-"""TeZO (arXiv 2501.19057) in coefficient space: U and V never change, so W_t = W₀ + U diag(a_t) Vᵀ
-and the whole state of a run is the vector a (and its momentum), float64 and equal on every rank.
+"""TeZO (arXiv 2501.19057) in coefficient space: while U and V stay, W_t = W₀ + U diag(a_t) Vᵀ and the
+whole state of a run is the vector a (and its moments), float64 and equal on every rank.
 """
 
 from __future__ import annotations
@@ -7,61 +7,73 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tezo_ds.factors import CoefficientSpace
+from tezo_ds.branches import LowRank
+from tezo_ds.factors import CoefficientSpace, Packed
+from tezo_ds.lowrank import FixedFactors
+from tezo_ds.methods.base import Method, Write
+from tezo_ds.methods.descent import Descent
+from tezo_ds.methods.storing import Storing
 
 
-class Tezo:
-    """a ← a - η g with g the mean over directions of κτ.
+class Tezo(Method):
+    """a ← a - η · descent(g), g the mean over directions of κτ.
 
-    Attributes:
-        coefficients: a, float64 (D,) on the CPU.
+    With `refresh_every`, a goes into the weights every so many steps, and U and V come from the next
+    seed; moments, which belong to the old U and V, start anew. Vectors have neither, and go on.
+
+    Args:
+        space: what trains.
+        descent: SGD (tezo), momentum (tezo-m) or Adam on the coefficients (tezo-adam-coef).
+        refresh_every: steps; 0: never.
+        storing: how 16-bit weights are rounded.
     """
 
-    def __init__(self, space: CoefficientSpace) -> None:
-        self._space = space
-        self.coefficients = torch.zeros(space.numel, dtype=torch.float64)
+    factors: FixedFactors
 
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """Every vector that the next step depends on, by name; float64 (D,)."""
-        return {"coefficients": self.coefficients}
-
-    def directions(self, step: int, count: int) -> Tensor:
-        """τ of each direction of a step: float64 (Q, D)."""
-        return self._space.taus(step, count).double()
-
-    def update(self, kappa: Tensor, tau: Tensor, lr: float) -> None:
-        """One step.
-
-        Args:
-            kappa: the slope κ = (L⁺ - L⁻) / 2ρ of each direction, float64 (Q,) on the CPU.
-            tau: of `directions`, (Q, D).
-            lr: η of this step.
-        """
-        self._descend(_gradient(kappa, tau), lr)
-
-    def _descend(self, gradient: Tensor, lr: float) -> None:
-        self.coefficients -= lr * gradient
-
-
-class TezoMomentum(Tezo):
-    """TeZO-m: m ← β₁m + (1-β₁)g, a ← a - η m."""
-
-    def __init__(self, space: CoefficientSpace, momentum: float) -> None:
+    def __init__(
+        self, space: CoefficientSpace, descent: Descent, refresh_every: int, storing: Storing
+    ) -> None:
         super().__init__(space)
-        self._beta1 = momentum
-        self.momentum = torch.zeros_like(self.coefficients)
+        self.factors = FixedFactors(space)
+        self.writes = refresh_every > 0
+        self.finished: list[Tensor] = []  # a of each period before this one, (D,)
+        self.descent, self._every, self._storing = descent, refresh_every, storing
+        self._age = torch.zeros_like(self.coefficients)  # updates that the moments have seen
 
     @property
-    def state(self) -> dict[str, Tensor]:
-        """As in the base class."""
-        return {**super().state, "momentum": self.momentum}
+    def state(self) -> dict[str, Packed]:
+        """See `Method`."""
+        moments = {**self.descent.state, "age": self._age} if self.descent.state else {}
+        return {**super().state, **{name: self.space.pack(t) for name, t in moments.items()}}
 
-    def _descend(self, gradient: Tensor, lr: float) -> None:
-        self.momentum.mul_(self._beta1).add_((1 - self._beta1) * gradient)
-        self.coefficients -= lr * self.momentum
+    def begin(self, step: int) -> Write | None:
+        """See `Method`; a refresh where one is due."""
+        due = self._every and step and step % self._every == 0
+        return self.refresh() if due else None
 
+    def refresh(self) -> Write:
+        """Ends a period: what was learnt goes into the weights, and U and V come from the next seed."""
+        learnt = self.coefficients.clone()
+        learnt[self.space.of_vectors] = 0
+        ended = LowRank(learnt[None, None], FixedFactors(self.space, self.factors.period))
+        store = self._storing.at("refresh", len(self.finished))
+        self.finished.append(learnt)
+        self.factors.refresh()
+        for tensor in (self.coefficients, self._age, *self.descent.state.values()):
+            tensor[self.space.of_matrices] = 0
+        return lambda view: ended.move_(view, None, 0, store)
 
-def _gradient(kappa: Tensor, tau: Tensor) -> Tensor:
-    """Mean over directions of κτ: (D,)."""
-    return (kappa[:, None] * tau).sum(dim=0) / len(kappa)
+    def branches(self, step: int, count: int, rho: float) -> LowRank:
+        """See `Method`."""
+        c = self.coefficients + self.offsets(step, count, rho)
+        return LowRank(c[:, None], self.factors)
+
+    def kept_aside(self) -> LowRank:
+        """See `Method`."""
+        return LowRank(self.coefficients[None, None], self.factors)
+
+    def update(self, step: int, kappa: Tensor, lr: float) -> Write | None:
+        """See `Method`."""
+        self._age += 1
+        self.coefficients -= lr * self.descent.step(self.gradient(step, kappa), self._age)
+        return None

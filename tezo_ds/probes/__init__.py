@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from tezo_ds.branches import Branches
+from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ProbeError
-from tezo_ds.factors import CoefficientSpace
+from tezo_ds.lowrank import Factors
 from tezo_ds.objective import Objective
 from tezo_ds.probes.fused import FusedProbe
 from tezo_ds.probes.inplace import InplaceProbe
@@ -23,39 +25,52 @@ log = logging.getLogger(__name__)
 
 
 class Probe(Protocol):
-    """Measures losses at W₀ + U diag(c) Vᵀ."""
+    """Measures losses at W + Δ."""
 
     name: str
 
-    def measure(self, objective: Objective, batch: Mapping[str, Any], c: Tensor) -> Tensor:
-        """Loss sums and counts, float64 (2, branches), at each row of c, (branches, D) float64."""
+    def measure(self, objective: Objective, batch: Mapping[str, Any], branches: Branches) -> Tensor:
+        """Loss sums and counts, float64 (2, branches), at each branch."""
 
-    def held(self, c: Tensor) -> AbstractContextManager[None]:
-        """Within it, plain forwards see the weights at c, (D,)."""
+    def held(self, branches: Branches) -> AbstractContextManager[None]:
+        """Within it, plain forwards see the weights at the one branch there is."""
 
 
-def make_probe(choice: str, sharding: Sharding, space: CoefficientSpace) -> Probe:
-    """The probe that `choice` (auto, fused, inplace) names.
+def make_probe(
+    config: TezoConfig, sharding: Sharding, names: Collection[str], factors: Factors | None
+) -> Probe:
+    """The probe that `config.probe` (auto, fused, inplace) names.
+
+    Args:
+        config: of the run.
+        sharding: the model.
+        names: of all parameters that train.
+        factors: of the directions; None if they are dense.
 
     Raises:
-        ProbeError: fused where a trainable parameter is out of its reach.
+        ProbeError: fused where directions are dense, or a trainable parameter is out of its reach.
         ShardingError: in-place on weights that cannot be written exactly.
     """
-    names = {matrix.name for matrix in space.matrices}
-    gaps = {**_split_embeddings(sharding, space), **uncovered(sharding.module, names)}
-    if choice == "fused" and gaps:
-        raise ProbeError(f"fused probe cannot reach {_listed(gaps)}; exclude it or use inplace")
-    if choice == "auto" and gaps:
+    if factors is None:
+        if config.probe == "fused":
+            raise ProbeError(f"fused probe: directions of {config.method} are dense; use inplace")
+    elif config.probe != "inplace":
+        gaps = {**_split_embeddings(sharding, factors), **uncovered(sharding.module, set(names))}
+        if not gaps:
+            return FusedProbe(sharding, factors)
+        if config.probe == "fused":
+            raise ProbeError(f"fused probe cannot reach {_listed(gaps)}; exclude it or use inplace")
         log.warning("probe: inplace, since fused cannot reach %s", _listed(gaps))
-    if choice == "inplace" or gaps:
-        return InplaceProbe(sharding, space)
-    return FusedProbe(sharding, space)
+    if factors is not None:
+        factors.keep = True
+    copies = factors is not None if config.restore == "auto" else config.restore == "copy"
+    return InplaceProbe(sharding, names, copies)
 
 
-def _split_embeddings(sharding: Sharding, space: CoefficientSpace) -> dict[str, str]:
+def _split_embeddings(sharding: Sharding, factors: Factors) -> dict[str, str]:
     """A rank looks up nothing for the words of the others, in ways of torch's own."""
     parameters = dict(sharding.module.named_parameters())
-    shapes = {matrix.name: matrix.shape for matrix in space.matrices}
+    shapes = {name: matrix.shape for name, matrix in factors.matrices.items()}
     return {
         name: "Embedding split by tensor parallelism"
         for name, owner, _ in users(sharding.module, set(shapes))

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tezo_ds.branches import Branches, LowRank
 from tezo_ds.errors import ProbeError
-from tezo_ds.factors import CoefficientSpace
-from tezo_ds.lowrank import ShardFactors
+from tezo_ds.lowrank import Factors
 from tezo_ds.objective import Objective
 from tezo_ds.probes.sites import Group, Sightings, Site, attached, kind_of
 from tezo_ds.sharding.base import Sharding
@@ -34,31 +34,34 @@ class FusedProbe:
 
     name = "fused"
 
-    def __init__(self, sharding: Sharding, space: CoefficientSpace) -> None:
-        self._sharding, self._space = sharding, space
-        self._sites = list(_find_sites(sharding, space))
+    def __init__(self, sharding: Sharding, factors: Factors) -> None:
+        self._sharding, self._factors = sharding, factors
+        self._sites = list(_find_sites(sharding, factors))
+        self._loaded: tuple[int, int] | None = None  # period and renewal of the sites' factors
+        self._load()
+        for site in self._sites:
+            Group([site])
         self._regroup()
         self._sightings: Sightings | None = None
         self._seen = False
         self._branches = self._examples = 1
         self._leads: set[int] = set()  # sizes of a leading dim that counts branch-major rows
 
-    def measure(self, objective: Objective, batch: Mapping[str, Any], c: Tensor) -> Tensor:
+    def measure(self, objective: Objective, batch: Mapping[str, Any], branches: Branches) -> Tensor:
         """See `Probe`.
 
         Raises:
             ProbeError: a trainable matrix took no part in the forward, or a layer's input does not
                 show which rows belong to which branch.
         """
-        if not c.any():  # W₀ itself
-            return objective(batch, len(c))
+        if branches.idle:
+            return objective(batch, len(branches))
         if not self._seen:
             self._sightings = Sightings()
-        self._branches = len(c)
         watch = self._sharding.module.register_forward_pre_hook(self._expect, with_kwargs=True)
         try:
-            with self._at(c):
-                result = objective(batch, len(c))
+            with self.held(branches):
+                result = objective(batch, len(branches))
         finally:
             watch.remove()
         idle = sorted({site.name for site in self._sites if site.calls == 0})
@@ -74,29 +77,16 @@ class FusedProbe:
         return result
 
     @contextmanager
-    def held(self, c: Tensor) -> Iterator[None]:
-        """See `Probe`."""
-        if not c.any():
+    def held(self, branches: Branches) -> Iterator[None]:
+        """See `Probe`; here for any number of branches, as many as a forward has copies."""
+        if branches.idle:
             yield
             return
-        self._branches = 1
-        with self._at(c[None]):
-            yield
-
-    def _regroup(self) -> None:
-        self._groups = list({id(site.group): site.group for site in self._sites}.values())
-        columns = torch.arange(self._space.numel)
-        names = [site.name for group in self._groups for site in group.sites]
-        parts = [columns[self._space.slices[name]] for name in names]
-        self._columns = torch.cat(parts).to(
-            self._sharding.device
-        )  # of c, in the order of the groups
-
-    @contextmanager
-    def _at(self, c: Tensor) -> Iterator[None]:
-        """Within it, every site adds its term; c is (branches, D) float64."""
+        assert isinstance(branches, LowRank), "dense directions are for the in-place probe"
+        self._branches = len(branches)
+        self._load()
         # All columns at once into the order of the groups, each of which then takes a view.
-        c = c.to(self._sharding.device)[:, None, self._columns]  # (branches, 1, sum of widths)
+        c = branches.c.to(self._sharding.device)[..., self._columns]  # (branches, copies, widths)
         by_dtype = {dtype: c.to(dtype) for dtype in {_wide(group) for group in self._groups}}
         start = 0
         for group in self._groups:
@@ -106,6 +96,33 @@ class FusedProbe:
             site.calls = 0
         with attached(self._sites, self._add):
             yield
+
+    def _load(self) -> None:
+        """Takes the factors as they are now."""
+        now = self._factors.period, self._factors.renewed
+        before, self._loaded = self._loaded, now
+        if before == now:
+            return
+        device = self._sharding.device
+        for name, sites in groupby(sorted(self._sites, key=_name), key=_name):
+            block, right = None, None
+            for site in sites:
+                if block is None:  # of tied sites the first
+                    block = site.block
+                    left = self._factors.left(name, block.rows, device)
+                    if before is None or before[0] != now[0]:
+                        right = self._factors.right(name, block.columns, device)
+                site.load(left, right)
+                self._factors.lend(name, site.block, site.factors)
+
+    def _regroup(self) -> None:
+        self._groups = list({id(site.group): site.group for site in self._sites}.values())
+        columns, slices = torch.arange(self._factors.space.numel), self._factors.space.slices
+        names = [site.name for group in self._groups for site in group.sites]
+        parts = [columns[slices[name]] for name in names]
+        self._columns = torch.cat(parts).to(
+            self._sharding.device
+        )  # of c, in the order of the groups
 
     def _expect(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes, before each forward, the shapes by which a layer's input shows its branches:
@@ -127,16 +144,11 @@ class FusedProbe:
         if self._branches > 1 and (not x.dim() or x.shape[0] not in self._leads):
             return self._add_shared(site, x, y)
         if site.kind == "embedding":
-            return y.add_(self._embedding_term(site, x, self._branches).view(y.shape))
-        if self._sightings is not None:
+            return y.add_(site.group.looked_up(site, x, self._branches).view(y.shape))
+        if self._sightings is not None and site.kind == "linear":
             self._sightings.note(site, x)
-        y.view(-1, y.shape[-1]).addmm_(site.group.scaled(site, x), site.U)
+        y.view(-1, y.shape[-1]).addmm_(*site.group.term(site, x))
         return result
-
-    def _embedding_term(self, site: Site, ids: Tensor, copies: int) -> Tensor:
-        """(U[ids] ∘ c) Vᵀ: (branches, rows, n); `copies` of the ids are there, or one for all."""
-        rows = F.embedding(ids, site.U).view(copies, -1, site.U.shape[1])  # (copies, rows, rank)
-        return (rows * site.group.c(site)).to(site.Vt.dtype) @ site.Vt
 
     def _add_shared(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """One row that serves every example, as position ids of shape (1, T) do: the result must be
@@ -151,28 +163,32 @@ class FusedProbe:
                 f'belong to which branch; add "{site.name}" to exclude, or set probe to inplace'
             )
         if site.kind == "embedding":
-            term = self._embedding_term(site, x, 1)
+            term = site.group.looked_up(site, x, 1)
         else:
-            h = F.linear(x.reshape(1, -1, x.shape[-1]), site.Vt)
-            term = (h * site.group.c(site)).to(site.U.dtype) @ site.U
+            alike = x.expand(self._branches, *x.shape[1:]).contiguous()
+            scaled, outer = site.group.term(site, alike)
+            term = scaled @ outer
         term = term.view(self._branches, *y.shape[1:])
         return (y + term).repeat_interleave(self._examples, dim=0)
 
 
 def _wide(group: Group) -> torch.dtype:
     """c stays float32 beside 16-bit weights: rounded like them, ±ρτ would vanish beside a larger a."""
-    return torch.promote_types(group.Vt.dtype, torch.float32)
+    return torch.promote_types(group.dtype, torch.float32)
 
 
-def _find_sites(sharding: Sharding, space: CoefficientSpace) -> Iterator[Site]:
-    parameters = dict(sharding.module.named_parameters())
-    make = ShardFactors(space, keep=False)
-    factors: dict[int, tuple[str, Tensor, Tensor, bool]] = {}
-    for matrix in space.matrices:
-        parameter = parameters[matrix.name]
-        block = sharding.block(parameter)
-        U, V = make.of(matrix.name, block, sharding.device)
-        factors[id(parameter)] = matrix.name, U, V, not block.covers(matrix.shape)
+def _name(site: Site) -> str:
+    return site.name
+
+
+def _find_sites(sharding: Sharding, factors: Factors) -> Iterator[Site]:
+    names = {
+        id(parameter): (name, sharding.block(parameter))
+        for name, parameter in sharding.module.named_parameters()
+        if name in factors.matrices
+    }
     for path, module in sharding.module.named_modules():
-        if kind_of(module) and id(module.weight) in factors:
-            yield Site(path, module, *factors[id(module.weight)])
+        if kind_of(module) and id(module.weight) in names:
+            name, block = names[id(module.weight)]
+            whole = block.covers(factors.matrices[name].shape)
+            yield Site(path, module, name, block, not whole)

@@ -1,26 +1,27 @@
-"""The general probe: write W₀ + U diag(c) Vᵀ into the local shards, one forward a branch, restore."""
+"""The general probe: write each branch's change into the local shards, one forward a branch, restore."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tezo_ds.branches import Branches
 from tezo_ds.errors import ShardingError
-from tezo_ds.factors import CoefficientSpace
-from tezo_ds.lowrank import ShardFactors, add_low_rank_
 from tezo_ds.objective import Objective
 from tezo_ds.sharding.base import Sharding
 from tezo_ds.sharding.view import ShardKey, ShardView
 
 
 class InplaceProbe:
-    """Perturbs the shards themselves; 2Q gathers a step and a second copy of the trained shards.
+    """Perturbs the shards themselves: 2Q gathers a step.
 
-    Every branch starts from the kept copy and ends by copying it back, so no error accumulates.
+    With `copies` every branch starts from a kept copy of the trained shards and ends by copying it
+    back, so no error accumulates. Without, a branch is reached from the one before and the last one
+    subtracted, as MeZO does: no second copy, but each step leaves rounding errors in the weights.
 
     Raises:
         ShardingError: weights are quantised on the way to the forward; the rounding would swamp ρ.
@@ -28,46 +29,57 @@ class InplaceProbe:
 
     name = "inplace"
 
-    def __init__(self, sharding: Sharding, space: CoefficientSpace) -> None:
+    def __init__(self, sharding: Sharding, names: Collection[str], copies: bool) -> None:
         if sharding.quantised:
             raise ShardingError(
                 f"inplace probe: {sharding.quantised} rounds weights by more than rho; "
                 "turn it off, or use the fused probe"
             )
-        self._sharding, self._space = sharding, space
-        self._factors = ShardFactors(space, keep=True)
+        self._sharding, self._names, self._copies = sharding, names, copies
         self._originals: dict[ShardKey, Tensor] = {}
 
-    def measure(self, objective: Objective, batch: Mapping[str, Any], c: Tensor) -> Tensor:
+    def measure(self, objective: Objective, batch: Mapping[str, Any], branches: Branches) -> Tensor:
         """See `Probe`."""
+        if branches.idle:
+            return objective(batch, len(branches))
         results = []
-        for branch in c:
-            with self.held(branch):
+        with self._moving(branches) as move_to:
+            for branch in range(len(branches)):
+                move_to(branch)
                 results.append(objective(batch, 1))
         return torch.cat(results, dim=1)
 
     @contextmanager
-    def held(self, c: Tensor) -> Iterator[None]:
-        """See `Probe`. The weights are restored bit for bit, also after an error."""
-        if not c.any():  # W₀ itself: nothing to write
+    def held(self, branches: Branches) -> Iterator[None]:
+        """See `Probe`. The weights are restored also after an error."""
+        with self._moving(branches) as move_to:
+            if not branches.idle:
+                move_to(0)
             yield
-            return
-        parts = self._space.split(c)
-        changed: set[ShardKey] = set()
 
-        def perturb(view: ShardView) -> None:
-            if view.key not in self._originals:
-                self._originals[view.key] = torch.empty_like(view.local)
-            self._originals[view.key].copy_(view.local)
-            changed.add(view.key)
-            add_low_rank_(view, *self._factors(view), parts[view.name])
+    @contextmanager
+    def _moving(self, branches: Branches) -> Iterator[Callable[[int], None]]:
+        """Gives what takes the weights to a branch; after it they are as before."""
+        at: dict[ShardKey, int] = {}  # where each shard is, if not at its own weights
 
-        def restore(view: ShardView) -> None:
-            if view.key in changed:
-                view.local.copy_(self._originals[view.key])
+        def move(view: ShardView, goal: int | None) -> None:
+            key, start = view.key, at.pop(view.key, None)
+            if self._copies and start is not None:
+                view.local.copy_(self._originals[key])
+                start = None
+            elif self._copies and goal is not None:
+                if key not in self._originals:
+                    self._originals[key] = torch.empty_like(view.local)
+                self._originals[key].copy_(view.local)
+            if goal is not None:
+                at[key] = goal
+            if start is not None or goal is not None:
+                branches.move_(view, start, goal)
+
+        def move_to(goal: int | None) -> None:
+            self._sharding.each_shard(self._names, lambda view: move(view, goal))
 
         try:
-            self._sharding.each_shard(parts.keys(), perturb)
-            yield
+            yield move_to
         finally:
-            self._sharding.each_shard(parts.keys(), restore)
+            move_to(None)

@@ -1,22 +1,28 @@
-"""Where a trainable matrix acts in a model, and how a term is added there without editing it."""
+"""Where a trainable parameter acts in a model, and how a term is added there without editing it."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tezo_ds.sharding.view import Block
+
 # The modules whose weight acts in one known way, and the torch.nn.functional name it goes through.
 KINDS: dict[type[nn.Module], str] = {nn.Linear: "linear", nn.Embedding: "embedding"}
+PLAIN = (nn.Linear.forward, nn.Embedding.forward)
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """ "linear", "embedding", or None for a module that the fused probe does not know."""
+    """ "linear" (y = x Wᵀ), "conv1d" (y = x W, of GPT-2), "embedding", or None for a module that the
+    fused probe does not know."""
+    if (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        return "conv1d"
     return next((name for base, name in KINDS.items() if isinstance(module, base)), None)
 
 
@@ -44,59 +50,113 @@ def uncovered(module: nn.Module, names: set[str]) -> dict[str, str]:
 class Site:
     """One module through which a trainable matrix acts; a tied matrix has two.
 
+        linear     y += Σ_k ((x V) ∘ c_k) L_kᵀ
+        conv1d     y += (Σ_k (x L_k) ∘ c_k) Vᵀ
+        embedding  y += (Σ_k L_k[ids] ∘ c_k) Vᵀ
+
     Factors lie as their products read them fastest (BLAS takes twice as long the other way round).
+
+    Args:
+        path: of the module.
+        module: whose weight it is.
+        name: of the parameter.
+        block: of the matrix that this rank multiplies with.
+        split: the block is not all of it.
     """
 
-    def __init__(
-        self, path: str, module: nn.Module, name: str, U: Tensor, V: Tensor, split: bool
-    ) -> None:
+    def __init__(self, path: str, module: nn.Module, name: str, block: Block, split: bool) -> None:
         self.path, self.module, self.name = path, module, name
-        self.split = split  # by tensor parallelism: U and V are those of this rank's block
+        self.block, self.split = block, split
         self.kind = kind_of(module)
-        self.rank = V.shape[1]
-        self.Vt = V.t().contiguous()  # (rank, n)
-        # (m, rank) for an embedding, which looks up its rows; (rank, m) for a linear layer
-        self.U = U if self.kind == "embedding" else U.t().contiguous()
-        self.group = Group([self])
+        self.inner = self.outer = self.table = torch.empty(0, 0)
+        self.group: Group
         self.calls = 0
+
+    def load(self, left: Tensor, right: Tensor | None) -> None:
+        """Takes L (m, copies * rank) and V (n, rank), those of the block; None: V as it is."""
+        if right is not None:
+            self.rank = right.shape[1]
+            if self.kind == "linear":
+                self._set_inner(right.t())
+            else:
+                self.outer = right.t().contiguous()  # (rank, n)
+        if self.kind == "linear":
+            self.outer = left.t().contiguous()  # (copies * rank, m)
+        elif self.kind == "conv1d":
+            self._set_inner(left.t())
+        else:
+            self.table = left.contiguous()
+
+    def _set_inner(self, inner: Tensor) -> None:
+        if self.inner.shape == inner.shape:
+            self.inner.copy_(inner)  # it may be part of a group's memory
+        else:
+            self.inner = inner.contiguous()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """L (m, copies * rank) and V (n, rank), views of what it keeps."""
+        if self.kind == "linear":
+            return self.outer.t(), self.inner.t()
+        if self.kind == "conv1d":
+            return self.inner.t(), self.outer.t()
+        return self.table, self.outer.t()
 
 
 class Group:
-    """Linear sites that read the very same tensor (q, k, v; gate, up): one skinny product serves all.
+    """Sites that read the very same tensor (q, k, v; gate, up): one skinny product serves all.
 
-    At hidden sizes of a few hundred these products are most of the probe's overhead.
+    At hidden sizes of a few hundred these products are most of the probe's overhead. Only linear sites
+    share one: their inner factor is V, which stays.
     """
 
     def __init__(self, sites: list[Site]) -> None:
         self.sites = sites
-        self.Vt = sites[0].Vt if len(sites) == 1 else torch.cat([site.Vt for site in sites])
-        self.width = len(self.Vt)  # sum of ranks
-        start = 0
+        if len(sites) > 1:
+            self._inner = torch.cat([site.inner for site in sites])
+            start = 0
+            for site in sites:  # the group's memory, not a second copy
+                site.inner = self._inner[start : start + site.rank]
+                start += site.rank
         for site in sites:
-            site.Vt = self.Vt[start : start + site.rank]  # the group's memory, not a second copy
-            site.group, start = self, start + site.rank
+            site.group = self
         self._places = {site.path: place for place, site in enumerate(sites)}
         self._ranks = [site.rank for site in sites]
-        self._c = torch.empty(0)  # (branches, 1, width)
+        self.width = sum(self._ranks)  # columns of c
+        self._c = torch.empty(0)  # (branches, copies, width)
         self._input: weakref.ref[Tensor] | None = None
         self._version = -1
-        self._scaled: tuple[Tensor, ...] = ()  # by place, (rows, rank)
+        self._scaled: tuple[Tensor, ...] = ()  # by place, (rows, copies * rank)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the factors."""
+        return self.sites[0].outer.dtype
 
     def start(self, c: Tensor) -> None:
-        """Takes c, (branches, 1, width), and forgets the last forward."""
+        """Takes c, (branches, copies, width), and forgets the last forward."""
         self._c, self._input = c, None
 
-    def c(self, site: Site) -> Tensor:
-        """c of one site: (branches, 1, rank)."""
-        return self._c.split(self._ranks, dim=-1)[self._places[site.path]]
+    def term(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What a linear or conv1d site adds, as two factors: (rows, k) in branch-major order, (k, out)."""
+        if site.kind == "conv1d":
+            h = F.linear(x, site.inner).view(len(self._c), -1, *self._c.shape[1:])
+            return (h * self._c[:, None]).sum(dim=2).to(h.dtype).view(-1, site.rank), site.outer
+        return self._shared(site, x), site.outer
 
-    def scaled(self, site: Site, x: Tensor) -> Tensor:
-        """(x V) ∘ c of one site: (rows, rank), rows in branch-major order."""
+    def looked_up(self, site: Site, ids: Tensor, times: int) -> Tensor:
+        """What an embedding adds: (branches, rows, n); `times` copies of the ids are there, or one for
+        all branches."""
+        rows = F.embedding(ids, site.table).view(times, -1, *self._c.shape[1:])
+        rows = (rows * self._c[:, None]).sum(dim=2)  # (branches, rows, rank)
+        return rows.to(site.outer.dtype) @ site.outer
+
+    def _shared(self, site: Site, x: Tensor) -> Tensor:
+        """(x V) ∘ c_k of one linear site, for every k: (rows, copies * rank)."""
         if len(self._ranks) == 1:
-            return self._product(x)
+            return self._product(x, site.inner)[0]
         same = self._input is not None and self._input() is x and self._version == x._version
         if not same:
-            self._scaled = self._product(x).split(self._ranks, dim=1)
+            self._scaled = self._product(x, self._inner)
             self._input, self._version = weakref.ref(x), x._version
         place = self._places[site.path]
         scaled = self._scaled[place]
@@ -104,14 +164,21 @@ class Group:
             self._scaled, self._input = (), None
         return scaled
 
-    def _product(self, x: Tensor) -> Tensor:
-        h = F.linear(x, self.Vt)  # (…, width)
-        by_branch = h.view(len(self._c), -1, self.width)
+    def _product(self, x: Tensor, inner: Tensor) -> tuple[Tensor, ...]:
+        h = F.linear(x, inner)  # (…, width)
+        branches, copies, _ = self._c.shape
+        by_branch = h.view(branches, -1, self.width)
+        if copies > 1:
+            parts = zip(
+                by_branch.split(self._ranks, -1), self._c.split(self._ranks, -1), strict=True
+            )
+            scaled = ((part[:, :, None] * c[:, None]).to(h.dtype) for part, c in parts)
+            return tuple(part.view(-1, copies * part.shape[-1]) for part in scaled)
         if h.dtype == self._c.dtype:
             by_branch.mul_(self._c)
         else:
             h = (by_branch * self._c).to(h.dtype)
-        return h.view(-1, self.width)
+        return h.view(-1, self.width).split(self._ranks, dim=1)
 
 
 class Sightings:
@@ -146,21 +213,28 @@ AddTerm = Callable[[Site, Tensor, Tensor], Tensor]  # (site, input, output) -> o
 @contextmanager
 def attached(sites: list[Site], add: AddTerm) -> Iterator[None]:
     """Within it, each site's forward passes its result through `add`."""
-    before = [site.module.__dict__.get("forward") for site in sites]
-    for site in sites:
-        site.module.__dict__["forward"] = _wrapped(site, add)
+    with ExitStack() as stack:
+        for site in sites:
+            stack.enter_context(replaced(site.module, _wrapped(site, add)))
+        yield
+
+
+@contextmanager
+def replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Within it, a module has another forward; several may be put around each other."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        for site, forward in zip(sites, before, strict=True):
-            del site.module.__dict__["forward"]
-            if forward is not None:
-                site.module.__dict__["forward"] = forward
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before
 
 
 def _wrapped(site: Site, add: AddTerm) -> Callable[..., Tensor]:
     forward = site.module.forward
-    if type(site.module).forward in (nn.Linear.forward, nn.Embedding.forward):
+    if site.kind == "conv1d" or type(site.module).forward in PLAIN:
 
         def plain(input: Tensor) -> Tensor:  # torch's own name, as some call it by keyword
             return add(site, input, forward(input))

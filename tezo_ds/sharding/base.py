@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tezo_ds.factors import matrix_shape
+from tezo_ds.factors import as_matrix
 from tezo_ds.sharding.view import Block, ShardView
 
 Thing = TypeVar("Thing")
@@ -58,6 +58,12 @@ class Sharding(ABC):
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return [int(number) for number in tensor.tolist()]
 
+    def total(self, tensor: Tensor) -> Tensor:
+        """Sum over the whole world, in place: each rank's part of a product with a sharded weight."""
+        if self.everyone > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
     def gather(self, thing: Thing) -> list[Thing]:
         """`thing` of each rank of the whole world, pickled; for what is rare."""
         things = [thing] * self.everyone
@@ -75,7 +81,7 @@ class Sharding(ABC):
 
     def block(self, parameter: nn.Parameter) -> Block:
         """What of a parameter, seen as a matrix, this rank's forwards multiply with."""
-        m, n = matrix_shape(self.shape(parameter))
+        m, n = as_matrix(self.shape(parameter))
         return Block(range(m), range(n))
 
     def local(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

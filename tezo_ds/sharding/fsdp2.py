@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from tezo_ds.errors import ShardingError
-from tezo_ds.factors import matrix_shape
+from tezo_ds.factors import as_matrix
 from tezo_ds.sharding.base import Sharding, named_state
 from tezo_ds.sharding.view import Block, ShardView
 
@@ -111,7 +111,7 @@ class Fsdp2(Sharding):
 
 
 def _view(name: str, parameter: nn.Parameter) -> ShardView:
-    shape = matrix_shape(parameter.shape)
+    shape = as_matrix(parameter.shape)
     tensor = parameter.data
     if not isinstance(tensor, DTensor):
         return ShardView(name, shape, 0, tensor.view(-1))
@@ -126,6 +126,8 @@ def _view(name: str, parameter: nn.Parameter) -> ShardView:
             f"{name} of shape {tuple(tensor.shape)} is placed as {tensor.placements}; shard it by its "
             "first dim (and, by tensor parallelism, by its last)"
         )
+    if tensor.dim() == 1:
+        return ShardView(name, shape, offset[0], local)
     first_row = offset[0] * math.prod(tensor.shape[1:-1])
     columns = range(offset[-1], offset[-1] + local_shape[-1])
     whole_rows = len(columns) == shape[1] or not local.numel()

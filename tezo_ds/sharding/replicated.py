@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from torch import Tensor, nn
 
-from tezo_ds.factors import matrix_shape
+from tezo_ds.factors import as_matrix
 from tezo_ds.sharding.base import Sharding, named_state
 from tezo_ds.sharding.view import ShardView
 
@@ -24,7 +24,7 @@ class Replicated(Sharding):
         """One view of each whole parameter."""
         for name, parameter in self.module.named_parameters():
             if name in names:
-                write(ShardView(name, matrix_shape(parameter.shape), 0, parameter.data.view(-1)))
+                write(ShardView(name, as_matrix(parameter.shape), 0, parameter.data.view(-1)))
 
     def full_tensors(self) -> Iterator[tuple[list[str], Tensor | None]]:
         """No communication: rank 0 copies what it has."""

@@ -22,7 +22,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from tezo_ds.errors import ConfigError, ShardingError
-from tezo_ds.factors import matrix_shape
+from tezo_ds.factors import as_matrix
 from tezo_ds.sharding.base import Sharding, named_state
 from tezo_ds.sharding.view import ShardView
 
@@ -156,7 +156,7 @@ def _views(name: str, parameter: Any) -> Iterator[ShardView]:
             raise ShardingError(f"{name}: its shard is quantised; set quantisation off to write it")
         start = min(rank * tensor.numel(), parameter.ds_numel)
         valid = min(parameter.ds_numel - start, tensor.numel())
-        yield ShardView(name, matrix_shape(parameter.ds_shape), start, tensor.detach()[:valid])
+        yield ShardView(name, as_matrix(parameter.ds_shape), start, tensor.detach()[:valid])
 
 
 def check_version(version: str = deepspeed.__version__) -> None:

@@ -1,0 +1,73 @@
+"""What a probe is asked to measure: losses at W + Δ_b for the branches b of a step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from tezo_ds.lowrank import Factors, Store, add_low_rank_
+from tezo_ds.sharding.view import ShardView
+
+
+class Branches(ABC):
+    """Changes Δ_0 … Δ_{k-1} of the trained parameters.
+
+    Attributes:
+        idle: every Δ is zero.
+    """
+
+    idle: bool
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def move_(self, view: ShardView, start: int | None, end: int | None) -> None:
+        """W ← W - Δ_start + Δ_end on a shard; None stands for no change."""
+
+
+class LowRank(Branches):
+    """Δ_b = Σ_k L_k diag(c_bk) Vᵀ of each matrix, and c_b0 itself of each vector.
+
+    Attributes:
+        c: (branches, copies, D) float64 on the CPU.
+        factors: L and V.
+    """
+
+    def __init__(self, c: Tensor, factors: Factors, idle: bool | None = None) -> None:
+        self.c, self.factors = c, factors
+        self.idle = not bool(c.any()) if idle is None else idle
+
+    def __len__(self) -> int:
+        return len(self.c)
+
+    def move_(
+        self, view: ShardView, start: int | None, end: int | None, store: Store | None = None
+    ) -> None:
+        """See `Branches`; `store` as of `add_low_rank_`."""
+        part = self.factors.space.slices[view.name]
+        zero = torch.zeros_like(self.c[0, :, part])
+        c = (zero if end is None else self.c[end, :, part]) - (
+            zero if start is None else self.c[start, :, part]
+        )  # (copies, rank) or, of a vector, (copies, numel)
+        if view.name in self.factors.matrices:
+            if view.numel and c.any():
+                add_low_rank_(
+                    view, self.factors.scaled(view, c), self.factors.right_of(view), store
+                )
+        else:
+            add_vector_(view, c[0], store)
+
+
+def add_vector_(view: ShardView, change: Tensor, store: Store | None = None) -> None:
+    """w ← w + change on the elements that `view` holds of a vector; change is whole, (numel,)."""
+    wide = torch.promote_types(view.local.dtype, torch.float32)
+    change = change.to(view.local.device, wide)
+    for piece in view.pieces(max(1, view.numel)):
+        values = piece.values.to(wide) + change[piece.columns.start : piece.columns.stop]
+        if store is None:
+            piece.values.copy_(values)
+        else:
+            store(piece, values)

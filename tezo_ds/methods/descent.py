@@ -1,0 +1,94 @@
+"""From a gradient estimate to a step: plain, with momentum, or Adam; of numbers of any meaning."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+Count = Tensor | float
+
+
+class Descent(ABC):
+    """x ← x - η · step(g), elementwise.
+
+    Attributes:
+        state: its tensors by name, of the shape of g.
+    """
+
+    def __init__(self) -> None:
+        self.state: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def step(self, gradient: Tensor, count: Count) -> Tensor:
+        """What η is to be multiplied with, of the shape of g; takes note of g.
+
+        Args:
+            gradient: g.
+            count: steps since the state was empty, this one included; of each number, or of all.
+        """
+
+    def reset(self) -> None:
+        """Forgets the past."""
+        for tensor in self.state.values():
+            tensor.zero_()
+
+
+class Sgd(Descent):
+    """g itself."""
+
+    def step(self, gradient: Tensor, count: Count) -> Tensor:
+        """See `Descent`."""
+        return gradient
+
+
+class Momentum(Descent):
+    """m ← β₁m + (1-β₁)g."""
+
+    def __init__(self, like: Tensor, beta1: float) -> None:
+        super().__init__()
+        self._beta1 = beta1
+        self.state = {"momentum": torch.zeros_like(like)}
+
+    def step(self, gradient: Tensor, count: Count) -> Tensor:
+        """See `Descent`."""
+        return self.state["momentum"].mul_(self._beta1).add_(gradient, alpha=1 - self._beta1)
+
+
+class Adam(Descent):
+    """m ← β₁m + (1-β₁)g, v ← β₂v + (1-β₂)g², m̂ / (√v̂ + ε).
+
+    Args:
+        like: a tensor of the shape, dtype and device of g.
+        betas: β₁ and β₂.
+        eps: ε.
+        bias_correction: m̂ = m / (1-β₁ᵗ), v̂ = v / (1-β₂ᵗ); otherwise m and v themselves.
+    """
+
+    def __init__(
+        self, like: Tensor, betas: tuple[float, float], eps: float, bias_correction: bool
+    ) -> None:
+        super().__init__()
+        self._betas, self.eps, self._corrects = betas, eps, bias_correction
+        self.state = {"moment1": torch.zeros_like(like), "moment2": torch.zeros_like(like)}
+
+    def note(self, gradient: Tensor) -> None:
+        """m and v take in g."""
+        beta1, beta2 = self._betas
+        self.state["moment1"].mul_(beta1).add_(gradient, alpha=1 - beta1)
+        self.state["moment2"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+
+    def corrections(self, count: Count) -> tuple[Count, Count]:
+        """What m and v are to be multiplied with."""
+        if not self._corrects:
+            return 1.0, 1.0
+        beta1, beta2 = self._betas
+        return 1 / (1 - beta1**count), 1 / (1 - beta2**count)
+
+    def step(self, gradient: Tensor, count: Count) -> Tensor:
+        """See `Descent`."""
+        self.note(gradient)
+        first, second = self.corrections(count)
+        root = (self.state["moment2"] * second).sqrt_().add_(self.eps)
+        return self.state["moment1"] * first / root

@@ -1,0 +1,117 @@
+"""MeZO (arXiv 2305.17333): dense directions, made anew on the shards that a rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tezo_ds.branches import Branches, add_vector_
+from tezo_ds.factors import CoefficientSpace, Packed, dense
+from tezo_ds.lowrank import BLOCK_NUMEL
+from tezo_ds.methods.base import Method, Write
+from tezo_ds.methods.descent import Descent
+from tezo_ds.methods.storing import Storing
+from tezo_ds.sharding.view import Piece, ShardKey, ShardView
+
+
+class Dense(Branches):
+    """Δ = ±ρZ_q of each matrix, Z_q i.i.d. N(0, 1), and c_b of each vector."""
+
+    def __init__(self, space: CoefficientSpace, c: Tensor, step: int, rho: float) -> None:
+        self._space, self._c, self._step, self._rho = space, c, step, rho
+        self._matrices = {matrix.name for matrix in space.matrices}
+        self.idle = rho == 0 and not bool(c.any())
+
+    def __len__(self) -> int:
+        return len(self._c)
+
+    def move_(self, view: ShardView, start: int | None, end: int | None) -> None:
+        """See `Branches`; one pass over the shard where both are of one direction."""
+        if view.name not in self._matrices:
+            part = self._space.slices[view.name]
+            zero = torch.zeros_like(self._c[0, part])
+            goal = zero if end is None else self._c[end, part]
+            add_vector_(view, goal - (zero if start is None else self._c[start, part]))
+            return
+        amounts: dict[int, float] = {}  # by direction
+        for branch, sign in ((start, -1), (end, 1)):
+            if branch is not None:
+                ahead = self._rho if branch % 2 == 0 else -self._rho
+                amounts[branch // 2] = amounts.get(branch // 2, 0.0) + sign * ahead
+        wide = torch.promote_types(view.local.dtype, torch.float32)
+        for piece in view.pieces(BLOCK_NUMEL):
+            values = piece.values.to(wide)  # the weight itself where it is that wide
+            for q, amount in amounts.items():
+                values.add_(of_piece(piece, self._space.seed, self._step, q), alpha=amount)
+            if values.dtype != piece.values.dtype:
+                piece.values.copy_(values)
+
+
+class Mezo(Method):
+    """W ← W - η · descent(G) with G the mean over directions of κZ, written at every step.
+
+    Moments are dense: they lie beside the shards, each rank's for its own.
+
+    Args:
+        space: what trains.
+        descent: makes one for a tensor of a shard's shape: SGD (mezo), momentum (mezo-m) or Adam
+            (mezo-adam).
+        storing: how 16-bit weights are rounded.
+    """
+
+    writes = True
+
+    def __init__(
+        self, space: CoefficientSpace, descent: Callable[[Tensor], Descent], storing: Storing
+    ) -> None:
+        super().__init__(space)
+        self._make, self._storing = descent, storing
+        self._of_vectors = descent(self.coefficients)
+        self._of_shards: dict[tuple[ShardKey, int], Descent] = {}  # by shard and piece of it
+        self._matrices = {matrix.name for matrix in space.matrices}
+
+    @property
+    def state(self) -> dict[str, Packed]:
+        """See `Method`."""
+        moments = {f"vector_{name}": data for name, data in self._of_vectors.state.items()}
+        return {**super().state, **{name: self.space.pack(t) for name, t in moments.items()}}
+
+    def branches(self, step: int, count: int, rho: float) -> Dense:
+        """See `Method`."""
+        c = self.coefficients + self.offsets(step, count, rho)
+        return Dense(self.space, c, step, rho)
+
+    def kept_aside(self) -> Dense:
+        """See `Method`."""
+        c = self.coefficients.clone()
+        return Dense(self.space, c[None], 0, 0.0)
+
+    def update(self, step: int, kappa: Tensor, lr: float) -> Write | None:
+        """See `Method`."""
+        vectors, slopes = self.space.of_vectors, (kappa / len(kappa)).tolist()
+        moved = self._of_vectors.step(self.gradient(step, kappa), step + 1)
+        self.coefficients[vectors] -= lr * moved[vectors]
+        store = self._storing.at("update", step)
+
+        def write(view: ShardView) -> None:
+            if view.name not in self._matrices:
+                return
+            wide = torch.promote_types(view.local.dtype, torch.float32)
+            for place, piece in enumerate(view.pieces(BLOCK_NUMEL)):
+                G = of_piece(piece, self.space.seed, step, 0).to(wide).mul_(slopes[0])
+                for q, slope in enumerate(slopes[1:], start=1):
+                    G.add_(of_piece(piece, self.space.seed, step, q), alpha=slope)
+                if (view.key, place) not in self._of_shards:
+                    self._of_shards[view.key, place] = self._make(G)
+                change = self._of_shards[view.key, place].step(G, step + 1)
+                store(piece, torch.add(piece.values, change, alpha=-lr))
+
+        return write
+
+
+def of_piece(piece: Piece, seed: int, step: int, q: int) -> Tensor:
+    """Z of one direction on a piece: (rows, columns) float32."""
+    rows = torch.arange(piece.rows.start, piece.rows.stop, device=piece.values.device)
+    return dense(piece.name, seed, step, q, rows, piece.columns)

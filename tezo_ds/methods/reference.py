@@ -1,0 +1,293 @@
+"""Every method as its paper's algorithm box has it: one process, dense, direction by direction, float64.
+
+The definition that a sharded engine is tested against. It writes whole perturbations into copies of
+whole weights, so it is for small models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tezo_ds.factors import dense, factors, fresh_left, matrix_shape, tau
+
+METHODS = (
+    *("tezo", "tezo-m", "tezo-adam", "tezo-adam-coef"),
+    *("lozo", "lozo-m"),
+    *("mezo", "mezo-m", "mezo-adam"),
+)
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What a method may be told besides lr and rho.
+
+    Attributes:
+        seed: of the run.
+        rank: r of every matrix, or of each by name; None: 2 for LOZO, else 16.
+        queries: Q, directions a step.
+        momentum: β of the methods -m.
+        betas: β₁, β₂ of the methods -adam and -adam-coef.
+        eps: added to Adam's √V.
+        bias_correction: whether Adam divides its moments by 1 - βᵗ, t counted from 1.
+        refresh_every: steps between new U and V (TeZO); 0: never.
+        nu: steps between new V (LOZO).
+        rank_scaling: whether LOZO divides its gradient by r.
+    """
+
+    seed: int = 0
+    rank: int | Mapping[str, int] | None = None
+    queries: int = 1
+    momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    bias_correction: bool = True
+    refresh_every: int = 0
+    nu: int = 50
+    rank_scaling: bool = False
+
+
+@dataclass(frozen=True)
+class Record:
+    """One step: its number, κ of each direction, and the weights after it (clones, float64)."""
+
+    step: int
+    kappas: list[float]
+    weights: Weights
+
+
+def run(
+    method: str,
+    weights: Mapping[str, Tensor],
+    loss: Callable[[int, Weights], float],
+    steps: int,
+    lr: float,
+    rho: float,
+    **fields: Any,
+) -> Iterator[Record]:
+    """Take `steps` steps from `weights`, which are left as they are.
+
+    Args:
+        method: one of METHODS.
+        weights: parameters by name, of any float dtype; two dims or more are seen as a matrix (m, n) =
+            (product of leading dims, last), fewer as a vector.
+        loss: L(step, weights), called with float64 CPU tensors of the parameters' own shapes.
+        steps: how many.
+        lr: η.
+        rho: ρ.
+        fields: of `Fields`.
+
+    Yields:
+        A `Record` for each step.
+
+    Raises:
+        ValueError: `method` is unknown. TypeError: a field is.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+    options = Fields(**fields)
+    W = {name: w.detach().to("cpu", torch.float64, copy=True) for name, w in weights.items()}
+    parameters = {name: _parameter(method, name, w, options) for name, w in W.items()}
+    return _steps(W, parameters, loss, range(steps), lr, rho, options.queries)
+
+
+def _steps(
+    W: Weights,
+    parameters: dict[str, _Parameter],
+    loss: Callable[[int, Weights], float],
+    steps: range,
+    lr: float,
+    rho: float,
+    queries: int,
+) -> Iterator[Record]:
+    for step in steps:
+        kappas = []
+        for q in range(queries):
+            Z = {name: p.direction(step, q).view_as(W[name]) for name, p in parameters.items()}
+            above = float(loss(step, {name: W[name] + rho * Z[name] for name in W}))
+            below = float(loss(step, {name: W[name] - rho * Z[name] for name in W}))
+            kappas.append((above - below) / (2 * rho))
+        for name, parameter in parameters.items():
+            W[name] -= lr * parameter.descent(step, kappas).view_as(W[name])
+        yield Record(step, kappas, {name: w.clone() for name, w in W.items()})
+
+
+class _Sgd:
+    """g itself. Any rule takes gradients of one shape, step after step."""
+
+    def __init__(self, options: Fields) -> None:
+        self.options = options
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget all gradients."""
+
+    def __call__(self, g: Tensor) -> Tensor:
+        """What to subtract for g, of g's shape."""
+        return g
+
+
+class _Momentum(_Sgd):
+    """m ← βm + (1-β)g."""
+
+    def restart(self) -> None:
+        self.m = torch.zeros((), dtype=torch.float64)
+
+    def __call__(self, g: Tensor) -> Tensor:
+        b = self.options.momentum
+        self.m = b * self.m + (1 - b) * g
+        return self.m
+
+
+class _Adam(_Sgd):
+    """M/(√V + ε), M and V the means of g and g²."""
+
+    def restart(self) -> None:
+        self.t, self.M, self.V = 0, *torch.zeros(2, dtype=torch.float64)
+
+    def moments(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """M and V, corrected for their start at zero if so told."""
+        b1, b2 = self.options.betas
+        self.t += 1
+        self.M = b1 * self.M + (1 - b1) * g
+        self.V = b2 * self.V + (1 - b2) * g**2
+        if not self.options.bias_correction:
+            return self.M, self.V
+        return self.M / (1 - b1**self.t), self.V / (1 - b2**self.t)
+
+    def __call__(self, g: Tensor) -> Tensor:
+        M, V = self.moments(g)
+        return M / (V.sqrt() + self.options.eps)
+
+
+_RULES = {"": _Sgd, "m": _Momentum, "adam": _Adam, "adam-coef": _Adam}
+
+
+@dataclass
+class _Parameter:
+    """One parameter, and its state, which is the rule's. In this base the rule sees the whole gradient."""
+
+    name: str
+    m: int
+    n: int  # of a vector all its numbers, with m = 1
+    rank: int
+    rule: _Sgd
+    options: Fields
+
+    def direction(self, step: int, q: int) -> Tensor:
+        """Z of one direction, (m, n)."""
+        raise NotImplementedError
+
+    def descent(self, step: int, kappas: list[float]) -> Tensor:
+        """What a step subtracts from the parameter, ÷ lr: (m, n). Called once a step, in order."""
+        return self.rule(_mean(k * self.direction(step, q) for q, k in enumerate(kappas)))
+
+
+class _Vector(_Parameter):
+    """A bias or a norm's weight: dense under every method, and never refreshed."""
+
+    def direction(self, step: int, q: int) -> Tensor:
+        return tau(self.name, self.n, self.options.seed, step, q).double()[None]  # (1, n)
+
+
+class _Mezo(_Parameter):
+    """MeZO (arXiv 2305.17333): Z of independent numbers."""
+
+    def direction(self, step: int, q: int) -> Tensor:
+        rows, columns = torch.arange(self.m), range(self.n)
+        return dense(self.name, self.options.seed, step, q, rows, columns).double()  # (m, n)
+
+
+class _Tezo(_Parameter):
+    """TeZO (arXiv 2501.19057): Z = U diag(τ) Vᵀ, only τ fresh; the rule works on the r coefficients.
+
+    Plain, -m, and our own -adam-coef.
+    """
+
+    def basis(self, step: int) -> tuple[Tensor, Tensor]:
+        """U (m, r) and V (n, r) of a step."""
+        every = self.options.refresh_every
+        seed = self.options.seed + (step // every if every else 0)
+        U, V = factors(self.name, (self.m, self.n), self.rank, seed)
+        return U.double(), V.double()
+
+    def tau(self, step: int, q: int) -> Tensor:
+        return tau(self.name, self.rank, self.options.seed, step, q).double()  # (r)
+
+    def direction(self, step: int, q: int) -> Tensor:
+        U, V = self.basis(step)
+        return U @ torch.diag(self.tau(step, q)) @ V.T  # (m, n)
+
+    def descent(self, step: int, kappas: list[float]) -> Tensor:
+        every = self.options.refresh_every
+        if every and step > 0 and step % every == 0:
+            self.rule.restart()  # what it remembers are coefficients of the old basis
+        g = _mean(k * self.tau(step, q) for q, k in enumerate(kappas))  # (r)
+        return self.expand(g, *self.basis(step))
+
+    def expand(self, g: Tensor, U: Tensor, V: Tensor) -> Tensor:
+        return U @ torch.diag(self.rule(g)) @ V.T  # (m, n)
+
+
+class _TezoAdam(_Tezo):
+    """TeZO-Adam: Adam's quotient element by element, of moments that are kept by coefficients.
+
+    The second is separable, (U∘U) diag(τ_V) (V∘V)ᵀ: the square of U diag(g) Vᵀ without its cross terms.
+    """
+
+    rule: _Adam
+
+    def expand(self, g: Tensor, U: Tensor, V: Tensor) -> Tensor:
+        tau_M, tau_V = self.rule.moments(g)  # (r), (r)
+        first = U @ torch.diag(tau_M) @ V.T  # (m, n)
+        second = (U * U) @ torch.diag(tau_V) @ (V * V).T  # (m, n)
+        return first / (second.sqrt() + self.options.eps)
+
+
+class _Lozo(_Parameter):
+    """LOZO (arXiv 2410.07698): Z = UVᵀ, U fresh for each direction, V for every ν-th step."""
+
+    def left(self, step: int, q: int) -> Tensor:
+        rows = torch.arange(self.m)
+        return fresh_left(self.name, self.rank, self.options.seed, step, q, rows).double()  # (m, r)
+
+    def right(self, step: int) -> Tensor:
+        seed = self.options.seed + step // self.options.nu
+        return factors(self.name, (self.m, self.n), self.rank, seed)[1].double()  # (n, r)
+
+    def direction(self, step: int, q: int) -> Tensor:
+        return self.left(step, q) @ self.right(step).T  # (m, n)
+
+    def descent(self, step: int, kappas: list[float]) -> Tensor:
+        V = self.right(step)
+        if isinstance(self.rule, _Momentum) and step > 0 and step % self.options.nu == 0:
+            # N Vᵀ as near as the new V can say it: VᵀV ≈ nI.
+            self.rule.m = self.rule.m @ self.right(step - 1).T @ V / self.n
+        scale = 1 / self.rank if self.options.rank_scaling else 1.0
+        g = scale * _mean(k * self.left(step, q) for q, k in enumerate(kappas))  # (m, r)
+        return self.rule(g) @ V.T  # (m, n)
+
+
+def _mean(gradients: Iterator[Tensor]) -> Tensor:
+    return torch.stack(list(gradients)).mean(dim=0)
+
+
+_FAMILIES = {"tezo": _Tezo, "lozo": _Lozo, "mezo": _Mezo}
+
+
+def _parameter(method: str, name: str, weight: Tensor, options: Fields) -> _Parameter:
+    """The parameter `name` at the start of a run."""
+    family, _, kind = method.partition("-")
+    rule = _RULES[kind](options)
+    if weight.dim() < 2:
+        return _Vector(name, 1, weight.numel(), 1, rule, options)
+    rank = options.rank if options.rank is not None else 2 if family == "lozo" else 16
+    r = rank[name] if isinstance(rank, Mapping) else rank
+    made = _TezoAdam if method == "tezo-adam" else _FAMILIES[family]
+    return made(name, *matrix_shape(weight.shape), r, rule, options)

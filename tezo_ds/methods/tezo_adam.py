@@ -1,0 +1,67 @@
+"""TeZO-Adam as published: moments of τ, and a quotient of two matrices that no factors can hold."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tezo_ds.factors import CoefficientSpace
+from tezo_ds.lowrank import BLOCK_NUMEL
+from tezo_ds.methods.base import Write
+from tezo_ds.methods.descent import Adam
+from tezo_ds.methods.storing import Storing
+from tezo_ds.methods.tezo import Tezo
+from tezo_ds.sharding.view import ShardView
+
+
+class TezoAdam(Tezo):
+    """τ_M ← β₁τ_M + (1-β₁)κτ, τ_V ← β₂τ_V + (1-β₂)(κτ)², W ← W - η M / (√V + ε) with
+    M = U diag(τ_M) Vᵀ and V = (U∘U) diag(τ_V) (V∘V)ᵀ: the second moment without its cross terms.
+
+    State is two r-vectors a matrix. The quotient is formed and written block by block on the shards
+    that a rank holds. Vectors take plain Adam steps, kept aside.
+
+    Args:
+        space: what trains.
+        adam: of the (D,) coefficients.
+        refresh_every: steps; 0: never.
+        storing: how 16-bit weights are rounded.
+    """
+
+    descent: Adam
+
+    def __init__(
+        self, space: CoefficientSpace, adam: Adam, refresh_every: int, storing: Storing
+    ) -> None:
+        super().__init__(space, adam, refresh_every, storing)
+        self.writes = True
+
+    def update(self, step: int, kappa: Tensor, lr: float) -> Write | None:
+        """See `Method`."""
+        self._age += 1
+        change = self.descent.step(self.gradient(step, kappa), self._age)
+        vectors = self.space.of_vectors
+        self.coefficients[vectors] -= lr * change[vectors]
+        first, second = self.descent.corrections(self._age)
+        moment1 = self.space.split(self.descent.state["moment1"] * first)
+        moment2 = self.space.split(self.descent.state["moment2"] * second)
+        store = self._storing.at("update", step)
+
+        def write(view: ShardView) -> None:
+            if view.name not in self.factors.matrices or not view.numel:
+                return
+            wide = torch.promote_types(view.local.dtype, torch.float32)
+            device = view.local.device
+            U, V = (f.to(wide) for f in (self.factors.left_of(view), self.factors.right_of(view)))
+            UM, UV = U * moment1[view.name].to(device, wide), U * U
+            UV *= moment2[view.name].to(device, wide)
+            Vt, first = V.t(), 0 if view.columns is None else view.columns.start
+            Vt2 = Vt * Vt  # (rank, n)
+            for piece in view.pieces(BLOCK_NUMEL):
+                rows = slice(piece.rows.start - view.rows.start, piece.rows.stop - view.rows.start)
+                columns = slice(piece.columns.start - first, piece.columns.stop - first)
+                root = (UV[rows] @ Vt2[:, columns]).sqrt_().add_(self.descent.eps)
+                quotient = (UM[rows] @ Vt[:, columns]).div_(root)
+                store(piece, quotient.mul_(-lr).add_(piece.values))
+
+        return write
