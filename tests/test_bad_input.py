@@ -49,7 +49,10 @@ def refused(capfd: pytest.CaptureFixture[str]) -> Refusal:
     ("content", "telling"),
     [
         (ZERO3, ['"tezo" block is missing; add one, e.g. "tezo": {"rank": 16}']),
-        ({**ZERO3, "tezo": {"rnak": 4}}, ["unknown field 'rnak'", "one of: method, rank, rho"]),
+        (
+            {**ZERO3, "tezo": {"rnak": 4}},
+            ["unknown field 'rnak'", "one of: method, rank, rank_threshold"],
+        ),
         ({**ZERO3, "tezo": {"rho": 0}}, ["rho: Input should be greater than 0 (got 0)"]),
         ({**ZERO3, "tezo": 4}, ["must be an object, is a int"]),
         ('{"tezo": {},}', ["not valid JSON", "line 1"]),

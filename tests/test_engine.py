@@ -188,15 +188,21 @@ def test_dropout_is_off_even_if_someone_turns_it_on() -> None:
 def test_selection_names_counts_and_refuses() -> None:
     model = tiny("llama", tied=True)
     model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
-    selection = tezo_ds.initialize(model, {"rank": 2, "exclude": ["*embed*"]}).selection
-    assert len(selection.matrices) == 13 and selection.coefficients == 26
+    engine = tezo_ds.initialize(model, {"rank": 2, "exclude": ["*embed*"]})
+    selection = engine.selection
+    assert len(selection.matrices) == 13 and engine.space.numel == 26
     assert selection.frozen == {
-        "vectors (biases, norms)": 5,
+        "vectors (biases, norms); see train_vectors": 5,
         "left out by include or exclude": 1,
         "requires_grad is False": 1,
     }
     total = selection.trainable_numel + selection.frozen_numel
     assert total == sum(p.numel() for p in model.parameters())
+    engine = tezo_ds.initialize(tiny(), {"rank": 2, "train_vectors": True, "exclude": ["*proj*"]})
+    assert [matrix.name for matrix in engine.selection.matrices] == ["model.embed_tokens.weight"]
+    assert [vector.numel for vector in engine.selection.vectors] == [22] * 5
+    assert engine.space.numel == 2 + 5 * 22
+    assert engine.selection.frozen == {"left out by include or exclude": 14}
     with pytest.raises(tezo_ds.ConfigError, match=r"rank 11 is above min\(m, n\) = 10 of .*k_proj"):
         tezo_ds.initialize(tiny(), {"rank": 11})
     with pytest.raises(tezo_ds.ConfigError, match="no parameter trains"):

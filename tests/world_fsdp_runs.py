@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tezo_ds import cli
 from tezo_ds.factors import factors
 from tezo_ds.fsdp_loading import FsdpPlan
 from tezo_ds.loading import load_model
-from tezo_ds.runfolder import COEFFICIENTS
+from tezo_ds.runfolder import COEFFICIENTS, MODEL
 from tezo_ds.session import Settings, open_engine
 
 MIXED = {"dtype": "float32", "compute_dtype": "bfloat16"}
@@ -86,6 +87,25 @@ def runs_in_mixed_precision_are_evaluated_as_they_were_trained(world: World) -> 
     exact = evaluated(run.path, world, "--no-fsdp", dtype="float32")
     if world.rank == 0:
         assert 0 < abs(exact["loss"] - after[1]) < 0.05
+
+
+@case(worlds=(2,))
+def runs_that_write_weights_are_found_again(world: World) -> None:
+    """In the model that they leave, written in float32; without it, by a replay on float32 shards, which
+    one process rounds to bfloat16 afterwards."""
+    run = train(world, "written", **MIXED, method="mezo", lr=2e-4)
+    after = run.summary["accuracy_after"], run.summary["test_loss_after"]
+    assert abs(after[1] - run.summary["test_loss_before"]) > 1e-3
+    assert not (run.path / COEFFICIENTS).exists()
+    for there in (True, False):
+        assert (run.path / MODEL).exists() == there
+        for switches in ((), ("--no-fsdp",)):
+            found = evaluated(run.path, world, *switches)
+            if world.rank == 0:
+                assert (found["accuracy"], found["loss"]) == after, (there, switches)
+        if world.rank == 0 and there:
+            shutil.rmtree(run.path / MODEL)
+        dist.barrier()
 
 
 @case(worlds=(2,))

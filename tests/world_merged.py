@@ -23,6 +23,7 @@ from worlds import World, case
 
 from tezo_ds import loading
 from tezo_ds.cli import app
+from tezo_ds.engine import Engine, StepReport
 from tezo_ds.export import save_coefficients
 from tezo_ds.merged import save_merged
 from tezo_ds.runfolder import COEFFICIENTS, CONFIG
@@ -76,6 +77,61 @@ def exports_of_shards_are_those_of_one_process(world: World) -> None:
                 torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
         assert engine.loss(batch) == loss
         engine.step(batch)
+
+
+def stepped(engine: Engine, world: World) -> list[StepReport]:
+    """Five steps over all ranks."""
+    batches = (part_of(make_batch(6, seed=step), world.rank, world.size) for step in range(5))
+    return [engine.step(batch) for batch in batches]
+
+
+def assert_same_result(ours: Engine, theirs: Engine, exactly: bool) -> None:
+    """Weights with all that is kept aside."""
+    found, expected = ours.state_dict(), theirs.state_dict()
+    for name, tensor in expected.items():
+        if exactly:
+            assert torch.equal(found[name], tensor)
+        elif found:
+            torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@case(worlds=(3,))
+def ended_periods_are_written_into_shards_again(world: World) -> None:
+    fields = {"refresh_every": 2, "lr": 3e-3}
+    batch = part_of(make_batch(6), world.rank, world.size)
+    for make in (sharded, fully_sharded):
+        engine = make(fields=fields)
+        stepped(engine, world)
+        saved, loss = engine.coefficients(), engine.loss(batch)
+        assert all(len(part) == 3 for part in saved.values())
+        again, reference = make(fields=fields), alone("llama", True, fields)
+        again.load_coefficients(saved)
+        assert again.loss(batch) == loss
+        assert_same_result(again, engine, exactly=True)
+        reference.load_coefficients(saved)
+        assert_same_result(engine, reference, exactly=False)
+        # Without the handling: the current period alone.
+        last = make(fields=fields)
+        last.load_coefficients({name: part[-1] for name, part in saved.items()})
+        assert abs(last.loss(batch) - loss) > 1e-3
+
+
+@case(worlds=(3,))
+def slopes_of_a_sharded_run_rebuild_it_anywhere(world: World) -> None:
+    few = {"include": ["*layers.0.*"], "lr": 2e-4, "queries": 1}
+    for fields in ({"method": "lozo", "nu": 2}, {"method": "mezo"}):
+        fields = {**few, **fields}
+        engine = sharded(fields=fields)
+        lines = json.loads(json.dumps([[r.step, r.kappa, r.lr] for r in stepped(engine, world)]))
+        whole = alone("llama", True, fields)
+        before = whole.state_dict()
+        for other in (sharded(fields=fields), fully_sharded(fields=fields), whole):
+            for line in lines:
+                other.replay(*line)
+            same = type(other.sharding) is type(engine.sharding)
+            assert_same_result(other, engine, exactly=same)
+        for name, tensor in whole.state_dict().items():  # on rank 0
+            assert torch.equal(before[name], tensor) == (name not in whole.space.slices)
 
 
 def deep() -> tuple[nn.Module, int, int]:

@@ -29,6 +29,7 @@ MODULES = (
     "world_loading",
     "world_fsdp_runs",
     "world_everywhere",
+    "world_methods",
     "world_ranks",
     "world_watch",
     "world_traffic",

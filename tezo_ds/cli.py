@@ -11,12 +11,29 @@ import typer
 
 from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError, TezoError
+from tezo_ds.evaluate_command import EVALUATE_HELP, evaluate
 from tezo_ds.export_command import EXPORT_HELP, export
 from tezo_ds.flags import (
     ComputeDtype,
+    Data,
+    DataSeed,
+    DeepSpeed,
+    Dtype,
+    EvalBatch,
     Fsdp,
     FsdpOffloadParams,
     FsdpReplicas,
+    LabelField,
+    MaxLength,
+    Model,
+    Objective,
+    Task,
+    Template,
+    TestData,
+    TestExamples,
+    TestFraction,
+    Verbalizers,
+    data_option,
     refuse_idle,
     settings_from,
 )
@@ -32,13 +49,14 @@ app = typer.Typer(
 
 TRAIN_HELP = """Fine-tune a model with forward passes alone.
 
-Start it plainly, with `deepspeed`, `torchrun` or `accelerate launch`; the flags are the same.
+Start it plainly, with `deepspeed`, `torchrun` or `accelerate launch`; the flags are the same. The `--`
+keeps torchrun from taking `--nu` or `--run` for an option of its own.
 
 ```
 deepspeed --num_gpus 8 --module tezo_ds train --deepspeed ds_configs/zero3_bf16.json \\
     --model meta-llama/Llama-3.1-8B --task sst2 --steps 5000 --output runs/sst2
 
-torchrun --nproc-per-node 8 -m tezo_ds train --fsdp \\
+torchrun --nproc-per-node 8 -m -- tezo_ds train --fsdp \\
     --model meta-llama/Llama-3.1-8B --task sst2 --steps 5000 --output runs/sst2
 
 tezo-ds train --model ./SmolLM2 --task reviews.jsonl --template "{text} It was" \\
@@ -46,19 +64,7 @@ tezo-ds train --model ./SmolLM2 --task reviews.jsonl --template "{text} It was" 
 ```
 """
 
-EVALUATE_HELP = """Accuracy and loss of a run's result, or of a bare model, on a task's test examples.
-
-Started by a launcher, the ranks shard a run's model as the run did; started plainly, one process holds
-it whole.
-
-```
-tezo-ds evaluate --run runs/sst2
-
-tezo-ds evaluate --model ./SmolLM2 --task trec --data ./trec
-```
-"""
-
-DATA, BLOCK = "Task and data", "Overrides of the tezo block"
+BLOCK = "Overrides of the tezo block"
 
 
 def _block(name: str) -> Any:
@@ -71,42 +77,6 @@ def _switch(name: str) -> Any:
     flag = name.replace("_", "-")
     text = TezoConfig.model_fields[name].description
     return typer.Option(f"--{flag}/--no-{flag}", help=text, rich_help_panel=BLOCK)
-
-
-def _data(text: str) -> Any:
-    return typer.Option(help=text, rich_help_panel=DATA)
-
-
-# Each flag that both commands take, once.
-Model = Annotated[str | None, typer.Option(help="model folder or hub name")]
-DeepSpeed = Annotated[
-    Path | None,
-    typer.Option(help="DeepSpeed JSON with a tezo block; its ZeRO-3 shards the weights"),
-]
-Task = Annotated[str | None, _data("built-in name, or a .jsonl/.csv file (needs --template)")]
-Data = Annotated[
-    str | None, _data("local folder or file, in place of the hub, for a built-in task")
-]
-TestData = Annotated[str | None, _data("test file")]
-Template = Annotated[str | None, _data('prompt with columns in braces, e.g. "{text} It was"')]
-Verbalizers = Annotated[str | None, _data('label to word, as JSON: {"0": "bad", "1": "good"}')]
-Objective = Annotated[
-    str | None,
-    _data("lm: the answer among all tokens (default); choices: among the task's words alone"),
-]
-LabelField = Annotated[str | None, _data("column that holds the label")]
-TestFraction = Annotated[float | None, _data("held out where there is no test file (0.2)")]
-TestExamples = Annotated[int | None, _data("at most so many test examples")]
-DataSeed = Annotated[int | None, _data("of the split and of subsets (0)")]
-MaxLength = Annotated[int | None, _data("tokens; longer prompts lose their beginning (512)")]
-EvalBatch = Annotated[int | None, _data("examples of a rank in one evaluation forward (32)")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(help="auto, float32, bfloat16 or float16; DeepSpeed's config decides where given"),
-]
-
-
-app.command(help=EXPORT_HELP)(export)
 
 
 @app.callback()
@@ -129,6 +99,14 @@ def train(
     log_every: Annotated[
         int, typer.Option(min=1, help="steps between lines where stdout is no terminal")
     ] = 10,
+    save_model: Annotated[
+        bool | None,
+        typer.Option(
+            "--save-model/--no-save-model",
+            help="write the whole merged model into the run folder at the end; without the flag, for "
+            "methods that write weights at training (tezo-adam, lozo, mezo)",
+        ),
+    ] = None,
     dtype: Dtype = None,
     fsdp: Fsdp = None,
     fsdp_replicas: FsdpReplicas = None,
@@ -142,7 +120,7 @@ def train(
     label_field: LabelField = None,
     objective: Objective = None,
     test_fraction: TestFraction = None,
-    train_examples: Annotated[int | None, _data("at most so many training examples")] = None,
+    train_examples: Annotated[int | None, data_option("at most so many training examples")] = None,
     test_examples: TestExamples = None,
     data_seed: DataSeed = None,
     max_length: MaxLength = None,
@@ -178,7 +156,8 @@ def train(
     # Imported late, as transformers and DeepSpeed take seconds that --help need not wait for.
     from tezo_ds import export, launchers, session, training
     from tezo_ds.display import Display, quieten
-    from tezo_ds.runfolder import CONFIG, RunFolder, refuse_used
+    from tezo_ds.methods import in_coefficients
+    from tezo_ds.runfolder import CONFIG, MODEL, RunFolder, refuse_used
     from tezo_ds.tasks import encode, truncations
 
     if output is None:
@@ -197,7 +176,14 @@ def train(
     sharding = opened.engine.sharding
     display = Display(sharding.rank, sharding.world_size, log_every)
     display.summary(opened.engine)
-    if reason := export.no_adapter_because(opened.engine):
+    if save_model is None:
+        save_model = not in_coefficients(config)
+    if save_model and sharding.quantised:
+        raise ConfigError(
+            f"--save-model: weights are quantised ({sharding.quantised}); turn it off, or add "
+            "--no-save-model"
+        )
+    if in_coefficients(config) and (reason := export.no_adapter_because(opened.engine)):
         display.note(f"no adapter will be written: {reason}")
     examples = encode(opened.tokenizer, opened.task.train, settings.max_length)
     display.data(opened.task, truncations(examples), settings.max_length)
@@ -206,71 +192,13 @@ def train(
         folder = RunFolder(output)
         about = {"steps": steps, "batch_size": batch_size, "deepspeed": deepspeed_config}
         folder.write_json(CONFIG, session.describe_run(opened, about))
-    plan = training.Plan(steps, batch_size, eval_every)
+    plan = training.Plan(steps, batch_size, eval_every, output / MODEL if save_model else None)
     summary = training.train(opened, plan, examples, folder, display)
     display.end(summary, output)
 
 
-@app.command(help=EVALUATE_HELP)
-def evaluate(
-    run: Annotated[Path | None, typer.Option(help="run folder: its model, task and result")] = None,
-    model: Model = None,
-    deepspeed: DeepSpeed = None,
-    dtype: Dtype = None,
-    fsdp: Fsdp = None,
-    fsdp_replicas: FsdpReplicas = None,
-    fsdp_offload_params: FsdpOffloadParams = None,
-    compute_dtype: ComputeDtype = None,
-    task: Task = None,
-    data: Data = None,
-    test_data: TestData = None,
-    template: Template = None,
-    verbalizers: Verbalizers = None,
-    label_field: LabelField = None,
-    objective: Objective = None,
-    test_fraction: TestFraction = None,
-    test_examples: TestExamples = None,
-    data_seed: DataSeed = None,
-    max_length: MaxLength = None,
-    eval_batch_size: EvalBatch = None,
-) -> None:
-    """See EVALUATE_HELP."""
-    given = dict(locals())
-    from tezo_ds import launchers, session
-    from tezo_ds.display import Display, quieten
-    from tezo_ds.runfolder import to_json
-
-    launched = launchers.launched()
-    deepspeed = deepspeed or launched.deepspeed
-    source: Path | dict[str, Any] | None = deepspeed
-    before: dict[str, Any] = {}
-    ran: TezoConfig | None = None
-    if run is not None:
-        asked = fsdp if fsdp is not None else launched.settings.get("fsdp")
-        stored, ran = session.read_run(run)
-        source, stored.fsdp = session.sharded_as(run, deepspeed, asked)
-        before = stored.model_dump()
-    settings = settings_from(given, {**before, **launched.settings})
-    refuse_idle(settings.fsdp, given)
-    if dtype is None and not settings.fsdp:  # the weights as FSDP2 gathered them
-        settings.dtype = settings.compute_dtype or settings.dtype
-    config, deepspeed_config = session.resolve_config(source, {"rank": 1}, fsdp=settings.fsdp)
-    quieten()
-    opened = session.open_session(settings, ran or config, deepspeed_config)
-    if run is not None:
-        session.load_result(opened.engine, run)
-    sharding = opened.engine.sharding
-    display = Display(sharding.rank, sharding.world_size, log_every=1)
-    evaluator = opened.evaluator()
-    if evaluator is None:
-        raise ConfigError(
-            "there are no test examples; pass --test-data or a --test-fraction above 0"
-        )
-    with display.evaluation(f"evaluating {evaluator.examples} test examples") as progress:
-        score = evaluator(progress)
-    if sharding.rank == 0:
-        result = {"accuracy": score.accuracy, "loss": score.loss, "test_examples": score.examples}
-        print(to_json(result))
+app.command(help=EVALUATE_HELP)(evaluate)
+app.command(help=EXPORT_HELP)(export)
 
 
 def main() -> None:

@@ -20,6 +20,9 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from tezo_ds.engine import Engine, StepReport
+from tezo_ds.methods import in_coefficients
+from tezo_ds.probes import InplaceProbe
+from tezo_ds.runfolder import COEFFICIENTS, METRICS
 from tezo_ds.tasks import TaskData
 from tezo_ds.tasks.evaluation import Score
 
@@ -38,10 +41,12 @@ def quieten() -> None:
 class Display:
     """Live on a terminal, plain lines every so often in a log file, silent on other ranks."""
 
-    def __init__(self, rank: int, world_size: int, log_every: int) -> None:
+    def __init__(self, rank: int, world_size: int, log_every: int, stderr: bool = False) -> None:
         self._silent = rank != 0
         self._world_size, self._log_every = world_size, log_every
-        self.console = Console(quiet=self._silent, highlight=False, markup=False, emoji=False)
+        self.console = Console(
+            quiet=self._silent, highlight=False, markup=False, emoji=False, stderr=stderr
+        )
         self._bar: Progress | None = None
         self._task: Any = None
         self._total = 0
@@ -52,20 +57,23 @@ class Display:
         """What trains, what is frozen and why, and what the learnt state weighs."""
         selection, config = engine.selection, engine.config
         table = Table(show_header=False, box=None, padding=(0, 2))
-        table.add_row(
-            "trains", f"{len(selection.matrices)} matrices, {selection.trainable_numel:,} weights"
-        )
+        what = [f"{len(selection.matrices)} matrices"] if selection.matrices else []
+        what += [f"{len(selection.vectors)} vectors"] if selection.vectors else []
+        table.add_row("trains", f"{', '.join(what)}, {selection.trainable_numel:,} weights")
         for reason, count in selection.frozen.items():
             table.add_row("frozen", f"{count} parameters: {reason}")
         table.add_row("frozen weights", f"{selection.frozen_numel:,}")
-        vectors = len(engine.method.state)
-        state = 8 * engine.space.numel * vectors
-        table.add_row("rank", f"{config.rank}")
-        table.add_row("coefficients", f"{engine.space.numel:,} ({state:,} bytes of state)")
+        table.add_row("method", f"{config.method}, {engine.probe.name} probe, Q = {config.queries}")
+        for name, value in _of_method(engine):
+            table.add_row(name, value)
         kind = type(engine.sharding).__name__
         table.add_row("weights", f"{kind} on {self._world_size} rank(s), {engine.sharding.device}")
-        table.add_row("method", f"{config.method}, {engine.probe.name} probe, Q = {config.queries}")
         self.console.print(table)
+        if _drifts(engine):
+            self.note(
+                "warning: 16-bit weights train in place with restore: subtract, so rounding drifts the "
+                "weights every step; set restore: copy"
+            )
 
     def data(self, task: TaskData, truncated: int, max_length: int) -> None:
         """What there is to learn from, and what of it was left out."""
@@ -93,7 +101,11 @@ class Display:
         table.add_row("steps", f"{summary['steps']} in {summary['seconds_training']:.0f} s")
         if "adapter" in summary:
             table.add_row("no adapter", summary["adapter"])
+        if "merged_model" not in summary and not (folder / COEFFICIENTS).exists():
+            table.add_row("result", f"in {METRICS}, which evaluate and export replay")
         self.console.print(table)
+        if "merged_model" in summary:
+            self.note(f"  model              {folder / summary['merged_model']}")
         self.note(f"  run folder         {folder}")
 
     def note(self, text: str) -> None:
@@ -153,3 +165,32 @@ class Display:
         self.note(
             f"after {step} steps: {accuracy}loss {score.loss:.4f} on {score.examples} test examples"
         )
+
+
+def _of_method(engine: Engine) -> Iterator[tuple[str, str]]:
+    """Rows of the summary that depend on the method and on what it is told."""
+    config, ranks = engine.config, sorted(matrix.rank for matrix in engine.space.matrices)
+    if ranks and config.rank == "auto":
+        found = f"{ranks[0]}-{ranks[-1]}, median {statistics.median_low(ranks)}"
+        yield "rank", f"auto: {found} (rank_threshold {config.rank_threshold})"
+    elif ranks and engine.method.factors is not None:
+        yield "rank", f"{config.rank}"
+    if config.method.startswith("lozo"):
+        yield "ν", f"{config.nu} steps until V is new"
+    if config.refresh_every:
+        yield "refresh", f"every {config.refresh_every} steps"
+    if isinstance(engine.probe, InplaceProbe):
+        yield "restore", "copy" if engine.probe.copies else "subtract"
+    size = sum(part.data.nbytes for part in engine.method.state.values())
+    moments = {"mezo-m": "one moment", "mezo-adam": "two moments"}.get(config.method)
+    beside = f", and {moments} of each weight on its rank" if moments else ""
+    learnt = f"{engine.space.numel:,} coefficients, " if in_coefficients(config) else ""
+    yield "state", f"{learnt}{size:,} bytes{beside}"
+
+
+def _drifts(engine: Engine) -> bool:
+    """Whether each step leaves rounding errors of 16 bits in the weights."""
+    if not isinstance(engine.probe, InplaceProbe) or engine.probe.copies:
+        return False
+    parameters = dict(engine.sharding.module.named_parameters())
+    return any(parameters[name].dtype.itemsize < 4 for name in engine.space.slices)

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from tezo_ds.branches import Branches
+from tezo_ds.coefficients import as_rows, by_name
 from tezo_ds.config import TezoConfig, resolve
 from tezo_ds.errors import ConfigError, ProbeError, ShardingError
 from tezo_ds.factors import CoefficientSpace
 from tezo_ds.methods import Write, make_method
+from tezo_ds.methods.tezo import Tezo
 from tezo_ds.objective import LossFn, Objective
-from tezo_ds.probes import make_probe
+from tezo_ds.probes import InplaceProbe, make_probe
 from tezo_ds.selection import Selection, select
 from tezo_ds.sharding import Sharding, ShardView, sharding_of
 from tezo_ds.watch import Watch, require_same_start
@@ -70,6 +72,8 @@ class Engine:
         chosen = self.selection
         self.space = CoefficientSpace(chosen.matrices, config.seed, chosen.vectors)
         self.method = make_method(config, self.space, sharding.device)
+        if self.method.writes:
+            self._refuse_quantised(f"method {config.method} writes weights")
         self.probe = make_probe(config, sharding, self.space.slices.keys(), self.method.factors)
         self.objective = Objective(sharding, loss_fn)
         self.step_index = 0
@@ -126,6 +130,8 @@ class Engine:
         if step != self.step_index:
             raise ConfigError(f"step {step} cannot be replayed after {self.step_index} steps")
         self._write(self.method.begin(step))
+        if isinstance(self.probe, InplaceProbe):
+            self.probe.retrace(self.method.branches(step, len(kappa), self.config.rho))
         self.step_index += 1
         self._write(self.method.update(step, torch.tensor(kappa, dtype=torch.float64), lr))
 
@@ -167,28 +173,32 @@ class Engine:
             yield
 
     def coefficients(self) -> dict[str, Tensor]:
-        """a of each matrix: {parameter name: float64 (rank,) on the CPU}, copies."""
-        parts = self.space.split(self.method.coefficients)
-        return {name: part.clone() for name, part in parts.items()}
+        """What is learnt by parameter name, see `coefficients.by_name`: copies, on the CPU."""
+        ended = self.method.finished if isinstance(self.method, Tezo) else []
+        return by_name(self.space, torch.stack([*ended, self.method.coefficients]))
 
+    @_without_grad()
     def load_coefficients(self, coefficients: Mapping[str, Tensor]) -> None:
-        """Sets a, e.g. from a run's coefficients.safetensors.
+        """Sets a, e.g. from a run's coefficients.safetensors, and writes periods that have ended into
+        the weights as the run did.
 
         Raises:
-            ConfigError: the names or ranks are not those of this engine.
+            ConfigError: names, ranks or periods are not those of this engine; it has ended periods.
+            ShardingError: there are ended periods, and weights that cannot be written.
         """
-        parts = self.space.split(self.method.coefficients)
-        if odd := coefficients.keys() ^ parts.keys():
+        *ended, current = as_rows(self.space, coefficients)
+        if ended:
+            self._refuse_quantised("coefficients of several periods")
+        if isinstance(self.method, Tezo) and not self.method.finished:
+            for row in ended:
+                self.method.coefficients.copy_(row)
+                self._write(self.method.refresh())
+        elif ended or isinstance(self.method, Tezo):
             raise ConfigError(
-                f"coefficients and engine differ in {len(odd)} parameters, e.g. {min(odd)}; "
-                "use the run's own model, include and exclude"
+                "coefficients of this run cannot be loaded here: they are for an engine that is as "
+                f"initialize leaves it, of method tezo (got {self.config.method})"
             )
-        for name, part in parts.items():
-            if coefficients[name].shape != part.shape:
-                raise ConfigError(
-                    f"{name}: {coefficients[name].numel()} coefficients, but rank is {len(part)}"
-                )
-            part.copy_(coefficients[name])
+        self.method.coefficients.copy_(current)
 
     def check(self) -> None:
         """Compares over all ranks what must be equal on them: coefficients, and the weights that
@@ -269,7 +279,7 @@ class Engine:
         if self.sharding.quantised:
             raise ShardingError(
                 f"{what}: weights are stored or gathered quantised ({self.sharding.quantised}); "
-                "turn it off, or export an adapter"
+                "turn it off, or keep to tezo, tezo-m or tezo-adam-coef, and export an adapter"
             )
 
 

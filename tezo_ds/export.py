@@ -1,4 +1,4 @@
-"""Results in formats that others load: a run of a coefficient method is exactly a LoRA adapter."""
+"""Results in formats that others load: a run whose result is its coefficients is exactly a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -12,56 +12,75 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tezo_ds.config import TezoConfig
 from tezo_ds.engine import Engine
 from tezo_ds.errors import ConfigError
 from tezo_ds.lowrank import FixedFactors
+from tezo_ds.methods import in_coefficients
 from tezo_ds.objective import is_masked_lm
 from tezo_ds.probes.sites import kind_of, uncovered, users
 
+INSTEAD = "write the merged model (tezo-ds export --merged)"
+
 
 def lora_tensors(engine: Engine) -> dict[str, Tensor]:
-    """PEFT's tensors: B = U diag(a), A = Vᵀ for a Linear; A = (U diag(a))ᵀ, B = V for an Embedding.
+    """PEFT's tensors: B = U diag(a), A = Vᵀ for a Linear; A = (U diag(a))ᵀ, B = V for what is used the
+    other way round, an Embedding or GPT-2's Conv1D. U, V and a of several periods lie side by side.
 
     No communication: U and V come from the seed. A tied matrix gives one pair for each module that
     uses it, so the adapter is for adding on the side: peft's own merge would add both into one weight.
 
     Raises:
-        ConfigError: a trained matrix sits elsewhere than in a Linear or a plain Embedding.
+        ConfigError: what was learnt has no place in an adapter.
     """
     if reason := no_adapter_because(engine):
         raise ConfigError(reason)
     module = engine.sharding.module
-    parameters, make = dict(module.named_parameters()), FixedFactors(engine.space)
-    coefficients = engine.coefficients()
-    owners = _owners(module)
+    parameters = dict(module.named_parameters())
+    coefficients, owners = engine.coefficients(), _owners(module)
     tensors: dict[str, Tensor] = {}
     for matrix in engine.space.matrices:
-        parameter = parameters[matrix.name]
-        U, V = (factor.float() for factor in make.of(matrix.name))
-        scaled = (U.double() * coefficients[matrix.name]).float()  # (m, rank)
-        for path, kind in owners[id(parameter)]:
+        a = coefficients[matrix.name].view(-1, matrix.rank)  # (periods, rank)
+        make = (FixedFactors(engine.space, period) for period in range(len(a)))
+        pairs = [factors.of(matrix.name) for factors in make]
+        scaled = torch.cat([U.double() * c for (U, _), c in zip(pairs, a, strict=True)], dim=1)
+        scaled = scaled.float()  # (m, periods * rank)
+        V = torch.cat([V.float() for _, V in pairs], dim=1)  # (n, periods * rank)
+        for path, kind in owners[id(parameters[matrix.name])]:
             prefix = f"base_model.model.{path}.lora_"
             if kind == "embedding":
                 tensors[f"{prefix}embedding_A"] = scaled.t().contiguous()
                 tensors[f"{prefix}embedding_B"] = V.clone()
             else:
-                tensors[f"{prefix}A.weight"] = V.t().contiguous()
-                tensors[f"{prefix}B.weight"] = scaled.clone()
+                inner, outer = (scaled, V) if kind == "conv1d" else (V, scaled)
+                tensors[f"{prefix}A.weight"] = inner.t().contiguous()
+                tensors[f"{prefix}B.weight"] = outer.clone()
     return tensors
+
+
+def not_low_rank(config: TezoConfig) -> str | None:
+    """What stands against an adapter of any run of this method, in one line; None if nothing does."""
+    if in_coefficients(config):
+        return None
+    return f"what {config.method} learns is no low-rank change, as a LoRA adapter is; {INSTEAD}"
 
 
 def no_adapter_because(engine: Engine) -> str | None:
     """What stands against an adapter of this run, in one line; None if nothing does."""
-    module = engine.sharding.module
+    module, vectors = engine.sharding.module, engine.space.vectors
+    if reason := not_low_rank(engine.config):
+        return reason
+    if vectors:
+        return (
+            f"{vectors[0].name} ({len(vectors)} such) is a vector, which has no place in a LoRA "
+            f"adapter; leave train_vectors off, or {INSTEAD}"
+        )
     names = {matrix.name for matrix in engine.space.matrices}
     gaps = {**uncovered(module, names), **_offset_embeddings(module, names)}
     if not gaps:
         return None
     name, where = next(iter(gaps.items()))
-    return (
-        f"{name} ({where}) has no place in a LoRA adapter; exclude it, or write the merged model "
-        "(tezo-ds export --merged)"
-    )
+    return f"{name} ({where}) has no place in a LoRA adapter; exclude it, or {INSTEAD}"
 
 
 def _offset_embeddings(module: nn.Module, names: set[str]) -> dict[str, str]:
@@ -87,21 +106,28 @@ def _owners(module: nn.Module) -> dict[int, list[tuple[str, str]]]:
 
 def lora_config(engine: Engine, base_model: str) -> dict[str, Any]:
     """adapter_config.json: scaling lora_alpha / r = 1, module paths in full."""
-    owners = _owners(engine.sharding.module)
+    owners, coefficients = _owners(engine.sharding.module), engine.coefficients()
     parameters = dict(engine.sharding.module.named_parameters())
-    paths = [
-        path for matrix in engine.space.matrices for path, _ in owners[id(parameters[matrix.name])]
-    ]
-    rank = engine.config.rank
+    ranks: dict[str, int] = {}  # by path
+    conv1d = False
+    for matrix in engine.space.matrices:
+        for path, kind in owners[id(parameters[matrix.name])]:
+            ranks[path] = coefficients[matrix.name].numel()
+            conv1d |= kind == "conv1d"
+    rank = max(ranks.values())
+    others = {f"^{path}": r for path, r in ranks.items() if r != rank}
     return {
         "peft_type": "LORA",
         "task_type": None if is_masked_lm(engine.sharding.module) else "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "fan_in_fan_out": conv1d,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": paths,
+        "target_modules": list(ranks),
         "inference_mode": True,
     }
 
@@ -132,7 +158,7 @@ def save_adapter(engine: Engine, folder: Path, base_model: str) -> None:
 
 
 def save_coefficients(coefficients: dict[str, Tensor], path: Path) -> None:
-    """Writes {parameter name: float64 (rank,)} as safetensors, by way of a temporary name."""
+    """Writes what `Engine.coefficients` gives as safetensors, in float64, by way of a temporary name."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file({k: v.to(torch.float64) for k, v in coefficients.items()}, partial)

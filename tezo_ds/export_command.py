@@ -56,8 +56,9 @@ def export(
     """See EXPORT_HELP."""
     from tezo_ds import launchers, session
     from tezo_ds.display import Display, quieten
-    from tezo_ds.export import no_adapter_because
+    from tezo_ds.export import no_adapter_because, not_low_rank
     from tezo_ds.merged import refuse_filled
+    from tezo_ds.results import read_result
 
     if run is None:
         raise ConfigError("--run is missing; name the folder of a run, e.g. runs/first")
@@ -70,7 +71,10 @@ def export(
     for folder in filter(None, (merged, adapter)):
         refuse_filled(folder)
     settings, config = session.read_run(run)
-    coefficients = session.read_result(run)
+    if adapter is not None and (reason := not_low_rank(config)):
+        raise ConfigError(reason)
+    base_model, result = settings.model, read_result(run, config)
+    settings.model = str(result.model or base_model)
     launched = launchers.launched()
     if fsdp is None:
         fsdp = launched.settings.get("fsdp")
@@ -78,18 +82,18 @@ def export(
     settings.fsdp_replicas = 1  # all ranks share the one copy
     _, deepspeed_config = session.resolve_config(source, fsdp=settings.fsdp)
     quieten()
-    engine = session.open_engine(settings, config, deepspeed_config)
-    engine.load_coefficients(coefficients)
+    engine = session.open_engine(settings, config, deepspeed_config, result.ranks)
     sharding = engine.sharding
     display = Display(sharding.rank, sharding.world_size, log_every=1)
     kind = type(sharding).__name__
     display.note(f"weights       {kind} on {sharding.world_size} rank(s), {sharding.device}")
+    result.give(engine, display)
     if adapter is not None:
         if reason := no_adapter_because(engine):
             raise ConfigError(reason)
-        _export_adapter(engine, adapter, settings.model, display)
+        _export_adapter(engine, adapter, base_model, display)
     if merged is not None:
-        _export_merged(engine, merged, settings.model, dtype, display)
+        _export_merged(engine, merged, base_model, dtype, display)
 
 
 def _export_adapter(engine: Engine, folder: Path, base_model: str, display: Display) -> None:

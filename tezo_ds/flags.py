@@ -1,9 +1,10 @@
-"""Flags of FSDP2, which several commands take; settings from flags."""
+"""Flags that several commands take; settings from flags."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +15,42 @@ from tezo_ds.errors import ConfigError
 if TYPE_CHECKING:
     from tezo_ds.session import Settings
 
-PANEL = "FSDP2"
+DATA, PANEL = "Task and data", "FSDP2"
+
+
+def data_option(text: str) -> Any:
+    """An option about the task and its data."""
+    return typer.Option(help=text, rich_help_panel=DATA)
+
+
+Model = Annotated[str | None, typer.Option(help="model folder or hub name")]
+DeepSpeed = Annotated[
+    Path | None,
+    typer.Option(help="DeepSpeed JSON with a tezo block; its ZeRO-3 shards the weights"),
+]
+Task = Annotated[str | None, data_option("built-in name, or a .jsonl/.csv file (needs --template)")]
+Data = Annotated[
+    str | None, data_option("local folder or file, in place of the hub, for a built-in task")
+]
+TestData = Annotated[str | None, data_option("test file")]
+Template = Annotated[str | None, data_option('prompt with columns in braces, e.g. "{text} It was"')]
+Verbalizers = Annotated[
+    str | None, data_option('label to word, as JSON: {"0": "bad", "1": "good"}')
+]
+Objective = Annotated[
+    str | None,
+    data_option("lm: the answer among all tokens (default); choices: among the task's words alone"),
+]
+LabelField = Annotated[str | None, data_option("column that holds the label")]
+TestFraction = Annotated[float | None, data_option("held out where there is no test file (0.2)")]
+TestExamples = Annotated[int | None, data_option("at most so many test examples")]
+DataSeed = Annotated[int | None, data_option("of the split and of subsets (0)")]
+MaxLength = Annotated[int | None, data_option("tokens; longer prompts lose their beginning (512)")]
+EvalBatch = Annotated[int | None, data_option("examples of a rank in one evaluation forward (32)")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="auto, float32, bfloat16 or float16; DeepSpeed's config decides where given"),
+]
 
 Fsdp = Annotated[
     bool | None,

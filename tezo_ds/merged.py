@@ -30,6 +30,11 @@ def refuse_filled(folder: Path) -> None:
         raise ConfigError(f"{folder} is not an empty folder; choose another, or remove it")
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether `save_merged` came to its end there."""
+    return (folder / SAFE_WEIGHTS_INDEX_NAME).exists()
+
+
 def save_merged(
     engine: Engine,
     folder: Path,

@@ -13,6 +13,7 @@ from tezo_ds.errors import ConfigError
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 COEFFICIENTS, ADAPTER, CURVE = "coefficients.safetensors", "adapter", "curve.png"
+MODEL = "model"
 
 
 def to_json(content: Any, indent: int | None = None) -> str:
@@ -78,8 +79,27 @@ class RunFolder:
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The step lines and the evaluation lines of a metrics.jsonl."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    """The step lines and the evaluation lines of a metrics.jsonl. A last line that is cut short, as a
+    run that was killed may leave it, counts as not written.
+
+    Raises:
+        ConfigError: it cannot be read, or another line is no JSON.
+    """
+    try:
+        texts = path.read_text().splitlines()
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); has the run begun?"
+        ) from None
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            if number < len(texts):
+                raise ConfigError(
+                    f"{path}: line {number} is no JSON ({error}); take the file from a copy"
+                ) from None
     return [x for x in lines if "loss" in x], [x for x in lines if "test_loss" in x]
 
 

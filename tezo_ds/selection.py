@@ -68,6 +68,11 @@ def select(
         ranks = ranks or auto_ranks(
             sharding, chosen.matrices, config.rank_threshold, config.rank_max, config.seed
         )
+        if odd := {matrix.name for matrix in chosen.matrices} ^ ranks.keys():
+            raise ConfigError(
+                f"ranks and model differ in {len(odd)} parameters, e.g. {min(odd)}; use the run's own "
+                "model, include and exclude"
+            )
         chosen.matrices = [replace(matrix, rank=ranks[matrix.name]) for matrix in chosen.matrices]
     _check(chosen, config)
     return chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +18,7 @@ from tezo_ds.config import BLOCK, TezoConfig, read_json, resolve
 from tezo_ds.engine import Engine
 from tezo_ds.errors import ConfigError
 from tezo_ds.loading import join_world, load_model, load_tokenizer
-from tezo_ds.runfolder import COEFFICIENTS, CONFIG
+from tezo_ds.runfolder import CONFIG
 from tezo_ds.sharding import sharding_of
 from tezo_ds.tasks import TaskData, first_tokens, load_task
 from tezo_ds.tasks.evaluation import Evaluator
@@ -84,9 +84,18 @@ class Session:
 
 
 def open_session(
-    settings: Settings, config: TezoConfig, deepspeed_config: dict[str, Any] | None
+    settings: Settings,
+    config: TezoConfig,
+    deepspeed_config: dict[str, Any] | None,
+    ranks: Mapping[str, int] | None = None,
 ) -> Session:
     """Loads data first (its errors come at once), then the model, sharded as the config says.
+
+    Args:
+        settings: model and data.
+        config: the tezo block.
+        deepspeed_config: that shards the weights; None: none does.
+        ranks: of each matrix, where an earlier run chose them itself.
 
     Raises:
         TezoError: one line that says what to change.
@@ -98,16 +107,19 @@ def open_session(
         test_examples=s.test_examples, seed=s.data_seed,
     )  # fmt: skip
     tokenizer = load_tokenizer(s.model)
-    engine = open_engine(s, config, deepspeed_config)
+    engine = open_engine(s, config, deepspeed_config, ranks)
     if s.objective == "choices":
         engine.objective.choices = _choices(tokenizer, task)
     return Session(settings, engine, tokenizer, task)
 
 
 def open_engine(
-    settings: Settings, config: TezoConfig, deepspeed_config: dict[str, Any] | None
+    settings: Settings,
+    config: TezoConfig,
+    deepspeed_config: dict[str, Any] | None,
+    ranks: Mapping[str, int] | None = None,
 ) -> Engine:
-    """Loads the model, sharded as the settings or the DeepSpeed config say.
+    """Loads the model, sharded as the settings or the DeepSpeed config say; see `open_session`.
 
     Raises:
         TezoError: one line that says what to change.
@@ -124,7 +136,7 @@ def open_engine(
     model = load_model(s.model, s.dtype, deepspeed_config, plan)
     sharding = sharding_of(model, deepspeed_config)
     sharding.filled_apart |= s.fsdp  # copies on different nodes come from different files
-    return Engine(sharding, config, None, factors_dtype)
+    return Engine(sharding, config, None, factors_dtype, ranks)
 
 
 def _choices(tokenizer: PreTrainedTokenizerBase, task: TaskData) -> Tensor:
@@ -175,13 +187,16 @@ def resolve_config(
 
 def describe_run(session: Session, extra: dict[str, Any]) -> dict[str, Any]:
     """config.json: all it takes to evaluate or repeat the run."""
+    config, matrices = session.engine.config, session.engine.space.matrices
+    chosen = {"ranks": {m.name: m.rank for m in matrices}} if config.rank == "auto" else {}
     return {
-        BLOCK: session.engine.config.model_dump(mode="json"),
+        BLOCK: config.model_dump(mode="json"),
         "settings": session.settings.model_dump(mode="json"),
         "weights_dtype": _name(next(session.engine.sharding.module.parameters()).dtype),
-        "factors_dtype": _name(session.engine.space.matrices[0].rounding),
+        "factors_dtype": _name(matrices[0].rounding) if matrices else None,
         "world_size": session.engine.sharding.world_size,
         **extra,
+        **chosen,
         "versions": {name: version(name) for name in ("tezo_ds", "torch", "transformers")},
     }
 
@@ -229,24 +244,3 @@ def sharded_as(
     content = read_json(folder / CONFIG)
     ran = content.get("deepspeed")
     return {**ran, BLOCK: {}} if ran else None, bool(content["settings"].get("fsdp"))
-
-
-def load_result(engine: Engine, folder: Path) -> None:
-    """Gives the engine the coefficients of a run folder.
-
-    Raises:
-        ConfigError: there are none, or of another model.
-    """
-    engine.load_coefficients(read_result(folder))
-
-
-def read_result(folder: Path) -> dict[str, Tensor]:
-    """The coefficients of a run folder, by parameter name.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    path = folder / COEFFICIENTS
-    if not path.exists():
-        raise ConfigError(f"{path} does not exist; has the run ended?")
-    return load_file(path)

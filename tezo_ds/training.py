@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tezo_ds.display import Display
@@ -12,6 +13,10 @@ from tezo_ds.engine import Engine, StepReport
 from tezo_ds.errors import ConfigError
 from tezo_ds.export import save_adapter, save_coefficients
 from tezo_ds.interrupts import Interrupted, deaf, turned_into_exceptions
+from tezo_ds.loading import load_tokenizer
+from tezo_ds.merged import save_merged
+from tezo_ds.methods import in_coefficients
+from tezo_ds.methods.tezo import Tezo
 from tezo_ds.runfolder import (
     ADAPTER,
     COEFFICIENTS,
@@ -26,6 +31,8 @@ from tezo_ds.tasks.batches import batch_indices
 from tezo_ds.tasks.encoding import Encoded, collate
 from tezo_ds.tasks.evaluation import Evaluator, Score
 
+REPLAYED = f"the steps so far from {METRICS} in the run folder"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -34,6 +41,7 @@ class Plan:
     steps: int
     batch_size: int  # examples a step over all ranks
     eval_every: int  # steps; 0: before and after only
+    model: Path | None = None  # where the merged model goes at the end; None: nowhere
 
 
 def per_rank(batch_size: int, world_size: int) -> int:
@@ -60,7 +68,8 @@ def train(
     """Runs a plan. Every rank calls it; `folder` is rank 0's, None elsewhere.
 
     On an error or a signal rank 0 still writes coefficients, adapter, curve and summary as of the
-    last whole step, which takes no other rank.
+    last whole step, which takes no other rank. The merged model, which takes all, is then not written;
+    what a method put into the weights can be replayed from metrics.jsonl.
 
     Returns:
         The summary, as in summary.json.
@@ -75,10 +84,14 @@ def train(
         "method": engine.config.method, "probe": engine.probe.name,
         "world_size": engine.sharding.world_size, "train_examples": len(examples),
     }  # fmt: skip
-    logged = engine.step_index
+    logged = engine.step_index, _ended(engine)
+
+    def halfway() -> bool:
+        """Between what a step changes and its line in metrics.jsonl, which have to agree."""
+        return (engine.step_index, _ended(engine)) != logged
+
     try:
-        # Never between a step's update and its line in metrics.jsonl, so that they agree.
-        with turned_into_exceptions(lambda: engine.step_index > logged) as raise_waiting:
+        with turned_into_exceptions(halfway) as raise_waiting:
             evaluator = session.evaluator()
             _evaluate(engine, evaluator, folder, display, summary, "before")
             trained = time.perf_counter()
@@ -87,19 +100,27 @@ def train(
                     if folder is not None:
                         folder.log_step(report)
                     display.step(report)
-                    logged = done = report.step + 1
+                    done = report.step + 1
+                    logged = done, _ended(engine)
                     raise_waiting()
                     if plan.eval_every and done % plan.eval_every == 0 and done < plan.steps:
                         _evaluate(engine, evaluator, folder, display, summary, None)
             engine.check()
             summary["seconds_training"] = round(time.perf_counter() - trained, 2)
             _evaluate(engine, evaluator, folder, display, summary, "after")
+            if plan.model is not None:
+                _save_model(session, plan.model, display)
+                summary["merged_model"] = plan.model.name
         summary["status"] = "finished"
     except Interrupted as signalled:
         summary |= {"status": "interrupted", "error": str(signalled)}
+        if not in_coefficients(engine.config):
+            signalled.left = f"evaluate and export replay {REPLAYED}"
         raise
     except BaseException as error:
         summary |= {"status": "failed", "error": str(error) or type(error).__name__}
+        if not in_coefficients(engine.config):
+            display.note(f"failed; evaluate and export replay {REPLAYED}")
         raise
     finally:
         summary |= {"steps": engine.step_index, "seconds": round(time.perf_counter() - start, 2)}
@@ -116,6 +137,17 @@ def _steps(
     for step in range(engine.step_index, plan.steps):
         chosen = batch_indices(len(examples), share, step, seed, sharding.rank, sharding.world_size)
         yield engine.step(collate([examples[i] for i in chosen], pad_id))
+
+
+def _ended(engine: Engine) -> int:
+    """Periods that have ended: a step may end one before it counts as begun."""
+    return len(engine.method.finished) if isinstance(engine.method, Tezo) else 0
+
+
+def _save_model(session: Session, path: Path, display: Display) -> None:
+    tokenizer = load_tokenizer(session.settings.model, pad=False)
+    with display.evaluation(f"writing {path}") as progress:
+        save_merged(session.engine, path, tokenizer, progress=progress)
 
 
 def _evaluate(
@@ -136,11 +168,12 @@ def _evaluate(
 
 def _write_results(engine: Engine, model: str, folder: RunFolder, summary: dict[str, Any]) -> None:
     folder.close()
-    save_coefficients(engine.coefficients(), folder.path / COEFFICIENTS)
-    try:
-        save_adapter(engine, folder.path / ADAPTER, model)
-    except ConfigError as error:  # trained something that LoRA has no place for
-        summary["adapter"] = str(error)
+    if in_coefficients(engine.config):
+        save_coefficients(engine.coefficients(), folder.path / COEFFICIENTS)
+        try:
+            save_adapter(engine, folder.path / ADAPTER, model)
+        except ConfigError as error:  # trained something that LoRA has no place for
+            summary["adapter"] = str(error)
     folder.write_json(SUMMARY, summary)
     if engine.step_index:
         draw_curve(folder.path / METRICS, folder.path / CURVE)

@@ -17,7 +17,13 @@ from tezo_ds.methods.storing import Storing
 from tezo_ds.methods.tezo import Tezo
 from tezo_ds.methods.tezo_adam import TezoAdam
 
-__all__ = ["Method", "Write", "make_method"]
+__all__ = ["Method", "Write", "in_coefficients", "make_method"]
+
+
+def in_coefficients(config: TezoConfig) -> bool:
+    """Whether all that a run learns is its coefficients, those of ended periods included; otherwise it
+    is in the weights, and can be had again from the slopes alone."""
+    return config.method in ("tezo", "tezo-m", "tezo-adam-coef")
 
 
 def make_method(config: TezoConfig, space: CoefficientSpace, device: torch.device) -> Method:

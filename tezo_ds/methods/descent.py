@@ -91,4 +91,4 @@ class Adam(Descent):
         self.note(gradient)
         first, second = self.corrections(count)
         root = (self.state["moment2"] * second).sqrt_().add_(self.eps)
-        return self.state["moment1"] * first / root
+        return (self.state["moment1"] * first).div_(root)

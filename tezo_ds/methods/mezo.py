@@ -107,6 +107,7 @@ class Mezo(Method):
                     self._of_shards[view.key, place] = self._make(G)
                 change = self._of_shards[view.key, place].step(G, step + 1)
                 store(piece, torch.add(piece.values, change, alpha=-lr))
+                del G, change  # or they would still be there when the next G is made
 
         return write
 

@@ -11,7 +11,7 @@ from tezo_ds.methods.base import Write
 from tezo_ds.methods.descent import Adam
 from tezo_ds.methods.storing import Storing
 from tezo_ds.methods.tezo import Tezo
-from tezo_ds.sharding.view import ShardView
+from tezo_ds.sharding.view import Piece, ShardView
 
 
 class TezoAdam(Tezo):
@@ -57,11 +57,14 @@ class TezoAdam(Tezo):
             UV *= moment2[view.name].to(device, wide)
             Vt, first = V.t(), 0 if view.columns is None else view.columns.start
             Vt2 = Vt * Vt  # (rank, n)
-            for piece in view.pieces(BLOCK_NUMEL):
+
+            def quotient(piece: Piece) -> Tensor:
                 rows = slice(piece.rows.start - view.rows.start, piece.rows.stop - view.rows.start)
                 columns = slice(piece.columns.start - first, piece.columns.stop - first)
                 root = (UV[rows] @ Vt2[:, columns]).sqrt_().add_(self.descent.eps)
-                quotient = (UM[rows] @ Vt[:, columns]).div_(root)
-                store(piece, quotient.mul_(-lr).add_(piece.values))
+                return (UM[rows] @ Vt[:, columns]).div_(root)
+
+            for piece in view.pieces(BLOCK_NUMEL):  # each gone before the next is made
+                store(piece, quotient(piece).mul_(-lr).add_(piece.values))
 
         return write

@@ -17,6 +17,7 @@ from tezo_ds.objective import Objective
 from tezo_ds.probes.fused import FusedProbe
 from tezo_ds.probes.inplace import InplaceProbe
 from tezo_ds.probes.sites import kind_of, uncovered, users
+from tezo_ds.probes.vectors import uncovered_vectors
 from tezo_ds.sharding.base import Sharding
 
 __all__ = ["FusedProbe", "InplaceProbe", "Probe", "make_probe"]
@@ -55,7 +56,11 @@ def make_probe(
         if config.probe == "fused":
             raise ProbeError(f"fused probe: directions of {config.method} are dense; use inplace")
     elif config.probe != "inplace":
-        gaps = {**_split_embeddings(sharding, factors), **uncovered(sharding.module, set(names))}
+        gaps = {
+            **_split_embeddings(sharding, factors),
+            **uncovered(sharding.module, set(factors.matrices)),
+            **uncovered_vectors(sharding, set(names) - set(factors.matrices)),
+        }
         if not gaps:
             return FusedProbe(sharding, factors)
         if config.probe == "fused":

@@ -3,8 +3,9 @@
     y = x Wᵀ + ((x V) ∘ c) Uᵀ        Linear
     y = W[ids] + (U[ids] ∘ c) Vᵀ     Embedding
 
-with c = a ± ρτ of the branch that a row belongs to. A batch of B examples goes in `branches` times,
-copy after copy, so that the rows of one branch are contiguous ("branch-major").
+with c = a ± ρτ of the branch that a row belongs to; `sites` has the general form, `vectors` that of
+biases and norms. A batch of B examples goes in `branches` times, copy after copy, so that the rows of
+one branch are contiguous ("branch-major").
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tezo_ds.errors import ProbeError
 from tezo_ds.lowrank import Factors
 from tezo_ds.objective import Objective
 from tezo_ds.probes.sites import Group, Sightings, Site, attached, kind_of
+from tezo_ds.probes.vectors import VectorSite, attached_vectors, find_vector_sites
 from tezo_ds.sharding.base import Sharding
 
 
@@ -42,6 +44,10 @@ class FusedProbe:
         for site in self._sites:
             Group([site])
         self._regroup()
+        vectors = {vector.name for vector in factors.space.vectors}
+        self._vector_sites = list(find_vector_sites(sharding, vectors))
+        self._all: list[Site | VectorSite] = [*self._sites, *self._vector_sites]
+        self._changes: dict[str, Tensor] = {}  # of each vector, (branches, numel)
         self._sightings: Sightings | None = None
         self._seen = False
         self._branches = self._examples = 1
@@ -64,7 +70,7 @@ class FusedProbe:
                 result = objective(batch, len(branches))
         finally:
             watch.remove()
-        idle = sorted({site.name for site in self._sites if site.calls == 0})
+        idle = sorted({site.name for site in self._all if site.calls == 0})
         if idle:
             raise ProbeError(
                 f"{idle[0]} took no part in the forward ({len(idle)} such); "
@@ -92,10 +98,22 @@ class FusedProbe:
         for group in self._groups:
             group.start(by_dtype[_wide(group)][..., start : start + group.width])
             start += group.width
-        for site in self._sites:
+        self._set_changes(branches)
+        for site in self._all:
             site.calls = 0
-        with attached(self._sites, self._add):
+        with (
+            attached(self._sites, self._add),
+            attached_vectors(self._vector_sites, self._add_vectors),
+        ):
             yield
+
+    def _set_changes(self, branches: LowRank) -> None:
+        space = self._factors.space
+        c = branches.c[:, 0, space.of_vectors].to(self._sharding.device)
+        for vector in space.vectors:
+            part, start = space.slices[vector.name], space.of_vectors.start
+            wide = torch.promote_types(vector.dtype, torch.float32)
+            self._changes[vector.name] = c[:, part.start - start : part.stop - start].to(wide)
 
     def _load(self) -> None:
         """Takes the factors as they are now."""
@@ -117,12 +135,12 @@ class FusedProbe:
 
     def _regroup(self) -> None:
         self._groups = list({id(site.group): site.group for site in self._sites}.values())
-        columns, slices = torch.arange(self._factors.space.numel), self._factors.space.slices
-        names = [site.name for group in self._groups for site in group.sites]
-        parts = [columns[slices[name]] for name in names]
-        self._columns = torch.cat(parts).to(
-            self._sharding.device
-        )  # of c, in the order of the groups
+        slices, device = self._factors.space.slices, self._sharding.device
+        parts = [slices[site.name] for group in self._groups for site in group.sites]
+        columns = [column for part in parts for column in range(part.start, part.stop)]
+        self._columns = torch.tensor(
+            columns, dtype=torch.int64, device=device
+        )  # of c, group by group
 
     def _expect(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes, before each forward, the shapes by which a layer's input shows its branches:
@@ -150,6 +168,12 @@ class FusedProbe:
         y.view(-1, y.shape[-1]).addmm_(*site.group.term(site, x))
         return result
 
+    def _add_vectors(self, site: VectorSite, x: Tensor, y: Tensor) -> Tensor:
+        """y plus the terms of a site's vectors."""
+        if self._branches > 1 and (not x.dim() or x.shape[0] not in self._leads):
+            raise ProbeError(_unclear(site, x))
+        return site.add_(x, y, self._changes)
+
     def _add_shared(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """One row that serves every example, as position ids of shape (1, T) do: the result must be
         (branches * B, …), as each branch adds a term of its own.
@@ -158,10 +182,7 @@ class FusedProbe:
             ProbeError: the input is of some other shape.
         """
         if not x.dim() or x.shape[0] != 1 or site.split:
-            raise ProbeError(
-                f"{site.path}: input of shape {tuple(x.shape)} does not show which of its rows "
-                f'belong to which branch; add "{site.name}" to exclude, or set probe to inplace'
-            )
+            raise ProbeError(_unclear(site, x))
         if site.kind == "embedding":
             term = site.group.looked_up(site, x, 1)
         else:
@@ -170,6 +191,13 @@ class FusedProbe:
             term = scaled @ outer
         term = term.view(self._branches, *y.shape[1:])
         return (y + term).repeat_interleave(self._examples, dim=0)
+
+
+def _unclear(site: Site | VectorSite, x: Tensor) -> str:
+    return (
+        f"{site.path}: input of shape {tuple(x.shape)} does not show which of its rows belong to which "
+        f'branch; add "{site.name}" to exclude, or set probe to inplace'
+    )
 
 
 def _wide(group: Group) -> torch.dtype:

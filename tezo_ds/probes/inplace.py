@@ -35,7 +35,7 @@ class InplaceProbe:
                 f"inplace probe: {sharding.quantised} rounds weights by more than rho; "
                 "turn it off, or use the fused probe"
             )
-        self._sharding, self._names, self._copies = sharding, names, copies
+        self._sharding, self._names, self.copies = sharding, names, copies
         self._originals: dict[ShardKey, Tensor] = {}
 
     def measure(self, objective: Objective, batch: Mapping[str, Any], branches: Branches) -> Tensor:
@@ -57,6 +57,15 @@ class InplaceProbe:
                 move_to(0)
             yield
 
+    def retrace(self, branches: Branches) -> None:
+        """Goes through the branches as `measure` does, without forwards: without `copies` that leaves
+        the same rounding errors in the weights, with them nothing."""
+        if self.copies or branches.idle:
+            return
+        with self._moving(branches) as move_to:
+            for branch in range(len(branches)):
+                move_to(branch)
+
     @contextmanager
     def _moving(self, branches: Branches) -> Iterator[Callable[[int], None]]:
         """Gives what takes the weights to a branch; after it they are as before."""
@@ -64,10 +73,10 @@ class InplaceProbe:
 
         def move(view: ShardView, goal: int | None) -> None:
             key, start = view.key, at.pop(view.key, None)
-            if self._copies and start is not None:
+            if self.copies and start is not None:
                 view.local.copy_(self._originals[key])
                 start = None
-            elif self._copies and goal is not None:
+            elif self.copies and goal is not None:
                 if key not in self._originals:
                     self._originals[key] = torch.empty_like(view.local)
                 self._originals[key].copy_(view.local)

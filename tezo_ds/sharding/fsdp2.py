@@ -70,6 +70,8 @@ class Fsdp2(Sharding):
             return super().block(parameter)
         mesh, placement = found
         local, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, [placement])
+        if len(local) == 1:
+            return Block(range(1), range(offset[0], offset[0] + local[0]))
         if len(local) != 2:
             raise ShardingError(f"a weight of shape {tuple(parameter.shape)} is split over ranks")
         rows, columns = (range(o, o + k) for o, k in zip(offset, local, strict=True))

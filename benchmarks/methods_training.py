@@ -1,0 +1,261 @@
+"""One training run of `benchmarks/methods.py`: from the same weights, for a time, then judged."""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import torch.nn.functional as F
+from methods_data import Splits
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import tezo_ds
+from tezo_ds.errors import ProbeError
+from tezo_ds.objective import IGNORE, targets
+from tezo_ds.tasks import Example, batch_indices, collate, encode, first_tokens
+from tezo_ds.tasks.evaluation import Evaluator
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+from live_bytes import LiveBytes
+
+LORA = "lora-adamw"
+SEEDS_APART = 1000  # TeZO's refreshes and LOZO's periods take the seeds that follow
+MEMORY_STEPS = 3
+
+Step = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a run depends on besides task, method, learning rate and seed.
+
+    Attributes:
+        budget: seconds of training, the making of the engine included.
+        include: glob patterns of the matrices that train.
+        max_length: tokens; a longer prompt loses its beginning.
+    """
+
+    budget: float
+    batch_size: int
+    train_examples: int
+    valid_examples: int
+    test_examples: int
+    queries: int = 1
+    rank: int = 16
+    rho: float = 1e-3
+    include: tuple[str, ...] = ("*v_proj*",)
+    max_length: int = 64
+
+    def fields(self) -> dict[str, Any]:
+        """As JSON has them."""
+        return {**asdict(self), "include": list(self.include)}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of a run: accuracy and loss (None: not finite) on the examples it was judged on."""
+
+    steps: int
+    seconds: float
+    accuracy: float
+    loss: float | None
+    n: int
+    seconds_judging: float
+    error: str | None = None
+
+
+class Weights:
+    """A copy of a model's weights, to be put back before each run."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._kept = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """The model's weights are again as they were copied."""
+        for name, parameter in self._model.named_parameters():
+            parameter.copy_(self._kept[name])
+
+
+def tezo_fields(method: str, lr: float, seed: int, settings: Settings) -> dict[str, Any]:
+    """The tezo block of a run; LOZO keeps its own rank of 2."""
+    fields: dict[str, Any] = {
+        "method": method, "lr": lr, "seed": seed * SEEDS_APART, "rho": settings.rho,
+        "queries": settings.queries, "include": settings.include, "check_every": 0,
+    }  # fmt: skip
+    return {**fields, "rank": settings.rank} if method.startswith("tezo") else fields
+
+
+class Trainer:
+    """Trains a model on a task, each time from the weights that it had when this was made.
+
+    Args:
+        model: its weights are written by some methods, and put back.
+        tokenizer: of the model.
+        task: its examples.
+        settings: of all runs.
+        weights: of the model, before anything trained.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Splits,
+        settings: Settings,
+        weights: Weights,
+    ) -> None:
+        self._model, self._tokenizer, self._task = model, tokenizer, task
+        self._settings, self._weights = settings, weights
+        self._pad = int(tokenizer.pad_token_id)
+        words = list((task.spec.verbalizers or {}).values())
+        prompts = [example.prompt for example in [*task.train, *task.valid, *task.test]]
+        tokens = first_tokens(tokenizer, words, prompts)
+        assert tokens is not None, f"{task.spec.name}: words {words} are not of one token each"
+        self._choices = torch.tensor(tokens)
+        # For plain forwards; it never steps.
+        self._plain = self._engine({"rank": 1, "include": settings.include})
+        self._check_batch = self._batch(task.valid[:8], range(min(8, len(task.valid))))
+        self._first_loss = self._plain.loss(self._check_batch)
+
+    def run(self, method: str, lr: float, seed: int, role: str) -> Outcome:
+        """Trains for the budget, then judges: by the test examples if `role` is "final", else by those
+        for validation. A loss that is not finite ends the run, whose accuracy is then 0."""
+        self.put_back()
+        start, steps, error = time.perf_counter(), 0, None
+        with self._started(method, lr, seed) as (step, engine):
+            try:
+                for steps in _within(self._settings.budget, start):
+                    step(steps - 1)
+            except ProbeError as problem:
+                error = str(problem)
+            seconds = time.perf_counter() - start
+            judged = self.judge(role, engine)
+        if error is None and judged.loss is None:
+            error = "the loss after training is not finite"
+        return replace(
+            judged, steps=steps, seconds=seconds, error=error,
+            accuracy=judged.accuracy if error is None else 0.0,
+        )  # fmt: skip
+
+    def judge(self, role: str, engine: tezo_ds.Engine | None = None) -> Outcome:
+        """Without training; by the weights as they are, or as an engine has them."""
+        examples = self._task.test if role == "final" else self._task.valid
+        alike = sorted(examples, key=lambda example: len(example.prompt))  # little padding
+        start, max_length = time.perf_counter(), self._settings.max_length
+        score = Evaluator(
+            engine or self._plain, self._tokenizer, self._task.spec, alike, 25, max_length
+        )()
+        assert score.accuracy is not None
+        seconds = time.perf_counter() - start
+        loss = score.loss if math.isfinite(score.loss) else None
+        return Outcome(0, 0.0, score.accuracy, loss, score.examples, seconds)
+
+    def peak_bytes(self, method: str) -> int:
+        """The most bytes of tensors that are alive at once in three steps, the model's included."""
+        self.put_back()
+        gc.collect()
+        with LiveBytes() as live, self._started(method, 1e-12, 0) as (step, _):
+            for index in range(MEMORY_STEPS):
+                step(index)
+        return live.peak + sum(p.numel() * p.itemsize for p in self._model.parameters())
+
+    def put_back(self) -> None:
+        """The weights as at first, and the loss, too.
+
+        Raises:
+            RuntimeError: the model's loss is not what it was: a run left something behind.
+        """
+        self._weights.put_back()
+        loss = self._plain.loss(self._check_batch)
+        if not math.isclose(loss, self._first_loss, rel_tol=1e-6):
+            raise RuntimeError(
+                f"{self._task.spec.name}: loss {loss} before training was {self._first_loss} at "
+                "first; an earlier run left something in the model"
+            )
+
+    def _engine(self, fields: dict[str, Any]) -> tezo_ds.Engine:
+        engine = tezo_ds.initialize(self._model, fields)
+        engine.objective.choices = self._choices
+        return engine
+
+    def _batch(self, examples: Sequence[Example], chosen: Sequence[int]) -> dict[str, Tensor]:
+        encoded = encode(self._tokenizer, [examples[i] for i in chosen], self._settings.max_length)
+        return collate(encoded, self._pad)
+
+    def _batches(self, seed: int) -> Callable[[int], dict[str, Tensor]]:
+        """From a step to its batch, of a subset of the training examples that is the seed's."""
+        s, train = self._settings, self._task.train
+        count = min(s.train_examples, len(train))
+        subset = [train[i] for i in batch_indices(len(train), count, 0, seed, 0, 1)]
+        return lambda step: self._batch(
+            subset, batch_indices(count, s.batch_size, step, seed + SEEDS_APART, 0, 1)
+        )
+
+    @contextmanager
+    def _started(self, method: str, lr: float, seed: int) -> Iterator[tuple[Step, tezo_ds.Engine]]:
+        """What makes a step, and the engine to judge by."""
+        batch = self._batches(seed)
+        if method == LORA:
+            with self._lora(lr, seed, batch) as step:
+                yield step, self._plain
+            return
+        engine = self._engine(tezo_fields(method, lr, seed, self._settings))
+        yield lambda index: engine.step(batch(index)), engine
+
+    @contextmanager
+    def _lora(
+        self, lr: float, seed: int, batch: Callable[[int], dict[str, Tensor]]
+    ) -> Iterator[Step]:
+        """Backpropagation into LoRA adapters of the same matrices; they are gone after it."""
+        names = [matrix.name.removesuffix(".weight") for matrix in self._plain.space.matrices]
+        rank = self._settings.rank
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)
+        torch.manual_seed(seed)
+        adapted = peft.get_peft_model(self._model, config)
+        try:
+            trained = [p for p in adapted.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(trained, lr=lr)
+
+            def step(index: int) -> None:
+                loss = choice_loss(self._model, batch(index), self._choices)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+            yield step
+        finally:
+            adapted.unload()
+            self._model.requires_grad_(True)
+
+
+def choice_loss(model: PreTrainedModel, batch: dict[str, Tensor], choices: Tensor) -> Tensor:
+    """Mean cross-entropy of the labels among the choices, with a gradient: a scalar."""
+    wanted = targets(model, batch["labels"])  # (B, T)
+    at = wanted != IGNORE
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state  # (B, T, hidden)
+    logits = model.get_output_embeddings()(hidden[at])[:, choices]  # (labels, words)
+    return F.cross_entropy(logits.float(), (wanted[at][:, None] == choices).int().argmax(dim=1))
+
+
+def _within(budget: float, start: float) -> Iterator[int]:
+    """1, 2, 3, … while the next step is likely to end nearer to the budget than it would begin."""
+    steps = 0
+    while True:
+        steps += 1
+        yield steps
+        elapsed = time.perf_counter() - start
+        if elapsed + elapsed / steps / 2 >= budget:
+            return

@@ -1,0 +1,82 @@
+"""The most memory that a real process takes while it trains, and what it may take by each method."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import nn
+
+from tezo_ds.config import MethodName
+from tezo_ds.lowrank import BLOCK_NUMEL
+
+METHODS = get_args(MethodName)
+RUNS = 3  # the second is the first that finds moments and a joined group of layers
+BLOCK = 4 * BLOCK_NUMEL  # bytes of a block in float32
+
+Prepare = Callable[[nn.Module], Callable[[], object]]
+
+
+def may_take(method: str, plain: int, weights: int) -> int:
+    """Bytes of a process that trains; where hidden sizes are 1,024 or more, as U and V of the fused
+    probe are r(m + n) numbers of a matrix's mn, and all in float32.
+
+    Args:
+        method: of the run, r its default.
+        plain: bytes of the process that runs plain forwards of the same sequences.
+        weights: bytes of those that train.
+    """
+    family, _, kind = method.partition("-")
+    if family == "mezo":  # moments, and blocks: Z and what else an update is made of
+        moments = {"": 0, "m": 1, "adam": 2}[kind]
+        return int(1.02 * (plain + moments * weights)) + (3 if kind == "adam" else 2) * BLOCK
+    if family == "lozo":
+        return int(1.06 * plain)
+    return int(1.05 * plain) + (2 * BLOCK if kind == "adam" else 0)  # two parts of a quotient
+
+
+def process_peak(small: nn.Module, make: Callable[[], nn.Module], prepare: Prepare) -> int:
+    """Bytes at the highest point while a model is prepared and run, the model included.
+
+    On an accelerator what torch allocated. On the CPU resident memory, less what the process had
+    before: by then a small model was prepared and run, so code that is loaded or compiled on the way
+    is not in it. Nor is what making the model takes beside the model.
+    """
+    accelerator = torch.accelerator.is_available()
+    if not accelerator:
+        import tezo_ds.philox_cpu  # noqa: F401  a small model would not have it compiled
+    _run(prepare(small))
+    _give_back()
+    before = 0 if accelerator else _status("VmRSS")
+    model = make()
+    _give_back()
+    if accelerator:
+        torch.accelerator.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of making it
+    _run(prepare(model))
+    return torch.accelerator.max_memory_allocated() if accelerator else _status("VmHWM") - before
+
+
+def _run(run: Callable[[], object]) -> None:
+    for _ in range(RUNS):
+        run()
+
+
+def _give_back() -> None:
+    """To the kernel what is free, or it would be used again unseen."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _status(field: str) -> int:
+    """Bytes of one line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024

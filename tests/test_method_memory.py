@@ -1,0 +1,110 @@
+"""What a real process takes at its highest point while it trains 100 million weights, by each method."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+from process_memory import BLOCK, METHODS, may_take, process_peak
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.initialization import no_init_weights
+
+import tezo_ds
+from tezo_ds.methods import tezo_adam
+from tezo_ds.objective import Objective
+from tezo_ds.sharding import sharding_of
+
+PLAIN, COPYING, WHOLE = "plain forward", "tezo, in place", "tezo-adam, matrices whole"
+FIELDS = {PLAIN: {}, COPYING: {"probe": "inplace"}, WHOLE: {"method": "tezo-adam"}} | {
+    method: {"method": method} for method in METHODS
+}
+LANES = (  # two at once; dense directions take longest
+    ("mezo-adam", PLAIN, "tezo", "tezo-m", "tezo-adam-coef", COPYING, "lozo", "lozo-m"),
+    ("mezo", "mezo-m", "tezo-adam", WHOLE),
+)
+ENVIRONMENT = {
+    # From a fixed size on glibc gives each freed tensor back; else it keeps some, more or less by chance.
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 17),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # fewer page faults, for speed
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def llama(hidden: int, layers: int) -> LlamaForCausalLM:
+    """Random weights of rank one, as these are made in no time."""
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=hidden, intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4,
+    )  # fmt: skip
+    with no_init_weights():
+        model = LlamaForCausalLM(config)
+    noise = torch.randn(config.intermediate_size, generator=torch.manual_seed(0)) / 5
+    for weight in (p.data for p in model.parameters() if p.dim() == 2):
+        torch.outer(noise[: len(weight)], noise[: weight.shape[1]], out=weight)
+    return model
+
+
+def prepare(name: str, model: nn.Module) -> Callable[[], object]:
+    """What is run: steps, or plain forwards of as many sequences."""
+    ids = torch.randint(0, 61, (2, 8), generator=torch.manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids}
+    if name == PLAIN:
+        objective = Objective(sharding_of(model.eval()), None)
+        return lambda: objective(batch, 2)
+    engine = tezo_ds.initialize(model, {"lr": 1e-7, **FIELDS[name]})
+    return lambda: engine.step(batch)
+
+
+def report(name: str) -> None:
+    """Prints name and peak."""
+    if name == WHOLE:
+        tezo_adam.BLOCK_NUMEL = 1 << 40
+    peak = process_peak(llama(64, 1), lambda: llama(2048, 2), lambda model: prepare(name, model))
+    print(json.dumps([name, peak]), flush=True)
+
+
+def measure() -> dict[str, int]:
+    """Peak of each, in a process of its own that is forked from one of two, so that imports and
+    compilation are paid for twice only."""
+    lanes = [
+        subprocess.Popen(
+            [sys.executable, __file__, *names],
+            env={**os.environ, **ENVIRONMENT}, stdout=subprocess.PIPE, text=True,
+        )
+        for names in LANES
+    ]  # fmt: skip
+    lines = [line for lane in lanes for line in lane.communicate(timeout=300)[0].splitlines()]
+    return dict(json.loads(line) for line in lines if line.startswith("["))
+
+
+def test_each_method_takes_what_it_is_meant_to() -> None:
+    peaks = measure()
+    assert peaks.keys() == FIELDS.keys()
+    weights = sum(p.numel() * p.itemsize for p in llama(2048, 2).parameters() if p.dim() == 2)
+    assert weights > 4e8
+    plain = peaks[PLAIN]
+    limits = {method: may_take(method, plain, weights) for method in METHODS}
+    assert not {m: (peaks[m] / plain, limits[m] / plain) for m in METHODS if peaks[m] > limits[m]}
+    # Two parts of a quotient at a time: those of the block before are gone.
+    assert peaks["tezo-adam"] < peaks["tezo"] + 2.2 * BLOCK
+    # And a peak shows moments, a copy of the weights, and an update that is formed whole.
+    assert peaks["mezo-m"] > plain + 0.99 * weights
+    assert peaks["mezo-adam"] > plain + 1.99 * weights
+    assert peaks[COPYING] > plain + 0.99 * weights
+    assert peaks[WHOLE] > limits["tezo-adam"]
+
+
+if __name__ == "__main__":
+    import tezo_ds.philox_cpu
+
+    fork = multiprocessing.get_context("fork")
+    for contestant in sys.argv[1:]:
+        child = fork.Process(target=report, args=(contestant,))
+        child.start()
+        child.join()
