@@ -1,7 +1,9 @@
 """All methods side by side on real data: accuracy after the same seconds of training.
 
-SmolLM2-135M-Instruct on two tasks (see methods_data.py). Each method tries as many learning rates, with
-one seed and the full budget, judged on validation examples; the best of them then trains from other
+SmolLM2-135M-Instruct on two tasks (see methods_data.py). Each method makes as many steps as fit into
+the budget at its own pace, which is measured first, in turns, on a machine that should then be quiet;
+after that nothing depends on how busy it is. Each method tries as many learning rates, with one seed
+and the full budget, judged on validation examples; the best of them then trains from other
 seeds (of directions, data order and training subset) and is judged on the test examples. Beside them:
 no training, and AdamW on LoRA adapters by backpropagation, tuned alike.
 
@@ -95,6 +97,22 @@ class Benchmark:
             best = best_rate(self._results, key, rates_of(method, count))
             yield {**key, "role": "final", "lr": best, "seed": TUNING_SEED + 1 + seed}
 
+    def pace_key(self, task: str, method: str) -> Record:
+        """Of the seconds that a step takes, whatever the budget."""
+        key = {**self.key(task, method), "role": "pace"}
+        return {name: value for name, value in key.items() if name != "budget"}
+
+    def measure_paces(self, trainers: dict[str, Trainer]) -> None:
+        """Of all methods of a task together, unless they are known."""
+        for task, trainer in trainers.items():
+            keys = {method: self.pace_key(task, method) for method in self._args.methods}
+            if all(self._results.find(key) is not None for key in keys.values()):
+                continue
+            self._console.print(f"{task}: measuring how long each method's steps take")
+            for method, seconds in trainer.paces(list(keys)).items():
+                self._results.add({**keys[method], "step_seconds": seconds, "machine": describe()})
+                self._console.print(f"{task} {method}: {seconds:.3f} s a step")
+
     def left(self) -> list[Record]:
         """Of `wanted`, those that are not finished."""
         return [run for run in self.wanted() if self._results.find(run) is None]
@@ -117,6 +135,7 @@ class Benchmark:
     def run(self, trainers: dict[str, Trainer]) -> None:
         """All that is left, in order."""
         machine = describe()
+        self.measure_paces(trainers)
         for key in self.wanted():
             if self._results.find(key) is not None:
                 continue
@@ -127,8 +146,11 @@ class Benchmark:
                 trainer.put_back()
                 found = asdict(trainer.judge("final"))
             else:
-                outcome = trainer.run(key["method"], key["lr"], key["seed"], key["role"])
-                found = asdict(outcome)
+                pace = self._results.find(self.pace_key(key["task"], key["method"]))
+                assert pace is not None, "measured above"
+                steps = max(1, round(self.settings.budget / pace["step_seconds"]))
+                outcome = trainer.run(key["method"], key["lr"], key["seed"], key["role"], steps)
+                found = {**asdict(outcome), "step_seconds": pace["step_seconds"]}
             self._results.add({**key, **found, **made})
             if key["role"] != "memory":
                 self._tell(key, found)
@@ -174,7 +196,7 @@ class Benchmark:
             "included."
         )
         ours = [r for r in self._results.records if r["model"] == self._args.model]
-        same = [r for r in ours if all(r[name] == value for name, value in s.fields().items())]
+        same = [r for r in ours if all(r.get(name) == value for name, value in s.fields().items())]
         machines = list(dict.fromkeys(record["machine"] for record in same))
         put_between_markers(page, markdown(lines, command(self._args), machines, setting))
         draw(lines, ZERO_SHOT, LORA, page.with_suffix(".png"))

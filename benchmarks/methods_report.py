@@ -112,7 +112,7 @@ def summarise(runs: Sequence[Record], peak: Record | None) -> Line:
     return Line(
         first["task"], first["method"], first["lr"], mean, half, len(runs) if any(steps) else 0,
         statistics.mean(steps) or None,
-        sum(run["seconds"] for run in runs) / sum(steps) if sum(steps) else None,
+        first.get("step_seconds"),
         peak["peak_bytes"] if peak else None, first["n"],
     )  # fmt: skip
 

@@ -1,9 +1,10 @@
-"""One training run of `benchmarks/methods.py`: from the same weights, for a time, then judged."""
+"""One training run of `benchmarks/methods.py`: from the same weights, so many steps, then judged."""
 
 from __future__ import annotations
 
 import gc
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ from live_bytes import LiveBytes
 LORA = "lora-adamw"
 SEEDS_APART = 1000  # TeZO's refreshes and LOZO's periods take the seeds that follow
 MEMORY_STEPS = 3
+PACE_ROUNDS, PACE_STEPS = 5, 4
 
 Step = Callable[[int], object]
 
@@ -40,7 +42,7 @@ class Settings:
     """All that a run depends on besides task, method, learning rate and seed.
 
     Attributes:
-        budget: seconds of training, the making of the engine included.
+        budget: seconds of training, at the pace that each method has when nothing disturbs it.
         include: glob patterns of the matrices that train.
         max_length: tokens; a longer prompt loses its beginning.
     """
@@ -129,17 +131,32 @@ class Trainer:
         self._check_batch = self._batch(task.valid[:8], range(min(8, len(task.valid))))
         self._first_loss = self._plain.loss(self._check_batch)
 
-    def run(self, method: str, lr: float, seed: int, role: str) -> Outcome:
-        """Trains for the budget, then judges: by the test examples if `role` is "final", else by those
-        for validation. A loss that is not finite ends the run, whose accuracy is then 0."""
+    def paces(self, methods: Sequence[str]) -> dict[str, float]:
+        """Median seconds of a step of each method, measured in turns so that what else the machine does
+        falls on all alike."""
+        taken: dict[str, list[float]] = {method: [] for method in methods}
+        for _ in range(PACE_ROUNDS):
+            for method in methods:
+                self.put_back()
+                with self._started(method, 1e-12, 0) as (step, _engine):
+                    step(0)  # makes what later steps find made
+                    for index in range(1, 1 + PACE_STEPS):
+                        start = time.perf_counter()
+                        step(index)
+                        taken[method].append(time.perf_counter() - start)
+        return {method: statistics.median(seconds) for method, seconds in taken.items()}
+
+    def run(self, method: str, lr: float, seed: int, role: str, steps: int) -> Outcome:
+        """Trains, then judges: by the test examples if `role` is "final", else by those for validation.
+        A loss that is not finite ends the run, whose accuracy is then 0."""
         self.put_back()
-        start, steps, error = time.perf_counter(), 0, None
+        start, error = time.perf_counter(), None
         with self._started(method, lr, seed) as (step, engine):
             try:
-                for steps in _within(self._settings.budget, start):
-                    step(steps - 1)
+                for index in range(steps):
+                    step(index)
             except ProbeError as problem:
-                error = str(problem)
+                error, steps = str(problem), index
             seconds = time.perf_counter() - start
             judged = self.judge(role, engine)
         if error is None and judged.loss is None:
@@ -248,14 +265,3 @@ def choice_loss(model: PreTrainedModel, batch: dict[str, Tensor], choices: Tenso
     hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state  # (B, T, hidden)
     logits = model.get_output_embeddings()(hidden[at])[:, choices]  # (labels, words)
     return F.cross_entropy(logits.float(), (wanted[at][:, None] == choices).int().argmax(dim=1))
-
-
-def _within(budget: float, start: float) -> Iterator[int]:
-    """1, 2, 3, … while the next step is likely to end nearer to the budget than it would begin."""
-    steps = 0
-    while True:
-        steps += 1
-        yield steps
-        elapsed = time.perf_counter() - start
-        if elapsed + elapsed / steps / 2 >= budget:
-            return

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,28 +89,28 @@ def test_every_run_begins_from_the_same_weights(
     model: LlamaForCausalLM, trainer: Trainer, method: str
 ) -> None:
     before = bits(model)
-    first = trainer.run(method, 1e-2, seed=1, role="tune")
+    first = trainer.run(method, 1e-2, seed=1, role="tune", steps=2)
     after = bits(model)
     assert same(before, after) == (method in ("tezo", "lozo", LORA)), (
         "who writes weights has written"
     )
     trainer.put_back()
     assert same(before, bits(model)) and all(p.requires_grad for p in model.parameters())
-    assert first.steps >= 1 and first.error is None
+    assert first.steps == 2 and first.error is None
 
 
 def test_weights_that_are_not_put_back_are_noticed(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Weights, "put_back", lambda self: None)
-    trainer.run("mezo", 1e-1, seed=1, role="tune")
+    trainer.run("mezo", 1e-1, seed=1, role="tune", steps=2)
     with pytest.raises(RuntimeError, match="left something in the model"):
         trainer.put_back()
 
 
 def test_a_run_that_diverges_counts_as_wrong(trainer: Trainer) -> None:
-    outcome = trainer.run("mezo", 3e38, seed=1, role="tune")
-    assert outcome.accuracy == 0 and outcome.error and "finite" in outcome.error
+    outcome = trainer.run("mezo", 3e38, seed=1, role="tune", steps=2)
+    assert outcome.accuracy == 0 and outcome.error and "loss is nan" in outcome.error
     assert "Infinity" not in json.dumps(outcome.loss) and "NaN" not in json.dumps(outcome.loss)
     trainer.put_back()
 
@@ -119,8 +119,8 @@ def test_tuning_judges_by_validation_examples_and_the_final_run_by_those_of_the_
     trainer: Trainer, splits: Splits
 ) -> None:
     assert len(splits.valid) != len(splits.test)
-    assert trainer.run("tezo", 1e-3, 0, "tune").n == len(splits.valid)
-    assert trainer.run("tezo", 1e-3, 1, "final").n == len(splits.test)
+    assert trainer.run("tezo", 1e-3, 0, "tune", 1).n == len(splits.valid)
+    assert trainer.run("tezo", 1e-3, 1, "final", 1).n == len(splits.test)
 
 
 def test_lora_descends_on_the_same_loss_as_the_others(trainer: Trainer) -> None:
@@ -136,13 +136,21 @@ def test_a_seed_has_its_own_examples_and_all_methods_share_them(trainer: Trainer
     assert batches[0].shape != batches[2].shape or not torch.equal(batches[0], batches[2])
 
 
-def test_training_ends_as_near_to_its_budget_as_whole_steps_allow(
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_pace_is_the_median_of_steps_made_in_turns(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for seconds, steps in ((3.0, 3), (3.5, 3), (4.5, 2), (30.0, 1)):
-        clock = iter(seconds * tick for tick in range(1, 100))
-        monkeypatch.setattr(time, "perf_counter", lambda clock=clock: next(clock))
-        assert list(methods_training._within(10.0, 0.0))[-1] == steps, seconds
+    """A slow spell of the machine falls on all methods, and moves no median."""
+    monkeypatch.setattr(methods_training, "PACE_ROUNDS", 3)
+    per_round, clock = methods_training.PACE_STEPS * len(METHODS), [0.0, 0]
+
+    def tick() -> float:
+        clock[1] += 1
+        steps = clock[1] // 2  # each takes two readings
+        clock[0] += 50.0 if steps // per_round == 1 else 2.0
+        return clock[0]
+
+    monkeypatch.setattr(methods_training, "time", SimpleNamespace(perf_counter=tick))
+    assert trainer.paces(METHODS) == dict.fromkeys(METHODS, 2.0)
 
 
 def test_interval_is_students() -> None:
@@ -214,12 +222,16 @@ def test_no_finished_run_is_repeated_and_seeds_are_added(
 
     monkeypatch.setattr(Trainer, "run", stopping)
     stopped = call("--seeds", 2)
-    assert [record["role"] for record in stopped] == ["final", *["memory"] * 3, *["tune"] * 3]
+    roles = [*["pace"] * 3, "final", *["memory"] * 3, *["tune"] * 3]
+    assert [record["role"] for record in stopped] == roles
     stop_at[0] = -1
     whole = call("--seeds", 2)
-    assert whole[: len(stopped)] == stopped and len(whole) == 1 + 3 * (1 + 2 + 2)
+    assert whole[: len(stopped)] == stopped and len(whole) == 1 + 3 * (1 + 1 + 2 + 2)
     for method in METHODS:
-        of_it = [r for r in whole if r["method"] == method and r["role"] != "memory"]
+        of_it = [r for r in whole if r["method"] == method and "seed" in r]
+        paces = [r["step_seconds"] for r in whole if (r["method"], r["role"]) == (method, "pace")]
+        budget = of_it[0]["budget"]
+        assert {r["steps"] for r in of_it} == {max(1, round(budget / pace)) for pace in paces}
         tuned = [r for r in of_it if r["role"] == "tune"]
         best = max(tuned, key=lambda r: (r["accuracy"], -r["loss"]))
         finals = [(r["lr"], r["seed"]) for r in of_it if r["role"] == "final"]
