@@ -49,7 +49,7 @@ def test_all_taus_at_once_are_those_of_tau() -> None:
     matrices = [Matrix("a", (9, 8), 3), Matrix("b", (7, 9), 6), Matrix("c", (9, 9), 1)]
     space = CoefficientSpace(matrices, SEED)
     for step, directions in ((4, 3), (5, 3), (40, 3), (3, 3), (3, 1), (4, 2)):  # any order, any Q
-        together = space.taus(step, directions)
+        together = space.taus(step, range(directions))
         assert together.shape == (directions, 10) == (directions, space.numel)
         for direction in range(directions):
             for matrix in matrices:

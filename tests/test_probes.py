@@ -15,6 +15,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tezo_ds
+from tezo_ds.branches import Ask
 from tezo_ds.probes import sites
 
 KINDS = [
@@ -32,7 +33,7 @@ def test_fused_and_inplace_measure_the_same_losses(kind: str, tied: bool) -> Non
         for probe in ("fused", "inplace")
     ]
     for step in range(4):
-        branches = engines[0].method.branches(step, 2, 1e-2)
+        branches = engines[0].method.branches(Ask.of(step, range(2), 1e-2))
         batch = make_batch(3, seed=step)
         fused, inplace = (
             engine.probe.measure(engine.objective, batch, branches) for engine in engines

@@ -55,7 +55,8 @@ def test_metrics_have_a_line_a_step_and_the_evaluations(plain: Run) -> None:
     steps = [(False, step) for step in range(STEPS)]
     assert order == [(True, 0), *steps[:4], (True, 4), *steps[4:], (True, STEPS)]
     for line in plain.steps:
-        assert set(line) == {"step", "loss", "kappa", "lr", "seconds", "tokens"}
+        counted = {"step", "loss", "kappa", "lr", "seconds", "tokens", "dropped"}
+        assert set(line) == counted | {"kappa_mean", "kappa_spread", "gradient_norm", "snr"}
         assert len(line["kappa"]) == 1
         assert line["tokens"] > BATCH
     first, *_, last = (line for line in plain.lines if "test_loss" in line)
@@ -96,7 +97,7 @@ def test_weights_that_are_not_numbers(
     broken = Given(tmp_path / "model", given.data)
     assert call(*broken.train(tmp_path / "run")) == 2
     run = Run(tmp_path / "run")
-    assert_failed(run, 0, capsys)
+    assert_failed(run, 4, capsys)  # in a row, and one more
     assert run.lines[0]["test_loss"] is run.summary["test_loss_before"] is None  # NaN is no JSON
     assert call("evaluate", *broken.task()) == 0
     assert json.loads(capsys.readouterr().out)["loss"] is None
@@ -107,7 +108,7 @@ def test_a_run_that_diverges(
 ) -> None:
     assert call(*given.train(tmp_path / "run", lr=1e300)) == 2
     run = Run(tmp_path / "run")
-    assert_failed(run, 1, capsys)
+    assert_failed(run, 5, capsys)
     assert all(bool(part.isfinite().all()) for part in run.coefficients.values())
     assert_readable_picture(run.path / CURVE)
 

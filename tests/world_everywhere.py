@@ -121,7 +121,7 @@ def assert_same_bits(engine: tezo_ds.Engine) -> None:
         )
         assert torch.equal(mine, U[view.rows.start : view.rows.stop])
         assert torch.equal(right, V[columns])
-    tau = engine.space.taus(STEPS, FIELDS["queries"])
+    tau = engine.space.taus(STEPS, range(FIELDS["queries"]))
     for direction in range(FIELDS["queries"]):
         for name, part in engine.space.split(tau[direction]).items():
             expected = tezo_ds.tau(name, FIELDS["rank"], FIELDS["seed"], STEPS, direction)

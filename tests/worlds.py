@@ -30,6 +30,7 @@ MODULES = (
     "world_fsdp_runs",
     "world_everywhere",
     "world_methods",
+    "world_directions",
     "world_ranks",
     "world_watch",
     "world_traffic",

@@ -3,12 +3,60 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tezo_ds.lowrank import Factors, Store, add_low_rank_
 from tezo_ds.sharding.view import ShardView
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Some branches of one step.
+
+    Attributes:
+        step: whose directions they are.
+        rho: ρ.
+        signs: of each branch its direction and sign; (None, 0) for the centre, which has no direction.
+    """
+
+    step: int
+    rho: float
+    signs: tuple[tuple[int | None, int], ...]
+
+    @classmethod
+    def of(cls, step: int, directions: Iterable[int], rho: float, central: bool = True) -> Ask:
+        """+ and - of each direction; or, if not central, the centre and then + of each."""
+        if central:
+            signs = [(q, sign) for q in directions for sign in (1, -1)]
+            return cls(step, rho, tuple(signs))
+        return cls(step, rho, ((None, 0), *((q, 1) for q in directions)))
+
+    def __len__(self) -> int:
+        return len(self.signs)
+
+    @property
+    def directions(self) -> tuple[int, ...]:
+        """Those that occur, each once, in order."""
+        return tuple(dict.fromkeys(q for q, _ in self.signs if q is not None))
+
+    def parts(self, at_once: int) -> Iterator[Ask]:
+        """The same branches, so many at a time; 0: all."""
+        at_once = at_once or len(self)
+        for start in range(0, len(self), at_once):
+            yield replace(self, signs=self.signs[start : start + at_once])
+
+    def matrix(self) -> Tensor:
+        """±ρ of each direction in each branch: float64 (branches, directions)."""
+        place = {q: i for i, q in enumerate(self.directions)}
+        matrix = torch.zeros(len(self), len(place), dtype=torch.float64)
+        for branch, (q, sign) in enumerate(self.signs):
+            if q is not None:
+                matrix[branch, place[q]] = sign * self.rho
+        return matrix
 
 
 class Branches(ABC):

@@ -146,6 +146,16 @@ def train(
     train_vectors: Annotated[bool | None, _switch("train_vectors")] = None,
     seed: Annotated[int | None, _block("seed")] = None,
     queries: Annotated[int | None, _block("queries")] = None,
+    query_schedule: Annotated[str | None, _block("query_schedule")] = None,
+    queries_max: Annotated[int | None, _block("queries_max")] = None,
+    query_alpha: Annotated[float | None, _block("query_alpha")] = None,
+    query_beta: Annotated[float | None, _block("query_beta")] = None,
+    steps_per_epoch: Annotated[int | None, _block("steps_per_epoch")] = None,
+    placement: Annotated[str | None, _block("placement")] = None,
+    difference: Annotated[str | None, _block("difference")] = None,
+    branch_chunk: Annotated[int | None, _block("branch_chunk")] = None,
+    micro_batch: Annotated[int | None, _block("micro_batch")] = None,
+    clip_kappa: Annotated[float | None, _block("clip_kappa")] = None,
     probe: Annotated[str | None, _block("probe")] = None,
     include: Annotated[list[str] | None, _block("include")] = None,
     exclude: Annotated[list[str] | None, _block("exclude")] = None,
@@ -172,7 +182,7 @@ def train(
         deepspeed or launched.deepspeed, overrides, {"total_steps": steps}, settings.fsdp
     )
     quieten()
-    opened = session.open_session(settings, config, deepspeed_config)
+    opened = session.open_session(settings, config, deepspeed_config, batch_size=batch_size)
     sharding = opened.engine.sharding
     display = Display(sharding.rank, sharding.world_size, log_every)
     display.summary(opened.engine)

@@ -61,6 +61,34 @@ class TezoConfig(BaseModel):
     bias_correction: bool = Field(True, description="of the Adams; TeZO's paper has none")
     seed: int = Field(0, ge=0, description="of U, V, τ and the data order")
     queries: int = Field(1, ge=1, description="directions measured a step (two branches each)")
+    query_schedule: Literal["constant", "adaptive", "adazeta"] = Field(
+        "constant",
+        description="how their number grows by epoch: not, as in TT-ZO, or as in AdaZeta",
+    )
+    queries_max: int | None = Field(
+        None, ge=1, description="most of them, of the growing schedules"
+    )
+    query_alpha: float = Field(1.0, gt=0, description="adazeta: α of ⌊α epoch^β⌋")
+    query_beta: float = Field(0.5, ge=0, description="adazeta: β")
+    steps_per_epoch: int | None = Field(
+        None, ge=1, description="of the growing schedules; train takes examples over batch size"
+    )
+    placement: Literal["shared", "per_rank"] = Field(
+        "shared",
+        description="shared: all ranks measure the same directions, on their own data; per_rank: each "
+        "measures as many of its own, for the same traffic",
+    )
+    difference: Literal["central", "forward"] = Field(
+        "central", description="central: two branches a direction; forward: one, and one for all"
+    )
+    branch_chunk: int = Field(0, ge=0, description="branches in one forward; 0: all of a step")
+    micro_batch: int = Field(0, ge=0, description="a rank's examples in one forward; 0: all")
+    clip_kappa: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="bound |κ| by this quantile of the last 256; by default nothing",
+    )
     probe: Literal["auto", "fused", "inplace"] = Field(
         "auto", description="fused: all branches in one forward; inplace: one forward a branch"
     )
@@ -95,6 +123,16 @@ class TezoConfig(BaseModel):
                 raise ValueError(f"refresh_every: is for tezo, not for method {self.method}")
             if self.rank == "auto":
                 raise ValueError(f"rank: auto is for tezo, not for method {self.method}")
+        return self
+
+    @model_validator(mode="after")
+    def _queries_have_bounds(self) -> TezoConfig:
+        if self.query_schedule != "constant" and self.queries_max is None:
+            raise ValueError(f"query_schedule: {self.query_schedule} needs queries_max")
+        if self.query_schedule == "adaptive" and self.total_steps is None:
+            raise ValueError("query_schedule: adaptive needs total_steps, which is not set")
+        if self.placement == "per_rank" and self.probe == "inplace":
+            raise ValueError("placement: per_rank needs the fused probe; ranks share the weights")
         return self
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import statistics
 import sys
@@ -145,9 +146,12 @@ class Display:
     def _line(self) -> str:
         recent = self._recent
         loss = statistics.median(r.loss for r in recent)
-        kappa = statistics.median(abs(k) for r in recent for k in r.kappa)
+        slopes = [abs(k) for r in recent for k in r.kappa if not math.isnan(k)]
+        kappa = statistics.median(slopes) if slopes else math.nan
+        failed = sum(r.dropped for r in recent)
+        dropped = f"  {failed} directions failed" if failed else ""
         speed = sum(r.tokens for r in recent) / sum(r.seconds for r in recent)
-        return f"loss {loss:.4f}  |κ| {kappa:.2f}  {speed:,.0f} tokens/s/rank"
+        return f"loss {loss:.4f}  |κ| {kappa:.2f}  {speed:,.0f} tokens/s/rank{dropped}"
 
     @contextmanager
     def evaluation(self, label: str) -> Iterator[Callable[[float], None] | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,18 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tezo_ds.branches import Branches
 from tezo_ds.coefficients import as_rows, by_name
 from tezo_ds.config import TezoConfig, resolve
-from tezo_ds.errors import ConfigError, ProbeError, ShardingError
+from tezo_ds.errors import ConfigError, ShardingError
 from tezo_ds.factors import CoefficientSpace
+from tezo_ds.measuring import Measuring
 from tezo_ds.methods import Write, make_method
 from tezo_ds.methods.tezo import Tezo
 from tezo_ds.objective import LossFn, Objective
 from tezo_ds.probes import InplaceProbe, make_probe
 from tezo_ds.selection import Selection, select
 from tezo_ds.sharding import Sharding, ShardView, sharding_of
+from tezo_ds.slopes import Clip, Quality, kappas, quality, slopes_of
 from tezo_ds.watch import Watch, require_same_start
+
+# Numbers of τ that other ranks' directions take, from which on each sums its own and g is reduced: to draw
+# so many takes longer than a message of D numbers.
+SHARED_FROM = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class StepReport:
         lr: learning rate of the step.
         seconds: wall-clock of the step on this rank.
         tokens: of this rank's batch (its attention mask's sum), counted once whatever the branches.
+        dropped: directions that failed, as a loss of theirs was not finite; their κ is NaN.
+        quality: what the slopes say of the gradient.
     """
 
     step: int
@@ -45,6 +53,8 @@ class StepReport:
     lr: float
     seconds: float
     tokens: int
+    dropped: int
+    quality: Quality
 
 
 @contextmanager
@@ -77,6 +87,9 @@ class Engine:
         self.probe = make_probe(config, sharding, self.space.slices.keys(), self.method.factors)
         self.objective = Objective(sharding, loss_fn)
         self.step_index = 0
+        self.objective.micro_batch = config.micro_batch
+        self._measuring = Measuring(config, sharding, self.method, self.probe, self.objective)
+        self._clip = Clip(config.clip_kappa)
         self._watch = Watch(sharding, self.space)
         if sharding.filled_apart:
             self._watch.check(self.method.state, 0, weights=True)
@@ -92,36 +105,56 @@ class Engine:
                 call in step; a rank without examples passes one whose labels are all -100.
 
         Raises:
-            ProbeError: a loss is not finite, no position carries a label, or no branch differs.
+            ProbeError: no position carries a label, no branch differs, or directions failed (a loss was
+                not finite) in several steps in a row; before that they are left out.
             ShardingError: replicas differ; looked for before every `check_every`-th step.
         """
         start = time.perf_counter()
         every = self.config.check_every
         if every and self.step_index and self.step_index % every == 0:
             self.check()
-        step, lr, rho = self.step_index, self.config.lr_at(self.step_index), self.config.rho
+        step, lr = self.step_index, self.config.lr_at(self.step_index)
         self._write(self.method.begin(step))
-        losses = self._losses(batch, self.method.branches(step, self.config.queries, rho))
-        if bool((losses == losses[0]).all()):
-            raise ProbeError(
-                f"step {step}: all {len(losses)} branches give the same loss {losses[0]:.6g}, so "
-                "nothing was measured; raise rho, or check that the chosen parameters act on the loss"
-            )
-        kappa = (losses[0::2] - losses[1::2]) / (2 * rho)
-        self.step_index += 1
-        self._write(self.method.update(step, kappa, lr))
+        losses = self._measuring.losses(batch, step)  # (groups, branches)
+        found = kappas(losses, self.config.rho, self.config.difference == "central").flatten()
+        self._measuring.check(losses, found, step)
+        kappa = self._clip(found)
+        gradient = self._finish(step, kappa, lr, self._measuring.own(step))
+        finite = losses[losses.isfinite()]
         return StepReport(
-            step, losses.mean().item(), tuple(kappa.tolist()), lr,
-            time.perf_counter() - start, _tokens(batch),
+            step, finite.mean().item() if len(finite) else math.nan, tuple(kappa.tolist()), lr,
+            time.perf_counter() - start, _tokens(batch), int(found.isnan().sum()),
+            quality(kappa, gradient),
         )  # fmt: skip
 
+    def _finish(self, step: int, kappa: Tensor, lr: float, own: range) -> Tensor:
+        """The update from κ, (Q,) with NaN for what failed; gives g = Σκτ/Q, (D,).
+
+        Args:
+            step: this one.
+            kappa: of all directions.
+            lr: η.
+            own: the directions that this rank is to sum, if not all.
+        """
+        slopes, everything = slopes_of(kappa), range(len(kappa))
+        if (len(kappa) - len(own)) * self.space.numel > SHARED_FROM:
+            total = self.space.weighted(step, slopes, own).to(self.sharding.device)
+            total = self.sharding.all_reduce(total).cpu()
+        else:
+            total = self.space.weighted(step, slopes, everything)
+        gradient = self.space.unweighted(total, slopes)
+        self.step_index += 1
+        if bool(slopes.any()):
+            self._write(self.method.update(step, slopes, gradient, lr))
+        return gradient
+
     @_without_grad()
-    def replay(self, step: int, kappa: Sequence[float], lr: float) -> None:
+    def replay(self, step: int, kappa: Sequence[float | None], lr: float) -> None:
         """A step that was measured before: all that `step` does to the run, without its forwards.
 
         Args:
             step: which; steps are replayed in order, from the first on.
-            kappa: its slopes, as in its `StepReport`.
+            kappa: its slopes, as in its `StepReport`; None or NaN for directions that failed.
             lr: its learning rate.
 
         Raises:
@@ -130,40 +163,21 @@ class Engine:
         if step != self.step_index:
             raise ConfigError(f"step {step} cannot be replayed after {self.step_index} steps")
         self._write(self.method.begin(step))
+        measured = torch.tensor([math.nan if k is None else k for k in kappa], dtype=torch.float64)
         if isinstance(self.probe, InplaceProbe):
-            self.probe.retrace(self.method.branches(step, len(kappa), self.config.rho))
-        self.step_index += 1
-        self._write(self.method.update(step, torch.tensor(kappa, dtype=torch.float64), lr))
+            for ask in self._measuring.asks(step, range(len(kappa))):
+                self.probe.retrace(self.method.branches(ask))
+        self._finish(step, measured, lr, range(len(kappa)))
 
     def _write(self, write: Write | None) -> None:
         """To every shard, what a method wants written."""
         if write is not None:
             self.sharding.each_shard(self.space.slices.keys(), write)
 
-    def _losses(self, batch: Mapping[str, Any], branches: Branches) -> Tensor:
-        """Loss of each branch over all ranks: float64 (branches,) on the CPU."""
-        if any(m.training for m in self.sharding.module.modules()):  # dropout differs by branch
-            self.sharding.module.eval()
-        sums = self.probe.measure(self.objective, batch, branches)  # (2, branches)
-        loss_sum, count = self.sharding.all_reduce(sums).cpu()
-        if not bool(count.all()):
-            raise ProbeError(
-                f"step {self.step_index}: no position of the batch carries a label on any rank; "
-                "check the labels (-100 means none) and the truncation length"
-            )
-        losses = loss_sum / count
-        if not bool(losses.isfinite().all()):
-            raise ProbeError(
-                f"step {self.step_index}: loss is {losses[~losses.isfinite()][0].item()} in "
-                f"{int((~losses.isfinite()).sum())} of {len(losses)} branches; lower lr or rho, and "
-                "check the data and the dtype"
-            )
-        return losses
-
     @_without_grad()
     def loss(self, batch: Mapping[str, Any]) -> float:
         """Unperturbed mean loss of a batch over all ranks at the current coefficients."""
-        return self._losses(batch, self.method.kept_aside()).item()
+        return self._measuring.loss(batch, self.step_index)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

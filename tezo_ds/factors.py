@@ -152,7 +152,7 @@ class CoefficientSpace:
             self._drawer([name for name in widths if widths[name] == width], width)
             for width in sorted(set(widths.values()))
         ]
-        self._drawn = 0, torch.empty(0, 0, 0)  # first step, (steps, Q, D)
+        self._drawn: tuple[int, tuple[int, ...], Tensor] = 0, (), torch.empty(0, 0, 0)
 
     def _drawer(self, names: list[str], width: int) -> tuple[Tensor, Tensor, Tensor, int]:
         """Key words (names,) and columns of D (names * width,) of those of one width."""
@@ -160,25 +160,52 @@ class CoefficientSpace:
         columns = torch.cat([torch.arange(self.numel)[self.slices[name]] for name in names])
         return keys[:, 0], keys[:, 1], columns, width
 
-    def taus(self, step: int, directions: int) -> Tensor:
-        """τ of every parameter for directions 0 … Q-1 of `step`: float32 (Q, D), bits as of `tau`."""
-        first, drawn = self._drawn
-        if not (first <= step < first + len(drawn) and drawn.shape[1] == directions):
+    def taus(self, step: int, directions: Sequence[int]) -> Tensor:
+        """τ of every parameter for some directions of `step`: float32 (Q, D), bits as of `tau`."""
+        directions = tuple(directions)
+        first, held, drawn = self._drawn  # (steps, Q, D)
+        if held != directions or not first <= step < first + len(drawn):
             # Several steps ahead: a step's few thousand numbers are all overhead.
-            ahead = min(32, AHEAD // max(1, self.numel)) // directions
-            drawn = self._draw(step, max(1, ahead), directions)
-            first, self._drawn = step, (step, drawn)
+            ahead = min(32, AHEAD // max(1, self.numel)) // max(1, len(directions))
+            first, drawn = step, self._draw(step, max(1, ahead), directions)
+            self._drawn = first, directions, drawn
         return drawn[step - first]
 
-    def _draw(self, step: int, steps: int, directions: int) -> Tensor:
-        out = torch.empty(steps, directions, self.numel)
+    def _draw(self, step: int, steps: int, directions: Sequence[int]) -> Tensor:
+        count = len(directions)
+        out = torch.empty(steps, count, self.numel)
         for k0, k1, columns, width in self._drawers:
             names = len(k0)
-            key = k0.repeat(steps * directions), k1.repeat(steps * directions)
-            index = torch.arange(directions).repeat_interleave(names).repeat(steps)
-            stream = torch.arange(step, step + steps).repeat_interleave(directions * names)
-            out[..., columns] = normals(key, index, width, stream).reshape(steps, directions, -1)
+            key = k0.repeat(steps * count), k1.repeat(steps * count)
+            index = (
+                torch.tensor(directions, dtype=torch.int64).repeat_interleave(names).repeat(steps)
+            )
+            stream = torch.arange(step, step + steps).repeat_interleave(count * names)
+            z = normals(key, index, width, stream)
+            out[..., columns] = z.reshape(steps, count, len(columns))
         return out
+
+    def weighted(self, step: int, slopes: Tensor, directions: range) -> Tensor:
+        """2ˢ Σ slope · τ over some directions: int64 (D,), so that sums of such are exact, in any order.
+
+        Args:
+            step: of τ.
+            slopes: of all directions of the step, float64 (Q,); s depends on them alone.
+            directions: which of them to sum over.
+        """
+        total = torch.zeros(self.numel, dtype=torch.int64)
+        factor = 2.0 ** _bits(slopes)
+        at_once = max(1, AHEAD // max(1, self.numel))
+        for start in range(directions.start, directions.stop, at_once):
+            part = range(start, min(start + at_once, directions.stop))
+            tau = self.taus(step, part) if part == directions else self._draw(step, 1, part)[0]
+            terms = tau.double() * (slopes[part.start : part.stop, None] * factor)
+            total += terms.round_().to(torch.int64).sum(dim=0)
+        return total
+
+    def unweighted(self, total: Tensor, slopes: Tensor) -> Tensor:
+        """Σ slope · τ, float64 (D,), of what `weighted` gave for all directions together."""
+        return total.double() * 2.0 ** -_bits(slopes)
 
     def pack(self, vector: Tensor) -> Packed:
         """A (D,) vector with the names of its parts."""
@@ -187,3 +214,9 @@ class CoefficientSpace:
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """Views of a (D,) vector (or (…, D)) by parameter name."""
         return {name: vector[..., part] for name, part in self.slices.items()}
+
+
+def _bits(slopes: Tensor) -> int:
+    """s for which no sum of 2ˢ · slope · τ leaves an int64; |τ| is below 8."""
+    largest = slopes.abs().max().item() * len(slopes)
+    return 59 - (math.frexp(largest)[1] if largest else 0)

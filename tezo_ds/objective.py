@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -50,6 +50,8 @@ class Objective:
         choices: int64 (words,), or None. With it the default loss is over these tokens alone: the
             cross-entropy of picking the right one of them, not of predicting it among all.
 
+        micro_batch: examples of this rank in one forward; 0: all of a batch.
+
     Args:
         sharding: of the model.
         loss_fn: (outputs, batch) -> (loss_sum, count), each (examples,). None: cross-entropy on
@@ -62,6 +64,7 @@ class Objective:
         self._parameters = inspect.signature(sharding.module.forward).parameters
         self._head = Head(sharding) if loss_fn is None else None
         self.choices: Tensor | None = None
+        self.micro_batch = 0
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What of a batch the model's forward takes, on its device; labels stay with us."""
@@ -77,7 +80,8 @@ class Objective:
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any], branches: int) -> Tensor:
-        """Loss sums and counts, float64 (2, branches) on the model's device.
+        """Loss sums and counts, float64 (2, branches) on the model's device; over several forwards where
+        the batch has more examples than `micro_batch`, as many on every rank.
 
         Args:
             batch: of this rank; its first dim is the examples.
@@ -86,6 +90,15 @@ class Objective:
         Raises:
             DataError: no "labels" and no loss_fn.
         """
+        if not self.micro_batch:
+            return self._sums(batch, branches)
+        parts = list(_micro_batches(batch, self.micro_batch))
+        most = self._sharding.maxima([len(parts)])[0]
+        parts += [_without_labels(parts[-1])] * (most - len(parts))
+        return torch.stack([self._sums(part, branches) for part in parts]).sum(dim=0)
+
+    def _sums(self, batch: Mapping[str, Any], branches: int) -> Tensor:
+        """In one forward."""
         if self._head is not None:
             return self._token_losses(self._head, batch, branches)
         assert self._loss_fn is not None
@@ -153,6 +166,23 @@ class Objective:
         result = self._head(self.inputs(batch), positions, 1, both)[0].cpu()  # (k, 1 + words)
         rows = positions.cpu() // batch["labels"].shape[1]
         return rows, result[:, 0], result[:, 1:]
+
+
+def _micro_batches(batch: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
+    """A batch cut along the first dim of its tensors, which is that of the largest."""
+    count = max(len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim())
+    for start in range(0, count, size):
+        yield {
+            key: value[start : start + size]
+            if isinstance(value, Tensor) and value.dim() and len(value) == count
+            else value
+            for key, value in batch.items()
+        }
+
+
+def _without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The same inputs, of which nothing counts: for a rank that has fewer examples than others."""
+    return {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
 
 
 def _index_in(choices: Tensor, tokens: Tensor) -> Tensor:

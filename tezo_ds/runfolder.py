@@ -59,9 +59,12 @@ class RunFolder:
 
     def log_step(self, report: StepReport) -> None:
         """One line of metrics.jsonl for a step."""
+        found = report.quality
         self._log({
             "step": report.step, "loss": report.loss, "kappa": list(report.kappa),
             "lr": report.lr, "seconds": round(report.seconds, 4), "tokens": report.tokens,
+            "dropped": report.dropped, "kappa_mean": found.mean, "kappa_spread": found.spread,
+            "gradient_norm": found.gradient_norm, "snr": found.snr,
         })  # fmt: skip
 
     def log_score(self, step: int, accuracy: float | None, loss: float, examples: int) -> None:
@@ -112,7 +115,8 @@ def draw_curve(metrics: Path, picture: Path) -> None:
 
     steps, scores = read_metrics(metrics)
     figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    x, loss = [line["step"] + 1 for line in steps], [line["loss"] for line in steps]
+    finite = [line for line in steps if line["loss"] is not None]
+    x, loss = [line["step"] + 1 for line in finite], [line["loss"] for line in finite]
     axis.plot(x, loss, color="tab:blue", alpha=0.3, linewidth=1, label="training loss")
     axis.plot(x, _running_median(loss), color="tab:blue", label="running median")
     axis.set_xlabel("step")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -88,6 +89,7 @@ def open_session(
     config: TezoConfig,
     deepspeed_config: dict[str, Any] | None,
     ranks: Mapping[str, int] | None = None,
+    batch_size: int | None = None,
 ) -> Session:
     """Loads data first (its errors come at once), then the model, sharded as the config says.
 
@@ -96,6 +98,7 @@ def open_session(
         config: the tezo block.
         deepspeed_config: that shards the weights; None: none does.
         ranks: of each matrix, where an earlier run chose them itself.
+        batch_size: examples a step over all ranks, of a run that trains.
 
     Raises:
         TezoError: one line that says what to change.
@@ -107,6 +110,9 @@ def open_session(
         test_examples=s.test_examples, seed=s.data_seed,
     )  # fmt: skip
     tokenizer = load_tokenizer(s.model)
+    if batch_size and config.query_schedule != "constant" and config.steps_per_epoch is None:
+        steps = math.ceil(len(task.train) / batch_size)
+        config = config.model_copy(update={"steps_per_epoch": steps})
     engine = open_engine(s, config, deepspeed_config, ranks)
     if s.objective == "choices":
         engine.objective.choices = _choices(tokenizer, task)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tezo_ds.branches import Branches
+from tezo_ds.branches import Ask, Branches
 from tezo_ds.factors import CoefficientSpace, Packed
 from tezo_ds.lowrank import Factors
 from tezo_ds.sharding.view import ShardView
@@ -46,20 +46,22 @@ class Method(ABC):
         return None
 
     @abstractmethod
-    def branches(self, step: int, count: int, rho: float) -> Branches:
-        """Δ = what is kept aside ± ρZ_q for each of `count` directions: +, -, +, …; 2Q in all."""
+    def branches(self, ask: Ask) -> Branches:
+        """Δ = what is kept aside + ρ · sign · Z_q for each branch that is asked for."""
 
     @abstractmethod
     def kept_aside(self) -> Branches:
         """One branch: the change that is not in the weights."""
 
     @abstractmethod
-    def update(self, step: int, kappa: Tensor, lr: float) -> Write | None:
-        """One step.
+    def update(self, step: int, slopes: Tensor, gradient: Tensor, lr: float) -> Write | None:
+        """One step along Σ slope_q Z_q.
 
         Args:
             step: whose directions were measured.
-            kappa: the slope κ = (L⁺ - L⁻) / 2ρ of each direction, float64 (Q,) on the CPU.
+            slopes: float64 (Q,) on the CPU: κ = (L⁺ - L⁻) / 2ρ of each direction over their number, so
+                that the sum is a mean; 0 for one that failed.
+            gradient: Σ slope_q τ_q, float64 (D,).
             lr: η of this step.
         """
 
@@ -67,12 +69,6 @@ class Method(ABC):
         """What was kept aside is in the weights now."""
         self.coefficients.zero_()
 
-    def offsets(self, step: int, count: int, rho: float) -> Tensor:
-        """±ρτ: float64 (2Q, D)."""
-        tau = rho * self.space.taus(step, count).double()
-        return torch.stack([tau, -tau], dim=1).flatten(0, 1)
-
-    def gradient(self, step: int, kappa: Tensor) -> Tensor:
-        """Mean over directions of κτ: float64 (D,)."""
-        tau = self.space.taus(step, len(kappa)).double()
-        return (kappa[:, None] * tau).sum(dim=0) / len(kappa)
+    def offsets(self, ask: Ask) -> Tensor:
+        """±ρτ of each branch: float64 (branches, D)."""
+        return ask.matrix() @ self.space.taus(ask.step, ask.directions).double()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tezo_ds.branches import LowRank
+from tezo_ds.branches import Ask, LowRank
 from tezo_ds.factors import CoefficientSpace, Packed, fresh_left
 from tezo_ds.lowrank import Factors
 from tezo_ds.methods.base import Method, Write
@@ -25,10 +25,11 @@ class LozoFactors(Factors):
         super().__init__(space)
         self.change, self.period = change, period
         self._step = self._version = 0
+        self._directions: tuple[int, ...] = ()
 
-    def at(self, step: int, count: int) -> None:
+    def at(self, step: int, directions: tuple[int, ...]) -> None:
         """On to some directions of a step, or to a change that has changed."""
-        self._step, self.copies = step, 1 + count
+        self._step, self._directions, self.copies = step, directions, 1 + len(directions)
         self._version += 1
         self.renewed = self._version
 
@@ -47,7 +48,7 @@ class LozoFactors(Factors):
         """See `Factors`."""
         device = torch.device(device)
         kept = self.of_change(name, rows).to(device, self.matrices[name].dtype)
-        fresh = (self.drawn(name, self._step, q, rows, device) for q in range(self.copies - 1))
+        fresh = (self.drawn(name, self._step, q, rows, device) for q in self._directions)
         return torch.cat([kept, *fresh], dim=1)
 
     def scaled(self, view: ShardView, c: Tensor) -> Tensor:
@@ -56,13 +57,14 @@ class LozoFactors(Factors):
         device, rows = view.local.device, view.rows
         c = c.to(device, wide)
         total = self.of_change(view.name, rows).to(device, wide) * c[0]
-        for q in c[1:].any(dim=1).nonzero()[:, 0].tolist():
-            total += self.drawn(view.name, self._step, q, rows, device).to(wide) * c[1 + q]
+        for place in c[1:].any(dim=1).nonzero()[:, 0].tolist():
+            U = self.drawn(view.name, self._step, self._directions[place], rows, device)
+            total += U.to(wide) * c[1 + place]
         return total
 
 
 class Lozo(Method):
-    """B ← B - η s · mean over directions of κU, or lozo-m's -η N with N ← βN + (1-β) s · mean κU; every
+    """B ← B - η s · Σ slope · U, or lozo-m's -η N with N ← βN + (1-β) s · Σ slope · U; every
     ν steps W ← W + B Vᵀ, B ← 0, a new V, and N ← N V_oldᵀ V_new / n.
 
     The direction that is applied is the one that was measured, U of the same draw and V of the same
@@ -138,39 +140,39 @@ class Lozo(Method):
         c[:, 0, self.space.of_matrices] = 1
         return c
 
-    def branches(self, step: int, count: int, rho: float) -> LowRank:
-        """See `Method`."""
-        self.factors.at(step, count)
-        c = self._of_change(count).repeat(2 * count, 1, 1)
-        for q in range(count):
-            c[2 * q, 1 + q, self.space.of_matrices] = rho
-            c[2 * q + 1, 1 + q, self.space.of_matrices] = -rho
+    def branches(self, ask: Ask) -> LowRank:
+        """See `Method`. Only those asked for last can be used, as the lefts are theirs."""
+        self.factors.at(ask.step, ask.directions)
+        c = self._of_change(len(ask.directions)).repeat(len(ask), 1, 1)
+        c[:, 1:, self.space.of_matrices] = ask.matrix()[..., None]
         vectors = self.space.of_vectors
-        c[:, 0, vectors] = (self.coefficients + self.offsets(step, count, rho))[:, vectors]
+        c[:, 0, vectors] = (self.coefficients + self.offsets(ask))[:, vectors]
         return LowRank(c, self.factors)
 
     def kept_aside(self) -> LowRank:
         """See `Method`."""
-        self.factors.at(0, 0)
+        self.factors.at(0, ())
         c = self._of_change(0)
         c[:, 0, self.space.of_vectors] = self.coefficients[self.space.of_vectors]
         idle = not bool(self.factors.change.data.any() or self.coefficients.any())
         return LowRank(c, self.factors, idle)
 
-    def update(self, step: int, kappa: Tensor, lr: float) -> Write | None:
+    def update(self, step: int, slopes: Tensor, gradient: Tensor, lr: float) -> Write | None:
         """See `Method`."""
         change, total = self.factors.change, self._gradient
         for matrix in self.space.matrices:
-            scale = 1 / (len(kappa) * (matrix.rank if self._rank_scaling else 1))
+            scale = 1 / matrix.rank if self._rank_scaling else 1.0
             rows, part = range(matrix.shape[0]), total.data[total.slices[matrix.name]]
             part.zero_()
-            for q, slope in enumerate(kappa.tolist()):
+            for q, slope in enumerate(slopes.tolist()):
+                if not slope:  # the direction failed
+                    continue
                 U = self.factors.drawn(matrix.name, step, q, rows, part.device)
                 part.add_(U.flatten(), alpha=slope * scale)
         change.data.add_(self._descent.step(total.data, step + 1), alpha=-lr)
         vectors = self.space.of_vectors
         if vectors.stop > vectors.start:
-            moved = self._of_vectors.step(self.gradient(step, kappa), step + 1)
+            moved = self._of_vectors.step(gradient, step + 1)
             self.coefficients[vectors] -= lr * moved[vectors]
         return None
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tezo_ds.branches import Branches, add_vector_
+from tezo_ds.branches import Ask, Branches, add_vector_
 from tezo_ds.factors import CoefficientSpace, Packed, dense
 from tezo_ds.lowrank import BLOCK_NUMEL
 from tezo_ds.methods.base import Method, Write
@@ -19,10 +19,10 @@ from tezo_ds.sharding.view import Piece, ShardKey, ShardView
 class Dense(Branches):
     """Δ = ±ρZ_q of each matrix, Z_q i.i.d. N(0, 1), and c_b of each vector."""
 
-    def __init__(self, space: CoefficientSpace, c: Tensor, step: int, rho: float) -> None:
-        self._space, self._c, self._step, self._rho = space, c, step, rho
+    def __init__(self, space: CoefficientSpace, c: Tensor, ask: Ask) -> None:
+        self._space, self._c, self._ask = space, c, ask
         self._matrices = {matrix.name for matrix in space.matrices}
-        self.idle = rho == 0 and not bool(c.any())
+        self.idle = not ask.directions and not bool(c.any())
 
     def __len__(self) -> int:
         return len(self._c)
@@ -36,21 +36,21 @@ class Dense(Branches):
             add_vector_(view, goal - (zero if start is None else self._c[start, part]))
             return
         amounts: dict[int, float] = {}  # by direction
-        for branch, sign in ((start, -1), (end, 1)):
-            if branch is not None:
-                ahead = self._rho if branch % 2 == 0 else -self._rho
-                amounts[branch // 2] = amounts.get(branch // 2, 0.0) + sign * ahead
+        for branch, way in ((start, -1), (end, 1)):
+            q, sign = (None, 0) if branch is None else self._ask.signs[branch]
+            if q is not None:
+                amounts[q] = amounts.get(q, 0.0) + way * sign * self._ask.rho
         wide = torch.promote_types(view.local.dtype, torch.float32)
         for piece in view.pieces(BLOCK_NUMEL):
             values = piece.values.to(wide)  # the weight itself where it is that wide
             for q, amount in amounts.items():
-                values.add_(of_piece(piece, self._space.seed, self._step, q), alpha=amount)
+                values.add_(of_piece(piece, self._space.seed, self._ask.step, q), alpha=amount)
             if values.dtype != piece.values.dtype:
                 piece.values.copy_(values)
 
 
 class Mezo(Method):
-    """W ← W - η · descent(G) with G the mean over directions of κZ, written at every step.
+    """W ← W - η · descent(G) with G = Σ slope · Z, the mean over directions of κZ, written at every step.
 
     Moments are dense: they lie beside the shards, each rank's for its own.
 
@@ -78,20 +78,18 @@ class Mezo(Method):
         moments = {f"vector_{name}": data for name, data in self._of_vectors.state.items()}
         return {**super().state, **{name: self.space.pack(t) for name, t in moments.items()}}
 
-    def branches(self, step: int, count: int, rho: float) -> Dense:
+    def branches(self, ask: Ask) -> Dense:
         """See `Method`."""
-        c = self.coefficients + self.offsets(step, count, rho)
-        return Dense(self.space, c, step, rho)
+        return Dense(self.space, self.coefficients + self.offsets(ask), ask)
 
     def kept_aside(self) -> Dense:
         """See `Method`."""
-        c = self.coefficients.clone()
-        return Dense(self.space, c[None], 0, 0.0)
+        return Dense(self.space, self.coefficients.clone()[None], Ask.of(0, (), 0.0, central=False))
 
-    def update(self, step: int, kappa: Tensor, lr: float) -> Write | None:
+    def update(self, step: int, slopes: Tensor, gradient: Tensor, lr: float) -> Write | None:
         """See `Method`."""
-        vectors, slopes = self.space.of_vectors, (kappa / len(kappa)).tolist()
-        moved = self._of_vectors.step(self.gradient(step, kappa), step + 1)
+        vectors, (first, *rest) = self.space.of_vectors, slopes.tolist()
+        moved = self._of_vectors.step(gradient, step + 1)
         self.coefficients[vectors] -= lr * moved[vectors]
         store = self._storing.at("update", step)
 
@@ -100,8 +98,10 @@ class Mezo(Method):
                 return
             wide = torch.promote_types(view.local.dtype, torch.float32)
             for place, piece in enumerate(view.pieces(BLOCK_NUMEL)):
-                G = of_piece(piece, self.space.seed, step, 0).to(wide).mul_(slopes[0])
-                for q, slope in enumerate(slopes[1:], start=1):
+                G = of_piece(piece, self.space.seed, step, 0).to(wide).mul_(first)
+                for q, slope in enumerate(rest, start=1):
+                    if not slope:  # the direction failed
+                        continue
                     G.add_(of_piece(piece, self.space.seed, step, q), alpha=slope)
                 if (view.key, place) not in self._of_shards:
                     self._of_shards[view.key, place] = self._make(G)

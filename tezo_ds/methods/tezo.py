@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tezo_ds.branches import LowRank
+from tezo_ds.branches import Ask, LowRank
 from tezo_ds.factors import CoefficientSpace, Packed
 from tezo_ds.lowrank import FixedFactors
 from tezo_ds.methods.base import Method, Write
@@ -16,7 +16,7 @@ from tezo_ds.methods.storing import Storing
 
 
 class Tezo(Method):
-    """a ← a - η · descent(g), g the mean over directions of κτ.
+    """a ← a - η · descent(g), g = Σ slope · τ, the mean over directions of κτ.
 
     With `refresh_every`, a goes into the weights every so many steps, and U and V come from the next
     seed; moments, which belong to the old U and V, start anew. Vectors have neither, and go on.
@@ -63,17 +63,17 @@ class Tezo(Method):
             tensor[self.space.of_matrices] = 0
         return lambda view: ended.move_(view, None, 0, store)
 
-    def branches(self, step: int, count: int, rho: float) -> LowRank:
+    def branches(self, ask: Ask) -> LowRank:
         """See `Method`."""
-        c = self.coefficients + self.offsets(step, count, rho)
+        c = self.coefficients + self.offsets(ask)
         return LowRank(c[:, None], self.factors)
 
     def kept_aside(self) -> LowRank:
         """See `Method`."""
         return LowRank(self.coefficients[None, None], self.factors)
 
-    def update(self, step: int, kappa: Tensor, lr: float) -> Write | None:
+    def update(self, step: int, slopes: Tensor, gradient: Tensor, lr: float) -> Write | None:
         """See `Method`."""
         self._age += 1
-        self.coefficients -= lr * self.descent.step(self.gradient(step, kappa), self._age)
+        self.coefficients -= lr * self.descent.step(gradient, self._age)
         return None

@@ -36,10 +36,10 @@ class TezoAdam(Tezo):
         super().__init__(space, adam, refresh_every, storing)
         self.writes = True
 
-    def update(self, step: int, kappa: Tensor, lr: float) -> Write | None:
+    def update(self, step: int, slopes: Tensor, gradient: Tensor, lr: float) -> Write | None:
         """See `Method`."""
         self._age += 1
-        change = self.descent.step(self.gradient(step, kappa), self._age)
+        change = self.descent.step(gradient, self._age)
         vectors = self.space.of_vectors
         self.coefficients[vectors] -= lr * change[vectors]
         first, second = self.descent.corrections(self._age)

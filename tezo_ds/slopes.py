@@ -1,0 +1,99 @@
+"""From losses to slopes: what failed is left out, outliers may be clipped, and how good they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PATIENCE = 5  # steps in a row with directions that failed before a run stops
+WINDOW = 256  # slopes that the clipping quantile is of
+ENOUGH = 16  # of them before anything is clipped
+
+
+def kappas(losses: Tensor, rho: float, central: bool) -> Tensor:
+    """κ of each direction, (L⁺ - L⁻) / 2ρ or (L⁺ - L) / ρ: float64 (groups, directions), NaN where a
+    loss is not finite.
+
+    Args:
+        losses: float64 (groups, branches), of ranks that measured directions of their own; branches
+            as `Ask.of` orders them.
+        rho: ρ.
+        central: both signs of each direction, or a centre and one sign.
+    """
+    if central:
+        found = (losses[:, 0::2] - losses[:, 1::2]) / (2 * rho)
+    else:
+        found = (losses[:, 1:] - losses[:, :1]) / rho
+    return torch.where(found.isfinite(), found, torch.nan)
+
+
+def slopes_of(kappa: Tensor) -> Tensor:
+    """What each direction is weighed with, float64 (Q,): κ over the number of those that were measured,
+    0 for the others."""
+    measured = kappa.isfinite()
+    return torch.where(measured, kappa, 0.0) / max(1, int(measured.sum()))
+
+
+class Clip:
+    """Bounds |κ| by a quantile of those of the last steps, as they were before any bound.
+
+    Args:
+        quantile: in (0, 1); None bounds nothing.
+    """
+
+    def __init__(self, quantile: float | None) -> None:
+        self._quantile = quantile
+        self.window = torch.empty(0, dtype=torch.float64)
+
+    def __call__(self, kappa: Tensor) -> Tensor:
+        """κ, each |κ| at most the bound."""
+        if self._quantile is None:
+            return kappa
+        before = self.window
+        self.window = torch.cat([before, kappa[kappa.isfinite()].abs()])[-WINDOW:]
+        if len(before) < ENOUGH:
+            return kappa
+        bound = torch.quantile(before, self._quantile).item()
+        return kappa.clamp(-bound, bound)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What the slopes of a step say of the gradient of the coefficients.
+
+    Attributes:
+        mean, spread: of κ over the directions that were measured; None of fewer than one or two.
+        gradient_norm: ‖∇_a L‖, the root of the mean of κ², as κ = ⟨∇, τ⟩ and τ is N(0, 1).
+        snr: ‖∇‖² over the mean square error of the step's estimate Σκτ/Q, from how far directions
+            agree; None of fewer than two.
+    """
+
+    mean: float | None
+    spread: float | None
+    gradient_norm: float | None
+    snr: float | None
+
+
+def quality(kappa: Tensor, gradient: Tensor) -> Quality:
+    """Of a step.
+
+    Args:
+        kappa: float64 (Q,), NaN for directions that failed.
+        gradient: g = Σκτ/Q, float64 (D,).
+    """
+    measured = kappa[kappa.isfinite()]
+    count, dims = len(measured), len(gradient)
+    if not count:
+        return Quality(None, None, None, None)
+    squares = measured.square()
+    norm = squares.mean().sqrt().item()
+    if count < 2:
+        return Quality(measured.mean().item(), None, norm, None)
+    # ‖Σκτ‖² = Σκ²‖τ‖² + what different directions share, whose mean is ‖∇‖² a pair; ‖τ‖² is about D.
+    alone = squares.sum().item() * dims
+    shared = (count**2 * gradient.square().sum().item() - alone) / (count * (count - 1))
+    error = max(alone / count - shared, 0.0) / count
+    snr = max(shared, 0.0) / error if error else None
+    return Quality(measured.mean().item(), measured.std().item(), norm, snr)
