@@ -5,12 +5,10 @@ from __future__ import annotations
 import gc
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -22,12 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import tezo_ds
 from tezo_ds.errors import ProbeError
+from tezo_ds.live_bytes import LiveBytes
 from tezo_ds.objective import IGNORE, targets
 from tezo_ds.tasks import Example, batch_indices, collate, encode, first_tokens
 from tezo_ds.tasks.evaluation import Evaluator
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-from live_bytes import LiveBytes
 
 LORA = "lora-adamw"
 SEEDS_APART = 1000  # TeZO's refreshes and LOZO's periods take the seeds that follow

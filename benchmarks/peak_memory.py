@@ -33,8 +33,9 @@ from tezo_ds.objective import Objective
 from tezo_ds.sharding import sharding_of
 
 sys.path.append(str(ROOT / "tests"))
-from live_bytes import LiveBytes
 from process_memory import METHODS, may_take, process_peak
+
+from tezo_ds.live_bytes import LiveBytes
 
 PLAIN, PROBES = "plain forward", ("fused", "inplace")
 

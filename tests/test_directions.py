@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
-from live_bytes import LiveBytes
 from tiny import make_batch, tiny
 from torch import nn
 
 import tezo_ds
 from tezo_ds.branches import Ask
 from tezo_ds.factors import CoefficientSpace, Matrix, Vector
+from tezo_ds.live_bytes import LiveBytes
 from tezo_ds.queries import queries_at
 from tezo_ds.slopes import WINDOW, Clip, kappas, quality, slopes_of
 
@@ -61,7 +61,9 @@ def test_forward_differences_share_one_centre() -> None:
     errors = []
     for radius in (2e-2, 5e-3):  # the error of a forward difference is of first order in ρ
         both = (
-            tezo_ds.initialize(tiny(), {**FIELDS, "rho": radius, "difference": difference}).step(batch)
+            tezo_ds.initialize(tiny(), {**FIELDS, "rho": radius, "difference": difference}).step(
+                batch
+            )
             for difference in ("central", "forward")
         )
         exact, close = (torch.tensor(report.kappa) for report in both)
@@ -81,6 +83,30 @@ def test_fewer_branches_at_a_time_take_less_memory() -> None:
     whole = peak()
     assert peak(branch_chunk=4) < 0.3 * whole
     assert peak(micro_batch=2) < 0.4 * whole
+
+
+def test_a_memory_budget_sets_how_many_branches_go_at_once() -> None:
+    fields, batch = {**FIELDS, "queries": 16}, make_batch(8, length=60)
+
+    def peak(**more: float) -> tuple[int, tuple[float, ...]]:
+        engine = tezo_ds.initialize(tiny(), {**fields, **more})
+        engine.step(make_batch(2))
+        with LiveBytes() as live:
+            report = engine.step(batch)
+        return live.peak, report.kappa
+
+    whole, kappa = peak()
+    for share in (0.5, 0.25):
+        budget = share * whole
+        most, same = peak(memory_budget=budget / 2**30)
+        assert 0.5 * budget < most <= 1.1 * budget
+        torch.testing.assert_close(same, kappa, rtol=1e-3, atol=1e-3)
+    with pytest.raises(
+        tezo_ds.ConfigError, match=r"GiB: one branch of 480 tokens takes .* raise it"
+    ):
+        tezo_ds.initialize(tiny(), {**fields, "memory_budget": 1e-4}).step(batch)
+    with pytest.raises(tezo_ds.ConfigError, match="sets branch_chunk by itself"):
+        tezo_ds.initialize(tiny(), {**fields, "memory_budget": 1.0, "branch_chunk": 2})
 
 
 def test_a_batch_is_cut_whatever_else_it_holds() -> None:

@@ -9,13 +9,13 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from live_bytes import LiveBytes
 from tiny import VOCABULARY, losses_of_both_probes, make_batch, tiny
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tezo_ds
 from tezo_ds.branches import Ask
+from tezo_ds.live_bytes import LiveBytes
 from tezo_ds.probes import sites
 
 KINDS = [

@@ -6,12 +6,12 @@ from unittest import mock
 
 import pytest
 import torch
-from live_bytes import LiveBytes
 from torch import Tensor, nn
 
 import tezo_ds
 from tezo_ds import ranks
 from tezo_ds.factors import Matrix, matrix_shape
+from tezo_ds.live_bytes import LiveBytes
 from tezo_ds.ranks import auto_ranks, numbered_module
 from tezo_ds.sharding import sharding_of
 

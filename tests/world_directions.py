@@ -8,6 +8,7 @@ from unittest import mock
 import torch
 from tiny import make_batch, part_of, tiny
 from world_everywhere import WAYS, Model
+from world_fsdp2 import shard
 from world_replicated import FIELDS, assert_equal_on_all_ranks, recorded_collectives
 from worlds import World, case
 
@@ -118,3 +119,19 @@ def ranks_may_have_unequal_numbers_of_micro_batches(world: World) -> None:
             torch.testing.assert_close(
                 engine.step(mine).kappa, one.step(batch).kappa, rtol=1e-2, atol=5e-3
             )
+
+
+@case(worlds=(2, 3))
+def ranks_with_unequal_batches_make_as_many_forwards_within_a_budget(world: World) -> None:
+    forwards = []
+    for share in (1, world.rank + 1):
+        fields = {**OWN, "queries": 8, "memory_budget": 2e-3}
+        engine = tezo_ds.initialize(shard(Model()), fields)
+        calls = mock.Mock(side_effect=engine.sharding.forward)
+        with mock.patch.object(engine.sharding, "forward", calls):
+            for step in range(3):
+                engine.step(make_batch(4 * share, seed=step, length=30))
+        forwards.append(calls.call_count)
+        everyone = engine.sharding.maxima([calls.call_count, -calls.call_count])
+        assert everyone[0] == -everyone[1]
+    assert 3 < forwards[0] < forwards[1]

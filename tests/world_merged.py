@@ -10,7 +10,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from live_bytes import LiveBytes
 from safetensors.torch import load_file
 from tiny import VOCABULARY, make_batch, part_of, tiny
 from tiny_tokenizer import tiny_tokenizer
@@ -25,6 +24,7 @@ from tezo_ds import loading
 from tezo_ds.cli import app
 from tezo_ds.engine import Engine, StepReport
 from tezo_ds.export import save_coefficients
+from tezo_ds.live_bytes import LiveBytes
 from tezo_ds.merged import save_merged
 from tezo_ds.runfolder import COEFFICIENTS, CONFIG
 from tezo_ds.sharding import zero3

@@ -9,7 +9,6 @@ import torch.distributed as dist
 import world_everywhere
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from file_aio import toy_nvme
-from live_bytes import LiveBytes
 from torch import nn
 from world_everywhere import WAYS
 from world_hazards import refusal
@@ -20,6 +19,7 @@ from worlds import World, case
 import tezo_ds
 from tezo_ds import ranks
 from tezo_ds.factors import Matrix, matrix_shape
+from tezo_ds.live_bytes import LiveBytes
 from tezo_ds.ranks import auto_ranks, numbered_module
 from tezo_ds.sharding import Sharding, ShardView, sharding_of
 

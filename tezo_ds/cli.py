@@ -154,6 +154,7 @@ def train(
     placement: Annotated[str | None, _block("placement")] = None,
     difference: Annotated[str | None, _block("difference")] = None,
     branch_chunk: Annotated[int | None, _block("branch_chunk")] = None,
+    memory_budget: Annotated[float | None, _block("memory_budget")] = None,
     micro_batch: Annotated[int | None, _block("micro_batch")] = None,
     clip_kappa: Annotated[float | None, _block("clip_kappa")] = None,
     probe: Annotated[str | None, _block("probe")] = None,

@@ -82,6 +82,12 @@ class TezoConfig(BaseModel):
         "central", description="central: two branches a direction; forward: one, and one for all"
     )
     branch_chunk: int = Field(0, ge=0, description="branches in one forward; 0: all of a step")
+    memory_budget: float | None = Field(
+        None,
+        gt=0,
+        description="GiB that tensors of a forward may take on a rank, the weights beside; sets "
+        "branch_chunk by itself",
+    )
     micro_batch: int = Field(0, ge=0, description="a rank's examples in one forward; 0: all")
     clip_kappa: float | None = Field(
         None,
@@ -131,6 +137,8 @@ class TezoConfig(BaseModel):
             raise ValueError(f"query_schedule: {self.query_schedule} needs queries_max")
         if self.query_schedule == "adaptive" and self.total_steps is None:
             raise ValueError("query_schedule: adaptive needs total_steps, which is not set")
+        if self.memory_budget is not None and self.branch_chunk:
+            raise ValueError("memory_budget: sets branch_chunk by itself; leave one of them out")
         if self.placement == "per_rank" and self.probe == "inplace":
             raise ValueError("placement: per_rank needs the fused probe; ranks share the weights")
         return self

@@ -165,7 +165,7 @@ class Engine:
         self._write(self.method.begin(step))
         measured = torch.tensor([math.nan if k is None else k for k in kappa], dtype=torch.float64)
         if isinstance(self.probe, InplaceProbe):
-            for ask in self._measuring.asks(step, range(len(kappa))):
+            for ask in self._measuring.asks(step, range(len(kappa)), self.config.branch_chunk):
                 self.probe.retrace(self.method.branches(ask))
         self._finish(step, measured, lr, range(len(kappa)))
 

@@ -181,8 +181,10 @@ class CoefficientSpace:
                 torch.tensor(directions, dtype=torch.int64).repeat_interleave(names).repeat(steps)
             )
             stream = torch.arange(step, step + steps).repeat_interleave(count * names)
-            z = normals(key, index, width, stream)
-            out[..., columns] = z.reshape(steps, count, len(columns))
+            z = normals(key, index, width, stream).reshape(steps, count, len(columns))
+            if len(columns) == self.numel:  # all of one width, in their order
+                return z
+            out[..., columns] = z
         return out
 
     def weighted(self, step: int, slopes: Tensor, directions: range) -> Tensor:
@@ -195,11 +197,17 @@ class CoefficientSpace:
         """
         total = torch.zeros(self.numel, dtype=torch.int64)
         factor = 2.0 ** _bits(slopes)
-        at_once = max(1, AHEAD // max(1, self.numel))
+        held = None
+        if len(directions) * self.numel <= AHEAD:
+            held = self.taus(step, directions)
+        at_once = max(1, AHEAD // 8 // max(1, self.numel))  # so few stay in a processor's cache
         for start in range(directions.start, directions.stop, at_once):
             part = range(start, min(start + at_once, directions.stop))
-            tau = self.taus(step, part) if part == directions else self._draw(step, 1, part)[0]
-            terms = tau.double() * (slopes[part.start : part.stop, None] * factor)
+            if held is None:
+                tau = self._draw(step, 1, part)[0]
+            else:
+                tau = held[part.start - directions.start : part.stop - directions.start]
+            terms = tau.double().mul_(slopes[part.start : part.stop, None] * factor)
             total += terms.round_().to(torch.int64).sum(dim=0)
         return total
 

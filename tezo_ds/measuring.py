@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from tezo_ds.branches import Ask, Branches
 from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError, ProbeError
+from tezo_ds.live_bytes import LiveBytes
 from tezo_ds.methods import Method
 from tezo_ds.objective import Objective
 from tezo_ds.probes import Probe
@@ -41,6 +43,7 @@ class Measuring:
         queries_at(config, 0)
         self._config, self._sharding = config, sharding
         self._method, self._probe, self._objective = method, probe, objective
+        self._cost: tuple[float, float] | None = None  # bytes of a forward, and of a branch's token
         self._failed = 0  # steps in a row in which directions failed
         self.groups = sharding.world_size if config.placement == "per_rank" else 1
 
@@ -50,11 +53,47 @@ class Measuring:
         group = self._sharding.rank if self.groups > 1 else 0
         return range(group * count, (group + 1) * count)
 
-    def asks(self, step: int, directions: range) -> list[Ask]:
-        """All branches of some directions, an item for each forward."""
+    def asks(self, step: int, directions: range, at_once: int) -> list[Ask]:
+        """All branches of some directions, an item for each forward of so many; 0: one forward."""
         c = self._config
-        whole = Ask.of(step, directions, c.rho, c.difference == "central")
-        return list(whole.parts(c.branch_chunk))
+        return list(Ask.of(step, directions, c.rho, c.difference == "central").parts(at_once))
+
+    def _at_once(self, batch: Mapping[str, Any], step: int) -> int:
+        """Branches in one forward, the same on all ranks."""
+        if self._config.memory_budget is None:
+            return self._config.branch_chunk
+        examples, length = _size(batch)
+        if self._config.micro_batch:
+            examples = min(examples, self._config.micro_batch)
+        (tokens,) = self._sharding.maxima([examples * length])
+        if self._cost is None:
+            self._cost = self._measure_cost(batch, step, tokens)
+        fixed, each = self._cost
+        fits = (self._config.memory_budget * 2**30 - fixed) / (each * tokens)
+        if fits < 1:
+            raise ConfigError(
+                f"memory_budget {self._config.memory_budget} GiB: one branch of {tokens} tokens takes "
+                f"{(fixed + each * tokens) / 2**30:.3g} GiB; raise it, or lower micro_batch (or the "
+                "batch size)"
+            )
+        return int(fits)
+
+    def _measure_cost(
+        self, batch: Mapping[str, Any], step: int, tokens: int
+    ) -> tuple[float, float]:
+        """Bytes of tensors of a forward, whatever its branches, and bytes for each token of each branch:
+        from the peaks of forwards of two and of four branches; the most of any rank."""
+        peaks = []
+        for count in (2, 4):
+            ask = Ask.of(step, range(count), self._config.rho, central=False)
+            (part,) = Ask(ask.step, ask.rho, ask.signs[1:]).parts(0)
+            self._sums(batch, self._method.branches(part))  # what a first forward makes is made
+            with LiveBytes() as live:
+                self._sums(batch, self._method.branches(part))
+            peaks.append(live.peak)
+        two, four = self._sharding.maxima(peaks)
+        each = max(four - two, 1) / 2
+        return max(two - 2 * each, 0.0), each / tokens
 
     def losses(self, batch: Mapping[str, Any], step: int) -> Tensor:
         """Loss of each branch over the ranks that measured it: float64 (groups, branches) on the CPU.
@@ -62,7 +101,7 @@ class Measuring:
         Raises:
             ProbeError: no position carries a label.
         """
-        asks = self.asks(step, self.own(step))
+        asks = self.asks(step, self.own(step), self._at_once(batch, step))
         own = torch.cat([self._sums(batch, self._method.branches(ask)) for ask in asks], dim=1)
         sums = own.new_zeros(2, self.groups, own.shape[1])
         sums[:, self._sharding.rank if self.groups > 1 else 0] = own
@@ -114,3 +153,9 @@ class Measuring:
                 f"{PATIENCE}th step in a row with such; lower lr or rho, and check the data and the "
                 "dtype"
             )
+
+
+def _size(batch: Mapping[str, Any]) -> tuple[int, int]:
+    """Examples and padded length of a batch, by its largest tensor of two dims."""
+    tensors = [v for v in batch.values() if isinstance(v, Tensor) and v.dim() > 1]
+    return max(((len(v), v.shape[1]) for v in tensors), key=math.prod, default=(1, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -32,11 +33,14 @@ class LiveBytes(TorchDispatchMode):
         made = {x.untyped_storage() for x in tree_leaves(result) if _counts(x)}
         new = {s._cdata: s for s in made if s._cdata not in given and s._cdata not in self._live}
         for key, storage in new.items():
-            self._live[key] = weakref.ref(storage, lambda _, key=key: self._live.pop(key))
+            self._live[key] = weakref.ref(storage, functools.partial(self._forget, key))
         if new:
             alive = (ref() for ref in list(self._live.values()))
             self.peak = max(self.peak, sum(s.nbytes() for s in alive if s is not None))
         return result
+
+    def _forget(self, key: int, _: object) -> None:
+        del self._live[key]
 
 
 def _counts(x: Any) -> bool:
