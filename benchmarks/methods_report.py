@@ -142,18 +142,19 @@ def markdown(lines: Sequence[Line], command: str, machines: Sequence[str], setti
     return "\n\n".join(parts)
 
 
-def put_between_markers(page: Path, content: str) -> None:
-    """Replaces what stands between BEGIN and END in a page, and nothing else.
+def put_between_markers(page: Path, content: str, markers: tuple[str, str] = (BEGIN, END)) -> None:
+    """Replaces what stands between two markers in a page, and nothing else.
 
     Raises:
-        ValueError: the page has not one BEGIN and then one END.
+        ValueError: the page has not one of the first and then one of the second.
     """
+    first, last = markers
     text = page.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in after:
-        raise ValueError(f"{page}: needs the lines {BEGIN} and {END}, once each, for the tables")
-    page.write_text(f"{before}{begin}\n{content}\n{end}{after}", encoding="utf-8")
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
+    if not begin or not end or first in rest or last in after:
+        raise ValueError(f"{page}: needs the lines {first} and {last}, once each, for the tables")
+    page.write_text(f"{before}{first}\n{content}\n{last}{after}", encoding="utf-8")
 
 
 def draw(lines: Sequence[Line], lowest: str, highest: str, picture: Path) -> None:

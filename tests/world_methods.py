@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 
 import torch
-from tiny import make_batch, part_of
+import world_fsdp2
+import world_zero3
+from tiny import make_batch, part_of, tiny
 from torch import nn
 from world_everywhere import WAYS, Model
-from world_replicated import assert_equal_on_all_ranks
+from world_replicated import alone, assert_equal_on_all_ranks
 from worlds import World, case
 
 import tezo_ds
@@ -110,3 +112,30 @@ def a_fused_write_meets_split_columns(world: World) -> None:
         assert_the_oracle(
             world, method, "FSDP2 over tensor parallelism", "fused", vectors=False, steps=8
         )
+
+
+@case(worlds=(2, 3))
+def other_weights_than_a_linears_train_as_on_one_process(world: World) -> None:
+    """GPT-2's Conv1D in the fused probe; experts in one weight of three dims, in place."""
+    made = {2: world_zero3.sharded, 3: world_fsdp2.sharded}[world.size]
+    for kind, method in (
+        ("gpt2", "tezo-m"), ("gpt2", "lozo"), ("mixtral", "tezo-adam"), ("qwen-moe", "mezo")
+    ):  # fmt: skip
+        probe = "fused" if kind == "gpt2" else "inplace"
+        fields = {**FIELDS, "method": method, "lr": 1e-4, "nu": 2, "probe": probe}
+        engine, one = made(kind, False, fields), alone(kind, False, fields)
+        for step in range(4):
+            batch = make_batch(7, seed=step)
+            ours = engine.step(part_of(batch, world.rank, world.size))
+            theirs = one.step(batch)
+            torch.testing.assert_close(ours.kappa, theirs.kappa, rtol=1e-2, atol=1e-2)
+        before, expected, merged = (
+            tiny(kind, False).state_dict(),
+            one.state_dict(),
+            engine.state_dict(),
+        )
+        for name in merged:
+            change = expected[name] - before[name]
+            off = (merged[name] - before[name] - change).abs().max().item()
+            assert off <= 0.03 * change.abs().max().item(), f"{kind} {method} {name}: off by {off}"
+            assert change.any() == (name in engine.space.slices), name

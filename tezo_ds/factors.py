@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tezo_ds.rng import derive_key, normals
 
-AHEAD = 1 << 20  # numbers of τ drawn at a time, at most
+AHEAD = 1 << 21  # numbers of τ drawn at a time, at most
 
 Rows = slice | range | Sequence[int] | Tensor
 
@@ -200,14 +200,14 @@ class CoefficientSpace:
         held = None
         if len(directions) * self.numel <= AHEAD:
             held = self.taus(step, directions)
-        at_once = max(1, AHEAD // 8 // max(1, self.numel))  # so few stay in a processor's cache
+        at_once = max(1, AHEAD // 16 // max(1, self.numel))  # so few stay in a processor's cache
         for start in range(directions.start, directions.stop, at_once):
             part = range(start, min(start + at_once, directions.stop))
             if held is None:
                 tau = self._draw(step, 1, part)[0]
             else:
                 tau = held[part.start - directions.start : part.stop - directions.start]
-            terms = tau.double().mul_(slopes[part.start : part.stop, None] * factor)
+            terms = tau * (slopes[part.start : part.stop, None] * factor)  # float64
             total += terms.round_().to(torch.int64).sum(dim=0)
         return total
 
