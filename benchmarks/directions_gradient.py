@@ -84,7 +84,10 @@ def cosines(
 
 
 def agreement(
-    engine: tezo_ds.Engine, batch: Mapping[str, Tensor], loss: Tensor, leaf: Tensor,
+    engine: tezo_ds.Engine,
+    batch: Mapping[str, Tensor],
+    loss: Tensor,
+    leaf: Tensor,
     counts: Sequence[int],
 ) -> dict[str, Any]:
     """What one step of an engine that does not move says of one batch.

@@ -14,7 +14,8 @@ from step_overhead import make_batch, measure
 from transformers import PreTrainedModel
 
 import tezo_ds
-from tezo_ds.config import TezoConfig
+from tezo_ds.branches import Ask
+from tezo_ds.config import build
 from tezo_ds.factors import CoefficientSpace, Matrix
 from tezo_ds.methods import make_method
 
@@ -67,7 +68,9 @@ def overhead(
 def _plain(
     engine: tezo_ds.Engine, batch: dict[str, torch.Tensor], queries: int
 ) -> Callable[[], object]:
-    parts = [len(ask) for ask in engine._measuring.asks(0, range(queries))]
+    c = engine.config
+    ask = Ask.of(0, range(queries), c.rho, c.difference == "central")
+    parts = [len(part) for part in ask.parts(c.branch_chunk)]
     return lambda: [engine.objective(batch, branches) for branches in parts]
 
 
@@ -78,7 +81,8 @@ def _step(engine: tezo_ds.Engine, batch: dict[str, torch.Tensor]) -> Callable[[]
 def update_cost(
     world: int, queries: int, rank: int, rounds: int, shapes: Sequence[Any] = OPT_30B
 ) -> dict[str, float]:
-    """Median seconds of what one of `world` ranks does for its share of Q directions, without a model.
+    """Processor seconds of what one of `world` ranks does for its share of Q directions, on the threads
+    that torch has, without a model; what else the machine does counts little.
 
     Returns:
         draw: its own τ, which the probe needs before the forward; weigh: Σκτ of them; of one rank alone,
@@ -86,25 +90,26 @@ def update_cost(
     """
     importlib.import_module("tezo_ds.philox_cpu")  # compiles
     space = CoefficientSpace([Matrix(name, shape, rank) for name, shape in shapes], 0)
-    method = make_method(TezoConfig(rank=rank), space, torch.device("cpu"))
+    method = make_method(build({"rank": rank}, "benchmark"), space, torch.device("cpu"))
     slopes = torch.randn(queries, dtype=torch.float64, generator=torch.manual_seed(0))
     own = range(queries // world)
     taken: dict[str, list[float]] = {"draw": [], "weigh": [], "update": []}
     for step in range(rounds + 1):
-        start = time.perf_counter()
+        start = time.process_time()
         space.taus(step, own)
-        drawn = time.perf_counter()
+        drawn = time.process_time()
         total = space.weighted(step, slopes, own)
-        weighed = time.perf_counter()
+        weighed = time.process_time()
         method.update(step, slopes, space.unweighted(total, slopes), 1e-6)
-        ended = time.perf_counter()
+        ended = time.process_time()
         for name, seconds in zip(
             taken, (drawn - start, weighed - drawn, ended - weighed), strict=True
         ):
             if step:  # the first finds caches cold
                 taken[name].append(seconds)
-    medians = {name: statistics.median(seconds) for name, seconds in taken.items()}
-    return {**medians, "coefficients": space.numel}
+    found = {name: statistics.median(seconds) for name, seconds in taken.items()}
+    # A mean, as small shares are drawn for several steps at once.
+    return {**found, "draw": statistics.mean(taken["draw"]), "coefficients": space.numel}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,4 +120,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--speed-rounds", type=int, default=7)
     add("--update-queries", type=int, default=1024, help="Q of update")
     add("--update-worlds", nargs="+", type=int, default=[1, 16, 128])
-    add("--update-rounds", type=int, default=7)
+    add("--update-rounds", type=int, default=16)

@@ -76,8 +76,9 @@ class RanksInTurn(Measuring):
     def losses(self, batch: Mapping[str, Any], step: int) -> Tensor:
         """Of every rank on its part of the batch: float64 (ranks, branches)."""
         found = []
-        for self._rank in range(self._ranks):
-            part = {key: value.tensor_split(self._ranks)[self._rank] for key, value in batch.items()}
+        for rank in range(self._ranks):
+            self._rank = rank
+            part = {key: value.tensor_split(self._ranks)[rank] for key, value in batch.items()}
             found.append(super().losses(part, step))
         self._rank = None
         return torch.cat(found)
@@ -134,9 +135,7 @@ class Curves(Trainer):
         return self._choices
 
     @contextmanager
-    def _started(
-        self, method: str, lr: float, seed: int
-    ) -> Iterator[tuple[Step, tezo_ds.Engine]]:
+    def _started(self, method: str, lr: float, seed: int) -> Iterator[tuple[Step, tezo_ds.Engine]]:
         self._way = self.ways[method]
         try:
             with super()._started("tezo", lr, seed) as started:

@@ -35,8 +35,8 @@ def two_queries_on_each_rank_are_as_many_on_one(world: World) -> None:
             ("lozo", "forward"),
             ("tezo-adam", "central"),
         ):
-            if way.share > 1 and method == "tezo-adam":
-                continue  # one method that writes is enough there
+            if world.size == 4 and method != "tezo-adam":
+                continue  # the others were seen on fewer ranks
             more = {"difference": difference, "branch_chunk": 3}
             model, config = way.model(world)
             fields = {**OWN, "method": method, **more}

@@ -210,8 +210,8 @@ def aligned(shard: Tensor) -> int:
 
 @case(worlds=(1, 3))
 def a_step_reads_the_files_once(world: World) -> None:
-    """Fused: every file once, whatever Q, and none is written. In place, for each branch, trained
-    ones are read and written twice more: to perturb and to restore."""
+    """Fused: every file once, whatever Q, and none is written. In place, trained ones are read and written
+    once more for each branch, which is reached from the one before, and once to restore."""
     batch = part_of(make_batch(7), world.rank, world.size)
     with toy_nvme() as files:
         for probe, queries in (("fused", 1), ("fused", 3), ("inplace", 2)):
@@ -226,5 +226,6 @@ def a_step_reads_the_files_once(world: World) -> None:
             if probe == "fused":
                 expected = every, 0
             else:
-                expected = 2 * queries * (every + 2 * ours), 2 * queries * 2 * ours
+                visits = (2 * queries + 1) * ours
+                expected = 2 * queries * every + visits, visits
             assert (files.read, files.written) == expected, (probe, queries)

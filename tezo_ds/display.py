@@ -64,7 +64,9 @@ class Display:
         for reason, count in selection.frozen.items():
             table.add_row("frozen", f"{count} parameters: {reason}")
         table.add_row("frozen weights", f"{selection.frozen_numel:,}")
-        table.add_row("method", f"{config.method}, {engine.probe.name} probe, Q = {config.queries}")
+        table.add_row(
+            "method", f"{config.method}, {engine.probe.name} probe, {_directions(engine)}"
+        )
         for name, value in _of_method(engine):
             table.add_row(name, value)
         kind = type(engine.sharding).__name__
@@ -169,6 +171,15 @@ class Display:
         self.note(
             f"after {step} steps: {accuracy}loss {score.loss:.4f} on {score.examples} test examples"
         )
+
+
+def _directions(engine: Engine) -> str:
+    """How many a step, and whose."""
+    config, ranks = engine.config, engine.sharding.world_size
+    growing = config.query_schedule != "constant"
+    count = f"{config.query_schedule}, at most {config.queries_max}" if growing else config.queries
+    own = f" on each of {ranks} rank(s)" if config.placement == "per_rank" else ""
+    return f"Q = {count}{own}"
 
 
 def _of_method(engine: Engine) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,299 @@
+"""Many directions a step: what they see of the gradient, what they cost, and when they train faster.
+
+SmolLM2-135M-Instruct on TREC's questions (see methods_data.py). Sections, each by itself with --only:
+
+    gradient   cosine between the estimate and the true coefficient gradient, against Q
+    update     drawing τ, summing κτ and the update at OPT-30B's shape, for one rank of 1, 16, 128
+    speed      time of a step over a plain forward of the same sequences, against Q
+    training   loss and accuracy against steps and seconds for several Q, each at its best learning rate
+    placement  four ranks with the same directions, and with directions of their own, on equal data
+
+    python benchmarks/directions.py --only gradient update
+    python benchmarks/directions.py                 all: hours on two cores, mostly training and placement
+    python benchmarks/directions.py --report        only writes docs/directions.md and its pictures
+
+What is finished is a line in OUT/results.jsonl and not repeated; Ctrl-C loses the one in progress. A
+budget is counted in steps at a pace that is measured first, so a machine that is busy later changes
+nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import directions_report as report
+import torch
+from directions_gradient import agreement, differentiable
+from directions_speed import add_arguments, overhead, update_cost
+from directions_training import CHUNK, Curves, Way, points_of
+from machine import describe
+from methods_data import load_splits
+from methods_report import Record, Results, best_rate, put_between_markers
+from methods_training import Settings, Weights, choice_loss
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+ROOT = Path(__file__).resolve().parent.parent
+TASK = "trec"
+TUNING_SEED, GRADIENT_SEED = 0, 0  # of final runs 1, 2, …
+SECTIONS = ("gradient", "update", "speed", "training", "placement")
+RANKS = 4
+
+
+class Benchmark:
+    """The sections that the arguments ask for, and what of them is finished."""
+
+    def __init__(self, args: argparse.Namespace, results: Results, console: Console) -> None:
+        self._args, self._results, self._console = args, results, console
+        a = args
+        self.settings = Settings(
+            a.budget, a.batch_size, a.train_examples, a.valid_examples, a.test_examples
+        )
+        self.ways = {
+            "training": [Way(f"Q = {q}", q) for q in a.queries],
+            "placement": [
+                way
+                for q in a.placement_queries
+                for way in (Way(f"shared, q = {q}", q), Way(f"per_rank, q = {q}", q, RANKS))
+            ],
+        }
+
+    @functools.cached_property
+    def model(self) -> PreTrainedModel:
+        folder = str(ROOT / self._args.model)  # the path itself where it is absolute
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return model
+
+    def trainer(self, settings: Settings) -> Curves:
+        """On the benchmark's model and data."""
+        importlib.import_module("tezo_ds.philox_cpu")  # compiles: not within a step's pace
+        splits = load_splits(
+            TASK, self._args.cache, self._args.valid_examples, self._args.test_examples
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(ROOT / self._args.model))
+        made = Curves(self.model, tokenizer, splits, settings, Weights(self.model))
+        made.ways = {way.name: way for ways in self.ways.values() for way in ways}
+        return made
+
+    @functools.cached_property
+    def _trained(self) -> Curves:
+        return self.trainer(self.settings)
+
+    def key(self, section: str) -> Record:
+        """What all runs of a section have in common."""
+        a, fields = self._args, self.settings.fields()
+        if section == "gradient":
+            return {
+                "section": section, "model": a.model, "batch_size": a.gradient_batch,
+                "most": max(a.gradient_queries), "rank": fields["rank"], "rho": fields["rho"],
+                "include": fields["include"],
+            }  # fmt: skip
+        if section == "speed":
+            names = {"shape": a.speed_shape, "chunk": CHUNK, "rounds": a.speed_rounds}
+            return {"section": section, "model": a.model, **names}
+        if section == "update":
+            return {"section": section, "queries": a.update_queries, "rank": 64}
+        del fields["queries"]
+        return {"section": section, "model": a.model, "rates": a.rates, **fields}
+
+    def wanted(self, section: str) -> list[Record]:
+        """Every record of a section as the fields that name it; of a final run the learning rate is None
+        until all were tried."""
+        a, key = self._args, self.key(section)
+        if section == "gradient":
+            return [{**key, "batch": batch} for batch in range(a.gradient_batches)]
+        if section == "update":
+            return [{**key, "world": world} for world in a.update_worlds]
+        if section == "speed":
+            return [{**key, "queries": queries} for queries in a.speed_queries]
+        ways = self.ways[section]
+        runs = [{**key, "way": way.name, "role": "pace"} for way in ways]
+        for index in range(a.rates):
+            for way in ways:
+                tuned = {"role": "tune", "lr": way.rates(a.rates)[index], "seed": TUNING_SEED}
+                runs.append({**key, "way": way.name, **tuned})
+        for seed in range(a.seeds):
+            for way in ways:
+                of_way = {**key, "way": way.name}
+                best = best_rate(self._results, of_way, way.rates(a.rates))
+                runs.append({**of_way, "role": "final", "lr": best, "seed": 1 + seed})
+        return runs
+
+    def left(self) -> list[Record]:
+        """Of all sections, what is not finished."""
+        runs = (run for section in self._args.only for run in self.wanted(section))
+        return [run for run in runs if self._results.find(run) is None]
+
+    def minutes_left(self) -> float:
+        """A guess: budgets and what judging and the other sections took on two cores."""
+        seconds = 0.0
+        for run in self.left():
+            if run["section"] in self.ways:
+                trains = run["role"] != "pace"
+                seconds += self.settings.budget * trains + 30
+            else:
+                seconds += {"gradient": 90.0, "update": 10.0}.get(run["section"], 0.0)
+                if run["section"] == "speed":
+                    seconds += 2 * run["queries"] * (run["rounds"] + 2)
+        return seconds / 60
+
+    def run(self) -> None:
+        """All that is left, in order."""
+        makers: dict[str, Callable[[Record], Record]] = {
+            "gradient": self._gradient, "update": self._update, "speed": self._speed,
+            "training": self._training, "placement": self._training,
+        }  # fmt: skip
+        for section in self._args.only:
+            for index in range(len(self.wanted(section))):
+                key = self.wanted(section)[index]  # again, as rates become known
+                if self._results.find(key) is not None:
+                    continue
+                start = time.perf_counter()
+                found = makers[section](key)
+                made = {"machine": describe(), "took": time.perf_counter() - start}
+                self._results.add({**key, **found, **made})
+                named = {k: v for k, v in key.items() if k not in self.key(section)}
+                self._console.print(
+                    f"{section} {named}: {made['took']:.0f} s; {len(self.left())} left, about "
+                    f"{self.minutes_left():.0f} min"
+                )
+
+    def _gradient(self, key: Record) -> Record:
+        trainer, most = self._gradient_trainer, key["most"]
+        engine = trainer.still(most)
+        engine.step_index = key["batch"]  # other directions for each batch
+        batch = trainer.batch(GRADIENT_SEED, key["batch"])
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.model.requires_grad_(False)
+        try:
+            with differentiable(engine) as leaf:
+                loss = choice_loss(self.model, batch, trainer.choices)
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+        counts = [q for q in self._args.gradient_queries if q <= most]
+        return agreement(engine, batch, loss, leaf, counts)
+
+    @functools.cached_property
+    def _gradient_trainer(self) -> Curves:
+        a = self._args
+        fields = (a.train_examples, a.valid_examples, a.test_examples)
+        return self.trainer(Settings(0.0, a.gradient_batch, *fields))
+
+    def _update(self, key: Record) -> Record:
+        cost = update_cost(key["world"], key["queries"], key["rank"], self._args.update_rounds)
+        return {**cost, "threads": torch.get_num_threads()}
+
+    def _speed(self, key: Record) -> Record:
+        return dict(overhead(self.model, key["queries"], key["shape"], key["chunk"], key["rounds"]))
+
+    def _training(self, key: Record) -> Record:
+        trainer, section = self._trained, key["section"]
+        if key["role"] == "pace":
+            missing = [r for r in self.wanted(section) if self._results.find(r) is None]
+            names = [r["way"] for r in missing if r["role"] == "pace"]
+            paces = trainer.paces(names)
+            for name in names[1:]:  # the first is what was asked for
+                self._results.add({**key, "way": name, "step_seconds": paces[name]})
+            return {"step_seconds": paces[key["way"]]}
+        steps = {way.name: self._steps(section, way) for way in self.ways[section]}
+        least, mine = min(steps.values()), steps[key["way"]]
+        seconds = {"step_seconds": self._pace(section, key["way"])}
+        if key["role"] == "tune":
+            tuned = trainer.run(key["way"], key["lr"], key["seed"], "tune", mine)
+            return {"loss": tuned.loss, "accuracy": tuned.accuracy, "steps": tuned.steps, **seconds}
+        curve = trainer.curve(key["way"], key["lr"], key["seed"], points_of(mine, least))
+        return {"curve": curve, "least": least, **seconds}
+
+    def _steps(self, section: str, way: Way) -> int:
+        """That fit into the budget. Of placement as many for both: on ranks of their own both take as long,
+        since each rank then runs as many sequences."""
+        name = way.name if way.ranks == 1 else f"shared, q = {way.queries}"
+        return max(1, round(self.settings.budget / self._pace(section, name)))
+
+    def _pace(self, section: str, way: str) -> float:
+        found = self._results.find({**self.key(section), "way": way, "role": "pace"})
+        assert found is not None, "measured first"
+        return float(found["step_seconds"])
+
+    def found(self, section: str) -> list[Record]:
+        """Records of a section for its table."""
+        records = [self._results.find(run) for run in self.wanted(section)]
+        return [r for r in records if r is not None and r.get("role", "final") == "final"]
+
+    def report(self, page: Path) -> None:
+        """Tables into the page, pictures beside it; of all sections, as far as they are finished."""
+        titles = {
+            "gradient": "What a step sees of the gradient", "update": "The update's own cost",
+            "speed": "Time of a step", "training": "Training",
+            "placement": f"{RANKS} ranks: the same directions, or of their own",
+        }  # fmt: skip
+        parts = []
+        for section in SECTIONS:
+            if not (records := self.found(section)):
+                continue
+            if section in self.ways:
+                ways, picture = self.ways[section], page.with_name(f"directions-{section}.png")
+                body = report.training(records, ways, paced=section == "training")
+                report.draw_training(records, ways, picture)
+                body += f"\n\n![curves]({picture.name})"
+            elif section == "gradient":
+                picture = page.with_name("directions-gradient.png")
+                body = report.gradient(records)
+                report.draw_gradient(records, picture)
+                body += f"\n\n![cosine against Q]({picture.name})"
+            else:
+                body = {"update": report.update, "speed": report.speed}[section](records)
+            machines = "; ".join(dict.fromkeys(record["machine"] for record in records))
+            command = f"`python benchmarks/directions.py --only {section}`"
+            parts.append(f"### {titles[section]}\n\n{command}. Machine: {machines}.\n\n{body}")
+        if parts:
+            put_between_markers(page, "\n\n".join(parts), report.MARKERS)
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    add("--queries", nargs="+", type=int, default=[1, 4, 16, 64], help="Q of training")
+    add("--placement-queries", nargs="+", type=int, default=[1, 4], help="of each of four ranks")
+    add("--budget", type=float, default=150.0, help="seconds of each run of training")
+    add("--seeds", type=int, default=1)
+    add("--rates", type=int, default=3, help="learning rates to try")
+    add("--batch-size", type=int, default=4)
+    add("--train-examples", type=int, default=800)
+    add("--valid-examples", type=int, default=100)
+    add("--test-examples", type=int, default=200)
+    add("--gradient-queries", nargs="+", type=int, default=[2**i for i in range(9)])
+    add("--gradient-batches", type=int, default=3)
+    add("--gradient-batch", type=int, default=2, help="examples")
+    add_arguments(parser)
+    add("--model", default=".cache/quickstart/SmolLM2-135M-Instruct")
+    add("--cache", type=Path, default=ROOT / ".cache/methods", help="of the data")
+    add("--out", type=Path, default=ROOT / "runs/directions", help="folder of results.jsonl")
+    add("--page", type=Path, default=ROOT / "docs/directions.md", help="where the tables go")
+    add("--report", action="store_true", help="run nothing, report what there is")
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    args = arguments().parse_args(words)
+    console = Console(soft_wrap=True)
+    benchmark = Benchmark(args, Results(args.out / "results.jsonl"), console)
+    if not args.report:
+        console.print(f"{describe()}\n{len(benchmark.left())} runs left")
+        try:
+            benchmark.run()
+        except KeyboardInterrupt:
+            console.print("stopped; the same command goes on from here")
+    benchmark.report(args.page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""What `benchmarks/directions.py` has found so far, as Markdown tables and pictures."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from directions_gradient import expected_cosine
+from directions_training import Way
+from methods_report import Record
+
+MARKERS = ("<!-- benchmarks/directions.py: begin -->", "<!-- benchmarks/directions.py: end -->")
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def gradient_lines(records: Sequence[Record]) -> list[dict[str, float]]:
+    """Of each Q, over batches and groups of directions: mean and deviation of the cosine, the mean with
+    exact slopes, and theory."""
+    dims, lines = records[0]["coefficients"], []
+    for queries in records[0]["measured"]:
+        kinds = {
+            kind: [value for record in records for value in record[kind][queries]]
+            for kind in ("measured", "exact")
+        }
+        lines.append({
+            "queries": int(queries),
+            "measured": statistics.mean(kinds["measured"]),
+            "deviation": statistics.pstdev(kinds["measured"]),
+            "exact": statistics.mean(kinds["exact"]),
+            "theory": expected_cosine(int(queries), dims),
+            "estimates": len(kinds["measured"]),
+        })  # fmt: skip
+    return lines
+
+
+def gradient(records: Sequence[Record]) -> str:
+    """Cosines by Q."""
+    first, lines = records[0], gradient_lines(records)
+    agree = ", ".join(f"{record['slopes_agree']:.4f}" for record in records)
+    norms = ", ".join(f"{r['reported_norm']:.3g} of {r['norm']:.3g}" for r in records)
+    return "\n\n".join([
+        f"D = {first['coefficients']} coefficients, {len(records)} batches of {first['batch_size']} "
+        f"examples, ρ {first['rho']:g}. Cosine of measured and exact slopes, by batch: {agree}. "
+        f"‖∇‖ as the step reports it, of the true one: {norms}.",
+        table(
+            ("Q", "cosine", "standard deviation", "with exact slopes", "√(Q/(Q+D+1))", "estimates"),
+            [
+                (
+                    f"{line['queries']:.0f}", f"{line['measured']:.3f}", f"{line['deviation']:.3f}",
+                    f"{line['exact']:.3f}", f"{line['theory']:.3f}", f"{line['estimates']:.0f}",
+                )
+                for line in lines
+            ],
+        ),
+    ])  # fmt: skip
+
+
+def speed(records: Sequence[Record]) -> str:
+    """Ratios by Q."""
+    rows = [
+        (
+            f"{record['queries']}", name, f"{record[name]['plain']:.3f}",
+            f"{record[name]['seconds']:.3f}", f"{record[name]['ratio']:.3f}",
+            f"{record[name]['least']:.3f}–{record[name]['most']:.3f}",
+        )
+        for record in records
+        for name in ("central", "forward")
+    ]  # fmt: skip
+    first = records[0]
+    return "\n\n".join([
+        f"{first['shape']} tokens, all matrices, rank 16, at most {first['chunk']} branches in a forward, "
+        f"{first['rounds']} rounds in each of which everything is timed in turn.",
+        table(("Q", "difference", "forward, s", "step, s", "ratio", "range"), rows),
+    ])  # fmt: skip
+
+
+def update(records: Sequence[Record]) -> str:
+    """Milliseconds by world."""
+    first, rows = records[0], []
+    for r in records:
+        draw, weigh, rest = (1e3 * r[name] for name in ("draw", "weigh", "update"))
+        share = f"{(weigh + rest) / 10:.2f} %"
+        own = r["queries"] // r["world"]
+        rows.append(
+            (str(r["world"]), str(own), f"{draw:.1f}", f"{weigh:.1f}", f"{rest:.2f}", share)
+        )
+    return "\n\n".join([
+        f"Q = {first['queries']}, D = {first['coefficients']}, processor time, {first['threads']} thread(s).",
+        table(
+            ("ranks", "own directions", "draw τ, ms", "Σκτ, ms", "update, ms",
+             "Σκτ and update of 1 s"), rows,
+        ),
+    ])  # fmt: skip
+
+
+def training(records: Sequence[Record], ways: Sequence[Way], paced: bool) -> str:
+    """Where each way ends, and where it is after as many steps as the slowest makes."""
+    rows, (first, *_) = [], records
+    for way in ways:
+        runs = [record for record in records if record["way"] == way.name and record["curve"]]
+        if not runs:
+            continue
+        least = max(first["least"], 0)
+        at_least = [p for r in runs for p in r["curve"] if p["steps"] == least] or runs[0]["curve"][
+            :1
+        ]
+        ends = [run["curve"][-1] for run in runs]
+        rows.append((
+            way.name, str(way.directions), f"{runs[0]['lr']:.2g}", str(ends[0]["steps"]),
+            f"{runs[0]['step_seconds']:.2f}" if paced else "as the other",
+            _mean(at_least, "loss", 1), _mean(ends, "loss", 1), _mean(ends, "accuracy", 100),
+            str(len(runs)),
+        ))  # fmt: skip
+    start = first["curve"][0]
+    return "\n\n".join([
+        f"Before training: loss {start['loss']:.3f}, accuracy {100 * start['accuracy']:.1f} %. Batches of "
+        f"{first['batch_size']}, {first['budget']:g} s at the measured pace, "
+        f"{first['rates']} learning rates each, chosen on {first['valid_examples']} validation examples; "
+        f"judged on {first['test_examples']} test examples.",
+        table(
+            ("way", "Q", "lr", "steps", "s/step", f"loss after {first['least']} steps", "loss at the end",
+             "accuracy, %", "seeds"), rows,
+        ),
+    ])  # fmt: skip
+
+
+def _mean(points: Sequence[dict[str, Any]], name: str, scale: float) -> str:
+    values = [point[name] for point in points if point[name] is not None]
+    return (
+        f"{scale * statistics.mean(values):.{3 if scale == 1 else 1}f}" if values else "not finite"
+    )
+
+
+def draw_gradient(records: Sequence[Record], picture: Path) -> None:
+    """Cosine against Q, measured and expected."""
+    pyplot = _pyplot()
+    lines = gradient_lines(records)
+    figure, axis = pyplot.subplots(figsize=(5, 4), layout="constrained")
+    counts = [line["queries"] for line in lines]
+    axis.errorbar(
+        counts, [line["measured"] for line in lines], [line["deviation"] for line in lines],
+        fmt="o", capsize=3, label="measured, ± a standard deviation",
+    )  # fmt: skip
+    axis.plot(counts, [line["theory"] for line in lines], "k--", label="√(Q/(Q+D+1))")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
+    axis.set_xlabel("directions Q")
+    axis.set_ylabel("cosine with the true gradient")
+    _save(pyplot, figure, axis, picture)
+
+
+def draw_training(records: Sequence[Record], ways: Sequence[Way], picture: Path) -> None:
+    """Loss and accuracy against steps and against seconds, a line a way (of its first seed)."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(2, 2, figsize=(9, 6.5), layout="constrained", sharey="row")
+    for way in ways:
+        record = next((r for r in records if r["way"] == way.name and r["curve"]), None)
+        if record is None:
+            continue
+        for row, (name, scale) in zip(axes, (("loss", 1), ("accuracy", 100)), strict=True):
+            values = [scale * (point[name] or float("nan")) for point in record["curve"]]
+            steps = [point["steps"] for point in record["curve"]]
+            row[0].plot(steps, values, "o-", markersize=3, label=way.name)
+            seconds = [step * record["step_seconds"] for step in steps]
+            row[1].plot(seconds, values, "o-", markersize=3, label=way.name)
+            row[0].set_ylabel(f"test {name}" + (", %" if scale == 100 else ""))
+    for row in axes:
+        row[0].set_xscale("symlog", linthresh=1)
+    axes[1][0].set_xlabel("steps")
+    axes[1][1].set_xlabel("seconds, steps times the measured pace")
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    _save(pyplot, figure, axes[0][0], picture)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(pyplot: Any, figure: Any, axis: Any, picture: Path) -> None:
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    figure.savefig(picture, dpi=100)
+    pyplot.close(figure)
