@@ -109,12 +109,12 @@ SPOILT = """
 import math, os, time
 from tezo_ds import training
 from tezo_ds.cli import main
-from tezo_ds.methods import Tezo
+from tezo_ds.methods.tezo import Tezo
 
 update, write = Tezo.update, training._write_results
 
-def spoil(self, kappa, tau, lr):
-    update(self, kappa, tau, lr)
+def spoil(self, *args):
+    update(self, *args)
     spoil.steps += 1
     if os.environ["RANK"] == "1" and spoil.steps == 4:
         self.coefficients[5] = math.nextafter(self.coefficients[5].item(), math.inf)
