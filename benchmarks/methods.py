@@ -198,7 +198,9 @@ class Benchmark:
         ours = [r for r in self._results.records if r["model"] == self._args.model]
         same = [r for r in ours if all(r.get(name) == value for name, value in s.fields().items())]
         machines = list(dict.fromkeys(record["machine"] for record in same))
-        put_between_markers(page, markdown(lines, command(self._args), machines, setting))
+        picture = f"![Accuracy by method]({page.stem}.png)"
+        text = markdown(lines, command(self._args), machines, setting)
+        put_between_markers(page, f"{text}\n\n{picture}")
         draw(lines, ZERO_SHOT, LORA, page.with_suffix(".png"))
 
 
