@@ -26,7 +26,7 @@ def alone(queries: int, method: str, **more: object) -> tezo_ds.Engine:
     return engine
 
 
-@case(worlds=(2, 3, 4))
+@case(worlds=(2, 4))
 def two_queries_on_each_rank_are_as_many_on_one(world: World) -> None:
     for way in (way for way in WAYS if world.size in way.ranks):
         data = world.size // way.share
