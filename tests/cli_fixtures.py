@@ -8,11 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from command_line import WORDS, Given, Run, call
-from tiny import tiny
-from tiny_tokenizer import tiny_tokenizer
-from transformers import LlamaForCausalLM
+from tiny_tokenizer import save_tiny_llama
 
 
 def make_given(folder: Path) -> Given:
@@ -23,14 +20,8 @@ def make_given(folder: Path) -> Given:
         for i, label in enumerate(list(WORDS) * 16)
     ]
     (folder / "films.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tokenizer = tiny_tokenizer(
-        [f"{row['text']} It was {word}" for row in rows for word in WORDS.values()]
-    )
-    tokenizer.save_pretrained(folder / "model")
-    config = tiny().config
-    config.vocab_size = len(tokenizer)
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    texts = [f"{row['text']} It was {word}" for row in rows for word in WORDS.values()]
+    save_tiny_llama(folder / "model", texts)
     return Given(folder / "model", folder / "films.jsonl")
 
 

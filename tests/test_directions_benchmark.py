@@ -14,9 +14,8 @@ import pytest
 import torch
 from task_files import WORDS, reviews, write
 from tiny import make_batch, part_of, tiny
-from tiny_tokenizer import tiny_tokenizer
+from tiny_tokenizer import save_tiny_llama
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 import tezo_ds
 
@@ -167,12 +166,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, part in (("train", slice(0, 40)), ("valid", slice(40, 48)), ("test", slice(48, 60))):
         write(made / TASK / f"{name}.jsonl", rows[part])
     texts = [f"{row['text']} It was {word}" for row in rows for word in WORDS.values()]
-    tokenizer = tiny_tokenizer(texts)
-    tokenizer.save_pretrained(made / "model")
-    config = tiny().config
-    config.vocab_size, config.num_key_value_heads, config.head_dim = len(tokenizer), 2, 16
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(made / "model")
+    save_tiny_llama(made / "model", texts, num_key_value_heads=2, head_dim=16)
     return made
 
 

@@ -163,13 +163,13 @@ def test_a_signal_within_a_refresh(
     """Hazard: a of the period that ends is among the ended ones and still the current one."""
     options = {"refresh_every": 2, "steps": 3}
     whole = trained(given, tmp_path / "whole", **options).coefficients
-    refresh = FixedFactors.refresh
+    advance = FixedFactors.advance
 
-    def refresh_stopped(factors: FixedFactors) -> None:
+    def advance_stopped(factors: FixedFactors) -> None:
         signal.raise_signal(signal.SIGTERM)
-        refresh(factors)
+        advance(factors)
 
-    monkeypatch.setattr(FixedFactors, "refresh", refresh_stopped)
+    monkeypatch.setattr(FixedFactors, "advance", advance_stopped)
     assert call(*given.train(tmp_path / "run", refresh_every=2)) == 130
     found = Run(tmp_path / "run")
     assert len(found.steps) == 3

@@ -1,9 +1,14 @@
-"""A byte-level BPE tokenizer made on the fly, so that tests need neither network nor files."""
+"""A byte-level BPE tokenizer made on the fly, so that tests need neither network nor files, and a model
+folder with one."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
+from tiny import tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def tiny_tokenizer(
@@ -31,3 +36,15 @@ def tiny_tokenizer(
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
+
+
+def save_tiny_llama(folder: Path, texts: list[str], **config: int) -> None:
+    """Writes a randomly initialised model with a tokenizer trained on `texts`; config as of `tiny`'s, but
+    for what is given."""
+    tokenizer = tiny_tokenizer(texts)
+    tokenizer.save_pretrained(folder)
+    changed = tiny().config
+    for name, value in {"vocab_size": len(tokenizer), **config}.items():
+        setattr(changed, name, value)
+    torch.manual_seed(0)
+    LlamaForCausalLM(changed).save_pretrained(folder)

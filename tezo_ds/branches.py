@@ -95,11 +95,8 @@ class LowRank(Branches):
         self, view: ShardView, start: int | None, end: int | None, store: Store | None = None
     ) -> None:
         """See `Branches`; `store` as of `add_low_rank_`."""
-        part = self.factors.space.slices[view.name]
-        zero = torch.zeros_like(self.c[0, :, part])
-        c = (zero if end is None else self.c[end, :, part]) - (
-            zero if start is None else self.c[start, :, part]
-        )  # (copies, rank) or, of a vector, (copies, numel)
+        # (copies, rank) or, of a vector, (copies, numel)
+        c = between(self.c[..., self.factors.space.slices[view.name]], start, end)
         if view.name in self.factors.matrices:
             if view.numel and c.any():
                 add_low_rank_(
@@ -107,6 +104,12 @@ class LowRank(Branches):
                 )
         else:
             add_vector_(view, c[0], store)
+
+
+def between(c: Tensor, start: int | None, end: int | None) -> Tensor:
+    """c_end - c_start, None for zeros; c is (branches, …)."""
+    zeros = torch.zeros_like(c[0])
+    return (zeros if end is None else c[end]) - (zeros if start is None else c[start])
 
 
 def add_vector_(view: ShardView, change: Tensor, store: Store | None = None) -> None:

@@ -188,8 +188,8 @@ class Engine:
 
     def coefficients(self) -> dict[str, Tensor]:
         """What is learnt by parameter name, see `coefficients.by_name`: copies, on the CPU."""
-        ended = self.method.finished if isinstance(self.method, Tezo) else []
-        return by_name(self.space, torch.stack([*ended, self.method.coefficients]))
+        rows = [*self.method.finished, self.method.coefficients]
+        return by_name(self.space, torch.stack(rows))
 
     @_without_grad()
     def load_coefficients(self, coefficients: Mapping[str, Tensor]) -> None:

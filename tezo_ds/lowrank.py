@@ -10,20 +10,15 @@ import torch
 from torch import Tensor
 
 from tezo_ds.factors import CoefficientSpace, left_rows, right_rows
-from tezo_ds.sharding.view import Block, Piece, ShardKey, ShardView
+from tezo_ds.sharding.view import Block, Piece, ShardKey, ShardView, place_in
 
 BLOCK_NUMEL = 1 << 22  # elements of a shard worked on at a time; as float32 they are 16 MiB
 
 Store = Callable[[Piece, Tensor], None]  # puts wide values (rows, columns) into a piece
 Lent = Callable[[], tuple[Tensor, Tensor]]
+Make = Callable[[str, range, torch.device], Tensor]
 
-
-def _nothing() -> tuple[Tensor, Tensor]:
-    raise AssertionError("nothing was lent")
-
-
-NOTHING = -1, torch.empty(0)  # no period is -1
-NOTHING_LENT = -1, Block(range(0), range(0)), _nothing
+LEFT, RIGHT = 0, 1
 
 
 class Factors(ABC):
@@ -35,8 +30,8 @@ class Factors(ABC):
     Attributes:
         space: the matrices (and vectors) that the family is of.
         copies: lefts of each matrix.
-        period: changes when V does; every left may change with it.
-        renewed: changes when the lefts do.
+        period: changes when V does, and every left with it; see `advance`.
+        renewed: changes when the lefts do within a period.
     """
 
     copies = 1
@@ -47,8 +42,14 @@ class Factors(ABC):
         self.space = space
         self.matrices = {matrix.name: matrix for matrix in space.matrices}
         self.keep = False  # hold on to what shards need, for those who ask again every step
-        self._lent: dict[str, tuple[int, Block, Lent]] = {}  # with the period they are of
-        self._rights: dict[ShardKey, tuple[int, Tensor]] = {}  # with their period
+        self._lent: dict[str, tuple[Block, Lent]] = {}
+        self._kept: dict[tuple[ShardKey, int], Tensor] = {}  # by shard and LEFT or RIGHT
+
+    def advance(self) -> None:
+        """On to the next period: V of the next seed."""
+        self.period += 1
+        self._lent.clear()
+        self._kept.clear()
 
     @abstractmethod
     def left(self, name: str, rows: range, device: torch.device | str) -> Tensor:
@@ -67,15 +68,20 @@ class Factors(ABC):
 
     def right_of(self, view: ShardView) -> Tensor:
         """V on the columns that a shard runs over: (view.width, rank)."""
-        if self._rights.get(view.key, NOTHING)[0] == self.period:
-            return self._rights[view.key][1]
-        columns = range(view.shape[1]) if view.columns is None else view.columns
-        period, block, lent = self._lent.get(view.name, NOTHING_LENT)
-        if period == self.period and _within(columns, block.columns):
-            return lent()[1][_part(columns, block.columns)]
-        made = self.right(view.name, columns, view.local.device)
+        return self._for_shard(view, RIGHT, view.span, self.right)
+
+    def _for_shard(self, view: ShardView, side: int, places: range, make: Make) -> Tensor:
+        """A factor on some rows or columns: one that is kept, or part of one that is lent, or made."""
+        if (view.key, side) in self._kept:
+            return self._kept[view.key, side]
+        if view.name in self._lent:
+            block, lent = self._lent[view.name]
+            held = (block.rows, block.columns)[side]
+            if held.start <= places.start and places.stop <= held.stop:
+                return lent()[side][place_in(held, places)]
+        made = make(view.name, places, view.local.device)
         if self.keep:
-            self._rights[view.key] = self.period, made
+            self._kept[view.key, side] = made
         return made
 
     def rounded(self, name: str, factor: Tensor) -> Tensor:
@@ -85,7 +91,7 @@ class Factors(ABC):
     def lend(self, name: str, block: Block, lent: Lent) -> None:
         """Lets the family use L (rows, copies * rank) and V (columns, rank) of a block that someone keeps
         for this period, instead of making its own."""
-        self._lent[name] = self.period, block, lent
+        self._lent[name] = block, lent
 
 
 class FixedFactors(Factors):
@@ -98,13 +104,7 @@ class FixedFactors(Factors):
 
     def __init__(self, space: CoefficientSpace, period: int = 0) -> None:
         super().__init__(space)
-        self.period = self.renewed = period
-        self._lefts: dict[ShardKey, tuple[int, Tensor]] = {}
-
-    def refresh(self) -> None:
-        """On to the next seed."""
-        self.period += 1
-        self.renewed = self.period
+        self.period = period
 
     def left(self, name: str, rows: range, device: torch.device | str) -> Tensor:
         """U, (len(rows), rank)."""
@@ -114,15 +114,7 @@ class FixedFactors(Factors):
 
     def left_of(self, view: ShardView) -> Tensor:
         """U on the rows that a shard touches: (len(view.rows), rank)."""
-        if self._lefts.get(view.key, NOTHING)[0] == self.period:
-            return self._lefts[view.key][1]
-        period, block, lent = self._lent.get(view.name, NOTHING_LENT)
-        if period == self.period and _within(view.rows, block.rows):
-            return lent()[0][_part(view.rows, block.rows)]
-        made = self.left(view.name, view.rows, view.local.device)
-        if self.keep:
-            self._lefts[view.key] = self.period, made
-        return made
+        return self._for_shard(view, LEFT, view.rows, self.left)
 
     def scaled(self, view: ShardView, c: Tensor) -> Tensor:
         """U diag(c)."""
@@ -151,22 +143,12 @@ def add_low_rank_(view: ShardView, scaled: Tensor, V: Tensor, store: Store | Non
     """
     wide = torch.promote_types(view.local.dtype, torch.float32)
     scaled, Vt = scaled.to(wide), V.to(wide).t()  # (rows, rank), (rank, n)
-    first = 0 if view.columns is None else view.columns.start
     for piece in view.pieces(BLOCK_NUMEL):
-        left = scaled[_part(piece.rows, view.rows)]  # (rows, rank)
-        right = Vt[:, piece.columns.start - first : piece.columns.stop - first]
+        left = scaled[place_in(view.rows, piece.rows)]  # (rows, rank)
+        right = Vt[:, place_in(view.span, piece.columns)]
         if piece.values.dtype == wide:
             piece.values.addmm_(left, right)
         elif store is None:
             piece.values.copy_(torch.addmm(piece.values.to(wide), left, right))
         else:
             store(piece, torch.addmm(piece.values.to(wide), left, right))
-
-
-def _within(part: range, whole: range) -> bool:
-    return whole.start <= part.start and part.stop <= whole.stop
-
-
-def _part(part: range, whole: range) -> slice:
-    """Where a range lies in another that contains it."""
-    return slice(part.start - whole.start, part.stop - whole.start)

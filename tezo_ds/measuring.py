@@ -85,11 +85,10 @@ class Measuring:
         from the peaks of forwards of two and of four branches; the most of any rank."""
         peaks = []
         for count in (2, 4):
-            ask = Ask.of(step, range(count), self._config.rho, central=False)
-            (part,) = Ask(ask.step, ask.rho, ask.signs[1:]).parts(0)
-            self._sums(batch, self._method.branches(part))  # what a first forward makes is made
+            ask = Ask(step, self._config.rho, tuple((q, 1) for q in range(count)))
+            self._sums(batch, self._method.branches(ask))  # what a first forward makes is made
             with LiveBytes() as live:
-                self._sums(batch, self._method.branches(part))
+                self._sums(batch, self._method.branches(ask))
             peaks.append(live.peak)
         two, four = self._sharding.maxima(peaks)
         each = max(four - two, 1) / 2

@@ -16,7 +16,6 @@ from tezo_ds.interrupts import Interrupted, deaf, turned_into_exceptions
 from tezo_ds.loading import load_tokenizer
 from tezo_ds.merged import save_merged
 from tezo_ds.methods import in_coefficients
-from tezo_ds.methods.tezo import Tezo
 from tezo_ds.runfolder import (
     ADAPTER,
     COEFFICIENTS,
@@ -141,7 +140,7 @@ def _steps(
 
 def _ended(engine: Engine) -> int:
     """Periods that have ended: a step may end one before it counts as begun."""
-    return len(engine.method.finished) if isinstance(engine.method, Tezo) else 0
+    return len(engine.method.finished)
 
 
 def _save_model(session: Session, path: Path, display: Display) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from tezo_ds.branches import Ask, Branches
 from tezo_ds.factors import CoefficientSpace, Packed
 from tezo_ds.lowrank import Factors
+from tezo_ds.methods.descent import Descent
 from tezo_ds.sharding.view import ShardView
 
 Write = Callable[[ShardView], None]  # changes a shard that this rank holds
@@ -25,6 +26,7 @@ class Method(ABC):
 
     Attributes:
         coefficients: a, float64 (D,) on the CPU; zero where the weights hold the change.
+        finished: a of each period before this one, (D,), where a method has periods of coefficients.
         factors: of the low-rank family of its directions; None if they are dense.
         writes: whether a step may write weights.
     """
@@ -35,6 +37,7 @@ class Method(ABC):
     def __init__(self, space: CoefficientSpace) -> None:
         self.space = space
         self.coefficients = torch.zeros(space.numel, dtype=torch.float64)
+        self.finished: list[Tensor] = []
 
     @property
     def state(self) -> dict[str, Packed]:
@@ -72,3 +75,12 @@ class Method(ABC):
     def offsets(self, ask: Ask) -> Tensor:
         """±ρτ of each branch: float64 (branches, D)."""
         return ask.matrix() @ self.space.taus(ask.step, ask.directions).double()
+
+    def move_vectors(self, change: Tensor, lr: float) -> None:
+        """a ← a - η · change on the coefficients of vectors alone; change is (D,)."""
+        vectors = self.space.of_vectors
+        self.coefficients[vectors] -= lr * change[vectors]
+
+    def moments_of_vectors(self, descent: Descent) -> dict[str, Packed]:
+        """The state of a descent of the (D,) coefficients of which the vectors' count, by name."""
+        return {f"vector_{name}": self.space.pack(t) for name, t in descent.state.items()}

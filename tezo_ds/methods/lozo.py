@@ -76,7 +76,7 @@ class Lozo(Method):
         descent: of B.
         of_vectors: descent of the (D,) coefficients, of which the vectors' count.
         nu: ν, steps of a period.
-        scale: s; 1, or 1/rank as in the paper and not in its code.
+        rank_scaling: s is 1/rank, as in the paper and not in its code; otherwise 1.
         storing: how 16-bit weights are rounded.
     """
 
@@ -104,9 +104,7 @@ class Lozo(Method):
         """See `Method`."""
         slices = self.factors.change.slices
         moments = {name: Packed(data, slices) for name, data in self._descent.state.items()}
-        of_vectors = {
-            f"vector_{name}": self.space.pack(data) for name, data in self._of_vectors.state.items()
-        }
+        of_vectors = self.moments_of_vectors(self._of_vectors)
         return {**super().state, "change": self.factors.change, **moments, **of_vectors}
 
     def begin(self, step: int) -> Write | None:
@@ -120,7 +118,7 @@ class Lozo(Method):
             assert name == "momentum", "moments of other kinds have no projection"
             self._project(Packed(data, old.slices))
         self.factors.change.data.zero_()
-        self.factors.period += 1
+        self.factors.advance()
         return lambda view: ended.move_(view, None, 0, store)
 
     def _project(self, momentum: Packed) -> None:
@@ -170,10 +168,8 @@ class Lozo(Method):
                 U = self.factors.drawn(matrix.name, step, q, rows, part.device)
                 part.add_(U.flatten(), alpha=slope * scale)
         change.data.add_(self._descent.step(total.data, step + 1), alpha=-lr)
-        vectors = self.space.of_vectors
-        if vectors.stop > vectors.start:
-            moved = self._of_vectors.step(gradient, step + 1)
-            self.coefficients[vectors] -= lr * moved[vectors]
+        if self.space.vectors:
+            self.move_vectors(self._of_vectors.step(gradient, step + 1), lr)
         return None
 
     def merged(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tezo_ds.branches import Ask, Branches, add_vector_
+from tezo_ds.branches import Ask, Branches, add_vector_, between
 from tezo_ds.factors import CoefficientSpace, Packed, dense
 from tezo_ds.lowrank import BLOCK_NUMEL
 from tezo_ds.methods.base import Method, Write
@@ -30,16 +30,15 @@ class Dense(Branches):
     def move_(self, view: ShardView, start: int | None, end: int | None) -> None:
         """See `Branches`; one pass over the shard where both are of one direction."""
         if view.name not in self._matrices:
-            part = self._space.slices[view.name]
-            zero = torch.zeros_like(self._c[0, part])
-            goal = zero if end is None else self._c[end, part]
-            add_vector_(view, goal - (zero if start is None else self._c[start, part]))
+            add_vector_(view, between(self._c[:, self._space.slices[view.name]], start, end))
             return
         amounts: dict[int, float] = {}  # by direction
         for branch, way in ((start, -1), (end, 1)):
             q, sign = (None, 0) if branch is None else self._ask.signs[branch]
             if q is not None:
                 amounts[q] = amounts.get(q, 0.0) + way * sign * self._ask.rho
+        if not amounts:
+            return
         wide = torch.promote_types(view.local.dtype, torch.float32)
         for piece in view.pieces(BLOCK_NUMEL):
             values = piece.values.to(wide)  # the weight itself where it is that wide
@@ -75,8 +74,7 @@ class Mezo(Method):
     @property
     def state(self) -> dict[str, Packed]:
         """See `Method`."""
-        moments = {f"vector_{name}": data for name, data in self._of_vectors.state.items()}
-        return {**super().state, **{name: self.space.pack(t) for name, t in moments.items()}}
+        return {**super().state, **self.moments_of_vectors(self._of_vectors)}
 
     def branches(self, ask: Ask) -> Dense:
         """See `Method`."""
@@ -88,9 +86,8 @@ class Mezo(Method):
 
     def update(self, step: int, slopes: Tensor, gradient: Tensor, lr: float) -> Write | None:
         """See `Method`."""
-        vectors, (first, *rest) = self.space.of_vectors, slopes.tolist()
-        moved = self._of_vectors.step(gradient, step + 1)
-        self.coefficients[vectors] -= lr * moved[vectors]
+        first, *rest = slopes.tolist()
+        self.move_vectors(self._of_vectors.step(gradient, step + 1), lr)
         store = self._storing.at("update", step)
 
         def write(view: ShardView) -> None:

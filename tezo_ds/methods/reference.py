@@ -6,6 +6,7 @@ whole weights, so it is for small models.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -170,7 +171,7 @@ _RULES = {"": _Sgd, "m": _Momentum, "adam": _Adam, "adam-coef": _Adam}
 
 
 @dataclass
-class _Parameter:
+class _Parameter(ABC):
     """One parameter, and its state, which is the rule's. In this base the rule sees the whole gradient."""
 
     name: str
@@ -180,9 +181,9 @@ class _Parameter:
     rule: _Sgd
     options: Fields
 
+    @abstractmethod
     def direction(self, step: int, q: int) -> Tensor:
         """Z of one direction, (m, n)."""
-        raise NotImplementedError
 
     def descent(self, step: int, kappas: list[float]) -> Tensor:
         """What a step subtracts from the parameter, ÷ lr: (m, n). Called once a step, in order."""
@@ -278,7 +279,7 @@ def _mean(gradients: Iterator[Tensor]) -> Tensor:
     return torch.stack(list(gradients)).mean(dim=0)
 
 
-_FAMILIES = {"tezo": _Tezo, "lozo": _Lozo, "mezo": _Mezo}
+_FAMILIES: dict[str, Callable[..., _Parameter]] = {"tezo": _Tezo, "lozo": _Lozo, "mezo": _Mezo}
 
 
 def _parameter(method: str, name: str, weight: Tensor, options: Fields) -> _Parameter:

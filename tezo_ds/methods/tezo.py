@@ -36,7 +36,6 @@ class Tezo(Method):
         super().__init__(space)
         self.factors = FixedFactors(space)
         self.writes = refresh_every > 0
-        self.finished: list[Tensor] = []  # a of each period before this one, (D,)
         self.descent, self._every, self._storing = descent, refresh_every, storing
         self._age = torch.zeros_like(self.coefficients)  # updates that the moments have seen
 
@@ -58,7 +57,7 @@ class Tezo(Method):
         ended = LowRank(learnt[None, None], FixedFactors(self.space, self.factors.period))
         store = self._storing.at("refresh", len(self.finished))
         self.finished.append(learnt)
-        self.factors.refresh()
+        self.factors.advance()
         for tensor in (self.coefficients, self._age, *self.descent.state.values()):
             tensor[self.space.of_matrices] = 0
         return lambda view: ended.move_(view, None, 0, store)

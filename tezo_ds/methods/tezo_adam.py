@@ -11,7 +11,7 @@ from tezo_ds.methods.base import Write
 from tezo_ds.methods.descent import Adam
 from tezo_ds.methods.storing import Storing
 from tezo_ds.methods.tezo import Tezo
-from tezo_ds.sharding.view import Piece, ShardView
+from tezo_ds.sharding.view import Piece, ShardView, place_in
 
 
 class TezoAdam(Tezo):
@@ -40,8 +40,7 @@ class TezoAdam(Tezo):
         """See `Method`."""
         self._age += 1
         change = self.descent.step(gradient, self._age)
-        vectors = self.space.of_vectors
-        self.coefficients[vectors] -= lr * change[vectors]
+        self.move_vectors(change, lr)
         first, second = self.descent.corrections(self._age)
         moment1 = self.space.split(self.descent.state["moment1"] * first)
         moment2 = self.space.split(self.descent.state["moment2"] * second)
@@ -55,12 +54,11 @@ class TezoAdam(Tezo):
             U, V = (f.to(wide) for f in (self.factors.left_of(view), self.factors.right_of(view)))
             UM, UV = U * moment1[view.name].to(device, wide), U * U
             UV *= moment2[view.name].to(device, wide)
-            Vt, first = V.t(), 0 if view.columns is None else view.columns.start
+            Vt = V.t()
             Vt2 = Vt * Vt  # (rank, n)
 
             def quotient(piece: Piece) -> Tensor:
-                rows = slice(piece.rows.start - view.rows.start, piece.rows.stop - view.rows.start)
-                columns = slice(piece.columns.start - first, piece.columns.stop - first)
+                rows, columns = place_in(view.rows, piece.rows), place_in(view.span, piece.columns)
                 root = (UV[rows] @ Vt2[:, columns]).sqrt_().add_(self.descent.eps)
                 return (UM[rows] @ Vt[:, columns]).div_(root)
 

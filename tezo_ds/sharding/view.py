@@ -41,15 +41,19 @@ class ShardView:
         return self.start + self.numel
 
     @property
+    def span(self) -> range:
+        """The columns of the matrix that the range runs over."""
+        return range(self.shape[1]) if self.columns is None else self.columns
+
+    @property
     def width(self) -> int:
-        """Columns that the range runs over."""
-        return self.shape[1] if self.columns is None else len(self.columns)
+        """How many those are."""
+        return len(self.span)
 
     @property
     def key(self) -> ShardKey:
         """Identifies the range; under hpZ a rank holds two ranges of a parameter."""
-        first = 0 if self.columns is None else self.columns.start
-        return self.name, self.start, self.numel, first
+        return self.name, self.start, self.numel, self.span.start
 
     @property
     def rows(self) -> range:
@@ -64,7 +68,7 @@ class ShardView:
         Args:
             numel: elements of a piece at most, but one row at least.
         """
-        n, first = self.width, 0 if self.columns is None else self.columns.start
+        n, first = self.width, self.span.start
         at_once = max(1, numel // n) * n
         place = self.start
         while place < self.stop:
@@ -108,3 +112,8 @@ class Block:
     def covers(self, shape: tuple[int, int]) -> bool:
         """Whether it is the whole matrix."""
         return (len(self.rows), len(self.columns)) == shape
+
+
+def place_in(whole: range, part: range) -> slice:
+    """Where a range lies in another that contains it."""
+    return slice(part.start - whole.start, part.stop - whole.start)
