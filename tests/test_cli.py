@@ -32,7 +32,7 @@ pytest_plugins = ("cli_fixtures",)
 OVERRIDES: dict[str, Any] = {
     "method": "tezo-m",
     "rank": 3,
-    "rho": 0.002,
+    "rho": "auto",
     "lr": 0.0003,
     "schedule": "linear",
     "warmup_steps": 1,

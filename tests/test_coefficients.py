@@ -94,7 +94,7 @@ def test_slopes_alone_give_the_weights_again(more: dict) -> None:
     reports = [engine.step(make_batch(3, seed=step)) for step in range(STEPS)]
     other = tezo_ds.initialize(tiny().bfloat16(), fields)
     for report in reports:
-        other.replay(report.step, report.kappa, report.lr)
+        other.replay(report.step, report.kappa, report.lr, report.rho)
     assert_same_weights(weights(other), weights(engine))
     assert other.loss(make_batch(4)) == engine.loss(make_batch(4))
 
@@ -106,7 +106,7 @@ def test_rounding_errors_of_subtracting_are_part_of_a_result() -> None:
     exact.probe.copies = True
     for step in range(STEPS):
         report = engine.step(make_batch(3, seed=step))
-        exact.replay(step, report.kappa, report.lr)
+        exact.replay(step, report.kappa, report.lr, report.rho)
     ours, theirs = weights(engine), weights(exact)
     assert any(
         not torch.equal(ours[matrix.name], theirs[matrix.name]) for matrix in engine.space.matrices

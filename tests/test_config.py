@@ -37,6 +37,7 @@ def test_overrides_beat_the_block_which_beats_defaults() -> None:
         ),
         ({"rank": 0}, "rank: Input should be greater than or equal to 1 (got 0)"),
         ({"rho": 0.0}, "rho: Input should be greater than 0 (got 0.0)"),
+        ({"rho": "automatic"}, "rho: "),
         ({"rho": float("nan")}, "rho: "),
         ({"momentum": 1.0}, "momentum: Input should be less than 1"),
         ({"method": "adam"}, "method: Input should be 'tezo', 'tezo-m',"),

@@ -189,7 +189,7 @@ def test_a_direction_that_failed_is_left_out_of_its_step() -> None:
         assert report.kappa == full.kappa and report.dropped == 0
     again = tezo_ds.initialize(tiny(), FIELDS)
     for step, kappa in enumerate([engine_kappa(0), [report.kappa[0], None, report.kappa[2]]]):
-        again.replay(step, kappa, FIELDS["lr"])
+        again.replay(step, kappa, FIELDS["lr"], FIELDS["rho"])
     assert torch.equal(again.method.coefficients, engine.method.coefficients)
 
 
@@ -277,6 +277,19 @@ def test_quality_tells_the_gradient_of_a_linear_loss() -> None:
     assert estimated == pytest.approx(actual, rel=0.25)
     assert quality(torch.tensor([2.0, math.nan]).double(), true).snr is None
     assert quality(torch.tensor([math.nan]).double(), true).mean is None
+
+
+@pytest.mark.parametrize("method", ["lozo", "mezo"])
+@pytest.mark.parametrize("vectors", [False, True])
+def test_directions_that_are_not_of_coefficients_have_no_snr(
+    method: str, vectors: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"method": method, "train_vectors": vectors, "queries": 3, "lr": 0.0}
+    engine = tezo_ds.initialize(tiny(), fields)
+    if not vectors:  # then no τ is drawn, either
+        monkeypatch.setattr(engine.space, "taus", None)
+    found = engine.step(BATCHES[0]).quality
+    assert found.snr is None and found.spread and found.gradient_norm
 
 
 @pytest.mark.parametrize(

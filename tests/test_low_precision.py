@@ -21,7 +21,7 @@ def change(method: str, dtype: torch.dtype, lr: float, **more: object) -> torch.
     engine = tezo_ds.initialize(start, {**FIELDS, "method": method, **more})
     before = {name: tensor.double() for name, tensor in engine.state_dict().items()}
     for step in range(STEPS):
-        engine.replay(step, [1.0], lr)
+        engine.replay(step, [1.0], lr, 1e-3)
     after = engine.state_dict()
     names = [matrix.name for matrix in engine.space.matrices]
     moved = torch.cat([(after[name].double() - before[name]).flatten() for name in names])

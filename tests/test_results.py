@@ -150,7 +150,7 @@ def test_torn_lines_and_holes(given: Given, lozo: Run, tmp_path: Path, capfd: Ca
     write(*lines[: steps[2]], lines[steps[2]][:-9] + "\n", *lines[steps[3] :])
     refused(path, capfd, f"line {steps[2] + 1} is no JSON")
     write(*lines[: steps[2]], lines[steps[2]].replace('"kappa"', '"slope"'))
-    refused(path, capfd, "step 2 has no kappa or no lr")
+    refused(path, capfd, "step 2 has no kappa, lr or rho")
     (path / METRICS).unlink()
     refused(path, capfd, f"{COEFFICIENTS} does not exist; has the run ended?")
     with pytest.raises(ConfigError, match="cannot be read"):

@@ -55,7 +55,7 @@ def test_metrics_have_a_line_a_step_and_the_evaluations(plain: Run) -> None:
     steps = [(False, step) for step in range(STEPS)]
     assert order == [(True, 0), *steps[:4], (True, 4), *steps[4:], (True, STEPS)]
     for line in plain.steps:
-        counted = {"step", "loss", "kappa", "lr", "seconds", "tokens", "dropped"}
+        counted = {"step", "loss", "kappa", "rho", "lr", "seconds", "tokens", "dropped"}
         assert set(line) == counted | {"kappa_mean", "kappa_spread", "gradient_norm", "snr"}
         assert len(line["kappa"]) == 1
         assert line["tokens"] > BATCH

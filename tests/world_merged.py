@@ -122,7 +122,9 @@ def slopes_of_a_sharded_run_rebuild_it_anywhere(world: World) -> None:
     for fields in ({"method": "lozo", "nu": 2}, {"method": "mezo"}):
         fields = {**few, **fields}
         engine = sharded(fields=fields)
-        lines = json.loads(json.dumps([[r.step, r.kappa, r.lr] for r in stepped(engine, world)]))
+        lines = json.loads(
+            json.dumps([[r.step, r.kappa, r.lr, r.rho] for r in stepped(engine, world)])
+        )
         whole = alone("llama", True, fields)
         before = whole.state_dict()
         for other in (sharded(fields=fields), fully_sharded(fields=fields), whole):

@@ -32,6 +32,7 @@ MODULES = (
     "world_methods",
     "world_directions",
     "world_ranks",
+    "world_radius",
     "world_watch",
     "world_traffic",
     "world_merged",

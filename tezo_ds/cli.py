@@ -132,7 +132,7 @@ def train(
     refresh_every: Annotated[int | None, _block("refresh_every")] = None,
     nu: Annotated[int | None, _block("nu")] = None,
     rank_scaling: Annotated[bool | None, _switch("rank_scaling")] = None,
-    rho: Annotated[float | None, _block("rho")] = None,
+    rho: Annotated[str | None, _block("rho")] = None,
     lr: Annotated[float | None, _block("lr")] = None,
     schedule: Annotated[str | None, _block("schedule")] = None,
     warmup_steps: Annotated[int | None, _block("warmup_steps")] = None,

@@ -44,7 +44,10 @@ class TezoConfig(BaseModel):
     rank_scaling: bool = Field(
         False, description="lozo: scale updates by 1/rank, as its paper does and its code does not"
     )
-    rho: float = Field(1e-3, gt=0, description="perturbation radius ρ")
+    rho: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        1e-3,
+        description='perturbation radius ρ; "auto": chosen before the first step, on its batch',
+    )
     lr: float = Field(1e-6, ge=0, description="learning rate η at its peak")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="how lr goes after the warm-up: stays, or falls to 0 at total_steps"

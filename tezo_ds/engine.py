@@ -22,9 +22,10 @@ from tezo_ds.methods import Write, make_method
 from tezo_ds.methods.tezo import Tezo
 from tezo_ds.objective import LossFn, Objective
 from tezo_ds.probes import InplaceProbe, make_probe
+from tezo_ds.radius import Radius
 from tezo_ds.selection import Selection, select
 from tezo_ds.sharding import Sharding, ShardView, sharding_of
-from tezo_ds.slopes import Clip, Quality, kappas, quality, slopes_of
+from tezo_ds.slopes import Clip, Quality, quality, slopes_of
 from tezo_ds.watch import Watch, require_same_start
 
 # Numbers of τ that other ranks' directions take, from which on each sums its own and g is reduced: to draw
@@ -40,6 +41,7 @@ class StepReport:
         step: counted from 0.
         loss: mean over branches of the loss over all ranks.
         kappa: slope along each direction, in loss per unit of ρ.
+        rho: ρ of the step.
         lr: learning rate of the step.
         seconds: wall-clock of the step on this rank.
         tokens: of this rank's batch (its attention mask's sum), counted once whatever the branches.
@@ -50,6 +52,7 @@ class StepReport:
     step: int
     loss: float
     kappa: tuple[float, ...]
+    rho: float
     lr: float
     seconds: float
     tokens: int
@@ -115,17 +118,25 @@ class Engine:
             self.check()
         step, lr = self.step_index, self.config.lr_at(self.step_index)
         self._write(self.method.begin(step))
-        losses = self._measuring.losses(batch, step)  # (groups, branches)
-        found = kappas(losses, self.config.rho, self.config.difference == "central").flatten()
-        self._measuring.check(losses, found, step)
+        measuring = self._measuring
+        if math.isnan(measuring.rho):
+            measuring.choose_rho(batch, step)
+        losses = measuring.losses(batch, step)  # (groups, branches)
+        found = measuring.kappas(losses)
+        measuring.check(losses, found, step)
         kappa = self._clip(found)
-        gradient = self._finish(step, kappa, lr, self._measuring.own(step))
+        gradient = self._finish(step, kappa, lr, measuring.own(step))
         finite = losses[losses.isfinite()]
         return StepReport(
-            step, finite.mean().item() if len(finite) else math.nan, tuple(kappa.tolist()), lr,
-            time.perf_counter() - start, _tokens(batch), int(found.isnan().sum()),
-            quality(kappa, gradient),
+            step, finite.mean().item() if len(finite) else math.nan, tuple(kappa.tolist()),
+            measuring.rho, lr, time.perf_counter() - start, _tokens(batch), int(found.isnan().sum()),
+            quality(kappa, gradient if self.method.in_tau else None),
         )  # fmt: skip
+
+    @property
+    def radius(self) -> Radius | None:
+        """How `rho: auto` chose; None before the first step, and where ρ was given."""
+        return self._measuring.radius
 
     def _finish(self, step: int, kappa: Tensor, lr: float, own: range) -> Tensor:
         """The update from κ, (Q,) with NaN for what failed; gives g = Σκτ/Q, (D,).
@@ -137,7 +148,9 @@ class Engine:
             own: the directions that this rank is to sum, if not all.
         """
         slopes, everything = slopes_of(kappa), range(len(kappa))
-        if (len(kappa) - len(own)) * self.space.numel > SHARED_FROM:
+        if not self.method.in_tau and not self.space.vectors:
+            total = torch.zeros(self.space.numel, dtype=torch.int64)
+        elif (len(kappa) - len(own)) * self.space.numel > SHARED_FROM:
             total = self.space.weighted(step, slopes, own).to(self.sharding.device)
             total = self.sharding.all_reduce(total).cpu()
         else:
@@ -149,19 +162,21 @@ class Engine:
         return gradient
 
     @_without_grad()
-    def replay(self, step: int, kappa: Sequence[float | None], lr: float) -> None:
+    def replay(self, step: int, kappa: Sequence[float | None], lr: float, rho: float) -> None:
         """A step that was measured before: all that `step` does to the run, without its forwards.
 
         Args:
             step: which; steps are replayed in order, from the first on.
             kappa: its slopes, as in its `StepReport`; None or NaN for directions that failed.
             lr: its learning rate.
+            rho: its ρ.
 
         Raises:
             ConfigError: it is not the next step.
         """
         if step != self.step_index:
             raise ConfigError(f"step {step} cannot be replayed after {self.step_index} steps")
+        self._measuring.rho = rho
         self._write(self.method.begin(step))
         measured = torch.tensor([math.nan if k is None else k for k in kappa], dtype=torch.float64)
         if isinstance(self.probe, InplaceProbe):

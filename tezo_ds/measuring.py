@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from tezo_ds.errors import ConfigError, ProbeError
 from tezo_ds.live_bytes import LiveBytes
 from tezo_ds.methods import Method
 from tezo_ds.objective import Objective
-from tezo_ds.probes import Probe
+from tezo_ds.probes import InplaceProbe, Probe
 from tezo_ds.queries import queries_at
+from tezo_ds.radius import Radius, choose_rho
 from tezo_ds.sharding import Sharding
-from tezo_ds.slopes import PATIENCE
+from tezo_ds.slopes import PATIENCE, kappas
 
 
 class Measuring:
@@ -26,6 +28,8 @@ class Measuring:
 
     Attributes:
         groups: ranks that measure directions of their own; 1: all measure the same ones.
+        rho: ρ; NaN until it is chosen, where the config leaves that open.
+        radius: that choice.
 
     Raises:
         ConfigError: ranks cannot have directions of their own; a schedule lacks a number.
@@ -46,6 +50,8 @@ class Measuring:
         self._cost: tuple[float, float] | None = None  # bytes of a forward, and of a branch's token
         self._failed = 0  # steps in a row in which directions failed
         self.groups = sharding.world_size if config.placement == "per_rank" else 1
+        self.rho = math.nan if config.rho == "auto" else config.rho
+        self.radius: Radius | None = None
 
     def own(self, step: int) -> range:
         """The directions that this rank measures."""
@@ -55,8 +61,11 @@ class Measuring:
 
     def asks(self, step: int, directions: range, at_once: int) -> list[Ask]:
         """All branches of some directions, an item for each forward of so many; 0: one forward."""
-        c = self._config
-        return list(Ask.of(step, directions, c.rho, c.difference == "central").parts(at_once))
+        return list(Ask.of(step, directions, self.rho, self._central).parts(at_once))
+
+    @property
+    def _central(self) -> bool:
+        return self._config.difference == "central"
 
     def _at_once(self, batch: Mapping[str, Any], step: int) -> int:
         """Branches in one forward, the same on all ranks."""
@@ -83,9 +92,17 @@ class Measuring:
     ) -> tuple[float, float]:
         """Bytes of tensors of a forward, whatever its branches, and bytes for each token of each branch:
         from the peaks of forwards of two and of four branches; the most of any rank."""
+        if isinstance(
+            self._probe, InplaceProbe
+        ):  # a branch a forward, and no move that leaves errors
+            self._objective(batch, 1)
+            with LiveBytes() as live:
+                self._objective(batch, 1)
+            (peak,) = self._sharding.maxima([live.peak])
+            return 0.0, peak / tokens
         peaks = []
         for count in (2, 4):
-            ask = Ask(step, self._config.rho, tuple((q, 1) for q in range(count)))
+            ask = Ask(step, self.rho, tuple((q, 1) for q in range(count)))
             self._sums(batch, self._method.branches(ask))  # what a first forward makes is made
             with LiveBytes() as live:
                 self._sums(batch, self._method.branches(ask))
@@ -94,14 +111,36 @@ class Measuring:
         each = max(four - two, 1) / 2
         return max(two - 2 * each, 0.0), each / tokens
 
+    def choose_rho(self, batch: Mapping[str, Any], step: int) -> None:
+        """Sets ρ where the config leaves that open; weights and run are afterwards as before. The
+        in-place probe needs a copy of the trained weights for it, also where its steps need none.
+
+        Raises:
+            ProbeError: slopes are noise at every radius; no position carries a label.
+        """
+        self.rho = 1.0  # for what a forward costs
+        # As many at once as a step has, if not fewer: no more memory than a step takes.
+        asked = len(self.asks(step, range(queries_at(self._config, step)), 0)[0])
+        at_once = min(self._at_once(batch, step) or asked, asked)
+
+        def losses(ask: Ask) -> Tensor:
+            return self._over_ranks(self._ours(batch, ask.parts(at_once)), step)
+
+        parameters = self._sharding.module.parameters()
+        dtypes = {self._sharding.compute_dtype(p) for p in parameters if p.is_floating_point()}
+        coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        exactly = self._probe.exactly() if isinstance(self._probe, InplaceProbe) else nullcontext()
+        with exactly:
+            self.radius = choose_rho(losses, coarsest, self._central)
+        self.rho = self.radius.rho
+
     def losses(self, batch: Mapping[str, Any], step: int) -> Tensor:
         """Loss of each branch over the ranks that measured it: float64 (groups, branches) on the CPU.
 
         Raises:
             ProbeError: no position carries a label.
         """
-        asks = self.asks(step, self.own(step), self._at_once(batch, step))
-        own = torch.cat([self._sums(batch, self._method.branches(ask)) for ask in asks], dim=1)
+        own = self._ours(batch, self.asks(step, self.own(step), self._at_once(batch, step)))
         sums = own.new_zeros(2, self.groups, own.shape[1])
         sums[:, self._sharding.rank if self.groups > 1 else 0] = own
         return self._over_ranks(sums, step)
@@ -109,6 +148,14 @@ class Measuring:
     def loss(self, batch: Mapping[str, Any], step: int) -> float:
         """Unperturbed, over all ranks, whose examples may differ."""
         return self._over_ranks(self._sums(batch, self._method.kept_aside()), step).item()
+
+    def kappas(self, losses: Tensor) -> Tensor:
+        """κ of all directions from `losses`: float64 (Q,) on the CPU, NaN for those that failed."""
+        return kappas(losses, self.rho, self._central).flatten()
+
+    def _ours(self, batch: Mapping[str, Any], asks: Iterable[Ask]) -> Tensor:
+        """Loss sums and counts of this rank's batch, a forward for each ask: float64 (2, branches)."""
+        return torch.cat([self._sums(batch, self._method.branches(ask)) for ask in asks], dim=1)
 
     def _sums(self, batch: Mapping[str, Any], branches: Branches) -> Tensor:
         """Loss sums and counts of this rank's batch: float64 (2, branches)."""

@@ -58,7 +58,7 @@ class Result:
         display.note(f"replaying {len(self.steps)} steps of {METRICS} from the base model")
         with display.evaluation("replaying") as progress:
             for line in self.steps:
-                engine.replay(line["step"], line["kappa"], line["lr"])
+                engine.replay(line["step"], line["kappa"], line["lr"], line["rho"])
                 if progress is not None:
                     progress(engine.step_index / len(self.steps))
         engine.check()  # ranks may have read the file of a run that still goes on
@@ -105,9 +105,10 @@ def steps_to_replay(folder: Path) -> list[dict[str, Any]]:
     for step, line in enumerate(steps):
         if line.get("step") != step:
             raise ConfigError(f"{path}: {_hole(step)}, the line after it is of {line.get('step')}")
-        if not line.get("kappa") or line.get("lr") is None:  # a kappa may be null: that one failed
+        # a kappa may be null: that one failed
+        if not line.get("kappa") or line.get("lr") is None or line.get("rho") is None:
             raise ConfigError(
-                f"{path}: step {step} has no kappa or no lr, so it cannot be replayed"
+                f"{path}: step {step} has no kappa, lr or rho, so it cannot be replayed"
             )
     if len(steps) < expected:
         raise ConfigError(f"{path}: {_hole(len(steps))}, and the run had {expected}")

@@ -62,7 +62,7 @@ class RunFolder:
         found = report.quality
         self._log({
             "step": report.step, "loss": report.loss, "kappa": list(report.kappa),
-            "lr": report.lr, "seconds": round(report.seconds, 4), "tokens": report.tokens,
+            "rho": report.rho, "lr": report.lr, "seconds": round(report.seconds, 4), "tokens": report.tokens,
             "dropped": report.dropped, "kappa_mean": found.mean, "kappa_spread": found.spread,
             "gradient_norm": found.gradient_norm, "snr": found.snr,
         })  # fmt: skip

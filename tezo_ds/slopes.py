@@ -65,9 +65,10 @@ class Quality:
 
     Attributes:
         mean, spread: of κ over the directions that were measured; None of fewer than one or two.
-        gradient_norm: ‖∇_a L‖, the root of the mean of κ², as κ = ⟨∇, τ⟩ and τ is N(0, 1).
+        gradient_norm: ‖∇‖ in what directions are N(0, 1) in (TeZO's coefficients a, LOZO's U, MeZO's
+            weights): the root of the mean of κ², as κ = ⟨∇, τ⟩.
         snr: ‖∇‖² over the mean square error of the step's estimate Σκτ/Q, from how far directions
-            agree; None of fewer than two.
+            agree; None of fewer than two, and where no such sum is made (LOZO, MeZO).
     """
 
     mean: float | None
@@ -76,24 +77,27 @@ class Quality:
     snr: float | None
 
 
-def quality(kappa: Tensor, gradient: Tensor) -> Quality:
+def quality(kappa: Tensor, gradient: Tensor | None) -> Quality:
     """Of a step.
 
     Args:
         kappa: float64 (Q,), NaN for directions that failed.
-        gradient: g = Σκτ/Q, float64 (D,).
+        gradient: g = Σκτ/Q, float64 (D,); None if directions are not τ.
     """
     measured = kappa[kappa.isfinite()]
-    count, dims = len(measured), len(gradient)
-    if not count:
+    if not len(measured):
         return Quality(None, None, None, None)
-    squares = measured.square()
-    norm = squares.mean().sqrt().item()
-    if count < 2:
-        return Quality(measured.mean().item(), None, norm, None)
-    # ‖Σκτ‖² = Σκ²‖τ‖² + what different directions share, whose mean is ‖∇‖² a pair; ‖τ‖² is about D.
-    alone = squares.sum().item() * dims
+    mean, norm = measured.mean().item(), measured.square().mean().sqrt().item()
+    if len(measured) < 2:
+        return Quality(mean, None, norm, None)
+    snr = None if gradient is None else _snr(measured, gradient)
+    return Quality(mean, measured.std().item(), norm, snr)
+
+
+def _snr(kappa: Tensor, gradient: Tensor) -> float | None:
+    """‖Σκτ‖² = Σκ²‖τ‖² + what different directions share, whose mean is ‖∇‖² a pair; ‖τ‖² is about D."""
+    count = len(kappa)
+    alone = kappa.square().sum().item() * len(gradient)
     shared = (count**2 * gradient.square().sum().item() - alone) / (count * (count - 1))
     error = max(alone / count - shared, 0.0) / count
-    snr = max(shared, 0.0) / error if error else None
-    return Quality(measured.mean().item(), measured.std().item(), norm, snr)
+    return max(shared, 0.0) / error if error else None

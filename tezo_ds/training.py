@@ -98,6 +98,8 @@ def train(
                 for report in _steps(engine, plan, examples, share, session.pad_id):
                     if folder is not None:
                         folder.log_step(report)
+                    if not report.step and engine.radius is not None:
+                        display.note(str(engine.radius))
                     display.step(report)
                     done = report.step + 1
                     logged = done, _ended(engine)

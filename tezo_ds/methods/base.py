@@ -29,10 +29,12 @@ class Method(ABC):
         finished: a of each period before this one, (D,), where a method has periods of coefficients.
         factors: of the low-rank family of its directions; None if they are dense.
         writes: whether a step may write weights.
+        in_tau: whether its directions are τ of all coefficients, and not of those of vectors alone.
     """
 
     factors: Factors | None = None
     writes = False
+    in_tau = True
 
     def __init__(self, space: CoefficientSpace) -> None:
         self.space = space
@@ -73,7 +75,9 @@ class Method(ABC):
         self.coefficients.zero_()
 
     def offsets(self, ask: Ask) -> Tensor:
-        """±ρτ of each branch: float64 (branches, D)."""
+        """±ρτ of each branch: float64 (branches, D); zeros if no τ counts."""
+        if not self.in_tau and not self.space.vectors:
+            return torch.zeros(len(ask), self.space.numel, dtype=torch.float64)
         return ask.matrix() @ self.space.taus(ask.step, ask.directions).double()
 
     def move_vectors(self, change: Tensor, lr: float) -> None:

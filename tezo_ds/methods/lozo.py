@@ -82,6 +82,7 @@ class Lozo(Method):
 
     factors: LozoFactors
     writes = True
+    in_tau = False
 
     def __init__(
         self,

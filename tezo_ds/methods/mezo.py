@@ -61,6 +61,7 @@ class Mezo(Method):
     """
 
     writes = True
+    in_tau = False
 
     def __init__(
         self, space: CoefficientSpace, descent: Callable[[Tensor], Descent], storing: Storing

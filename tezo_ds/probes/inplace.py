@@ -57,6 +57,17 @@ class InplaceProbe:
                 move_to(0)
             yield
 
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Within it, weights are restored from copies whatever `copies` says; those are let go after."""
+        kept, self.copies = self.copies, True
+        try:
+            yield
+        finally:
+            self.copies = kept
+            if not kept:
+                self._originals.clear()
+
     def retrace(self, branches: Branches) -> None:
         """Goes through the branches as `measure` does, without forwards: without `copies` that leaves
         the same rounding errors in the weights, with them nothing."""
