@@ -52,7 +52,12 @@ class Benchmark:
         self._args, self._results, self._console = args, results, console
         a = args
         self.settings = Settings(
-            a.budget, a.batch_size, a.train_examples, a.valid_examples, a.test_examples
+            a.budget,
+            a.batch_size,
+            a.train_examples,
+            a.valid_examples,
+            a.test_examples,
+            dtype=a.dtype,
         )
         self.ways = {
             "training": [Way(f"Q = {q}", q) for q in a.queries],
@@ -65,18 +70,25 @@ class Benchmark:
 
     @functools.cached_property
     def model(self) -> PreTrainedModel:
+        """In float32."""
+        return self._load("float32")
+
+    def _load(self, dtype: str) -> PreTrainedModel:
         folder = str(ROOT / self._args.model)  # the path itself where it is absolute
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype)
+        )
         return model
 
     def trainer(self, settings: Settings) -> Curves:
-        """On the benchmark's model and data."""
+        """On the benchmark's model, in a dtype, and data."""
+        model = self.model if settings.dtype == "float32" else self._load(settings.dtype)
         importlib.import_module("tezo_ds.philox_cpu")  # compiles: not within a step's pace
         splits = load_splits(
             TASK, self._args.cache, self._args.valid_examples, self._args.test_examples
         )
         tokenizer = AutoTokenizer.from_pretrained(str(ROOT / self._args.model))
-        made = Curves(self.model, tokenizer, splits, settings, Weights(self.model))
+        made = Curves(model, tokenizer, splits, settings, Weights(model))
         made.ways = {way.name: way for ways in self.ways.values() for way in ways}
         return made
 
@@ -267,6 +279,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--seeds", type=int, default=1)
     add("--rates", type=int, default=3, help="learning rates to try")
     add("--batch-size", type=int, default=4)
+    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of training")
     add("--train-examples", type=int, default=800)
     add("--valid-examples", type=int, default=100)
     add("--test-examples", type=int, default=200)

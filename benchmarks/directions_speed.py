@@ -69,7 +69,7 @@ def _plain(
     engine: tezo_ds.Engine, batch: dict[str, torch.Tensor], queries: int
 ) -> Callable[[], object]:
     c = engine.config
-    ask = Ask.of(0, range(queries), c.rho, c.difference == "central")
+    ask = Ask.of(0, range(queries), 1.0, c.difference == "central")  # only their number counts
     parts = [len(part) for part in ask.parts(c.branch_chunk)]
     return lambda: [engine.objective(batch, branches) for branches in parts]
 

@@ -7,7 +7,7 @@ and the full budget, judged on validation examples; the best of them then trains
 seeds (of directions, data order and training subset) and is judged on the test examples. Beside them:
 no training, and AdamW on LoRA adapters by backpropagation, tuned alike.
 
-    python benchmarks/methods.py                 all; some 95 minutes on two cores, alone on the machine
+    python benchmarks/methods.py                 all; some two hours on two cores, alone on the machine
     python benchmarks/methods.py --seeds 5       goes on from there: no finished run is repeated
     python benchmarks/methods.py --report        only writes docs/methods.md and docs/methods.png
 
@@ -74,7 +74,7 @@ class Benchmark:
         self._args, self._results, self._console = args, results, console
         self.settings = Settings(
             args.budget, args.batch_size, args.train_examples, args.valid_examples,
-            args.test_examples,
+            args.test_examples, rho=args.rho, dense_rho=args.dense_rho, dtype=args.dtype,
         )  # fmt: skip
 
     def key(self, task: str, method: str) -> Record:
@@ -190,7 +190,8 @@ class Benchmark:
         s = self.settings
         setting = (
             f"{s.budget:g} s of training, batches of {s.batch_size}, {s.queries} direction(s) a step, "
-            f"ρ {s.rho:g}, rank {s.rank} (LOZO 2), matrices {', '.join(s.include)}; "
+            f"{s.dtype}, ρ {s.rho:g} (MeZO {s.dense_rho:g}), rank {s.rank} (LOZO 2), matrices "
+            f"{', '.join(s.include)}; "
             f"{s.train_examples} training examples, {self._args.rates} learning rates tried on "
             f"{s.valid_examples} validation examples. MB: tensors alive at once in a step at most, model "
             "included."
@@ -209,10 +210,10 @@ def command(args: argparse.Namespace) -> str:
     parser = arguments()
     words = ["python benchmarks/methods.py"]
     for name in ("tasks", "methods", "budget", "seeds", "rates", "batch_size", "train_examples",
-                 "valid_examples", "test_examples"):  # fmt: skip
+                 "valid_examples", "test_examples", "rho", "dense_rho", "dtype"):  # fmt: skip
         value = getattr(args, name)
         if value != parser.get_default(name):
-            given = " ".join(value) if isinstance(value, list) else f"{value:g}"
+            given = " ".join(value) if isinstance(value, list) else str(value)
             words.append(f"--{name.replace('_', '-')} {given}")
     return " ".join(words)
 
@@ -224,13 +225,16 @@ def arguments() -> argparse.ArgumentParser:
     everything = [*FORWARD_ONLY, LORA]
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     add("--methods", nargs="+", choices=everything, default=everything)
-    add("--budget", type=float, default=36.0, help="seconds of training of each run")
+    add("--budget", type=float, default=60.0, help="seconds of training of each run")
     add("--seeds", type=int, default=3, choices=range(1, MOST_SEEDS + 1), metavar="N")
     add("--rates", type=int, default=3, help="learning rates to try, each with one run")
     add("--batch-size", type=int, default=8)
     add("--train-examples", type=int, default=800)
     add("--valid-examples", type=int, default=100)
     add("--test-examples", type=int, default=200)
+    add("--rho", type=float, default=1e-3)
+    add("--dense-rho", type=float, default=5e-3, help="ρ of MeZO")
+    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the weights")
     add("--model", default=".cache/quickstart/SmolLM2-135M-Instruct")
     add("--cache", type=Path, default=ROOT / ".cache/methods", help="of the data")
     add("--out", type=Path, default=ROOT / "runs/methods", help="folder of results.jsonl")
@@ -245,7 +249,7 @@ def trainers_of(args: argparse.Namespace, settings: Settings) -> dict[str, Train
     importlib.import_module("tezo_ds.philox_cpu")  # compiles: not within a run's budget
     folder = str(ROOT / args.model)  # the path itself where it is absolute
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, settings.dtype))
     splits: dict[str, Splits] = {
         task: load_splits(task, args.cache, args.valid_examples, args.test_examples)
         for task in args.tasks

@@ -39,8 +39,10 @@ class Settings:
 
     Attributes:
         budget: seconds of training, at the pace that each method has when nothing disturbs it.
+        rho, dense_rho: ρ of directions of low rank, and of MeZO's; that of `rho: auto`, about.
         include: glob patterns of the matrices that train.
         max_length: tokens; a longer prompt loses its beginning.
+        dtype: of the weights.
     """
 
     budget: float
@@ -51,8 +53,10 @@ class Settings:
     queries: int = 1
     rank: int = 16
     rho: float = 1e-3
+    dense_rho: float = 1e-3
     include: tuple[str, ...] = ("*v_proj*",)
     max_length: int = 64
+    dtype: str = "float32"
 
     def fields(self) -> dict[str, Any]:
         """As JSON has them."""
@@ -87,9 +91,11 @@ class Weights:
 
 
 def tezo_fields(method: str, lr: float, seed: int, settings: Settings) -> dict[str, Any]:
-    """The tezo block of a run; LOZO keeps its own rank of 2."""
+    """The tezo block of a run; LOZO keeps its own rank of 2, and MeZO its weights as they were, which
+    in 16 bits would drift if restored by subtraction."""
+    rho = settings.dense_rho if method.startswith("mezo") else settings.rho
     fields: dict[str, Any] = {
-        "method": method, "lr": lr, "seed": seed * SEEDS_APART, "rho": settings.rho,
+        "method": method, "lr": lr, "seed": seed * SEEDS_APART, "rho": rho, "restore": "copy",
         "queries": settings.queries, "include": settings.include, "check_every": 0,
     }  # fmt: skip
     return {**fields, "rank": settings.rank} if method.startswith("tezo") else fields
