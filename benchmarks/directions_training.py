@@ -149,7 +149,7 @@ class Curves(Trainer):
             return super()._engine(fields)
         engine = super()._engine({**fields, "queries": way.queries, "branch_chunk": CHUNK})
         if way.ranks > 1:
-            engine._measuring = RanksInTurn(engine, way.ranks)
+            engine.measuring = RanksInTurn(engine, way.ranks)
         return engine
 
 

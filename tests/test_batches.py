@@ -21,8 +21,8 @@ def sequence(n: int, batch_size: int, world_size: int, steps: int, seed: int = 0
 @pytest.mark.parametrize("n", [37, 16, 5])  # more than, as many as, fewer than a global batch
 def test_the_order_of_examples_does_not_depend_on_the_world(n: int) -> None:
     expected = sequence(n, batch_size=16, world_size=1, steps=7)
-    assert sequence(n, batch_size=8, world_size=2, steps=7) == expected
-    assert sequence(n, batch_size=4, world_size=4, steps=7) == expected
+    for world_size in (2, 3, 4, 20):  # evenly, unevenly, and with nothing for some
+        assert sequence(n, batch_size=16, world_size=world_size, steps=7) == expected
     for start in range(0, len(expected) - n + 1, n):  # each epoch has each example once
         assert sorted(expected[start : start + n]) == list(range(n))
 
@@ -32,7 +32,7 @@ def test_order_is_shuffled_seeded_and_the_same_for_ever() -> None:
     assert first[:10] != first[10:]
     assert first != sequence(10, batch_size=10, world_size=1, steps=2, seed=1)
     assert first == GOLDEN_ORDER
-    assert batch_indices(10, 4, step=3, seed=0, rank=1, world_size=2) == sequence(10, 4, 2, 4)[-4:]
+    assert batch_indices(10, 7, step=3, seed=0, rank=1, world_size=2) == sequence(10, 7, 1, 4)[-4:]
 
 
 GOLDEN_ORDER = [5, 0, 7, 9, 4, 1, 2, 8, 6, 3, 3, 8, 4, 2, 0, 6, 7, 9, 5, 1]

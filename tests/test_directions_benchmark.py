@@ -123,7 +123,7 @@ def test_ranks_in_turn_find_what_each_would(ranks: int) -> None:
     """As `world_directions.each_rank_measures_on_its_own_data` has it of real ranks."""
     queries, batch = 2, make_batch(7, seed=1)
     engine = at_some_coefficients(queries=queries, lr=1e-3)
-    engine._measuring = RanksInTurn(engine, ranks)
+    engine.measuring = RanksInTurn(engine, ranks)
     for step in range(3):
         alone = at_some_coefficients(queries=queries * ranks)
         alone.method.coefficients.copy_(engine.method.coefficients)

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 
 import tezo_ds
 from tezo_ds import merged
+from tezo_ds.errors import StorageError
 from tezo_ds.export import save_adapter
 from tezo_ds.merged import save_merged
 
@@ -183,10 +184,10 @@ def test_an_interrupted_export_leaves_nothing(
 ) -> None:
     for error in (KeyboardInterrupt(), OSError(28, "No space left on device")):
         monkeypatch.setattr(merged, "save_file", broken_at(2, error))
-        with pytest.raises((KeyboardInterrupt, tezo_ds.ConfigError)) as stopped:
+        with pytest.raises((KeyboardInterrupt, StorageError)) as stopped:
             save_merged(trained(tiny()), tmp_path / "merged")
         if isinstance(error, OSError):
-            expected = f"{tmp_path / 'merged'}: cannot be written (No space left on device)"
+            expected = f"{tmp_path / 'merged'}: cannot be written (No space left on device); make room"
             assert str(stopped.value) == expected
         assert not list(tmp_path.iterdir())
 
@@ -227,7 +228,7 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     for taken in (tmp_path, tmp_path / "file"):
         with pytest.raises(tezo_ds.ConfigError, match="is not an empty folder"):
             save_merged(trained(tiny()), taken)
-    with pytest.raises(tezo_ds.ConfigError, match="cannot be written"):
+    with pytest.raises(StorageError, match="cannot be written"):
         save_merged(trained(tiny()), tmp_path / "file" / "merged")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

@@ -14,17 +14,15 @@ from safetensors.torch import load_file
 
 from tezo_ds import training
 from tezo_ds.engine import StepReport
-from tezo_ds.errors import ConfigError
 from tezo_ds.lowrank import FixedFactors
-from tezo_ds.results import steps_to_replay
-from tezo_ds.runfolder import ADAPTER, COEFFICIENTS, METRICS, MODEL, SUMMARY, RunFolder
+from tezo_ds.runfolder import ADAPTER, COEFFICIENTS, JOURNAL, MODEL, SUMMARY, RunFolder
 
 pytest_plugins = ("cli_fixtures",)
 
 MEZO: dict[str, Any] = {"method": "mezo", "rank": None, "lr": 2e-4, "dtype": "bfloat16"}
 LOZO: dict[str, Any] = {"method": "lozo", "rank": 2, "nu": 2, "lr": 2e-4}
 ADAM: dict[str, Any] = {"method": "tezo-adam", "lr": 2e-3}
-SAID = "replaying {} steps of metrics.jsonl from the base model\n"
+SAID = "replaying {} steps of journal.jsonl\n"
 
 Captured = pytest.CaptureFixture[str]
 
@@ -99,19 +97,19 @@ def test_a_run_that_was_stopped_is_replayed(
 ) -> None:  # fmt: skip
     whole = trained(given, tmp_path / "whole", steps=3, save_model=False, **options)
     assert not (whole.path / MODEL).exists()
-    assert "in metrics.jsonl, which evaluate and export replay" in capfd.readouterr().out
+    assert "in journal.jsonl, which evaluate and export replay" in capfd.readouterr().out
     log_step = RunFolder.log_step
 
-    def log_and_stop(folder: RunFolder, report: StepReport) -> None:
-        log_step(folder, report)
+    def log_and_stop(folder: RunFolder, report: StepReport, *more: Any) -> None:
+        log_step(folder, report, *more)
         if report.step == 2:
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "log_step", log_and_stop)
         assert call(*given.train(tmp_path / "run", **options)) == 130
-    said = "evaluate and export replay the steps so far from metrics.jsonl in the run folder"
-    assert capfd.readouterr().err.endswith(f"tezo-ds: stopped by SIGINT; {said}\n")
+    said = "evaluate and export replay the steps so far from journal.jsonl in the run folder"
+    assert f"tezo-ds: stopped by SIGINT; {said}, and the same command" in capfd.readouterr().err
     run = Run(tmp_path / "run")
     assert run.summary["status"] == "interrupted" and run.summary["steps"] == 3
     assert not (run.path / MODEL).exists()
@@ -132,29 +130,23 @@ def test_a_killed_run_of_coefficients_is_replayed(
 
 def test_torn_lines_and_holes(given: Given, lozo: Run, tmp_path: Path, capfd: Captured) -> None:
     path = copy_of(lozo, tmp_path / "run")
-    lines = (path / METRICS).read_text().splitlines(keepends=True)
-    steps = [number for number, line in enumerate(lines) if '"kappa"' in line]
+    first, *lines = (path / JOURNAL).read_text().splitlines(keepends=True)
 
     def write(*kept: str) -> None:
-        (path / METRICS).write_text("".join(kept))
+        (path / JOURNAL).write_text("".join([first, *kept]))
 
-    last = steps[-1]
-    write(*lines[:last], lines[last][:-9])
-    refused(path, capfd, f"{METRICS}: step 5 is missing", "and the run had 6")
+    write(*lines[:5], lines[5][:-9])
+    refused(path, capfd, f"{JOURNAL}: has 5 whole steps, and the run had 6")
     (path / SUMMARY).unlink()  # killed while it wrote that line
     five = trained(given, tmp_path / "five", **LOZO, steps=5, save_model=False)
     expected = five.summary["test_loss_after"], SAID.format(5)
     assert evaluated(path, capfd) == expected
-    write(*lines[: steps[2]], *lines[steps[3] :])
-    refused(path, capfd, "step 2 is missing", "the line after it is of 3", "from a copy")
-    write(*lines[: steps[2]], lines[steps[2]][:-9] + "\n", *lines[steps[3] :])
-    refused(path, capfd, f"line {steps[2] + 1} is no JSON")
-    write(*lines[: steps[2]], lines[steps[2]].replace('"kappa"', '"slope"'))
-    refused(path, capfd, "step 2 has no kappa, lr or rho")
-    (path / METRICS).unlink()
-    refused(path, capfd, f"{COEFFICIENTS} does not exist; has the run ended?")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        steps_to_replay(path)
+    write(*lines[:2], *lines[3:])
+    refused(path, capfd, "line 4 is damaged", "from a copy")
+    write(*lines[:2], lines[2].replace('"lr":0', '"lr":1'), *lines[3:])
+    refused(path, capfd, "line 4 is damaged (does not have its checksum)")
+    (path / JOURNAL).unlink()
+    refused(path, capfd, f"{COEFFICIENTS} does not exist, and no {JOURNAL} either")
 
 
 def test_a_signal_within_a_refresh(
@@ -166,7 +158,7 @@ def test_a_signal_within_a_refresh(
     advance = FixedFactors.advance
 
     def advance_stopped(factors: FixedFactors) -> None:
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
         advance(factors)
 
     monkeypatch.setattr(FixedFactors, "advance", advance_stopped)
@@ -175,7 +167,7 @@ def test_a_signal_within_a_refresh(
     assert len(found.steps) == 3
     assert all(bool((part == whole[name]).all()) for name, part in found.coefficients.items())
     monkeypatch.setattr(training, "_ended", lambda engine: 0)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     assert call(*given.train(tmp_path / "unhandled", refresh_every=2)) == 130
     for a in Run(tmp_path / "unhandled").coefficients.values():
         assert bool((a[0] == a[1]).all() and a.any())
@@ -234,7 +226,7 @@ def test_a_run_that_fails_can_be_replayed_up_to_there(
 ) -> None:
     options = {**LOZO, "lr": 1e30, "probe": "inplace"}
     assert call(*given.train(tmp_path / "run", **options)) == 2
-    said = "failed; evaluate and export replay the steps so far from metrics.jsonl"
+    said = "failed; evaluate and export replay the steps so far from journal.jsonl"
     assert said in capfd.readouterr().out
     assert {path.name for path in (tmp_path / "run").iterdir()}.isdisjoint({MODEL, COEFFICIENTS})
     assert evaluated(tmp_path / "run", capfd)[1] == SAID.format(1)

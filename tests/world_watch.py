@@ -26,7 +26,7 @@ from tezo_ds.sharding import Sharding, ShardView
 
 EVERY = 3
 HPZ = {"zero_hpz_partition_size": 2}
-STEP_BYTES = 16 * 2 * FIELDS["queries"]
+STEP_BYTES = 16 * 2 * FIELDS["queries"] + 8
 Spoil = Callable[[tezo_ds.Engine], None]
 
 

@@ -1,5 +1,7 @@
 """Worlds of gloo ranks that stay up for many cases, as importing and joining costs 10 s a process.
 
+Ranks are forked from one process that has imported and compiled everything.
+
 A case is a function of a `World`, decorated with `@case(worlds=(2, 3))`; every rank runs it and any
 rank's exception fails it. `python tests/worlds.py SIZE FOLDER` starts the ranks of one size, runs all
 their cases in order and leaves one JSON line a case and rank.
@@ -34,6 +36,7 @@ MODULES = (
     "world_ranks",
     "world_radius",
     "world_watch",
+    "world_stop",
     "world_traffic",
     "world_merged",
 )
@@ -114,8 +117,6 @@ def _rank_main(rank: int, size: int, folder: str, port: int) -> None:
 
     import torch
 
-    torch.set_num_threads(1)
-    import tezo_ds.philox_cpu  # noqa: F401  # compiled once, draws of any size are 20 times as fast
     from tezo_ds.sharding import zero3
 
     zero3.init_distributed(timeout=timedelta(seconds=60))
@@ -136,13 +137,18 @@ def _rank_main(rank: int, size: int, folder: str, port: int) -> None:
 def main() -> None:
     import socket
 
+    import torch
     import torch.multiprocessing as mp
+
+    torch.set_num_threads(1)  # also because a fork takes no other threads along
+    load_cases()
+    import tezo_ds.philox_cpu  # noqa: F401  # compiled once, draws of any size are 20 times as fast
 
     size, folder = int(sys.argv[1]), sys.argv[2]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(_rank_main, (size, folder, port), nprocs=size, start_method="spawn")
+    mp.start_processes(_rank_main, (size, folder, port), nprocs=size, start_method="fork")
 
 
 if __name__ == "__main__":

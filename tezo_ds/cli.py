@@ -37,6 +37,7 @@ from tezo_ds.flags import (
     refuse_idle,
     settings_from,
 )
+from tezo_ds.replay_command import REPLAY_HELP, replay
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -99,6 +100,26 @@ def train(
     log_every: Annotated[
         int, typer.Option(min=1, help="steps between lines where stdout is no terminal")
     ] = 10,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="seconds that a step's collectives wait for the slowest rank, before the run ends and "
+            "names it (1800)",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--no-resume",
+            help="go on with the run that --output holds, on any number of ranks; by default where there "
+            "is one of the same configuration",
+        ),
+    ] = None,
+    snapshot_every: Annotated[
+        int, typer.Option(min=0, help="steps between snapshots to go on from; 0: none")
+    ] = 500,
+    snapshots: Annotated[int, typer.Option(min=1, help="snapshots that are kept")] = 2,
     save_model: Annotated[
         bool | None,
         typer.Option(
@@ -165,10 +186,9 @@ def train(
     """See TRAIN_HELP."""
     given = dict(locals())
     # Imported late, as transformers and DeepSpeed take seconds that --help need not wait for.
-    from tezo_ds import export, launchers, session, training
+    from tezo_ds import export, launchers, loading, resuming, session, training
     from tezo_ds.display import Display, quieten
     from tezo_ds.methods import in_coefficients
-    from tezo_ds.runfolder import CONFIG, MODEL, RunFolder, refuse_used
     from tezo_ds.tasks import encode, truncations
 
     if output is None:
@@ -176,40 +196,48 @@ def train(
     launched = launchers.launched()
     settings = settings_from(given, launched.settings)
     refuse_idle(settings.fsdp, settings.model_dump())
-    refuse_used(output)
-    training.per_rank(batch_size, int(os.environ.get("WORLD_SIZE", "1")))
     overrides = {name: given[name] for name in TezoConfig.model_fields}
+    timeout = timeout or loading.TIMEOUT
+    source = deepspeed or launched.deepspeed
     config, deepspeed_config = session.resolve_config(
-        deepspeed or launched.deepspeed, overrides, {"total_steps": steps}, settings.fsdp
+        source, overrides, {"total_steps": steps}, settings.fsdp, timeout
     )
     quieten()
-    opened = session.open_session(settings, config, deepspeed_config, batch_size=batch_size)
-    sharding = opened.engine.sharding
-    display = Display(sharding.rank, sharding.world_size, log_every)
-    display.summary(opened.engine)
-    if save_model is None:
-        save_model = not in_coefficients(config)
-    if save_model and sharding.quantised:
-        raise ConfigError(
-            f"--save-model: weights are quantised ({sharding.quantised}); turn it off, or add "
-            "--no-save-model"
+    about = {"steps": steps, "batch_size": batch_size, "deepspeed": deepspeed_config}
+    asked = {**session.describe(settings, config), **about}
+    with resuming.begun(output, resume, asked) as (folder, found):
+        if found.finished and found.done >= steps:
+            if int(os.environ.get("RANK", "0")) == 0:
+                print(f"{output} is finished after {found.done} steps; there is nothing to do")
+            return
+        opened = session.open_session(
+            settings, config, deepspeed_config, found.ranks, batch_size=batch_size
         )
-    if in_coefficients(config) and (reason := export.no_adapter_because(opened.engine)):
-        display.note(f"no adapter will be written: {reason}")
-    examples = encode(opened.tokenizer, opened.task.train, settings.max_length)
-    display.data(opened.task, truncations(examples), settings.max_length)
-    folder = None
-    if sharding.rank == 0:
-        folder = RunFolder(output)
-        about = {"steps": steps, "batch_size": batch_size, "deepspeed": deepspeed_config}
-        folder.write_json(CONFIG, session.describe_run(opened, about))
-    plan = training.Plan(steps, batch_size, eval_every, output / MODEL if save_model else None)
-    summary = training.train(opened, plan, examples, folder, display)
-    display.end(summary, output)
+        sharding = opened.engine.sharding
+        display = Display(sharding.rank, sharding.world_size, log_every)
+        display.summary(opened.engine)
+        if save_model is None:
+            save_model = not in_coefficients(config)
+        if save_model and sharding.quantised:
+            raise ConfigError(
+                f"--save-model: weights are quantised ({sharding.quantised}); turn it off, or add "
+                "--no-save-model"
+            )
+        if in_coefficients(config) and (reason := export.no_adapter_because(opened.engine)):
+            display.note(f"no adapter will be written: {reason}")
+        examples = encode(opened.tokenizer, opened.task.train, settings.max_length)
+        display.data(opened.task, truncations(examples), settings.max_length)
+        resuming.go_on(opened, examples, folder, found, about, display)
+        plan = training.Plan(
+            steps, batch_size, eval_every, snapshot_every, snapshots, output, timeout, save_model
+        )
+        summary = training.train(opened, plan, examples, folder, display, found.scores)
+        display.end(summary, output)
 
 
 app.command(help=EVALUATE_HELP)(evaluate)
 app.command(help=EXPORT_HELP)(export)
+app.command(help=REPLAY_HELP)(replay)
 
 
 def main() -> None:
@@ -221,7 +249,7 @@ def main() -> None:
     try:
         app()
     except TezoError as error:
-        if speaks:
+        if speaks if error.speaks is None else error.speaks:
             print(f"tezo-ds: error: {error}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as signalled:

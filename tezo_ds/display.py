@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from tezo_ds.engine import Engine, StepReport
 from tezo_ds.methods import in_coefficients
 from tezo_ds.probes import InplaceProbe
-from tezo_ds.runfolder import COEFFICIENTS, METRICS
+from tezo_ds.runfolder import COEFFICIENTS, JOURNAL
 from tezo_ds.tasks import TaskData
 from tezo_ds.tasks.evaluation import Score
 
@@ -105,7 +105,7 @@ class Display:
         if "adapter" in summary:
             table.add_row("no adapter", summary["adapter"])
         if "merged_model" not in summary and not (folder / COEFFICIENTS).exists():
-            table.add_row("result", f"in {METRICS}, which evaluate and export replay")
+            table.add_row("result", f"in {JOURNAL}, which evaluate and export replay")
         self.console.print(table)
         if "merged_model" in summary:
             self.note(f"  model              {folder / summary['merged_model']}")

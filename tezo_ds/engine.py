@@ -40,13 +40,14 @@ class StepReport:
     Attributes:
         step: counted from 0.
         loss: mean over branches of the loss over all ranks.
-        kappa: slope along each direction, in loss per unit of ρ.
+        kappa: slope along each direction as it was measured, in loss per unit of ρ.
         rho: ρ of the step.
         lr: learning rate of the step.
         seconds: wall-clock of the step on this rank.
         tokens: of this rank's batch (its attention mask's sum), counted once whatever the branches.
         dropped: directions that failed, as a loss of theirs was not finite; their κ is NaN.
         quality: what the slopes say of the gradient.
+        stopping: a rank had been asked to stop (`Engine.ask_to_stop`); the same on every rank.
     """
 
     step: int
@@ -58,6 +59,7 @@ class StepReport:
     tokens: int
     dropped: int
     quality: Quality
+    stopping: bool = False
 
 
 @contextmanager
@@ -91,8 +93,8 @@ class Engine:
         self.objective = Objective(sharding, loss_fn)
         self.step_index = 0
         self.objective.micro_batch = config.micro_batch
-        self._measuring = Measuring(config, sharding, self.method, self.probe, self.objective)
-        self._clip = Clip(config.clip_kappa)
+        self.measuring = Measuring(config, sharding, self.method, self.probe, self.objective)
+        self.clip = Clip(config.clip_kappa)
         self._watch = Watch(sharding, self.space)
         if sharding.filled_apart:
             self._watch.check(self.method.state, 0, weights=True)
@@ -118,25 +120,31 @@ class Engine:
             self.check()
         step, lr = self.step_index, self.config.lr_at(self.step_index)
         self._write(self.method.begin(step))
-        measuring = self._measuring
+        measuring = self.measuring
         if math.isnan(measuring.rho):
             measuring.choose_rho(batch, step)
         losses = measuring.losses(batch, step)  # (groups, branches)
         found = measuring.kappas(losses)
         measuring.check(losses, found, step)
-        kappa = self._clip(found)
+        kappa = self.clip(found)
         gradient = self._finish(step, kappa, lr, measuring.own(step))
         finite = losses[losses.isfinite()]
         return StepReport(
-            step, finite.mean().item() if len(finite) else math.nan, tuple(kappa.tolist()),
+            step, finite.mean().item() if len(finite) else math.nan, tuple(found.tolist()),
             measuring.rho, lr, time.perf_counter() - start, _tokens(batch), int(found.isnan().sum()),
-            quality(kappa, gradient if self.method.in_tau else None),
+            quality(kappa, gradient if self.method.in_tau else None), measuring.stopping,
         )  # fmt: skip
+
+    def ask_to_stop(self) -> None:
+        """Has the reports of all ranks say `stopping` from their next step on, all from the same one:
+        the request travels with that step's losses. May be called on any rank, from a signal
+        handler too."""
+        self.measuring.asked = True
 
     @property
     def radius(self) -> Radius | None:
         """How `rho: auto` chose; None before the first step, and where ρ was given."""
-        return self._measuring.radius
+        return self.measuring.radius
 
     def _finish(self, step: int, kappa: Tensor, lr: float, own: range) -> Tensor:
         """The update from κ, (Q,) with NaN for what failed; gives g = Σκτ/Q, (D,).
@@ -176,13 +184,14 @@ class Engine:
         """
         if step != self.step_index:
             raise ConfigError(f"step {step} cannot be replayed after {self.step_index} steps")
-        self._measuring.rho = rho
+        self.measuring.rho = rho
         self._write(self.method.begin(step))
         measured = torch.tensor([math.nan if k is None else k for k in kappa], dtype=torch.float64)
         if isinstance(self.probe, InplaceProbe):
-            for ask in self._measuring.asks(step, range(len(kappa)), self.config.branch_chunk):
+            for ask in self.measuring.asks(step, range(len(kappa)), self.config.branch_chunk):
                 self.probe.retrace(self.method.branches(ask))
-        self._finish(step, measured, lr, range(len(kappa)))
+        self.measuring.count(measured)
+        self._finish(step, self.clip(measured), lr, range(len(kappa)))
 
     def _write(self, write: Write | None) -> None:
         """To every shard, what a method wants written."""
@@ -192,7 +201,7 @@ class Engine:
     @_without_grad()
     def loss(self, batch: Mapping[str, Any]) -> float:
         """Unperturbed mean loss of a batch over all ranks at the current coefficients."""
-        return self._measuring.loss(batch, self.step_index)
+        return self.measuring.loss(batch, self.step_index)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -216,18 +225,36 @@ class Engine:
             ShardingError: there are ended periods, and weights that cannot be written.
         """
         *ended, current = as_rows(self.space, coefficients)
-        if ended:
+        self.go_to_period(len(ended), ended, written=False)
+        self.method.coefficients.copy_(current)
+
+    @_without_grad()
+    def go_to_period(self, period: int, finished: Sequence[Tensor], written: bool) -> None:
+        """Takes an engine that is as `initialize` leaves it to a later period of its run.
+
+        Args:
+            period: how many came before it.
+            finished: coefficients of each, (D,), where a method has them.
+            written: the shards hold already what these wrote; otherwise it is written now.
+
+        Raises:
+            ConfigError: the engine is not new, or its method has no such periods.
+            ShardingError: weights would be written, and cannot be.
+        """
+        if finished and not written:
             self._refuse_quantised("coefficients of several periods")
-        if isinstance(self.method, Tezo) and not self.method.finished:
-            for row in ended:
-                self.method.coefficients.copy_(row)
-                self._write(self.method.refresh())
-        elif ended or isinstance(self.method, Tezo):
+        if self.method.period or (finished and not isinstance(self.method, Tezo)):
             raise ConfigError(
                 "coefficients of this run cannot be loaded here: they are for an engine that is as "
                 f"initialize leaves it, of method tezo (got {self.config.method})"
             )
-        self.method.coefficients.copy_(current)
+        for row in finished:
+            assert isinstance(self.method, Tezo)
+            self.method.coefficients.copy_(row)
+            write = self.method.refresh()
+            self._write(None if written else write)
+        while self.method.factors is not None and self.method.period < period:
+            self.method.factors.advance()
 
     def check(self) -> None:
         """Compares over all ranks what must be equal on them: coefficients, and the weights that

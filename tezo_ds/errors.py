@@ -2,7 +2,13 @@
 
 
 class TezoError(ValueError):
-    """Base of every error that the command line prints as one line."""
+    """Base of every error that the command line prints as one line.
+
+    Attributes:
+        speaks: whether this rank prints it; None: as the first of its node, as others meet it as well.
+    """
+
+    speaks: bool | None = None
 
 
 class ConfigError(TezoError):
@@ -19,3 +25,7 @@ class ProbeError(TezoError):
 
 class ShardingError(TezoError):
     """The weights are sharded in a way that the request cannot be served, or replicas differ."""
+
+
+class StorageError(TezoError):
+    """What a run keeps on disk is damaged, is another run's, or cannot be written."""

@@ -76,7 +76,7 @@ def evaluate(
 
     from tezo_ds import launchers, results, session
     from tezo_ds.display import Display, quieten
-    from tezo_ds.runfolder import to_json
+    from tezo_ds.journal import to_json
 
     launched = launchers.launched()
     deepspeed = deepspeed or launched.deepspeed

@@ -16,6 +16,7 @@ from tezo_ds.config import TezoConfig
 from tezo_ds.engine import Engine
 from tezo_ds.errors import ConfigError
 from tezo_ds.lowrank import FixedFactors
+from tezo_ds.merged import writing
 from tezo_ds.methods import in_coefficients
 from tezo_ds.objective import is_masked_lm
 from tezo_ds.probes.sites import kind_of, uncovered, users
@@ -132,7 +133,7 @@ def lora_config(engine: Engine, base_model: str) -> dict[str, Any]:
     }
 
 
-def save_adapter(engine: Engine, folder: Path, base_model: str) -> None:
+def save_adapter(engine: Engine, folder: Path, base_model: str, card: str = "") -> None:
     """Writes a folder that `peft.PeftModel.from_pretrained` loads. For one rank; replaces the folder
     whole or not at all.
 
@@ -140,28 +141,38 @@ def save_adapter(engine: Engine, folder: Path, base_model: str) -> None:
         engine: after training.
         folder: to write.
         base_model: name or path of the model that the adapter is for.
+        card: for its README.md.
 
     Raises:
         ConfigError: see `lora_tensors`.
+        StorageError: it cannot be written.
     """
     tensors, config = lora_tensors(engine), lora_config(engine, base_model)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    partial.mkdir(parents=True)
     try:
-        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
+        with writing(folder):
+            partial.mkdir(parents=True)
+            save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+            (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+            if card:
+                (partial / "README.md").write_text(card)
+            if folder.exists():
+                shutil.rmtree(folder)
+            partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def save_coefficients(coefficients: dict[str, Tensor], path: Path) -> None:
-    """Writes what `Engine.coefficients` gives as safetensors, in float64, by way of a temporary name."""
+    """Writes what `Engine.coefficients` gives as safetensors, in float64, by way of a temporary name.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file({k: v.to(torch.float64) for k, v in coefficients.items()}, partial)
-        partial.replace(path)
+        with writing(path):
+            save_file({k: v.to(torch.float64) for k, v in coefficients.items()}, partial)
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -55,10 +55,13 @@ def export(
 ) -> None:
     """See EXPORT_HELP."""
     from tezo_ds import launchers, session
+    from tezo_ds.card import model_card
     from tezo_ds.display import Display, quieten
     from tezo_ds.export import no_adapter_because, not_low_rank
+    from tezo_ds.journal import read_journal
     from tezo_ds.merged import refuse_filled
     from tezo_ds.results import read_result
+    from tezo_ds.runfolder import JOURNAL
 
     if run is None:
         raise ConfigError("--run is missing; name the folder of a run, e.g. runs/first")
@@ -74,6 +77,7 @@ def export(
     if adapter is not None and (reason := not_low_rank(config)):
         raise ConfigError(reason)
     base_model, result = settings.model, read_result(run, config)
+    steps = len(read_journal(run / JOURNAL).steps)
     settings.model = str(result.model or base_model)
     launched = launchers.launched()
     if fsdp is None:
@@ -91,24 +95,29 @@ def export(
     if adapter is not None:
         if reason := no_adapter_because(engine):
             raise ConfigError(reason)
-        _export_adapter(engine, adapter, base_model, display)
+        card = model_card(run, steps, adapter=True)
+        _export_adapter(engine, adapter, base_model, card, display)
     if merged is not None:
-        _export_merged(engine, merged, base_model, dtype, display)
+        card = model_card(run, steps, adapter=False)
+        export_merged(engine, merged, base_model, dtype, card, display)
 
 
-def _export_adapter(engine: Engine, folder: Path, base_model: str, display: Display) -> None:
+def _export_adapter(
+    engine: Engine, folder: Path, base_model: str, card: str, display: Display
+) -> None:
     from tezo_ds.export import save_adapter
     from tezo_ds.merged import writing
 
     if engine.sharding.rank == 0:
         with writing(folder):
-            save_adapter(engine, folder, base_model)
+            save_adapter(engine, folder, base_model, card)
     display.note(f"adapter       {folder}")
 
 
-def _export_merged(
-    engine: Engine, folder: Path, base_model: str, dtype: str | None, display: Display
+def export_merged(
+    engine: Engine, folder: Path, base_model: str, dtype: str | None, card: str, display: Display
 ) -> None:
+    """Writes a merged model and says so; all ranks call it."""
     import torch
 
     from tezo_ds.interrupts import Interrupted, turned_into_exceptions
@@ -119,7 +128,7 @@ def _export_merged(
     written = None if dtype is None else getattr(torch, dtype)
     try:
         with turned_into_exceptions(), display.evaluation(f"writing {folder}") as progress:
-            save_merged(engine, folder, tokenizer, written, progress)
+            save_merged(engine, folder, tokenizer, written, progress, card)
     except Interrupted as signalled:
         signalled.left = f"nothing is left in {folder}"
         raise

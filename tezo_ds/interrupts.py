@@ -18,24 +18,36 @@ class Interrupted(BaseException):
         left: what there is of the work, for the command line to say.
     """
 
-    left = "results so far are in the run folder"
+    left = "results so far are in the run folder, and the same command goes on from there"
 
 
 @contextmanager
 def turned_into_exceptions(
     halfway: Callable[[], bool] = lambda: False,
+    on_term: Callable[[], None] | None = None,
 ) -> Iterator[Callable[[], None]]:
     """Turns the first SIGINT or SIGTERM into `Interrupted` and ignores all further ones: launchers
     and terminals send several, and what is written after the first must be written whole.
 
     Args:
         halfway: true where an exception would leave something half done.
+        on_term: called once at SIGTERM, in place of an exception, for work that ends by itself at a
+            good place; a SIGINT may still come after it.
 
     Yields:
         What to call when no longer halfway: it raises for a signal that came meanwhile.
     """
     before: dict[signal.Signals, Any] = {}
     waiting: list[Interrupted] = []
+    terminated = False
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        nonlocal terminated
+        if on_term is None:
+            interrupt(number, frame)
+        elif not terminated:
+            terminated = True
+            on_term()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if waiting:
@@ -48,13 +60,13 @@ def turned_into_exceptions(
         if waiting:
             raise waiting[0]
 
-    for name in SIGNALS:
-        before[name] = signal.signal(name, interrupt)
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
+    before[signal.SIGTERM] = signal.signal(signal.SIGTERM, terminate)
     try:
         yield raise_waiting
     finally:
         for name, handler in before.items():  # once stopped, deaf: it writes its results and ends
-            signal.signal(name, signal.SIG_IGN if waiting else handler)
+            signal.signal(name, signal.SIG_IGN if waiting or terminated else handler)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,19 +13,29 @@ import transformers
 from torch import nn
 
 from tezo_ds.errors import ConfigError
+from tezo_ds.rendezvous import of_restart
 
 if TYPE_CHECKING:  # what only some ways of sharding need is imported where it is used
     from tezo_ds.fsdp_loading import FsdpPlan
 
+TIMEOUT = 1800.0  # seconds that collectives wait for the slowest rank
+
 _zero_configs: list[Any] = []  # transformers partitions while it loads only as long as one is alive
 
 
-def join_world(deepspeed: bool, fsdp: bool = False) -> None:
-    """Joins the ranks that a launcher started; ZeRO-3 and FSDP2 need a world even if of one."""
+def join_world(deepspeed: bool, fsdp: bool = False, timeout: float = TIMEOUT) -> None:
+    """Joins the ranks that a launcher started; ZeRO-3 and FSDP2 need a world even if of one.
+
+    Args:
+        deepspeed, fsdp: what shards the weights.
+        timeout: seconds; collectives wait so long for the slowest rank, but `TIMEOUT` at least, as
+            ranks read a model at their own speed. `Liveness` shortens it for a training.
+    """
+    limit = timedelta(seconds=max(timeout, TIMEOUT))
     if deepspeed:
         from tezo_ds.sharding import zero3
 
-        zero3.init_distributed()
+        zero3.init_distributed(limit)
         return
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if dist.is_initialized() or not (several or fsdp):
@@ -32,7 +43,7 @@ def join_world(deepspeed: bool, fsdp: bool = False) -> None:
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
     if several:
-        dist.init_process_group()
+        dist.init_process_group(timeout=limit, **of_restart(limit))
     else:
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
 
@@ -100,11 +111,33 @@ def load_model(
     return model.to(local_device()) if fsdp is None else model
 
 
+def load_skeleton(name: str, dtype: str) -> nn.Module:
+    """A model without its weights: names, shapes and a dtype, on the meta device.
+
+    Raises:
+        ConfigError: no such model.
+    """
+    try:
+        config, loader = _kind(name)
+        with torch.device("meta"):
+            model: nn.Module = loader.from_config(config, dtype=getattr(torch, dtype))
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_loaded("model", name, error)) from None
+    return model
+
+
+def _kind(name: str) -> tuple[Any, Any]:
+    """A model's config, and the class of transformers that loads it."""
+    config = transformers.AutoConfig.from_pretrained(name)
+    masked = any(a.endswith("ForMaskedLM") for a in config.architectures or [])
+    return config, (
+        transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+    )
+
+
 def _from_pretrained(name: str, dtype: str, fsdp: FsdpPlan | None = None) -> nn.Module:
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        masked = any(a.endswith("ForMaskedLM") for a in config.architectures or [])
-        loader = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+        config, loader = _kind(name)
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
         if fsdp is None:
             model: nn.Module = loader.from_pretrained(name, dtype=wanted)

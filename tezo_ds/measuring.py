@@ -30,6 +30,9 @@ class Measuring:
         groups: ranks that measure directions of their own; 1: all measure the same ones.
         rho: ρ; NaN until it is chosen, where the config leaves that open.
         radius: that choice.
+        failed: steps in a row in which directions failed.
+        asked: whether this rank was asked to stop; told to the others with the next step's losses.
+        stopping: whether any rank had been, as of the last step's; the same on all ranks.
 
     Raises:
         ConfigError: ranks cannot have directions of their own; a schedule lacks a number.
@@ -48,7 +51,8 @@ class Measuring:
         self._config, self._sharding = config, sharding
         self._method, self._probe, self._objective = method, probe, objective
         self._cost: tuple[float, float] | None = None  # bytes of a forward, and of a branch's token
-        self._failed = 0  # steps in a row in which directions failed
+        self.failed = 0
+        self.asked = self.stopping = False
         self.groups = sharding.world_size if config.placement == "per_rank" else 1
         self.rho = math.nan if config.rho == "auto" else config.rho
         self.radius: Radius | None = None
@@ -136,6 +140,7 @@ class Measuring:
 
     def losses(self, batch: Mapping[str, Any], step: int) -> Tensor:
         """Loss of each branch over the ranks that measured it: float64 (groups, branches) on the CPU.
+        Sets `stopping`.
 
         Raises:
             ProbeError: no position carries a label.
@@ -143,7 +148,14 @@ class Measuring:
         own = self._ours(batch, self.asks(step, self.own(step), self._at_once(batch, step)))
         sums = own.new_zeros(2, self.groups, own.shape[1])
         sums[:, self._sharding.rank if self.groups > 1 else 0] = own
-        return self._over_ranks(sums, step)
+        asked = self.asked  # a signal may set it at any time
+        message = torch.cat([sums.flatten(), sums.new_tensor([asked])])
+        message = self._sharding.all_reduce(message).cpu()
+        self.stopping = bool(message[-1])
+        if self._sharding.everyone > self._sharding.world_size:
+            # Ranks that share examples by tensor parallelism reduced in groups of their own.
+            self.stopping = bool(self._sharding.maxima([asked])[0])
+        return self._means(message[:-1].view_as(sums), step)
 
     def loss(self, batch: Mapping[str, Any], step: int) -> float:
         """Unperturbed, over all ranks, whose examples may differ."""
@@ -164,8 +176,12 @@ class Measuring:
         return self._probe.measure(self._objective, batch, branches)
 
     def _over_ranks(self, sums: Tensor, step: int) -> Tensor:
-        """Losses (…) of sums and counts (2, …)."""
-        loss_sum, count = self._sharding.all_reduce(sums).cpu()
+        """Losses (…) of each rank's sums and counts (2, …)."""
+        return self._means(self._sharding.all_reduce(sums).cpu(), step)
+
+    def _means(self, sums: Tensor, step: int) -> Tensor:
+        """Losses (…) of all ranks' sums and counts (2, …)."""
+        loss_sum, count = sums
         if not bool(count.all()):
             raise ProbeError(
                 f"step {step}: no position of the batch carries a label on "
@@ -173,6 +189,10 @@ class Measuring:
                 "the truncation length"
             )
         return loss_sum / count
+
+    def count(self, kappa: Tensor) -> None:
+        """Takes note of whether directions failed in a step."""
+        self.failed = self.failed + 1 if bool(kappa.isnan().any()) else 0
 
     def check(self, losses: Tensor, kappa: Tensor, step: int) -> None:
         """Refuses what measured nothing.
@@ -191,8 +211,8 @@ class Measuring:
                 f"step {step}: all {losses.numel()} branches give the same loss {losses[0, 0]:.6g}, so "
                 "nothing was measured; raise rho, or check that the chosen parameters act on the loss"
             )
-        self._failed = self._failed + 1 if failed else 0
-        if self._failed >= PATIENCE:
+        self.count(kappa)
+        if self.failed >= PATIENCE:
             odd = losses[~losses.isfinite()]
             raise ProbeError(
                 f"step {step}: loss is {odd[0].item()} in {len(odd)} of {losses.numel()} branches, the "

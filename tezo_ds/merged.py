@@ -19,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from tezo_ds.engine import Engine
-from tezo_ds.errors import ConfigError, ShardingError
+from tezo_ds.errors import ConfigError, ShardingError, StorageError
 from tezo_ds.ranks import numbered_module
 from tezo_ds.sharding.base import named_state
 
@@ -41,6 +41,7 @@ def save_merged(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | None = None,
     progress: Callable[[float], None] | None = None,
+    card: str = "",
 ) -> None:
     """Writes a folder that transformers' `from_pretrained` loads. Every rank calls it, rank 0 writes.
 
@@ -54,9 +55,11 @@ def save_merged(
         tokenizer: to put beside the weights.
         dtype: of the written weights, see `Engine.merged_tensors`.
         progress: called with the fraction done.
+        card: for its README.md.
 
     Raises:
-        ConfigError: not a transformers model, or the folder is filled or cannot be written.
+        ConfigError: not a transformers model, or the folder is filled.
+        StorageError: it cannot be written.
         ShardingError: the weights are quantised.
     """
     module = engine.sharding.module
@@ -77,6 +80,8 @@ def save_merged(
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             _write_configs(module, folder, tokenizer, dtype)
+            if card:
+                (folder / "README.md").write_text(card)
         _write_weights(module, chain([first], tensors), _plan(sizes), folder)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -146,7 +151,10 @@ def _write_configs(
         # without sampling.
         module.generation_config.to_json_file(folder / "generation_config.json")
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # tokenizers raises nothing more exact
+            raise OSError(str(error)) from None
 
 
 def _write_weights(
@@ -180,9 +188,9 @@ def _write_weights(
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Within it, what keeps a folder from being written is a ConfigError of one line."""
+    """Within it, what keeps a file or folder from being written is a StorageError of one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        raise ConfigError(f"{folder}: cannot be written ({reason})") from None
+        raise StorageError(f"{folder}: cannot be written ({reason}); make room") from None

@@ -3,6 +3,7 @@ starting from the merged model, or by replaying the steps."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from tezo_ds.config import TezoConfig, read_json
 from tezo_ds.engine import Engine
-from tezo_ds.errors import ConfigError
+from tezo_ds.errors import ConfigError, StorageError
+from tezo_ds.journal import read_journal
 from tezo_ds.merged import is_complete
 from tezo_ds.methods import in_coefficients
-from tezo_ds.runfolder import COEFFICIENTS, CONFIG, METRICS, MODEL, SUMMARY, read_metrics
+from tezo_ds.runfolder import COEFFICIENTS, CONFIG, JOURNAL, MODEL, SUMMARY
 
 if TYPE_CHECKING:
     from tezo_ds.display import Display
@@ -31,7 +33,7 @@ class Result:
         coefficients: by parameter name, as of `Engine.coefficients`.
         model: folder of the merged model, to be loaded in place of the base model; then nothing is left
             to do.
-        steps: lines of metrics.jsonl, from the first step on.
+        steps: lines of the journal, from the first step on.
         ranks: of each matrix, where the run chose them itself.
     """
 
@@ -55,13 +57,23 @@ class Result:
             engine.load_coefficients(self.coefficients)
         if not self.steps:
             return
-        display.note(f"replaying {len(self.steps)} steps of {METRICS} from the base model")
-        with display.evaluation("replaying") as progress:
-            for line in self.steps:
-                engine.replay(line["step"], line["kappa"], line["lr"], line["rho"])
-                if progress is not None:
-                    progress(engine.step_index / len(self.steps))
+        replay(engine, self.steps, display)
         engine.check()  # ranks may have read the file of a run that still goes on
+
+
+def replay(
+    engine: Engine, steps: Sequence[dict[str, Any]], display: Display,
+    after: Callable[[dict[str, Any]], None] | None = None,
+) -> None:  # fmt: skip
+    """Takes an engine through the lines of a journal; `after` is called after each."""
+    display.note(f"replaying {len(steps)} steps of {JOURNAL}")
+    with display.evaluation("replaying") as progress:
+        for done, line in enumerate(steps, start=1):
+            engine.replay(line["step"], line["kappa"], line["lr"], line["rho"])
+            if after is not None:
+                after(line)
+            if progress is not None:
+                progress(done / len(steps))
 
 
 def read_result(folder: Path, config: TezoConfig, base: bool = False) -> Result:
@@ -75,7 +87,7 @@ def read_result(folder: Path, config: TezoConfig, base: bool = False) -> Result:
     Raises:
         ConfigError: there is none, or its file is damaged.
     """
-    ranks = _ranks(folder) if config.rank == "auto" else None
+    ranks = ranks_of(folder, config)
     path = folder / COEFFICIENTS
     if in_coefficients(config) and path.exists():
         try:
@@ -84,44 +96,33 @@ def read_result(folder: Path, config: TezoConfig, base: bool = False) -> Result:
             raise ConfigError(f"{path}: cannot be read ({error}); take it from a copy") from None
     if is_complete(folder / MODEL) and not base:
         return Result(model=folder / MODEL, ranks=ranks)
-    if not (folder / METRICS).exists():
-        raise ConfigError(f"{path} does not exist; has the run ended?")
-    return Result(steps=steps_to_replay(folder), ranks=ranks)
+    if not (folder / JOURNAL).exists():
+        raise ConfigError(f"{path} does not exist, and no {JOURNAL} either; is it a run folder?")
+    return Result(steps=_steps(folder), ranks=ranks)
 
 
-def steps_to_replay(folder: Path) -> list[dict[str, Any]]:
-    """The step lines of a run's metrics.jsonl.
-
-    Raises:
-        ConfigError: one is missing or has no slopes.
-    """
-    path = folder / METRICS
-    steps, _ = read_metrics(path)
-    expected = len(steps)
-    if (folder / SUMMARY).exists():
-        summary = read_json(folder / SUMMARY)
-        if summary.get("status") != "failed":  # in the middle of a step that has no line, perhaps
-            expected = summary.get("steps", expected)
-    for step, line in enumerate(steps):
-        if line.get("step") != step:
-            raise ConfigError(f"{path}: {_hole(step)}, the line after it is of {line.get('step')}")
-        # a kappa may be null: that one failed
-        if not line.get("kappa") or line.get("lr") is None or line.get("rho") is None:
-            raise ConfigError(
-                f"{path}: step {step} has no kappa, lr or rho, so it cannot be replayed"
-            )
-    if len(steps) < expected:
-        raise ConfigError(f"{path}: {_hole(len(steps))}, and the run had {expected}")
+def _steps(folder: Path) -> list[dict[str, Any]]:
+    """The journal's, if they are as many as the run says it had; one that is killed does not say."""
+    path = folder / JOURNAL
+    steps = read_journal(path).steps
+    summary = read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else {}
+    # A run that failed did so in the middle of a step that has no line, perhaps.
+    had = len(steps) if summary.get("status") == "failed" else summary.get("steps", len(steps))
+    if len(steps) < had:
+        raise StorageError(
+            f"{path}: has {len(steps)} whole steps, and the run had {had}; take the file from a copy"
+        )
     return steps
 
 
-def _hole(step: int) -> str:
-    return (
-        f"step {step} is missing, so nothing can be replayed from there; take the file from a copy"
-    )
+def ranks_of(folder: Path, config: TezoConfig) -> dict[str, int] | None:
+    """Of each matrix, where a run chose them itself.
 
-
-def _ranks(folder: Path) -> dict[str, int]:
+    Raises:
+        ConfigError: its config.json does not have them.
+    """
+    if config.rank != "auto":
+        return None
     ranks = read_json(folder / CONFIG).get("ranks")
     if not isinstance(ranks, dict) or not all(isinstance(r, int) and r > 0 for r in ranks.values()):
         raise ConfigError(

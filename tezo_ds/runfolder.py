@@ -1,71 +1,172 @@
-"""What a run leaves on disk; rank 0 alone writes."""
+"""What a run leaves on disk; rank 0 alone writes, and one process at a time."""
 
 from __future__ import annotations
 
+import fcntl
 import json
-import math
 import os
+import shutil
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from tezo_ds.engine import StepReport
-from tezo_ds.errors import ConfigError
+from tezo_ds.errors import ConfigError, StorageError
+from tezo_ds.journal import Contents, Journal, read_journal, to_json
 
-CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
+CONFIG, METRICS, SUMMARY, JOURNAL = "config.json", "metrics.jsonl", "summary.json", "journal.jsonl"
 COEFFICIENTS, ADAPTER, CURVE = "coefficients.safetensors", "adapter", "curve.png"
-MODEL = "model"
-
-
-def to_json(content: Any, indent: int | None = None) -> str:
-    """JSON that any reader takes: numbers that are not finite, which JSON does not have, are null."""
-    return json.dumps(_finite(content), indent=indent, allow_nan=False)
-
-
-def _finite(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {key: _finite(value) for key, value in node.items()}
-    if isinstance(node, (list, tuple)):
-        return [_finite(value) for value in node]
-    return None if isinstance(node, float) and not math.isfinite(node) else node
-
-
-def refuse_used(path: Path) -> None:
-    """Raises ConfigError if a folder holds a run: to be known before a model is loaded."""
-    if (path / METRICS).exists():
-        raise ConfigError(f"{path} holds a run already; choose another --output, or remove it")
+MODEL, SNAPSHOTS, LOCK = "model", "snapshots", ".lock"
 
 
 class RunFolder:
-    """The files of one run.
+    """The files of one run, that begins or goes on.
+
+    Attributes:
+        path: of the folder.
+        contents: of its journal, as it was found; None for a run that begins.
 
     Raises:
-        ConfigError: the folder cannot be made, or holds another run.
+        StorageError: the folder cannot be made or read, another process trains in it, or its journal is
+            damaged.
+        ConfigError: it holds something that is no journal of a run.
     """
 
     def __init__(self, path: Path) -> None:
-        refuse_used(path)
         self.path = path
+        self._journal: Journal | None = None
+        self._metrics: FileIO | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._metrics = (path / METRICS).open("x", buffering=1)  # a line is on its way at once
+            self._lock = (path / LOCK).open("a+")
+            self._take_lock()
         except OSError as error:
-            raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
+            raise StorageError(f"{path}: cannot be written ({error.strerror})") from None
+        self.contents: Contents | None = None
+        if (path / JOURNAL).exists():
+            found = read_journal(path / JOURNAL)
+            self.contents = found if found.header else None
+        elif (path / METRICS).exists():
+            raise ConfigError(
+                f"{path} holds a run without {JOURNAL}, so it cannot go on; choose another --output, or "
+                "remove it"
+            )
 
-    def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """Writes a JSON file by way of a temporary name, so that it is never half there."""
+    def _take_lock(self) -> None:
+        """The system lets go of it when this process ends, however it ends."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            raise StorageError(
+                f"{self.path}: {holder} trains in it; wait for it to end, or choose another --output"
+            ) from None
+        self._lock.truncate(0)
+        note = f"process {os.getpid()} on {socket.gethostname()}"
+        try:
+            os.write(self._lock.fileno(), note.encode())
+        except OSError:
+            self._lock.close()
+            raise
+
+    def open(self, config: Mapping[str, Any], header: Mapping[str, Any]) -> None:
+        """From here on steps are written, after those that are there.
+
+        Args:
+            config: for config.json.
+            header: of a new journal.
+
+        Raises:
+            StorageError: something cannot be written.
+        """
+        self.write_json(CONFIG, config)
+        self._clear()
+        done = len(self.contents.steps) if self.contents else 0
+        # First, as metrics without a journal are those of a run that cannot go on.
+        self._journal = Journal(self.path / JOURNAL, header, self.contents)
+        self._keep_metrics(done, config.get("steps"))
+
+    def _clear(self) -> None:
+        """Away with results that are those of fewer steps, and with what a run that was killed did not
+        rename."""
+        for name in (SUMMARY, COEFFICIENTS, CURVE):
+            (self.path / name).unlink(missing_ok=True)
+        for path in (self.path / ADAPTER, self.path / MODEL, *self.path.glob(f".{ADAPTER}.*")):
+            shutil.rmtree(path, ignore_errors=True)
+        for name in (CONFIG, METRICS, SUMMARY, COEFFICIENTS):
+            for path in self.path.glob(f".{name}.*"):
+                path.unlink()
+
+    def _keep_metrics(self, done: int, steps: int | None) -> None:
+        """Of metrics.jsonl what belongs to the steps that are done: its lines come before the journal's,
+        and a run that was killed may have left half of one. The evaluation at the end is made again."""
+        path = self.path / METRICS
+        try:
+            texts = path.read_text(errors="replace").splitlines() if path.exists() else []
+            lines = [line for line in map(_parsed, texts) if line and _done(line, done, steps)]
+            partial = path.with_name(f".{METRICS}.{os.getpid()}")
+            partial.write_text("".join(f"{to_json(line)}\n" for line in lines))
+            partial.replace(path)
+            # Unbuffered: a line is on its way at once, and one that found no room is not tried again.
+            self._metrics = path.open("ab", buffering=0)
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be written ({error.strerror})") from None
+
+    @property
+    def sum(self) -> str:
+        """Of the journal's last line."""
+        assert self._journal is not None, "opened before"
+        return self._journal.sum
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Writes a JSON file by way of a temporary name, so that it is never half there.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
         partial = self.path / f".{name}.{os.getpid()}"
-        partial.write_text(to_json(content, indent=2) + "\n")
-        partial.replace(self.path / name)
+        try:
+            with partial.open("w") as file:
+                file.write(to_json(content, indent=2) + "\n")
+                file.flush()
+                os.fsync(
+                    file.fileno()
+                )  # else power that fails could leave the name without content
+            partial.replace(self.path / name)
+        except OSError as error:
+            with suppress(OSError):  # a disk that can only be read
+                partial.unlink(missing_ok=True)
+            raise StorageError(
+                f"{self.path / name}: cannot be written ({error.strerror}); make room, then start the "
+                "same command to go on"
+            ) from None
 
-    def log_step(self, report: StepReport) -> None:
-        """One line of metrics.jsonl for a step."""
-        found = report.quality
+    def log_step(self, report: StepReport, seen: int, state: str | None = None) -> None:
+        """A step's lines: in metrics.jsonl, and in the journal, on disk when this returns. The step counts
+        by the latter; one that does not is made again, with both its lines.
+
+        Args:
+            report: of the step.
+            seen: examples that the run has trained on since it began, over all ranks.
+            state: digest of what is equal on all ranks, after the step; None: of this step none is kept.
+
+        Raises:
+            StorageError: a line cannot be written.
+        """
+        found, journal = report.quality, self._journal
+        assert journal is not None, "opened before"
+        slopes = {"step": report.step, "kappa": report.kappa, "rho": report.rho, "lr": report.lr}
+        digest = {} if state is None else {"state": state}
         self._log({
-            "step": report.step, "loss": report.loss, "kappa": list(report.kappa),
-            "rho": report.rho, "lr": report.lr, "seconds": round(report.seconds, 4), "tokens": report.tokens,
+            **slopes, "loss": report.loss, "seconds": round(report.seconds, 4), "tokens": report.tokens,
             "dropped": report.dropped, "kappa_mean": found.mean, "kappa_spread": found.spread,
             "gradient_norm": found.gradient_norm, "snr": found.snr,
         })  # fmt: skip
+        journal.append({**slopes, "loss": report.loss, "seen": seen, **digest})
 
     def log_score(self, step: int, accuracy: float | None, loss: float, examples: int) -> None:
         """One line for an evaluation after `step` steps."""
@@ -74,69 +175,49 @@ class RunFolder:
         )
 
     def _log(self, line: dict[str, Any]) -> None:
-        print(to_json(line), file=self._metrics)
+        assert self._metrics is not None, "opened before"
+        try:
+            text = f"{to_json(line)}\n".encode()
+            if self._metrics.write(text) < len(text):
+                raise OSError(28, "No space left on device")
+        except OSError as error:
+            raise StorageError(
+                f"{self.path / METRICS}: cannot be written ({error.strerror}); make room, then start the "
+                "same command to go on"
+            ) from None
 
     def close(self) -> None:
-        """No more lines."""
-        self._metrics.close()
+        """No more lines, and another process may go on."""
+        for file in (self._journal, self._metrics, self._lock):
+            if file is not None:
+                file.close()
+        self._journal = self._metrics = None
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+
+
+def _done(line: dict[str, Any], done: int, steps: int | None) -> bool:
+    """An evaluation counts the steps before it, a step's line those before the step."""
+    if "test_loss" in line:
+        return bool(line["step"] <= done and line["step"] != steps)
+    return bool(line["step"] < done)
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The step lines and the evaluation lines of a metrics.jsonl. A last line that is cut short, as a
-    run that was killed may leave it, counts as not written.
+    """The step lines and the evaluation lines of a metrics.jsonl, less what is no whole line.
 
     Raises:
-        ConfigError: it cannot be read, or another line is no JSON.
+        StorageError: it cannot be read.
     """
     try:
-        texts = path.read_text().splitlines()
+        texts = path.read_text(errors="replace").splitlines()
     except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}); has the run begun?"
-        ) from None
-    lines: list[dict[str, Any]] = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError as error:
-            if number < len(texts):
-                raise ConfigError(
-                    f"{path}: line {number} is no JSON ({error}); take the file from a copy"
-                ) from None
+        raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
+    lines = [line for line in map(_parsed, texts) if line]
     return [x for x in lines if "loss" in x], [x for x in lines if "test_loss" in x]
-
-
-def draw_curve(metrics: Path, picture: Path) -> None:
-    """Training loss by step, its running median, and test accuracy where there is any, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    steps, scores = read_metrics(metrics)
-    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    finite = [line for line in steps if line["loss"] is not None]
-    x, loss = [line["step"] + 1 for line in finite], [line["loss"] for line in finite]
-    axis.plot(x, loss, color="tab:blue", alpha=0.3, linewidth=1, label="training loss")
-    axis.plot(x, _running_median(loss), color="tab:blue", label="running median")
-    axis.set_xlabel("step")
-    axis.set_ylabel("loss")
-    axis.grid(alpha=0.3)
-    accurate = [line for line in scores if line["test_accuracy"] is not None]
-    if accurate:
-        right = axis.twinx()
-        points = (
-            [line["step"] for line in accurate],
-            [100 * line["test_accuracy"] for line in accurate],
-        )
-        right.plot(*points, "o-", color="tab:orange", label="test accuracy")
-        right.set_ylabel("test accuracy, %")
-        right.set_ylim(0, 100)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    figure.savefig(picture, dpi=120)
-    pyplot.close(figure)
-
-
-def _running_median(values: list[float], width: int = 15) -> list[float]:
-    windows = (sorted(values[max(0, i - width + 1) : i + 1]) for i in range(len(values)))
-    return [window[len(window) // 2] for window in windows]

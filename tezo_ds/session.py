@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from tezo_ds.config import BLOCK, TezoConfig, read_json, resolve
 from tezo_ds.engine import Engine
 from tezo_ds.errors import ConfigError
-from tezo_ds.loading import join_world, load_model, load_tokenizer
+from tezo_ds.loading import TIMEOUT, join_world, load_model, load_tokenizer
 from tezo_ds.runfolder import CONFIG
-from tezo_ds.sharding import sharding_of
+from tezo_ds.sharding import Sharding, sharding_of
 from tezo_ds.tasks import TaskData, first_tokens, load_task
 from tezo_ds.tasks.evaluation import Evaluator
 
@@ -131,18 +131,23 @@ def open_engine(
         TezoError: one line that says what to change.
     """
     s, plan = settings, None
-    compute_dtype, factors_dtype = (
-        None if name is None else getattr(torch, name)
-        for name in (s.compute_dtype, s.factors_dtype)
-    )
     if s.fsdp:
         from tezo_ds.fsdp_loading import FsdpPlan
 
+        compute_dtype = None if s.compute_dtype is None else getattr(torch, s.compute_dtype)
         plan = FsdpPlan(s.fsdp_replicas, compute_dtype, s.fsdp_offload_params, s.fsdp_layers)
     model = load_model(s.model, s.dtype, deepspeed_config, plan)
     sharding = sharding_of(model, deepspeed_config)
     sharding.filled_apart |= s.fsdp  # copies on different nodes come from different files
-    return Engine(sharding, config, None, factors_dtype, ranks)
+    return engine_for(s, config, sharding, ranks)
+
+
+def engine_for(
+    settings: Settings, config: TezoConfig, sharding: Sharding, ranks: Mapping[str, int] | None
+) -> Engine:
+    """An engine of a model that is loaded already; see `open_session`."""
+    name = settings.factors_dtype
+    return Engine(sharding, config, None, None if name is None else getattr(torch, name), ranks)
 
 
 def _choices(tokenizer: PreTrainedTokenizerBase, task: TaskData) -> Tensor:
@@ -167,6 +172,7 @@ def resolve_config(
     overrides: dict[str, Any] | None = None,
     defaults: dict[str, Any] | None = None,
     fsdp: bool = False,
+    timeout: float = TIMEOUT,
 ) -> tuple[TezoConfig, dict[str, Any] | None]:
     """The tezo block with the command line's overrides, and the DeepSpeed config if there is one;
     joins the launcher's world on the way, as sharding needs one before the model is built.
@@ -187,8 +193,13 @@ def resolve_config(
         from tezo_ds.sharding import zero3
 
         deepspeed_config = zero3.prepare(deepspeed_config)
-    join_world(deepspeed=deepspeed_config is not None, fsdp=fsdp)
+    join_world(deepspeed_config is not None, fsdp, timeout)
     return config, deepspeed_config
+
+
+def describe(settings: Settings, config: TezoConfig) -> dict[str, Any]:
+    """Of config.json what is known before a model is loaded."""
+    return {BLOCK: config.model_dump(mode="json"), "settings": settings.model_dump(mode="json")}
 
 
 def describe_run(session: Session, extra: dict[str, Any]) -> dict[str, Any]:
@@ -196,8 +207,7 @@ def describe_run(session: Session, extra: dict[str, Any]) -> dict[str, Any]:
     config, matrices = session.engine.config, session.engine.space.matrices
     chosen = {"ranks": {m.name: m.rank for m in matrices}} if config.rank == "auto" else {}
     return {
-        BLOCK: config.model_dump(mode="json"),
-        "settings": session.settings.model_dump(mode="json"),
+        **describe(session.settings, config),
         "weights_dtype": _name(next(session.engine.sharding.module.parameters()).dtype),
         "factors_dtype": _name(matrices[0].rounding) if matrices else None,
         "world_size": session.engine.sharding.world_size,

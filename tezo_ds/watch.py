@@ -82,6 +82,29 @@ def _both_ends(value: int) -> tuple[int, int]:
     return ~value, value
 
 
+def holders_of(
+    sharding: Sharding, keys: Sequence[ShardKey]
+) -> tuple[dict[ShardKey, Ranks], list[Ranks]]:
+    """Who holds the same shards; all ranks must call it.
+
+    Keys travel as 8 bytes each: there may be 10,000 of them on each of 1,000 ranks.
+
+    Args:
+        sharding: the world.
+        keys: of the shards that this rank holds.
+
+    Returns:
+        The ranks that hold each of them, in order; and every set of several ranks that hold the same
+        shards, this one's or not, alike on every rank.
+    """
+    holders: dict[int, list[int]] = {}
+    for rank, held in enumerate(sharding.gather([_fold(key) for key in keys])):
+        for key in dict.fromkeys(held):
+            holders.setdefault(key, []).append(rank)
+    sets = {tuple(held) for held in holders.values() if len(held) > 1}
+    return {key: tuple(holders[_fold(key)]) for key in keys}, sorted(sets)
+
+
 def require_same_start(sharding: Sharding, config: TezoConfig) -> None:
     """Compares the `tezo` block and the model's parameters over all ranks, which must all call it.
 
@@ -161,15 +184,9 @@ class Watch:
         return keys
 
     def _find_replicas(self, keys: list[ShardKey]) -> None:
-        """Keys travel as 8 bytes each: there may be 10,000 of them on each of 1,000 ranks."""
-        holders: dict[int, list[int]] = {}
-        for rank, held in enumerate(self._sharding.gather([_fold(key) for key in keys])):
-            for key in dict.fromkeys(held):
-                holders.setdefault(key, []).append(rank)
-        ranks = {key: tuple(holders[_fold(key)]) for key in keys}
+        ranks, self._sets = holders_of(self._sharding, keys)
         self._keys = keys
         self._replicas = {key: held for key, held in ranks.items() if len(held) > 1}
-        self._sets = sorted({tuple(held) for held in holders.values() if len(held) > 1})
 
     def _check_shards(self, step: int) -> None:
         if not self._sets:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from tezo_ds.branches import Ask, Branches
+from tezo_ds.errors import ConfigError
 from tezo_ds.factors import CoefficientSpace, Packed
 from tezo_ds.lowrank import Factors
 from tezo_ds.methods.descent import Descent
@@ -42,6 +43,11 @@ class Method(ABC):
         self.finished: list[Tensor] = []
 
     @property
+    def period(self) -> int:
+        """How many periods of U and V, or of V, came before this one."""
+        return 0 if self.factors is None else self.factors.period
+
+    @property
     def state(self) -> dict[str, Packed]:
         """Every number that the next step depends on and that is equal on all ranks, by name."""
         return {"coefficients": self.space.pack(self.coefficients)}
@@ -73,6 +79,23 @@ class Method(ABC):
     def merged(self) -> None:
         """What was kept aside is in the weights now."""
         self.coefficients.zero_()
+
+    def moments(self, view: ShardView) -> dict[str, Tensor]:
+        """What is kept beside a shard that this rank holds, by kind: (view.numel,), a number for each
+        element of the shard, float32 or wider. {} before the first update, and for most methods."""
+        return {}
+
+    def set_moments(self, view: ShardView, moments: Mapping[str, Tensor]) -> None:
+        """Puts what `moments` gave in the place of what is kept beside a shard.
+
+        Raises:
+            ConfigError: the method keeps other kinds.
+        """
+        if moments:
+            raise ConfigError(
+                f"{view.name}: there are moments ({', '.join(moments)}) beside its shards, and the run's "
+                "method keeps none there; use the method that they are of"
+            )
 
     def offsets(self, ask: Ask) -> Tensor:
         """±ρτ of each branch: float64 (branches, D); zeros if no τ counts."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from tezo_ds.branches import Ask, Branches, add_vector_, between
+from tezo_ds.errors import ConfigError
 from tezo_ds.factors import CoefficientSpace, Packed, dense
 from tezo_ds.lowrank import BLOCK_NUMEL
 from tezo_ds.methods.base import Method, Write
@@ -108,6 +109,32 @@ class Mezo(Method):
                 del G, change  # or they would still be there when the next G is made
 
         return write
+
+    def moments(self, view: ShardView) -> dict[str, Tensor]:
+        """See `Method`."""
+        places = range(len(list(view.pieces(BLOCK_NUMEL))))
+        kept = [d for p in places if (d := self._of_shards.get((view.key, p))) is not None]
+        kinds = kept[0].state if kept else ()
+        return {kind: torch.cat([d.state[kind].flatten() for d in kept]) for kind in kinds}
+
+    def set_moments(self, view: ShardView, moments: Mapping[str, Tensor]) -> None:
+        """See `Method`."""
+        wide, start = torch.promote_types(view.local.dtype, torch.float32), 0
+        for place, piece in enumerate(view.pieces(BLOCK_NUMEL)):
+            self._of_shards.pop((view.key, place), None)
+            if not moments:
+                continue
+            made = self._make(torch.empty_like(piece.values, dtype=wide))
+            if made.state.keys() != moments.keys():
+                raise ConfigError(
+                    f"{view.name}: there are {', '.join(moments)} beside its shards, and the run's method "
+                    f"keeps {', '.join(made.state) or 'none'}; use the method that they are of"
+                )
+            stop = start + piece.values.numel()
+            for kind, tensor in made.state.items():
+                tensor.copy_(moments[kind][start:stop].view_as(tensor))
+            self._of_shards[view.key, place] = made
+            start = stop
 
 
 def of_piece(piece: Piece, seed: int, step: int, q: int) -> Tensor:

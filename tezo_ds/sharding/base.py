@@ -24,6 +24,7 @@ class Sharding(ABC):
         device: where its forward runs.
         rank, world_size: of this process among those that see different data.
         everyone: ranks of the whole world, those that see the same data included.
+        place: of this process among those.
         filled_apart: each rank filled its weights by itself, so they may differ from the start.
         quantised: why the weights cannot be written between forwards; None when they can.
     """
@@ -40,6 +41,7 @@ class Sharding(ABC):
         self.rank = dist.get_rank(group) if distributed else 0
         self.world_size = dist.get_world_size(group) if distributed else 1
         self.everyone = dist.get_world_size() if distributed else 1
+        self.place = dist.get_rank() if distributed else 0
 
     def forward(self, **inputs: Any) -> Any:
         """One forward of the model. Every rank must call it equally often, in the same order."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 
+import torch
 from torch import Tensor, nn
 
 from tezo_ds.factors import as_matrix
@@ -18,7 +19,9 @@ class Replicated(Sharding):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module, group=None)
-        self.device = next(module.parameters()).device
+        device = next(module.parameters()).device
+        # A replay needs shapes alone; what else it computes is no part of the model.
+        self.device = torch.device("cpu") if device.type == "meta" else device
 
     def each_shard(self, names: Collection[str], write: Callable[[ShardView], None]) -> None:
         """One view of each whole parameter."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tezo_ds.errors import ConfigError, ShardingError
 from tezo_ds.factors import as_matrix
+from tezo_ds.rendezvous import of_restart
 from tezo_ds.sharding.base import Sharding, named_state
 from tezo_ds.sharding.view import ShardView
 
@@ -255,7 +256,10 @@ def init_distributed(timeout: timedelta | None = None) -> None:
     # On CPU this op would compile for minutes at every first start, for intra-node all-reduces of
     # a size that we never make.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(timeout=timeout or default_pg_timeout, verbose=False)
+    limit = timeout or default_pg_timeout
+    if place := of_restart(limit):
+        torch.distributed.init_process_group(timeout=limit, **place)  # DeepSpeed takes it as it is
+    deepspeed.init_distributed(timeout=limit, verbose=False)
 
 
 def wrap(module: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:

@@ -12,17 +12,19 @@ import numpy as np
 def batch_indices(
     n: int, batch_size: int, step: int, seed: int, rank: int, world_size: int
 ) -> list[int]:
-    """This rank's `batch_size` of the step's `batch_size * world_size` examples: indices below n.
+    """This rank's share of the step's `batch_size` examples: indices below n.
 
     The examples come in one endless sequence, a fresh permutation of range(n) for each epoch, no
-    example dropped at its end; a step takes the next piece, and the ranks split it in order. So the
-    sequence is the same for 1 rank of 16 and 2 ranks of 8, and a resumed run goes on where it was.
+    example dropped at its end; a step takes the next piece, and the ranks split it in order, evenly
+    to within one. So a step's examples are the same for any number of ranks, and a resumed run goes on
+    where it was, on as many ranks as there are then.
     """
     _check(n, rank, world_size)
     if batch_size < 1 or step < 0:
         raise ValueError(f"batch_size {batch_size} must be at least 1, and step {step} at least 0")
-    first = (step * world_size + rank) * batch_size
-    places = (divmod(place, n) for place in range(first, first + batch_size))
+    first = step * batch_size
+    share = shard_range(batch_size, rank, world_size)
+    places = (divmod(first + place, n) for place in share)
     return [int(_permutation(n, seed, epoch)[i]) for epoch, i in places]
 
 

@@ -1,0 +1,296 @@
+"""Going on with a run: what its folder has of it, agreed on by all ranks, and an engine taken there."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from tezo_ds import runstate
+from tezo_ds.config import BLOCK, TezoConfig, read_json
+from tezo_ds.display import Display
+from tezo_ds.engine import Engine
+from tezo_ds.errors import ConfigError, StorageError, TezoError
+from tezo_ds.methods import in_coefficients
+from tezo_ds.results import replay
+from tezo_ds.runfolder import (
+    CONFIG,
+    JOURNAL,
+    METRICS,
+    SNAPSHOTS,
+    SUMMARY,
+    RunFolder,
+    read_metrics,
+)
+from tezo_ds.session import Session, describe_run
+from tezo_ds.snapshots import checked_shards, save_shards
+from tezo_ds.tasks.encoding import Encoded
+
+# What may change when a run goes on, as the same steps follow from it, up to the rounding of losses.
+_FREE_IN_BLOCK = {"check_every", "branch_chunk", "memory_budget", "micro_batch"}
+_FREE_SETTINGS = {
+    "dtype", "compute_dtype", "eval_batch_size", "fsdp", "fsdp_replicas", "fsdp_offload_params",
+    "fsdp_layers",
+}  # fmt: skip
+_OTHERS = ("batch_size", "weights_dtype", "factors_dtype", "examples", "data")
+
+Thing = TypeVar("Thing")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where a run once was.
+
+    Attributes:
+        after: steps.
+        state: see `runstate.take`.
+        shards: folder of what ranks held of the weights, where a method writes them.
+    """
+
+    after: int
+    state: dict[str, Tensor]
+    shards: Path | None
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a folder has of a run; every rank has the same.
+
+    Attributes:
+        path: of the folder.
+        config: its config.json.
+        header: of its journal.
+        snapshots: the newest first.
+        steps: lines of the journal.
+        scores: lines of metrics.jsonl of evaluations, by the steps before them.
+        finished: the run came to its end.
+        notices: what its user should know.
+    """
+
+    path: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    header: dict[str, Any] = field(default_factory=dict)
+    snapshots: tuple[Snapshot, ...] = ()
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    scores: dict[int, dict[str, Any]] = field(default_factory=dict)
+    finished: bool = False
+    notices: tuple[str, ...] = ()
+
+    @property
+    def done(self) -> int:
+        """Steps."""
+        return len(self.steps)
+
+    @property
+    def ranks(self) -> dict[str, int] | None:
+        """Of each matrix, where the run chose them itself."""
+        return self.config.get("ranks")
+
+
+def agreed(make: Callable[[], Thing]) -> Thing:
+    """What rank 0 makes, on every rank; or its error. All ranks of the world must call it."""
+    made: list[Any] = [None, None]
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    if alone or dist.get_rank() == 0:
+        try:
+            made[0] = make()
+        except TezoError as error:
+            made[1] = error
+    if not alone:
+        dist.broadcast_object_list(made)
+    if made[1] is not None:
+        raise made[1]
+    thing: Thing = made[0]
+    return thing
+
+
+@contextmanager
+def begun(
+    path: Path, resume: bool | None, asked: Mapping[str, Any]
+) -> Iterator[tuple[RunFolder | None, Begun]]:
+    """Takes a run folder for as long as it lasts: it, on rank 0, and what it has of the run, on all.
+    All ranks of the world must call it; see `look`."""
+    folder: RunFolder | None = None
+
+    def take() -> Begun:
+        nonlocal folder
+        folder = RunFolder(path)
+        return look(folder, resume, asked)
+
+    try:
+        found = agreed(take)
+        yield folder, found
+    finally:
+        if folder is not None:
+            folder.close()
+
+
+def look(folder: RunFolder, resume: bool | None, about: Mapping[str, Any]) -> Begun:
+    """What a folder has of the run that is to be made in it.
+
+    Args:
+        folder: just taken.
+        resume: whether a run is to go on; None: if there is one.
+        about: as for config.json, as far as it is known before a model is loaded.
+
+    Raises:
+        ConfigError: there is a run and none is wanted, or the other way round, or it is another one.
+        StorageError: what it has is damaged.
+    """
+    contents, path = folder.contents, folder.path
+    if contents is None or contents.header is None:
+        if resume:
+            raise ConfigError(f"--resume: {path} holds no run that has begun; leave --resume out")
+        return Begun(path)
+    if resume is False:
+        raise ConfigError(f"{path} holds a run already; choose another --output, or remove it")
+    config = read_json(path / CONFIG)
+    refuse_other(path, config, about)
+    notices = [f"{path} goes on after {len(contents.steps)} steps"]
+    if contents.torn:
+        notices.append(f"{JOURNAL}: {contents.torn}; dropped")
+    snapshots = tuple(_snapshots(path, contents.steps, config, notices))
+    scores = read_metrics(path / METRICS)[1] if (path / METRICS).exists() else []
+    summary = read_json(path / SUMMARY) if (path / SUMMARY).exists() else {}
+    return Begun(
+        path, config, contents.header, snapshots, contents.steps,
+        scores={line["step"]: line for line in scores},
+        finished=summary.get("status") == "finished", notices=tuple(notices),
+    )  # fmt: skip
+
+
+def _snapshots(
+    path: Path, steps: Sequence[Mapping[str, Any]], config: Mapping[str, Any], notices: list[str]
+) -> Iterator[Snapshot]:
+    """Those of this journal that are whole, the newest first; of shards that is not known yet."""
+    writes = not in_coefficients(TezoConfig.model_validate(config[BLOCK]))
+    for file in sorted((path / SNAPSHOTS).glob("step-*.safetensors"), reverse=True):
+        try:
+            state, about = runstate.load(file)
+        except StorageError as error:
+            notices.append(f"{error}; going on without it")
+            continue
+        after, shards = int(about["step"]), file.with_suffix("")
+        of_this = after <= len(steps) and steps[after - 1]["sum"] == about["sum"]
+        if of_this and (shards.exists() or not writes):
+            yield Snapshot(after, state, shards if writes else None)
+
+
+def refuse_other(path: Path, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises ConfigError if a folder's config.json is not of the run that is asked for; names what."""
+    for part, free in ((BLOCK, _free(stored)), ("settings", _FREE_SETTINGS), ("", set[str]())):
+        was, asked = (content.get(part, {}) if part else content for content in (stored, now))
+        names = asked.keys() - free if part else asked.keys() & set(_OTHERS)
+        for name in sorted(names):
+            unsaid = name == "steps_per_epoch" and asked[name] is None  # by the examples, later on
+            if was.get(name) != asked[name] and not unsaid:
+                raise ConfigError(
+                    f"{path} holds a run of {name} {was.get(name)!r}, not {asked[name]!r}; use the same "
+                    "to go on, or choose another --output"
+                )
+
+
+def _free(stored: Mapping[str, Any]) -> set[str]:
+    """Also the number of steps, unless those that were made depend on how many there are to be."""
+    block = stored.get(BLOCK, {})
+    depends = block.get("schedule") != "constant" or block.get("query_schedule") == "adaptive"
+    return _FREE_IN_BLOCK | (set() if depends else {"total_steps"})
+
+
+def fingerprint(examples: Sequence[Encoded]) -> str:
+    """Of the training examples, in their order."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for example in examples:
+        hashed.update(repr((example.input_ids, example.label_start)).encode())
+    return hashed.hexdigest()
+
+
+def go_on(
+    session: Session, examples: Sequence[Encoded], folder: RunFolder | None, found: Begun,
+    about: Mapping[str, Any], display: Display,
+) -> None:  # fmt: skip
+    """Takes an engine that was just made to where the run is, and has the folder take further steps.
+    All ranks must call it; `folder` is rank 0's.
+
+    Args:
+        session: to train in.
+        examples: to train on.
+        folder: of the run.
+        found: in it.
+        about: of config.json what the session does not know.
+        display: for notices and progress.
+
+    Raises:
+        ConfigError: the model or the examples are not the run's.
+        TezoError: a snapshot is damaged, or something cannot be written.
+    """
+    config = describe_run(session, dict(about))
+    header = {"examples": len(examples), "data": fingerprint(examples)}
+    if found.header:
+        refuse_other(found.path, {**found.config, **found.header}, {**config, **header})
+    for notice in found.notices:
+        display.note(notice)
+    restore(session.engine, found, display)
+    if folder is not None:
+        folder.open(config, header)
+
+
+def restore(engine: Engine, found: Begun, display: Display) -> None:
+    """Takes an engine that was just made to where the run was. All ranks must call it.
+
+    Raises:
+        TezoError: it is of another model, or a snapshot is damaged.
+    """
+    steps = found.steps
+    for snapshot in found.snapshots:
+        if snapshot.shards is not None:
+            try:
+                fill = checked_shards(engine, snapshot.shards)
+            except StorageError as error:
+                display.note(f"{error}; going on without it")
+                continue
+            fill()
+        runstate.give(engine, snapshot.state, written=snapshot.shards is not None)
+        steps = steps[snapshot.after :]
+        break
+    if steps:
+        replay(engine, steps, display)
+    engine.check()
+
+
+def snapshot(engine: Engine, path: Path, folder: RunFolder | None, kept: int) -> None:
+    """Saves where the run is: what is equal on all ranks, and of a method that writes weights the
+    shards. All ranks must call it; `folder` is rank 0's.
+
+    Args:
+        engine: after a step that is in the journal.
+        path: of the run folder; every rank must be able to write there if weights are written.
+        folder: the same, of rank 0.
+        kept: snapshots that stay; older ones go.
+
+    Raises:
+        TezoError: something cannot be written.
+    """
+    name = path / SNAPSHOTS / f"step-{engine.step_index:08d}"
+    if folder is not None:  # away with what a run that was killed in here has left
+        name.with_suffix(".safetensors").unlink(missing_ok=True)
+        for left in (name, *(path / SNAPSHOTS).glob(".step-*")):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(
+                missing_ok=True
+            )
+    if not in_coefficients(engine.config):
+        engine.sharding.maxima([0])  # all see that it is gone
+        save_shards(engine, name)
+    if folder is not None:
+        about = {"step": str(engine.step_index), "sum": folder.sum}
+        runstate.save(runstate.take(engine), name.with_suffix(".safetensors"), about)
+        for old in sorted((path / SNAPSHOTS).glob("step-*.safetensors"))[:-kept]:
+            old.unlink()
+            shutil.rmtree(old.with_suffix(""), ignore_errors=True)
