@@ -187,7 +187,9 @@ def test_an_interrupted_export_leaves_nothing(
         with pytest.raises((KeyboardInterrupt, StorageError)) as stopped:
             save_merged(trained(tiny()), tmp_path / "merged")
         if isinstance(error, OSError):
-            expected = f"{tmp_path / 'merged'}: cannot be written (No space left on device); make room"
+            expected = (
+                f"{tmp_path / 'merged'}: cannot be written (No space left on device); make room"
+            )
             assert str(stopped.value) == expected
         assert not list(tmp_path.iterdir())
 

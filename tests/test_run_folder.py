@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny
 from transformers import AutoModelForCausalLM, OPTForCausalLM
 
-from tezo_ds.engine import StepReport
+from tezo_ds.report import StepReport
 from tezo_ds.runfolder import (
     ADAPTER,
     COEFFICIENTS,

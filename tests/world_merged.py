@@ -22,10 +22,11 @@ from worlds import World, case
 
 from tezo_ds import loading
 from tezo_ds.cli import app
-from tezo_ds.engine import Engine, StepReport
+from tezo_ds.engine import Engine
 from tezo_ds.export import save_coefficients
 from tezo_ds.live_bytes import LiveBytes
 from tezo_ds.merged import save_merged
+from tezo_ds.report import StepReport
 from tezo_ds.runfolder import COEFFICIENTS, CONFIG
 from tezo_ds.sharding import zero3
 

@@ -20,9 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from tezo_ds.engine import Engine, StepReport
+from tezo_ds.engine import Engine
 from tezo_ds.methods import in_coefficients
 from tezo_ds.probes import InplaceProbe
+from tezo_ds.report import StepReport
 from tezo_ds.runfolder import COEFFICIENTS, JOURNAL
 from tezo_ds.tasks import TaskData
 from tezo_ds.tasks.evaluation import Score

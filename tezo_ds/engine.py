@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,48 +17,21 @@ from tezo_ds.config import TezoConfig, resolve
 from tezo_ds.errors import ConfigError, ShardingError
 from tezo_ds.factors import CoefficientSpace
 from tezo_ds.measuring import Measuring
+from tezo_ds.merging import merged_tensors
 from tezo_ds.methods import Write, make_method
 from tezo_ds.methods.tezo import Tezo
 from tezo_ds.objective import LossFn, Objective
 from tezo_ds.probes import InplaceProbe, make_probe
 from tezo_ds.radius import Radius
+from tezo_ds.report import StepReport
 from tezo_ds.selection import Selection, select
-from tezo_ds.sharding import Sharding, ShardView, sharding_of
-from tezo_ds.slopes import Clip, Quality, quality, slopes_of
+from tezo_ds.sharding import Sharding, sharding_of
+from tezo_ds.slopes import Clip, quality, slopes_of
 from tezo_ds.watch import Watch, require_same_start
 
 # Numbers of τ that other ranks' directions take, from which on each sums its own and g is reduced: to draw
 # so many takes longer than a message of D numbers.
 SHARED_FROM = 1 << 20
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one step measured.
-
-    Attributes:
-        step: counted from 0.
-        loss: mean over branches of the loss over all ranks.
-        kappa: slope along each direction as it was measured, in loss per unit of ρ.
-        rho: ρ of the step.
-        lr: learning rate of the step.
-        seconds: wall-clock of the step on this rank.
-        tokens: of this rank's batch (its attention mask's sum), counted once whatever the branches.
-        dropped: directions that failed, as a loss of theirs was not finite; their κ is NaN.
-        quality: what the slopes say of the gradient.
-        stopping: a rank had been asked to stop (`Engine.ask_to_stop`); the same on every rank.
-    """
-
-    step: int
-    loss: float
-    kappa: tuple[float, ...]
-    rho: float
-    lr: float
-    seconds: float
-    tokens: int
-    dropped: int
-    quality: Quality
-    stopping: bool = False
 
 
 @contextmanager
@@ -300,23 +272,7 @@ class Engine:
             ShardingError: the weights are quantised on their way to the forward.
         """
         self._refuse_quantised("merged weights")
-        return self._merged_tensors(dtype)
-
-    @torch.no_grad()
-    def _merged_tensors(
-        self, dtype: torch.dtype | None
-    ) -> Iterator[tuple[list[str], Tensor | None]]:
-        kept = self.method.kept_aside()
-        shapes = {matrix.name: matrix.shape for matrix in self.space.matrices}
-        shapes |= {vector.name: (1, vector.numel) for vector in self.space.vectors}
-        for names, tensor in self.sharding.full_tensors():
-            if tensor is not None:
-                target = dtype if dtype and tensor.is_floating_point() else tensor.dtype
-                tensor = tensor.to(torch.promote_types(tensor.dtype, target))
-                for name in shapes.keys() & set(names):
-                    kept.move_(ShardView(name, shapes[name], 0, tensor.view(-1)), None, 0)
-                tensor = tensor.to(target)
-            yield names, tensor
+        return merged_tensors(self.sharding, self.space, self.method.kept_aside(), dtype)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All of `merged_tensors` at once, in the order of the model's own state_dict: on the CPU of

@@ -291,6 +291,16 @@ def snapshot(engine: Engine, path: Path, folder: RunFolder | None, kept: int) ->
     if folder is not None:
         about = {"step": str(engine.step_index), "sum": folder.sum}
         runstate.save(runstate.take(engine), name.with_suffix(".safetensors"), about)
-        for old in sorted((path / SNAPSHOTS).glob("step-*.safetensors"))[:-kept]:
-            old.unlink()
-            shutil.rmtree(old.with_suffix(""), ignore_errors=True)
+        _remove_others(path / SNAPSHOTS, name.with_suffix(".safetensors"), kept)
+
+
+def _remove_others(folder: Path, newest: Path, kept: int) -> None:
+    """Away with snapshots that are too many, or of steps that are to be made again, and with shards of
+    which a run that was killed has left no state."""
+    states = sorted(folder.glob("step-*.safetensors"))
+    count = states.index(newest) + 1
+    for state in (*states[: max(count - kept, 0)], *states[count:]):
+        state.unlink()
+    for shards in folder.glob("step-*"):
+        if shards.is_dir() and not shards.with_suffix(".safetensors").exists():
+            shutil.rmtree(shards, ignore_errors=True)

@@ -13,9 +13,9 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from tezo_ds.engine import StepReport
 from tezo_ds.errors import ConfigError, StorageError
 from tezo_ds.journal import Contents, Journal, read_journal, to_json
+from tezo_ds.report import StepReport
 
 CONFIG, METRICS, SUMMARY, JOURNAL = "config.json", "metrics.jsonl", "summary.json", "journal.jsonl"
 COEFFICIENTS, ADAPTER, CURVE = "coefficients.safetensors", "adapter", "curve.png"

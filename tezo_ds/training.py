@@ -11,7 +11,7 @@ from typing import Any
 from tezo_ds.card import model_card
 from tezo_ds.curve import draw_curve
 from tezo_ds.display import Display
-from tezo_ds.engine import Engine, StepReport
+from tezo_ds.engine import Engine
 from tezo_ds.errors import ConfigError, StorageError
 from tezo_ds.export import save_adapter, save_coefficients
 from tezo_ds.interrupts import Interrupted, deaf, turned_into_exceptions
@@ -19,6 +19,7 @@ from tezo_ds.liveness import Liveness
 from tezo_ds.loading import load_tokenizer
 from tezo_ds.merged import save_merged
 from tezo_ds.methods import in_coefficients
+from tezo_ds.report import StepReport
 from tezo_ds.resuming import snapshot
 from tezo_ds.runfolder import (
     ADAPTER,

@@ -1,0 +1,36 @@
+"""Whole weights with what a run keeps aside, gathered one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tezo_ds.branches import Branches
+from tezo_ds.factors import CoefficientSpace
+from tezo_ds.sharding import Sharding, ShardView
+
+
+@torch.no_grad()
+def merged_tensors(
+    sharding: Sharding, space: CoefficientSpace, kept: Branches, dtype: torch.dtype | None
+) -> Iterator[tuple[list[str], Tensor | None]]:
+    """See `Engine.merged_tensors`.
+
+    Args:
+        sharding: of the model.
+        space: what trains.
+        kept: one branch: the change that is not in the weights.
+        dtype: of the copies; None: the weights' own.
+    """
+    shapes = {matrix.name: matrix.shape for matrix in space.matrices}
+    shapes |= {vector.name: (1, vector.numel) for vector in space.vectors}
+    for names, tensor in sharding.full_tensors():
+        if tensor is not None:
+            target = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+            tensor = tensor.to(torch.promote_types(tensor.dtype, target))
+            for name in shapes.keys() & set(names):
+                kept.move_(ShardView(name, shapes[name], 0, tensor.view(-1)), None, 0)
+            tensor = tensor.to(target)
+        yield names, tensor
