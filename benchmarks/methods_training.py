@@ -55,7 +55,7 @@ class Settings:
     rho: float = 1e-3
     dense_rho: float = 1e-3
     include: tuple[str, ...] = ("*v_proj*",)
-    max_length: int = 64
+    max_length: int = 48
     dtype: str = "float32"
 
     def fields(self) -> dict[str, Any]:
