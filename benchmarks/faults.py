@@ -1,8 +1,6 @@
 """Kills real runs at random moments and damages what they leave; counts what came of it.
 
     python benchmarks/faults.py --kills 8 --launched 1 --damage 1000
-    python benchmarks/faults.py --sharding zero3 --methods tezo mezo --kills 40 --damage 0
-    python benchmarks/faults.py --kills 0 --launched 0 --damage 200 --seed 7
     python benchmarks/faults.py --kills 1000 --minutes 12
 
 A run has two gloo ranks and a tiny model. SIGKILL takes a rank, or both as when the launcher's node is gone,
@@ -41,6 +39,7 @@ from fault_launchers import VICTIMS, Forked, Launched, World  # noqa: E402
 from fault_runs import (  # noqa: E402
     METHODS,
     SHARDINGS,
+    STEPS,
     arguments_of,
     differences,
     done_in,
@@ -126,9 +125,9 @@ class Faults:
         while time.time() < self.until:
             log, begun = run.with_name(f"{run.name}.{killed:03d}.log"), time.time()
             world = start(arguments_of(self.given, run, sharding, method), log)
-            moment = self.drawn.uniform(0, 1.1 * seconds + patient)
-            if not world.wait(moment if killed < kills else HANGS):
-                if killed == kills:
+            last = killed == kills
+            if not (world.wait(HANGS) if last else self._ended(world, run, seconds + patient)):
+                if last:
                     world.kill("launcher", 0)
                     self.fail("hangs", run)
                     return killed
@@ -150,6 +149,17 @@ class Faults:
             return killed
         return killed
 
+    def _ended(self, world: World, run: Path, seconds: float) -> bool:
+        """Waits for a random moment: of the time that a run takes, or of its steps, as others use this
+        machine as well. Whether the run has ended before."""
+        if self.drawn.random() < 0.4:
+            return world.wait(self.drawn.uniform(0, seconds))
+        step, deadline = self.drawn.randint(0, STEPS), time.time() + HANGS
+        while done_in(run) < step and time.time() < deadline:
+            if world.wait(0.01):
+                return True
+        return world.wait(self.drawn.uniform(0, 1.5 if step == STEPS else 0.3))
+
     def _check_killed(self, run: Path, log: Path, before: int, expected: list[object]) -> None:
         """Nothing is lost, and nothing is there that a whole run has not."""
         steps = read_journal(run / JOURNAL).steps if (run / JOURNAL).exists() else []
@@ -170,8 +180,8 @@ class Faults:
                 start_ranks(arguments, run.with_suffix(".log"), size=1).wait(HANGS)
                 runs[steps] = run
             subject, copy = Subject(runs[7]), self.work / "damage-copy"
-            if (came := subject.goes_on(runs[7])) != "identical":
-                self.fail(f"undamaged: {came}", runs[7])
+            if subject.goes_on(runs[7]) != "identical":
+                self.fail("goes on elsewhere without damage", runs[7])
             for number in range(each):
                 if time.time() > self.until:
                     return
@@ -183,9 +193,8 @@ class Faults:
                 if came.startswith("wrong"):
                     self.fail(f"{method}: {case.file.name} {case.what}: {came}", copy)
                 if (copy / "adapter").exists():
-                    self.tally.adapters[
-                        adapter_case(runs[7], self.drawn, self.work / "adapter")
-                    ] += 1
+                    read = adapter_case(runs[7], self.drawn, self.work / "adapter")
+                    self.tally.adapters[read] += 1
 
     def _plain(self, run: Path, method: str, steps: int) -> list[str]:
         short = {"steps": steps, "snapshot_every": 3, "eval_every": 0}

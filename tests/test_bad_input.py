@@ -128,7 +128,8 @@ def test_a_folder_without_weights(given: Given, tmp_path: Path, refused: Refusal
 
 def test_run_folders(given: Given, plain: Run, tmp_path: Path, refused: Refusal) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in plain.path.iterdir()}
-    refused(given.train(plain.path), "holds a run already; choose another --output")
+    again = given.train(plain.path, resume=False)
+    refused(again, "holds a run already; choose another --output")
     assert {path.name: path.stat().st_mtime_ns for path in plain.path.iterdir()} == before
     (tmp_path / "file").touch()
     refused(given.train(tmp_path / "file" / "run"), "cannot be written")
@@ -138,7 +139,9 @@ def test_run_folders(given: Given, plain: Run, tmp_path: Path, refused: Refusal)
     (tmp_path / "config.json").write_text(json.dumps({**plain.config, "settings": {"modle": "x"}}))
     refused(["evaluate", "--run", tmp_path], "config.json", "modle")
     (tmp_path / "config.json").write_text(json.dumps(plain.config))
-    refused(["evaluate", "--run", tmp_path], f"{COEFFICIENTS} does not exist; has the run ended?")
+    refused(
+        ["evaluate", "--run", tmp_path], f"{COEFFICIENTS} does not exist", "is it a run folder?"
+    )
 
 
 def test_no_test_examples(given: Given, refused: Refusal) -> None:
@@ -181,7 +184,7 @@ def test_export(given: Given, plain: Run, tmp_path: Path, refused: Refusal) -> N
         refused(["export", *run, what, plain.path], "is not an empty folder; choose another")
     refused(["export", "--run", tmp_path, "--merged", out], "config.json: cannot be read")
     (tmp_path / "config.json").write_text(json.dumps(plain.config))
-    refused(["export", "--run", tmp_path, "--merged", out], "does not exist; has the run ended?")
+    refused(["export", "--run", tmp_path, "--merged", out], "does not exist", "is it a run folder?")
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "tezo": {}}))
     options = ["--merged", out, "--deepspeed", tmp_path / "ds.json"]
     refused(["export", *run, *options], "stage is 2", "set it to 3")

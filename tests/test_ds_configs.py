@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 from command_line import Given, call
 from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.ops.op_builder.pin_memory import PinMemoryBuilder
 
 import tezo_ds
 from tezo_ds.sharding import zero3
@@ -37,7 +38,10 @@ def test_nvme_where_the_op_cannot_be_built_is_one_line(
 ) -> None:
     arguments = given.train(tmp_path / "run", deepspeed=CONFIGS / "zero3_nvme_offload.json")
     builder = type(AsyncIOBuilder())
-    with mock.patch.object(builder, "is_compatible", lambda self, verbose=False: False):
+    with (
+        mock.patch.object(builder, "is_compatible", lambda self, verbose=False: False),
+        mock.patch.object(PinMemoryBuilder, "load"),  # loaded first, and compiled for a minute
+    ):
         with pytest.raises(RuntimeError, match="async_io"):  # DeepSpeed's own words
             AsyncIOBuilder().load(verbose=False)
         capsys.readouterr()

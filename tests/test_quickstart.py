@@ -16,7 +16,8 @@ def test_quickstart_fine_tunes_the_real_model_under_zero3(tmp_path: Path) -> Non
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     output = tmp_path / "run"
-    flags = ["--steps", "3", "--eval-every", "0", "--test-examples", "16", "--output", str(output)]
+    flags = ["--steps", "3", "--eval-every", "0", "--test-examples", "16"]
+    flags += ["--batch-size", "4", "--output", str(output)]
     done = subprocess.run(
         [ROOT / "launch" / "quickstart.sh", *flags],
         env={**os.environ, "RANKS": "2", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"},

@@ -166,7 +166,8 @@ def test_a_signal_within_a_refresh(
     found = Run(tmp_path / "run")
     assert len(found.steps) == 3
     assert all(bool((part == whole[name]).all()) for name, part in found.coefficients.items())
-    monkeypatch.setattr(training, "_ended", lambda engine: 0)
+    state = property(lambda training: (training._engine.step_index, 0))
+    monkeypatch.setattr(training._Training, "_state", state)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     assert call(*given.train(tmp_path / "unhandled", refresh_every=2)) == 130
     for a in Run(tmp_path / "unhandled").coefficients.values():

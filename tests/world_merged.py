@@ -24,10 +24,11 @@ from tezo_ds import loading
 from tezo_ds.cli import app
 from tezo_ds.engine import Engine
 from tezo_ds.export import save_coefficients
+from tezo_ds.journal import Journal
 from tezo_ds.live_bytes import LiveBytes
 from tezo_ds.merged import save_merged
 from tezo_ds.report import StepReport
-from tezo_ds.runfolder import COEFFICIENTS, CONFIG
+from tezo_ds.runfolder import COEFFICIENTS, CONFIG, JOURNAL
 from tezo_ds.sharding import zero3
 
 LAYERS = 14  # of the deep model
@@ -225,6 +226,7 @@ def make_run(model: Path, run: Path, coefficients: dict[str, Tensor]) -> None:
     tiny_tokenizer(["a film"]).save_pretrained(model)
     run.mkdir()
     save_coefficients(coefficients, run / COEFFICIENTS)
+    Journal(run / JOURNAL, {}).close()
     config = {
         "tezo": FIELDS,
         "settings": {"model": str(model), "task": "none of an export's business"},

@@ -24,6 +24,7 @@ from worlds import World, case
 
 import tezo_ds
 from tezo_ds import shardfiles, snapshots
+from tezo_ds.errors import StorageError
 from tezo_ds.live_bytes import LiveBytes
 from tezo_ds.methods.mezo import Mezo
 from tezo_ds.sharding import ShardView
@@ -116,7 +117,7 @@ def a_snapshot_fits_every_sharding(world: World) -> None:
 
     engine = engines["replicated" if world.size == 3 else "FSDP2, hybrid"]
     with mock.patch.object(snapshots, "holders_of", only_me):
-        message = refusal(lambda: save_shards(engine, world.folder / "all"), tezo_ds.StorageError)
+        message = refusal(lambda: save_shards(engine, world.folder / "all"), StorageError)
     assert "ranks hold" in message
 
 
@@ -217,7 +218,7 @@ def damaged(
     if world.rank == 0:
         damage(file)
     dist.barrier()
-    message = refusal(lambda: load_shards(engine, file.parent), tezo_ds.StorageError)
+    message = refusal(lambda: load_shards(engine, file.parent), StorageError)
     for (_, ours), (_, theirs) in zip(numbers_of(engine), before, strict=True):
         assert ours.keys() == {"weight"} and torch.equal(ours["weight"], theirs["weight"])
     said: list[str] = [""] * world.size
@@ -284,7 +285,7 @@ def a_rank_that_cannot_write_stops_all_and_leaves_nothing(world: World) -> None:
     def refused(owner: object, name: str, rank: int) -> str:
         work = full if world.rank == rank else getattr(owner, name)
         with mock.patch.object(owner, name, work):
-            message = refusal(lambda: save_shards(engine, home / "x"), tezo_ds.StorageError)
+            message = refusal(lambda: save_shards(engine, home / "x"), StorageError)
         dist.barrier()
         assert not list(home.iterdir()), list(home.iterdir())
         dist.barrier()
@@ -300,11 +301,11 @@ def a_rank_that_cannot_write_stops_all_and_leaves_nothing(world: World) -> None:
     with mock.patch.object(snapshots, "_finish"), mock.patch.object(snapshots.shutil, "rmtree"):
         save_shards(engine, home / "x")
     assert [path.name for path in home.iterdir()] == [".x.partial"]
-    left = refusal(lambda: load_shards(engine, home / ".x.partial"), tezo_ds.StorageError)
+    left = refusal(lambda: load_shards(engine, home / ".x.partial"), StorageError)
     assert INDEX in left
     save_shards(engine, home / "x")
     assert [path.name for path in home.iterdir()] == ["x"]
-    assert "there already" in refusal(lambda: save_shards(engine, home / "x"), tezo_ds.StorageError)
+    assert "there already" in refusal(lambda: save_shards(engine, home / "x"), StorageError)
     load_shards(engine, home / "x")
     assert json.loads((home / "x" / INDEX).read_text())["format"] == 1
 

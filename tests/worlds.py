@@ -39,6 +39,7 @@ MODULES = (
     "world_stop",
     "world_traffic",
     "world_merged",
+    "world_snapshots",
 )
 TIMEOUT = 400  # seconds for all cases of one size
 

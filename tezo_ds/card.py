@@ -6,8 +6,9 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from tezo_ds.config import BLOCK, read_json
-from tezo_ds.runfolder import CONFIG, METRICS, read_metrics
+from tezo_ds.config import BLOCK
+from tezo_ds.runfolder import METRICS, read_metrics
+from tezo_ds.session import read_about
 
 _TOLD = (
     "method",
@@ -32,9 +33,9 @@ def model_card(run: Path, steps: int, adapter: bool) -> str:
         adapter: a LoRA adapter, or else a whole model.
 
     Raises:
-        ConfigError: the folder has no config.json.
+        ConfigError: the folder has no config.json, or it is damaged.
     """
-    content = read_json(run / CONFIG)
+    content = read_about(run)
     settings, block = content["settings"], content[BLOCK]
     data = ModelCardData(
         base_model=settings["model"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -12,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from tezo_ds.errors import ConfigError
 
 BLOCK = "tezo"
+# What may change when a run goes on, as the same steps follow from it, up to the rounding of losses.
+FREE = frozenset({"check_every", "branch_chunk", "memory_budget", "micro_batch"})
 
 MethodName = Literal[
     "tezo", "tezo-m", "tezo-adam", "tezo-adam-coef", "lozo", "lozo-m", "mezo", "mezo-m", "mezo-adam"
@@ -52,7 +55,7 @@ class TezoConfig(BaseModel):
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="how lr goes after the warm-up: stays, or falls to 0 at total_steps"
     )
-    warmup_steps: int = Field(0, ge=0, description="steps over which lr rises from 0")
+    warmup_steps: int = Field(0, ge=0, le=2**53, description="steps over which lr rises from 0")
     total_steps: int | None = Field(
         None, ge=1, description="length of the run in steps; linear and cosine need it"
     )
@@ -158,6 +161,14 @@ class TezoConfig(BaseModel):
             )
         return self
 
+    @property
+    def identity(self) -> str:
+        """Of a run's files, by which those of a run that was configured otherwise are told apart: 64 bits,
+        as hex, of the fields that stay while a run goes on."""
+        fields = self.model_dump(mode="json", exclude_defaults=True, exclude={*FREE, "total_steps"})
+        text = json.dumps(fields, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
     def lr_at(self, step: int) -> float:
         """Learning rate of `step` (from 0): linear warm-up, then the schedule."""
         if step < self.warmup_steps:
@@ -171,6 +182,26 @@ class TezoConfig(BaseModel):
         return self.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def from_json(text: str) -> Any:
+    """What a user's JSON says.
+
+    Raises:
+        ValueError: it is none, names a field twice, or is too deep or has too many digits to be read.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unrepeated)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice")
+    return fields
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file.
 
@@ -178,10 +209,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
         ConfigError: no such file, not JSON, or not an object.
     """
     try:
-        content = json.loads(Path(path).read_text())
+        content = from_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # bytes that are not UTF-8 are one, too
         raise ConfigError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold a JSON object, holds a {type(content).__name__}")

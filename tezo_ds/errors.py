@@ -10,6 +10,10 @@ class TezoError(ValueError):
 
     speaks: bool | None = None
 
+    def __str__(self) -> str:
+        """One line, whatever names and values are in it: what cannot be printed is escaped."""
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
+
 
 class ConfigError(TezoError):
     """The configuration is missing, malformed, or asks for something impossible."""

@@ -20,6 +20,7 @@ from tezo_ds.merged import writing
 from tezo_ds.methods import in_coefficients
 from tezo_ds.objective import is_masked_lm
 from tezo_ds.probes.sites import kind_of, uncovered, users
+from tezo_ds.runstate import digest
 
 INSTEAD = "write the merged model (tezo-ds export --merged)"
 
@@ -163,8 +164,9 @@ def save_adapter(engine: Engine, folder: Path, base_model: str, card: str = "") 
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def save_coefficients(coefficients: dict[str, Tensor], path: Path) -> None:
-    """Writes what `Engine.coefficients` gives as safetensors, in float64, by way of a temporary name.
+def save_coefficients(coefficients: dict[str, Tensor], path: Path, run: str = "") -> None:
+    """Writes what `Engine.coefficients` gives as safetensors, in float64, with a digest and by way of a
+    temporary name; `run` is the identity of its config.
 
     Raises:
         StorageError: it cannot be written.
@@ -172,7 +174,9 @@ def save_coefficients(coefficients: dict[str, Tensor], path: Path) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with writing(path):
-            save_file({k: v.to(torch.float64) for k, v in coefficients.items()}, partial)
+            tensors = {k: v.to(torch.float64) for k, v in coefficients.items()}
+            about = {"digest": digest(tensors), **({"run": run} if run else {})}
+            save_file(tensors, partial, metadata=about)
             partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

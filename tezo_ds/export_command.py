@@ -58,10 +58,8 @@ def export(
     from tezo_ds.card import model_card
     from tezo_ds.display import Display, quieten
     from tezo_ds.export import no_adapter_because, not_low_rank
-    from tezo_ds.journal import read_journal
     from tezo_ds.merged import refuse_filled
-    from tezo_ds.results import read_result
-    from tezo_ds.runfolder import JOURNAL
+    from tezo_ds.results import journal_of, read_result
 
     if run is None:
         raise ConfigError("--run is missing; name the folder of a run, e.g. runs/first")
@@ -77,7 +75,7 @@ def export(
     if adapter is not None and (reason := not_low_rank(config)):
         raise ConfigError(reason)
     base_model, result = settings.model, read_result(run, config)
-    steps = len(read_journal(run / JOURNAL).steps)
+    steps = len(journal_of(run, config).steps)
     settings.model = str(result.model or base_model)
     launched = launchers.launched()
     if fsdp is None:

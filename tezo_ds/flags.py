@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from tezo_ds.config import from_json
 from tezo_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -119,11 +119,11 @@ def settings_from(given: dict[str, Any], before: dict[str, Any]) -> Settings:
         raise ConfigError(f"{flag}: {first['msg']} (got {first['input']!r})") from None
 
 
-def _json_object(text: str) -> dict[str, str]:
+def _json_object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        value = from_json(text)
+    except ValueError as error:
         raise ConfigError(f"--verbalizers is not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ConfigError('--verbalizers must be a JSON object, e.g. {"0": "bad", "1": "good"}')
-    return {str(label): str(word) for label, word in value.items()}
+    return value

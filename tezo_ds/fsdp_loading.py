@@ -7,7 +7,6 @@ already it reads from the safetensors files only the slice that this rank keeps.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,11 +25,9 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from transformers.distributed import DistributedConfig
-from transformers.utils import logging as transformers_logging
 
 from tezo_ds.errors import ConfigError
-
-log = logging.getLogger(__name__)
+from tezo_ds.loading import misfit_of, note_left_over, without_tables
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def load_sharded(
         return sharded
 
     try:
-        with _shards_by(shard), _without_tables():
+        with _shards_by(shard), without_tables():
             model, report = loader.from_pretrained(
                 name, dtype=dtype, device_map={"": "cpu" if plan.offload else device},
                 use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
@@ -124,17 +121,6 @@ def _shards_by(shard: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
         yield
     finally:
         del models.maybe_distribute_model  # the class that it inherits from has the original
-
-
-@contextmanager
-def _without_tables() -> Iterator[None]:
-    """Keeps transformers from printing on all ranks what it thinks of the checkpoint."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
 
 
 def _shard(model: Any, mesh: DeviceMesh, plan: FsdpPlan) -> nn.Module:
@@ -192,18 +178,12 @@ def _check(model: nn.Module, report: dict[str, Any], parameters: list[str]) -> N
     dist.all_gather_object(found, _misfit(model, report, parameters))
     if misfit := next(filter(None, found), None):
         raise ValueError(misfit)
-    if (left := sorted(report["unexpected_keys"])) and dist.get_rank() == 0:
-        log.warning("left over in the checkpoint: %s (%d such)", left[0], len(left))
+    note_left_over(report)
 
 
 def _misfit(model: nn.Module, report: dict[str, Any], parameters: list[str]) -> str | None:
-    different = sorted(name for name, *_ in report["mismatched_keys"])
-    for names, what in ((sorted(report["missing_keys"]), "no"), (different, "another shape of")):
-        if names:
-            return (
-                f"it has {what} {names[0]} ({len(names)} such); is it whole, and does config.json "
-                "fit it?"
-            )
+    if misfit := misfit_of(report):
+        return misfit
     if untied := [name for name, _ in model.named_parameters() if name not in parameters]:
         return (
             f"its {untied[0]} differs from the weight that config.json ties it to; set "

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import transformers
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
-from tezo_ds.errors import ConfigError
+from tezo_ds.errors import ConfigError, TezoError
 from tezo_ds.rendezvous import of_restart
 
 if TYPE_CHECKING:  # what only some ways of sharding need is imported where it is used
     from tezo_ds.fsdp_loading import FsdpPlan
+
+log = logging.getLogger(__name__)
 
 TIMEOUT = 1800.0  # seconds that collectives wait for the slowest rank
 
@@ -67,10 +73,8 @@ def load_tokenizer(name: str, pad: bool = True) -> transformers.PreTrainedTokeni
     Raises:
         ConfigError: there is none.
     """
-    try:
+    with _damage_explained("tokenizer", name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ConfigError(_not_loaded("tokenizer", name, error)) from None
     if pad and tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked out, so any token would do
     return tokenizer
@@ -117,12 +121,9 @@ def load_skeleton(name: str, dtype: str) -> nn.Module:
     Raises:
         ConfigError: no such model.
     """
-    try:
+    with _damage_explained("model", name), torch.device("meta"):
         config, loader = _kind(name)
-        with torch.device("meta"):
-            model: nn.Module = loader.from_config(config, dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as error:
-        raise ConfigError(_not_loaded("model", name, error)) from None
+        model: nn.Module = loader.from_config(config, dtype=getattr(torch, dtype))
     return model
 
 
@@ -136,21 +137,75 @@ def _kind(name: str) -> tuple[Any, Any]:
 
 
 def _from_pretrained(name: str, dtype: str, fsdp: FsdpPlan | None = None) -> nn.Module:
-    try:
+    with _damage_explained("model", name):
         config, loader = _kind(name)
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
         if fsdp is None:
-            model: nn.Module = loader.from_pretrained(name, dtype=wanted)
-            return model
+            return _load_whole(loader, name, wanted)
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError("its weights are quantised, which --fsdp does not shard")
         from tezo_ds.fsdp_loading import load_sharded
 
         return load_sharded(loader, name, wanted, local_device(), fsdp)
-    except ConfigError:
-        raise
+
+
+def _load_whole(loader: Any, name: str, dtype: torch.dtype | str) -> nn.Module:
+    """Raises ValueError where transformers would make up weights that the checkpoint lacks."""
+    with without_tables():
+        model, report = loader.from_pretrained(
+            name, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    if misfit := misfit_of(report):
+        raise ValueError(misfit)
+    note_left_over(report)
+    loaded: nn.Module = model
+    return loaded
+
+
+def misfit_of(report: Mapping[str, Any]) -> str | None:
+    """What transformers' report of a loading says is missing or of another shape; None if nothing is."""
+    different = sorted(name for name, *_ in report["mismatched_keys"])
+    for names, what in ((sorted(report["missing_keys"]), "no"), (different, "another shape of")):
+        if names:
+            return (
+                f"it has {what} {names[0]} ({len(names)} such); is it whole, and does config.json "
+                "fit it?"
+            )
+    return None
+
+
+def note_left_over(report: Mapping[str, Any]) -> None:
+    """Says on one rank what the checkpoint has and the model does not."""
+    if (left := sorted(report["unexpected_keys"])) and os.environ.get("RANK", "0") == "0":
+        log.warning("left over in the checkpoint: %s (%d such)", left[0], len(left))
+
+
+@contextmanager
+def without_tables() -> Iterator[None]:
+    """Keeps transformers from printing on all ranks what it thinks of the checkpoint."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def _damage_explained(what: str, name: str) -> Iterator[None]:
+    """Within it, what is raised over a folder's files is a ConfigError that names the folder. A ValueError's
+    or OSError's words are for users; transformers, tokenizers and safetensors raise much else over damaged
+    files, with no common base."""
+    try:
+        yield
+    except (TezoError, AssertionError, dist.DistError, torch.OutOfMemoryError):
+        raise  # not of the files
     except (OSError, ValueError) as error:
-        raise ConfigError(_not_loaded("model", name, error)) from None
+        raise ConfigError(_not_loaded(what, name, str(error).split("\n")[0])) from None
+    except Exception as error:
+        cause = error.__cause__ or error
+        reason = textwrap.shorten(f"{type(cause).__name__}: {cause}", 300, placeholder=" …")
+        raise ConfigError(_not_loaded(what, name, f"its files are damaged ({reason})")) from error
 
 
 def _deepspeed_dtype(config: dict[str, Any], asked: str) -> str:
@@ -168,7 +223,6 @@ def _deepspeed_dtype(config: dict[str, Any], asked: str) -> str:
     return dtype
 
 
-def _not_loaded(what: str, name: str, error: Exception) -> str:
-    reason = str(error).split("\n")[0]
-    hint = "" if Path(name).is_dir() else "; give a folder made by save_pretrained, or a hub name"
+def _not_loaded(what: str, name: str, reason: str) -> str:
+    hint = "" if os.path.isdir(name) else "; give a folder made by save_pretrained, or a hub name"
     return f"cannot load a {what} from {name!r}: {reason}{hint}"

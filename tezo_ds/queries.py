@@ -35,5 +35,8 @@ def queries_at(config: TezoConfig, step: int) -> int:
         assert config.total_steps is not None, "the config's own check"
         alpha = math.log(config.queries_max) / math.log(max(2, config.total_steps))
         return min(max(round(epoch**alpha), 1), config.queries_max)
-    wanted = math.floor(config.query_alpha * (epoch + 1) ** config.query_beta)
+    try:
+        wanted = math.floor(config.query_alpha * (epoch + 1) ** config.query_beta)
+    except OverflowError:  # more than float64 has, so more than any M
+        return config.queries_max
     return min(max(wanted, 1), config.queries_max)

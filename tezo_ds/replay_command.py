@@ -50,11 +50,10 @@ def replay(
     from tezo_ds.card import model_card
     from tezo_ds.display import Display, quieten
     from tezo_ds.export_command import export_merged
-    from tezo_ds.journal import read_journal
     from tezo_ds.loading import load_skeleton
     from tezo_ds.merged import refuse_filled
     from tezo_ds.methods import in_coefficients
-    from tezo_ds.results import ranks_of
+    from tezo_ds.results import journal_of, ranks_of
     from tezo_ds.runfolder import JOURNAL
     from tezo_ds.sharding import sharding_of
 
@@ -66,7 +65,7 @@ def replay(
     settings.fsdp = False  # one process holds it whole
     if coefficients is not None and not in_coefficients(config):
         raise ConfigError(f"--coefficients: {config.method} learns weights; use --merged FOLDER")
-    contents = read_journal(run / JOURNAL)
+    contents = journal_of(run, config)
     if to_step is not None and to_step > len(contents.steps):
         raise ConfigError(f"--to-step {to_step}: {run / JOURNAL} has {len(contents.steps)} steps")
     steps = contents.steps[:to_step]
@@ -120,5 +119,5 @@ def _replay(
 def _save(engine: Engine, path: Path, display: Display) -> None:
     from tezo_ds.export import save_coefficients
 
-    save_coefficients(engine.coefficients(), path)
+    save_coefficients(engine.coefficients(), path, engine.config.identity)
     display.note(f"coefficients  {path}")

@@ -3,23 +3,23 @@ starting from the merged model, or by replaying the steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tezo_ds.config import TezoConfig, read_json
 from tezo_ds.engine import Engine
 from tezo_ds.errors import ConfigError, StorageError
-from tezo_ds.journal import read_journal
+from tezo_ds.journal import Contents, read_journal
 from tezo_ds.merged import is_complete
 from tezo_ds.methods import in_coefficients
 from tezo_ds.runfolder import COEFFICIENTS, CONFIG, JOURNAL, MODEL, SUMMARY
+from tezo_ds.runstate import digest
 
 if TYPE_CHECKING:
     from tezo_ds.display import Display
@@ -85,29 +85,60 @@ def read_result(folder: Path, config: TezoConfig, base: bool = False) -> Result:
         base: the run's own model is not to be used; the result is put on the base model.
 
     Raises:
-        ConfigError: there is none, or its file is damaged.
+        ConfigError: there is none. StorageError: its file is damaged, or another run's.
     """
     ranks = ranks_of(folder, config)
     path = folder / COEFFICIENTS
     if in_coefficients(config) and path.exists():
-        try:
-            return Result(coefficients=load_file(path), ranks=ranks)
-        except SafetensorError as error:
-            raise ConfigError(f"{path}: cannot be read ({error}); take it from a copy") from None
+        return Result(coefficients=_coefficients(path, config), ranks=ranks)
     if is_complete(folder / MODEL) and not base:
         return Result(model=folder / MODEL, ranks=ranks)
     if not (folder / JOURNAL).exists():
         raise ConfigError(f"{path} does not exist, and no {JOURNAL} either; is it a run folder?")
-    return Result(steps=_steps(folder), ranks=ranks)
+    return Result(steps=_steps(folder, config), ranks=ranks)
 
 
-def _steps(folder: Path) -> list[dict[str, Any]]:
+def _coefficients(path: Path, config: TezoConfig) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); take it from a copy") from None
+    refuse_foreign(path, about, config)
+    if about.get("digest", digest(tensors)) != digest(tensors):
+        raise StorageError(f"{path}: does not have its checksum; take it from a copy")
+    return tensors
+
+
+def refuse_foreign(path: Path, about: Mapping[str, Any], config: TezoConfig) -> None:
+    """Raises StorageError if what a file says of itself is not of a run with this config."""
+    if about.get("run", config.identity) != config.identity:
+        raise StorageError(
+            f"{path}: is of a run that was configured otherwise than {CONFIG} says; take both from a copy"
+        )
+
+
+def journal_of(folder: Path, config: TezoConfig) -> Contents:
+    """The journal of a run folder, see `read_journal`.
+
+    Raises:
+        StorageError: it is damaged, or of a run with another config.
+    """
+    contents = read_journal(folder / JOURNAL)
+    refuse_foreign(folder / JOURNAL, contents.header or {}, config)
+    return contents
+
+
+def _steps(folder: Path, config: TezoConfig) -> list[dict[str, Any]]:
     """The journal's, if they are as many as the run says it had; one that is killed does not say."""
     path = folder / JOURNAL
-    steps = read_journal(path).steps
+    steps = journal_of(folder, config).steps
     summary = read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else {}
     # A run that failed did so in the middle of a step that has no line, perhaps.
     had = len(steps) if summary.get("status") == "failed" else summary.get("steps", len(steps))
+    if not isinstance(had, int):
+        raise StorageError(f"{folder / SUMMARY}: steps is {had!r}; take the file from a copy")
     if len(steps) < had:
         raise StorageError(
             f"{path}: has {len(steps)} whole steps, and the run had {had}; take the file from a copy"

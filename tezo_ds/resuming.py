@@ -14,14 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tezo_ds import runstate
-from tezo_ds.config import BLOCK, TezoConfig, read_json
+from tezo_ds.config import BLOCK, FREE, TezoConfig, read_json
 from tezo_ds.display import Display
 from tezo_ds.engine import Engine
 from tezo_ds.errors import ConfigError, StorageError, TezoError
 from tezo_ds.methods import in_coefficients
-from tezo_ds.results import replay
+from tezo_ds.results import refuse_foreign, replay
 from tezo_ds.runfolder import (
-    CONFIG,
     JOURNAL,
     METRICS,
     SNAPSHOTS,
@@ -29,12 +28,11 @@ from tezo_ds.runfolder import (
     RunFolder,
     read_metrics,
 )
-from tezo_ds.session import Session, describe_run
+from tezo_ds.session import Session, describe_run, read_about
 from tezo_ds.snapshots import checked_shards, save_shards
 from tezo_ds.tasks.encoding import Encoded
 
-# What may change when a run goes on, as the same steps follow from it, up to the rounding of losses.
-_FREE_IN_BLOCK = {"check_every", "branch_chunk", "memory_budget", "micro_batch"}
+# Likewise of the settings, as config.FREE of the block.
 _FREE_SETTINGS = {
     "dtype", "compute_dtype", "eval_batch_size", "fsdp", "fsdp_replicas", "fsdp_offload_params",
     "fsdp_layers",
@@ -151,8 +149,9 @@ def look(folder: RunFolder, resume: bool | None, about: Mapping[str, Any]) -> Be
         return Begun(path)
     if resume is False:
         raise ConfigError(f"{path} holds a run already; choose another --output, or remove it")
-    config = read_json(path / CONFIG)
+    config = read_about(path)
     refuse_other(path, config, about)
+    refuse_foreign(path / JOURNAL, contents.header, TezoConfig(**config[BLOCK]))
     notices = [f"{path} goes on after {len(contents.steps)} steps"]
     if contents.torn:
         notices.append(f"{JOURNAL}: {contents.torn}; dropped")
@@ -185,7 +184,7 @@ def _snapshots(
 
 def refuse_other(path: Path, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises ConfigError if a folder's config.json is not of the run that is asked for; names what."""
-    for part, free in ((BLOCK, _free(stored)), ("settings", _FREE_SETTINGS), ("", set[str]())):
+    for part, free in ((BLOCK, _free(stored)), ("settings", _FREE_SETTINGS), ("", frozenset())):
         was, asked = (content.get(part, {}) if part else content for content in (stored, now))
         names = asked.keys() - free if part else asked.keys() & set(_OTHERS)
         for name in sorted(names):
@@ -197,11 +196,11 @@ def refuse_other(path: Path, stored: Mapping[str, Any], now: Mapping[str, Any]) 
                 )
 
 
-def _free(stored: Mapping[str, Any]) -> set[str]:
+def _free(stored: Mapping[str, Any]) -> frozenset[str]:
     """Also the number of steps, unless those that were made depend on how many there are to be."""
     block = stored.get(BLOCK, {})
     depends = block.get("schedule") != "constant" or block.get("query_schedule") == "adaptive"
-    return _FREE_IN_BLOCK | (set() if depends else {"total_steps"})
+    return FREE | (set() if depends else {"total_steps"})
 
 
 def fingerprint(examples: Sequence[Encoded]) -> str:
@@ -233,6 +232,7 @@ def go_on(
     """
     config = describe_run(session, dict(about))
     header = {"examples": len(examples), "data": fingerprint(examples)}
+    header["run"] = session.engine.config.identity
     if found.header:
         refuse_other(found.path, {**found.config, **found.header}, {**config, **header})
     for notice in found.notices:

@@ -39,6 +39,7 @@ class RunFolder:
         self.path = path
         self._journal: Journal | None = None
         self._metrics: FileIO | None = None
+        self._made = not os.path.exists(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / LOCK).open("a+")
@@ -94,7 +95,12 @@ class RunFolder:
         """Away with results that are those of fewer steps, and with what a run that was killed did not
         rename."""
         for name in (SUMMARY, COEFFICIENTS, CURVE):
-            (self.path / name).unlink(missing_ok=True)
+            try:
+                (self.path / name).unlink(missing_ok=True)
+            except OSError as error:  # a folder of that name, a disk that can only be read
+                raise StorageError(
+                    f"{self.path / name}: cannot be removed ({error.strerror})"
+                ) from None
         for path in (self.path / ADAPTER, self.path / MODEL, *self.path.glob(f".{ADAPTER}.*")):
             shutil.rmtree(path, ignore_errors=True)
         for name in (CONFIG, METRICS, SUMMARY, COEFFICIENTS):
@@ -187,19 +193,35 @@ class RunFolder:
             ) from None
 
     def close(self) -> None:
-        """No more lines, and another process may go on."""
+        """No more lines, and another process may go on. A folder in which no run began goes again."""
         for file in (self._journal, self._metrics, self._lock):
             if file is not None:
                 file.close()
         self._journal = self._metrics = None
+        if self._made and [path.name for path in self.path.glob("*")] == [LOCK]:
+            with suppress(OSError):
+                (self.path / LOCK).unlink()
+                self.path.rmdir()
 
 
 def _parsed(text: str) -> dict[str, Any] | None:
+    """A line; None where it is none, or something that is read of it is missing or no number."""
     try:
         line = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+    if not isinstance(line, dict):
+        return None
+    score = "test_loss" in line
+    counts = [line.get(name) for name in (("step", "test_examples") if score else ("step",))]
+    numbers = [line.get(name) for name in ("loss", "test_loss", "test_accuracy")]
+    if score and "test_accuracy" not in line:
+        return None
+    if not all(isinstance(count, int) and 0 <= count < 2**53 for count in counts):
+        return None
+    # null where it was not finite, or there is none; far from where a plot's arithmetic ends
+    fine = (x is None or (isinstance(x, (int, float)) and abs(x) < 1e100) for x in numbers)
+    return line if all(fine) else None
 
 
 def _done(line: dict[str, Any], done: int, steps: int | None) -> bool:

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tezo_ds.config import BLOCK, TezoConfig, read_json, resolve
+from tezo_ds.config import BLOCK, TezoConfig, build, read_json, resolve
 from tezo_ds.engine import Engine
 from tezo_ds.errors import ConfigError
 from tezo_ds.loading import TIMEOUT, join_world, load_model, load_tokenizer
@@ -55,6 +55,21 @@ class Settings(BaseModel):
     objective: Literal["lm", "choices"] = "lm"
 
 
+class _About(BaseModel):
+    """Of config.json what is read again; the rest is for people."""
+
+    model_config = ConfigDict(strict=True)
+
+    tezo: dict[str, Any]
+    settings: Settings
+    weights_dtype: Dtype
+    factors_dtype: Dtype | None = None
+    batch_size: int
+    deepspeed: dict[str, Any] | None = None
+    ranks: dict[str, Annotated[int, Field(ge=1)]] | None = None
+    versions: dict[str, str]
+
+
 @dataclass
 class Session:
     """A model with its engine and its task's examples."""
@@ -66,8 +81,8 @@ class Session:
 
     @property
     def pad_id(self) -> int:
-        """The token that pads a batch; masked out wherever it does."""
-        return int(self.tokenizer.pad_token_id)
+        """The token that pads a batch; masked out wherever it does, so 0 will do for one without."""
+        return int(self.tokenizer.pad_token_id or 0)
 
     def evaluator(self) -> Evaluator | None:
         """Of the test examples; None where there are none."""
@@ -227,17 +242,29 @@ def read_run(folder: Path) -> tuple[Settings, TezoConfig]:
     Raises:
         ConfigError: it is no run folder.
     """
-    content = read_json(folder / CONFIG)
+    content = read_about(folder)
+    weights = content["weights_dtype"]
+    dtypes = {"dtype": weights, "factors_dtype": content.get("factors_dtype", weights)}
+    return Settings(**{**content["settings"], **dtypes}), TezoConfig(**content[BLOCK])
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """config.json of a run folder, in which all that is ever read again is there and of its type.
+
+    Raises:
+        ConfigError: it is no run folder, or the file is damaged; names the fields.
+    """
+    path = folder / CONFIG
+    content = read_json(path)
     if BLOCK not in content or "settings" not in content:
-        raise ConfigError(f'{folder / CONFIG}: no "{BLOCK}" and "settings"; is it a run folder?')
+        raise ConfigError(f'{path}: no "{BLOCK}" and "settings"; is it a run folder?')
     try:
-        weights = content.get("weights_dtype")
-        dtypes = {"dtype": weights, "factors_dtype": content.get("factors_dtype", weights)}
-        settings = Settings(**{**content["settings"], **dtypes})
+        settings = _About(**content).settings
     except ValidationError as error:
         fields = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
-        raise ConfigError(f"{folder / CONFIG}: missing or malformed: {fields}") from None
-    return settings, resolve({BLOCK: content[BLOCK]})[0]
+        raise ConfigError(f"{path}: missing or malformed: {fields}") from None
+    config = build(content[BLOCK], f'{path}: "{BLOCK}" block')
+    return {**content, **describe(settings, config)}
 
 
 def sharded_as(
@@ -257,6 +284,6 @@ def sharded_as(
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if deepspeed is not None or fsdp is not None or alone:
         return deepspeed, bool(fsdp)
-    content = read_json(folder / CONFIG)
+    content = read_about(folder)
     ran = content.get("deepspeed")
     return {**ran, BLOCK: {}} if ran else None, bool(content["settings"].get("fsdp"))

@@ -199,7 +199,12 @@ def _text(table: Table, number: int, row: dict[str, Any], column: str) -> str:
         raise DataError(
             f"{where}: holds a {type(value).__name__}; only text and numbers can be used"
         )
-    return str(value)
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: holds half of a surrogate pair; write the character") from None
+    return text
 
 
 def _deduplicate(examples: list[Example]) -> list[Example]:

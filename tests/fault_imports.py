@@ -1,0 +1,24 @@
+"""What a rank imports before it does anything; `fault_runs` has it imported once, in a server that forks."""
+
+import datasets  # noqa: F401
+import deepspeed.runtime.zero  # noqa: F401
+import matplotlib.pyplot  # noqa: F401
+import torch.distributed.fsdp
+import torch.distributed.tensor  # noqa: F401
+import transformers.integrations.deepspeed
+import transformers.models.auto.modeling_auto
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+from tezo_ds import (  # noqa: F401
+    cli,
+    curve,
+    export,
+    fsdp_loading,
+    launchers,
+    merged,
+    philox_cpu,
+    resuming,
+    session,
+    training,
+)
+from tezo_ds.sharding import fsdp2, zero3  # noqa: F401

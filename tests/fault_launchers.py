@@ -1,0 +1,117 @@
+"""Worlds of two ranks that can be killed as clusters kill them: forked ranks, or a real launcher's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+from command_line import free_port
+from fault_runs import Ranks, start_ranks
+
+VICTIMS = ("rank 0", "rank 1", "launcher")
+
+
+class World(Protocol):
+    """Two ranks of a run."""
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the run has ended by itself in time."""
+
+    def kill(self, victim: str, patience: float) -> None:
+        """Kills one of `VICTIMS`, and ends what that leaves; returns when all is gone."""
+
+    @property
+    def code(self) -> int | None:
+        """The exit code, the largest of all ranks; None while it runs."""
+
+
+class Forked:
+    """Of `fault_runs.start_ranks`."""
+
+    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+        self._ranks: Ranks = start_ranks(arguments, log)
+
+    def wait(self, seconds: float) -> bool:
+        """See `World`."""
+        return self._ranks.wait(seconds)
+
+    def kill(self, victim: str, patience: float) -> None:
+        """See `World`."""
+        if victim == "launcher":  # then the cluster's manager kills them one after the other
+            self._ranks.kill(0)
+            time.sleep(patience / 20)
+        else:
+            self._ranks.kill(VICTIMS.index(victim))
+        self._ranks.end(0 if victim == "launcher" else patience)
+
+    @property
+    def code(self) -> int | None:
+        """See `World`."""
+        codes = [abs(code) for code in self._ranks.codes if code is not None]
+        return max(codes) if len(codes) == 2 else None
+
+
+class Launched:
+    """Of the launcher that its way of sharding is meant for."""
+
+    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+        folder = Path(sys.executable).parent
+        if "--deepspeed" in arguments:
+            launcher = [str(folder / "deepspeed"), "--num_gpus", "2", "--master_port"]
+            launcher += [str(free_port()), "--module", "tezo_ds"]
+        else:
+            launcher = [str(folder / "torchrun"), "--nproc-per-node", "2", "--master-port"]
+            launcher += [str(free_port()), "-m", "--", "tezo_ds"]
+        with log.open("a") as out:
+            self._launcher = psutil.Popen(
+                [*launcher, *arguments],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def _ranks(self) -> dict[int, psutil.Process]:
+        """Those that are there by now."""
+        found = {}
+        for process in self._launcher.children(recursive=True):
+            try:
+                rank, words = process.environ().get("RANK"), process.cmdline()
+            except psutil.Error:
+                continue
+            if rank is not None and "tezo_ds" in words and "deepspeed.launcher.launch" not in words:
+                found[int(rank)] = process
+        return found
+
+    def wait(self, seconds: float) -> bool:
+        """See `World`."""
+        try:
+            self._launcher.wait(seconds)
+        except psutil.TimeoutExpired:
+            return False
+        return True
+
+    def kill(self, victim: str, patience: float) -> None:
+        """See `World`."""
+        try:
+            all_of_it = self._launcher.children(recursive=True)
+            rank = None if victim == "launcher" else self._ranks().get(VICTIMS.index(victim))
+        except psutil.NoSuchProcess:
+            return
+        (rank or self._launcher).kill()
+        if rank is not None:
+            self.wait(patience)
+        left = [process for process in (self._launcher, *all_of_it) if process.is_running()]
+        for process in left:
+            process.kill()
+        psutil.wait_procs(left)
+
+    @property
+    def code(self) -> int | None:
+        """See `World`."""
+        code: int | None = self._launcher.poll()
+        return None if code is None else abs(code)
