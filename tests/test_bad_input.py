@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from command_line import Given, Run, call, finish, start
 
-from tezo_ds.runfolder import COEFFICIENTS
+from tezo_ds.runfolder import COEFFICIENTS, LOCK
 
 pytest_plugins = ("cli_fixtures",)
 
@@ -126,11 +126,16 @@ def test_a_folder_without_weights(given: Given, tmp_path: Path, refused: Refusal
     refused(broken.train(tmp_path / "run"), "cannot load a model", "model.safetensors")
 
 
+def times(folder: Path) -> dict[str, int]:
+    """When each file was written; but for the lock's, which holds a process's number."""
+    return {p.name: p.stat().st_mtime_ns for p in folder.iterdir() if p.name != LOCK}
+
+
 def test_run_folders(given: Given, plain: Run, tmp_path: Path, refused: Refusal) -> None:
-    before = {path.name: path.stat().st_mtime_ns for path in plain.path.iterdir()}
+    before = times(plain.path)
     again = given.train(plain.path, resume=False)
     refused(again, "holds a run already; choose another --output")
-    assert {path.name: path.stat().st_mtime_ns for path in plain.path.iterdir()} == before
+    assert times(plain.path) == before
     (tmp_path / "file").touch()
     refused(given.train(tmp_path / "file" / "run"), "cannot be written")
     refused(["evaluate", "--run", tmp_path], "config.json: cannot be read", "check the path")
@@ -147,24 +152,6 @@ def test_run_folders(given: Given, plain: Run, tmp_path: Path, refused: Refusal)
 def test_no_test_examples(given: Given, refused: Refusal) -> None:
     arguments = ["evaluate", *given.task(), "--test-fraction", 0]
     refused(arguments, "no test examples; pass --test-data or a --test-fraction above 0")
-
-
-def test_a_batch_that_the_world_does_not_divide(
-    given: Given,
-    tmp_path: Path,
-    refused: Refusal,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    """As a launcher sets the environment; the first rank of a node speaks for its neighbours."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    arguments = given.train(tmp_path / "run", batch_size=5)
-    refused(arguments, "--batch-size 5", "does not divide by 2", "use 4")
-    refused(given.train(tmp_path / "run", batch_size=1), "--batch-size 1", "use 2")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert call(*arguments) == 2
-    assert capfd.readouterr() == ("", "")
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_real_process_says_no_more(given: Given, tmp_path: Path) -> None:

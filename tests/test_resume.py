@@ -169,6 +169,20 @@ def test_other_examples_are_another_run(given: Given, tmp_path: Path, capfd: Cap
     assert "holds a run of data" in capfd.readouterr().err
 
 
+def test_ranks_that_were_changed_are_another_run(
+    given: Given, tmp_path: Path, capfd: Captured
+) -> None:
+    run = tmp_path / "run"
+    options = {"rank": "auto", "rank_max": 3, "steps": 2}
+    assert call(*given.train(run, **options)) == 0
+    config = json.loads((run / CONFIG).read_text())
+    name = next(name for name, rank in config["ranks"].items() if rank > 1)
+    config["ranks"][name] -= 1
+    (run / CONFIG).write_text(json.dumps(config))
+    assert call(*given.train(run, **{**options, "steps": 3})) == 2
+    assert "holds a run of ranks " in capfd.readouterr().err
+
+
 def test_a_schedule_that_ends_fixes_the_length(
     given: Given, tmp_path: Path, capfd: Captured
 ) -> None:

@@ -231,6 +231,8 @@ def make_run(model: Path, run: Path, coefficients: dict[str, Tensor]) -> None:
         "tezo": FIELDS,
         "settings": {"model": str(model), "task": "none of an export's business"},
         "weights_dtype": "float32",
+        "batch_size": 4,
+        "versions": {},
         "deepspeed": zero3.prepare(ZERO3),
     }
     (run / CONFIG).write_text(json.dumps(config))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +37,7 @@ _FREE_SETTINGS = {
     "dtype", "compute_dtype", "eval_batch_size", "fsdp", "fsdp_replicas", "fsdp_offload_params",
     "fsdp_layers",
 }  # fmt: skip
-_OTHERS = ("batch_size", "weights_dtype", "factors_dtype", "examples", "data")
+_OTHERS = ("batch_size", "weights_dtype", "factors_dtype", "examples", "data", "ranks")
 
 Thing = TypeVar("Thing")
 
@@ -205,9 +205,13 @@ def _free(stored: Mapping[str, Any]) -> frozenset[str]:
 
 def fingerprint(examples: Sequence[Encoded]) -> str:
     """Of the training examples, in their order."""
+    return _hash((example.input_ids, example.label_start) for example in examples)
+
+
+def _hash(things: Iterable[object]) -> str:
     hashed = hashlib.blake2b(digest_size=8)
-    for example in examples:
-        hashed.update(repr((example.input_ids, example.label_start)).encode())
+    for thing in things:
+        hashed.update(repr(thing).encode())
     return hashed.hexdigest()
 
 
@@ -233,6 +237,8 @@ def go_on(
     config = describe_run(session, dict(about))
     header = {"examples": len(examples), "data": fingerprint(examples)}
     header["run"] = session.engine.config.identity
+    if "ranks" in config:  # chosen by the run, and read from config.json when it goes on
+        header["ranks"] = _hash(sorted(config["ranks"].items()))
     if found.header:
         refuse_other(found.path, {**found.config, **found.header}, {**config, **header})
     for notice in found.notices:

@@ -15,10 +15,12 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload, ZeROOrderedDict
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from packaging.version import Version
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from tezo_ds.errors import ConfigError, ShardingError
@@ -221,11 +223,21 @@ def prepare(config: dict[str, Any]) -> dict[str, Any]:
     on and we never use, and keeps DeepSpeed from replacing torch's linear for the whole process.
 
     Raises:
-        ConfigError: the stage is not 3, or parameters cannot be offloaded as it says.
+        ConfigError: the stage is not 3, parameters cannot be offloaded as it says, or a field is not what
+            DeepSpeed takes.
     """
     config = _without_auto(config)
     zero = config.setdefault("zero_optimization", {})
+    for name in ("zero_optimization", "bf16", "fp16"):
+        if not isinstance(config.get(name, {}), dict):
+            raise ConfigError(f"{name}: must be an object (got {config[name]!r})")
     check_stage(zero.get("stage", 0))
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise ConfigError(f"{field}: {first['msg']} (got {first['input']!r})") from None
     check_offload(zero)
     zero.setdefault("memory_efficient_linear", False)
     if not {"train_batch_size", "train_micro_batch_size_per_gpu"} & set(config):

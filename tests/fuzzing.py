@@ -1,0 +1,78 @@
+"""Damaged and random input by hypothesis, and what may come of it: a result, or one line that names it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from hypothesis import strategies as st
+
+from tezo_ds.errors import TezoError
+
+Thing = TypeVar("Thing")
+
+NUMBERS = (
+    st.integers(-3, 70)
+    | st.sampled_from([10**15, 2**63, 10**30, -(10**30), 10**400])
+    | st.floats(allow_nan=True, allow_infinity=True)
+    | st.sampled_from([0.0, 0.5, 1.0, 1e-320, 1e300])
+)
+TEXTS = st.text(max_size=8) | st.sampled_from(["", "auto", "*", "\n", "\x00", "\ud800", "a\nb"])
+SCALARS = st.none() | st.booleans() | NUMBERS | TEXTS
+VALUES: st.SearchStrategy[Any] = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=5,
+)
+"""Whatever Python reads out of JSON, and what other writers put there: NaN, Infinity."""
+
+
+def outcome(call: Callable[[], Thing], *naming: str) -> Thing | None:
+    """What a call gives; None where it refuses, as it may in one line that has one of `naming`."""
+    try:
+        return call()
+    except TezoError as error:
+        assert_one_line(str(error), *naming)
+        return None
+
+
+def assert_one_line(message: str, *naming: str) -> None:
+    """Of an error for a user, which holds one of `naming`."""
+    assert len(message.splitlines()) == 1, repr(message)
+    assert message.isprintable(), repr(message)
+    assert not naming or any(name in message for name in naming), message
+
+
+@st.composite
+def damaged(draw: st.DrawFn, content: bytes) -> bytes:
+    """Bytes that are cut, flipped in some bits, or have something else in place of a part."""
+    kind = draw(st.sampled_from(["cut", "flip", "put"]))
+    place = draw(st.integers(0, max(len(content) - 1, 0)))
+    if kind == "cut":
+        return content[:place]
+    if kind == "flip":
+        bits = bytearray(content)
+        for at in [place, *draw(st.lists(st.integers(0, len(content) - 1), max_size=2))]:
+            bits[at] ^= 1 << draw(st.integers(0, 7))
+        return bytes(bits)
+    put = draw(
+        st.binary(max_size=4)
+        | VALUES.map(lambda value: json.dumps(value).encode())
+        | st.sampled_from([b"NaN", b"\xff", b"[" * 100_000, b'{"":' * 3000, b"9" * 5000, b"\x00"])
+    )
+    return content[:place] + put + content[place + draw(st.integers(0, 9)) :]
+
+
+@st.composite
+def changed(draw: st.DrawFn, content: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object of which one field, or one of an object in it, is gone or has another value."""
+    copy: dict[str, Any] = json.loads(json.dumps(content))
+    objects = [copy, *(value for value in copy.values() if isinstance(value, dict) and value)]
+    part = draw(st.sampled_from(objects))
+    name = draw(st.sampled_from(sorted(part)))
+    if draw(st.integers(0, 3)):
+        part[name] = draw(VALUES)
+    else:
+        del part[name]
+    return copy
