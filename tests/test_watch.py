@@ -13,7 +13,16 @@ from command_line import Given, Run, finish, free_port, start
 from safetensors.torch import load_file
 
 from tezo_ds import watch
-from tezo_ds.runfolder import ADAPTER, COEFFICIENTS, CONFIG, CURVE, METRICS, SUMMARY
+from tezo_ds.runfolder import (
+    ADAPTER,
+    COEFFICIENTS,
+    CONFIG,
+    CURVE,
+    JOURNAL,
+    LOCK,
+    METRICS,
+    SUMMARY,
+)
 from tezo_ds.watch import digest
 
 pytest_plugins = ("cli_fixtures",)
@@ -144,6 +153,6 @@ def test_a_run_whose_replicas_differ_ends_with_whole_files(given: Given, tmp_pat
     assert run.summary["status"] == "failed"
     assert run.summary["error"].startswith(expected)
     assert run.summary["steps"] == len(run.steps) == 4
-    files = {CONFIG, METRICS, SUMMARY, COEFFICIENTS, ADAPTER, CURVE}
+    files = {CONFIG, JOURNAL, LOCK, METRICS, SUMMARY, COEFFICIENTS, ADAPTER, CURVE}
     assert {path.name for path in run.path.iterdir()} == files
     assert load_file(run.path / ADAPTER / "adapter_model.safetensors")

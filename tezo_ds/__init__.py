@@ -2,7 +2,14 @@
 
 from tezo_ds.config import TezoConfig
 from tezo_ds.engine import Engine, initialize
-from tezo_ds.errors import ConfigError, DataError, ProbeError, ShardingError, TezoError
+from tezo_ds.errors import (
+    ConfigError,
+    DataError,
+    ProbeError,
+    ShardingError,
+    StorageError,
+    TezoError,
+)
 from tezo_ds.factors import factors, tau
 from tezo_ds.report import StepReport
 
@@ -15,6 +22,7 @@ __all__ = [
     "ProbeError",
     "ShardingError",
     "StepReport",
+    "StorageError",
     "TezoConfig",
     "TezoError",
     "factors",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tezo_ds.branches import Ask, Branches, add_vector_, between
-from tezo_ds.errors import ConfigError
+from tezo_ds.errors import StorageError
 from tezo_ds.factors import CoefficientSpace, Packed, dense
 from tezo_ds.lowrank import BLOCK_NUMEL
 from tezo_ds.methods.base import Method, Write
@@ -126,7 +126,7 @@ class Mezo(Method):
                 continue
             made = self._make(torch.empty_like(piece.values, dtype=wide))
             if made.state.keys() != moments.keys():
-                raise ConfigError(
+                raise StorageError(
                     f"{view.name}: there are {', '.join(moments)} beside its shards, and the run's method "
                     f"keeps {', '.join(made.state) or 'none'}; use the method that they are of"
                 )
