@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tezo_ds.branches import Ask, Branches
-from tezo_ds.errors import ConfigError
+from tezo_ds.errors import StorageError
 from tezo_ds.factors import CoefficientSpace, Packed
 from tezo_ds.lowrank import Factors
 from tezo_ds.methods.descent import Descent
@@ -89,10 +89,10 @@ class Method(ABC):
         """Puts what `moments` gave in the place of what is kept beside a shard.
 
         Raises:
-            ConfigError: the method keeps other kinds.
+            StorageError: the method keeps other kinds.
         """
         if moments:
-            raise ConfigError(
+            raise StorageError(
                 f"{view.name}: there are moments ({', '.join(moments)}) beside its shards, and the run's "
                 "method keeps none there; use the method that they are of"
             )
