@@ -121,16 +121,6 @@ def test_deepspeed_launches_two_ranks_of_zero_3(given: Given, plain: Run, tmp_pa
     assert_halved(run, plain)
 
 
-def test_torchrun_launches_two_replicas(given: Given, plain: Run, tmp_path: Path) -> None:
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2)
-    options = ("--master-port", free_port(), "-m", "tezo_ds")
-    code, out, err = finish(start(*launcher, *options, *given.train(tmp_path / "run")))
-    assert code == 0, err
-    assert "Replicated on 2 rank(s)" in out
-    assert out.count(f"step {STEPS}/{STEPS}") == 1  # rank 0 alone speaks
-    assert_halved(Run(tmp_path / "run"), plain)
-
-
 def test_evaluate_finds_what_the_run_found(
     given: Given, plain: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
