@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tezo_ds.config import TezoConfig, read_json
@@ -19,7 +18,7 @@ from tezo_ds.journal import Contents, read_journal
 from tezo_ds.merged import is_complete
 from tezo_ds.methods import in_coefficients
 from tezo_ds.runfolder import COEFFICIENTS, CONFIG, JOURNAL, MODEL, SUMMARY
-from tezo_ds.runstate import digest
+from tezo_ds.runstate import digest, read
 
 if TYPE_CHECKING:
     from tezo_ds.display import Display
@@ -99,14 +98,9 @@ def read_result(folder: Path, config: TezoConfig, base: bool = False) -> Result:
 
 
 def _coefficients(path: Path, config: TezoConfig) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); take it from a copy") from None
+    tensors, about = read(path)
     refuse_foreign(path, about, config)
-    if about.get("digest", digest(tensors)) != digest(tensors):
+    if "digest" in about and about["digest"] != digest(tensors):
         raise StorageError(f"{path}: does not have its checksum; take it from a copy")
     return tensors
 

@@ -89,14 +89,24 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         StorageError: it cannot be read, or is damaged.
     """
+    tensors, about = read(path)
+    if about.pop("digest", None) != digest(tensors, about):
+        raise StorageError(f"{path}: does not have its checksum; take it from a copy")
+    return tensors, about
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, which checks nothing of the numbers by itself.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             about = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{path}: cannot be read ({error}); take it from a copy") from None
-    if about.pop("digest", None) != digest(tensors, about):
-        raise StorageError(f"{path}: does not have its checksum; take it from a copy")
     return tensors, about
 
 

@@ -171,7 +171,7 @@ class _Training:
             yield engine.step(collated)
 
     def _log(self, report: StepReport) -> None:
-        """In the journal first: then the step counts."""
+        """With its line in the journal the step counts."""
         engine, every = self._engine, self._engine.config.check_every
         if self._folder is not None:
             known = every and engine.step_index % every == 0
