@@ -2,6 +2,38 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 sys.path.insert(0, str(Path(__file__).parent))
+
+from worlds import Background
+
+BACKGROUND = pytest.StashKey[Background]()
+
+
+def _world_size(item: pytest.Item) -> int:
+    """0 where the test is not of tests/test_worlds.py."""
+    callspec = getattr(item, "callspec", None)
+    in_world = item.path.name == "test_worlds.py" and callspec is not None
+    return callspec.params["size"] if in_world else 0
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Worlds run while the other tests do, and are asked for their results last."""
+    session.items.sort(key=lambda item: _world_size(item) > 0)
+    sizes = {_world_size(item) for item in session.items} - {0}
+    if not session.config.option.collectonly:
+        session.config.stash[BACKGROUND] = Background(sorted(sizes, reverse=True))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    background = config.stash.get(BACKGROUND, None)
+    if background is not None:
+        background.stop()
+
+
+@pytest.fixture
+def worlds_in_background(request: pytest.FixtureRequest) -> Background:
+    return request.config.stash[BACKGROUND]

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import tempfile
-from pathlib import Path
-
 import pytest
-from worlds import load_cases, run_world
-
-
-@functools.lru_cache(None)
-def results(size: int) -> dict[str, list[str]]:
-    with tempfile.TemporaryDirectory() as folder:
-        return run_world(size, Path(folder))
+from worlds import Background, load_cases
 
 
 @pytest.mark.parametrize(
     ("size", "name"),
     sorted((size, case.name) for case in load_cases() for size in case.worlds),
 )
-def test_case(size: int, name: str) -> None:
-    errors = results(size)[name]
+def test_case(size: int, name: str, worlds_in_background: Background) -> None:
+    errors = worlds_in_background.results(size)[name]
     assert not errors, "\n".join(errors)

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import deepspeed
 import torch
 from tiny import VOCABULARY, make_batch, part_of
 from torch import nn
@@ -18,6 +19,7 @@ from worlds import World, case
 
 import tezo_ds
 from tezo_ds.lowrank import FixedFactors
+from tezo_ds.sharding.zero3 import prepare
 
 FIELDS = {"rank": 3, "rho": 1e-2, "lr": 3e-4, "queries": 2, "seed": 11}
 STEPS = 3
@@ -76,6 +78,20 @@ def zero3(**more: object) -> Callable[[World], tuple[nn.Module, dict]]:
     return lambda _: (Model(), {"zero_optimization": optimization})
 
 
+def zero3_from_the_start(**more: object) -> Callable[[World], tuple[nn.Module, dict]]:
+    """As from_pretrained makes it: each parameter is partitioned as soon as there is one."""
+
+    def model(_: World) -> tuple[nn.Module, dict]:
+        config = {**ZERO3, "zero_optimization": {**ZERO3["zero_optimization"], **more}}
+        # zero.Init insists on making this group itself.
+        deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+        with deepspeed.zero.Init(config_dict_or_path=prepare(config)):
+            model = Model()
+        return model, {"zero_optimization": config["zero_optimization"]}
+
+    return model
+
+
 def hybrid(_: World) -> tuple[nn.Module, dict]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     return shard(Model(), mesh), {}
@@ -94,6 +110,7 @@ WAYS = (
     Way("replicated", (1, 2, 3), lambda _: (Model(), {})),
     Way("ZeRO-3", (1, 2, 3, 4), zero3()),
     Way("ZeRO-3, hpZ", (4,), zero3(zero_hpz_partition_size=2)),
+    Way("ZeRO-3, hpZ, zero.Init", (4,), zero3_from_the_start(zero_hpz_partition_size=2)),
     Way("ZeRO-3, CPU offload", (2, 3), zero3(offload_param={"device": "cpu"})),
     Way("FSDP2", (2, 3, 4), lambda _: (shard(Model()), {})),
     Way("FSDP2, hybrid", (4,), hybrid),

@@ -14,9 +14,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +44,7 @@ MODULES = (
     "world_merged",
     "world_snapshots",
 )
-TIMEOUT = 400  # seconds for all cases of one size
+TIMEOUT = 900  # seconds for all cases of one size, beside other tests
 
 
 @dataclass(frozen=True)
@@ -82,18 +85,50 @@ def load_cases() -> list[Case]:
     return registry
 
 
-def run_world(size: int, folder: Path) -> dict[str, list[str]]:
-    """Runs every case of one size; the errors of each case ([] where all ranks passed)."""
-    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, __file__, str(size), str(folder)],
-            env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+class Background:
+    """Worlds that run one after the other beside the single-process tests, which leave a core idle."""
+
+    def __init__(self, sizes: Iterable[int]) -> None:
+        self._lock, self._stopped = threading.Lock(), False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._executor = ThreadPoolExecutor(1)
+        self._results: dict[int, Future[dict[str, list[str]]]] = {
+            size: self._executor.submit(self._run, size) for size in sizes
+        }
+
+    def results(self, size: int) -> dict[str, list[str]]:
+        """The errors of each case ([] where all ranks passed), once the world has ended."""
+        return self._results[size].result()
+
+    def stop(self) -> None:
+        """Ends the world that runs, and starts no other."""
+        with self._lock:
+            self._stopped = True
+            if self._process is not None and self._process.poll() is None:
+                os.killpg(self._process.pid, 9)
+        self._executor.shutdown(cancel_futures=True)
+
+    def _run(self, size: int) -> dict[str, list[str]]:
+        with tempfile.TemporaryDirectory() as folder:
+            return self._run_in(size, Path(folder))
+
+    def _run_in(self, size: int, folder: Path) -> dict[str, list[str]]:
+        env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+        with self._lock, (folder / "log").open("w") as log:
+            if self._stopped:
+                return {}
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, str(size), str(folder)],
+                env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
         try:
-            process.wait(TIMEOUT)
+            self._process.wait(TIMEOUT)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
+            os.killpg(self._process.pid, 9)
+        return _errors(size, folder)
+
+
+def _errors(size: int, folder: Path) -> dict[str, list[str]]:
     lines = [
         json.loads(line)
         for path in sorted(folder.glob("rank*.jsonl"))
