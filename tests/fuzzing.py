@@ -1,4 +1,5 @@
-"""Damaged and random input by hypothesis, and what may come of it: a result, or one line that names it."""
+"""Damaged and random input by hypothesis, and what may come of it: a result, or one line that names it.
+`pytest tests/test_fuzz_*.py --hypothesis-profile=long` looks further."""
 
 from __future__ import annotations
 
@@ -6,11 +7,24 @@ import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from tezo_ds.errors import TezoError
 
 Thing = TypeVar("Thing")
+
+ALIKE = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("short", derandomize=True, **ALIKE)
+settings.register_profile("long", **ALIKE)
+_named = settings.get_current_profile_name() == "long"
+settings.load_profile("long" if _named else "short")
+
+
+def examples(count: int) -> settings:
+    """So many of them; fifty times as many in the long profile."""
+    return settings(max_examples=50 * count if _named else count)
+
 
 NUMBERS = (
     st.integers(-3, 70)
