@@ -195,6 +195,8 @@ class Faults:
                 if (copy / "adapter").exists():
                     read = adapter_case(runs[7], self.drawn, self.work / "adapter")
                     self.tally.adapters[read] += 1
+                    if read.startswith("wrong"):
+                        self.fail(f"{method}: adapter {read}", self.work / "adapter")
 
     def _plain(self, run: Path, method: str, steps: int) -> list[str]:
         short = {"steps": steps, "snapshot_every": 3, "eval_every": 0}

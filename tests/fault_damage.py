@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import subprocess
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from tezo_ds.config import read_json
 from tezo_ds.display import Display
 from tezo_ds.engine import Engine
 from tezo_ds.errors import TezoError
+from tezo_ds.export import CHECKSUMS
 from tezo_ds.journal import read_journal
 from tezo_ds.resuming import look, restore
 from tezo_ds.runfolder import ADAPTER, CONFIG, JOURNAL, SNAPSHOTS, RunFolder
@@ -144,13 +146,18 @@ def where(engine: Engine) -> str:
 
 
 def adapter_case(run: Path, drawn: random.Random, copy: Path) -> str:
-    """What safetensors and peft, which alone read it, make of a damaged adapter."""
+    """What safetensors and peft, which alone read it, and its checksums make of a damaged adapter."""
     from peft import PeftConfig
 
     shutil.copytree(run / ADAPTER, fresh(copy), dirs_exist_ok=True)
     whole = load_file(run / ADAPTER / "adapter_model.safetensors")
     file = copy / drawn.choice(["adapter_model.safetensors", "adapter_config.json"])
+    before = file.read_bytes()
     damage(file, drawn)
+    check = ["sha256sum", "--check", "--strict", "--status", CHECKSUMS]
+    passed = subprocess.run(check, cwd=copy).returncode == 0
+    if passed != (file.read_bytes() == before):
+        return "wrong: missed by its checksums"
     if file.suffix == ".json":
         old = PeftConfig.from_pretrained(str(run / ADAPTER)).to_dict()
         return _loaded(lambda: PeftConfig.from_pretrained(str(copy)).to_dict() == old)

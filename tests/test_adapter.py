@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tiny import make_batch, tiny
 from trained import logits, trained
 
 import tezo_ds
-from tezo_ds.export import save_adapter
+from tezo_ds.export import CHECKSUMS, save_adapter
 from tezo_ds.sharding import sharding_of
 
 
@@ -142,4 +143,16 @@ def test_an_adapter_is_replaced_whole(tmp_path: Path) -> None:
     save_adapter(trained(tiny()), tmp_path / "adapter", "the base")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     names = {path.name for path in (tmp_path / "adapter").iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors"}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", CHECKSUMS}
+
+
+def test_checksums_tell_what_peft_does_not(tmp_path: Path) -> None:
+    save_adapter(trained(tiny()), tmp_path / "adapter", "the base")
+    check = ["sha256sum", "--check", "--strict", "--quiet", CHECKSUMS]
+    assert subprocess.run(check, cwd=tmp_path / "adapter").returncode == 0
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    bits = bytearray(file.read_bytes())
+    bits[-3] ^= 4
+    file.write_bytes(bits)
+    PeftModel.from_pretrained(tiny(), tmp_path / "adapter")  # without a word
+    assert subprocess.run(check, cwd=tmp_path / "adapter").returncode == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from tezo_ds.objective import is_masked_lm
 from tezo_ds.probes.sites import kind_of, uncovered, users
 from tezo_ds.runstate import digest
 
+CHECKSUMS = "SHA256SUMS"
 INSTEAD = "write the merged model (tezo-ds export --merged)"
 
 
@@ -136,7 +138,7 @@ def lora_config(engine: Engine, base_model: str) -> dict[str, Any]:
 
 def save_adapter(engine: Engine, folder: Path, base_model: str, card: str = "") -> None:
     """Writes a folder that `peft.PeftModel.from_pretrained` loads. For one rank; replaces the folder
-    whole or not at all.
+    whole or not at all. peft takes changed weights for good ones: `sha256sum -c SHA256SUMS` tells.
 
     Args:
         engine: after training.
@@ -157,11 +159,18 @@ def save_adapter(engine: Engine, folder: Path, base_model: str, card: str = "") 
             (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
             if card:
                 (partial / "README.md").write_text(card)
+            _write_checksums(partial)
             if folder.exists():
                 shutil.rmtree(folder)
             partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_checksums(folder: Path) -> None:
+    """In the format of sha256sum, for small files."""
+    hashed = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+    (folder / CHECKSUMS).write_text("".join(f"{h}  {name}\n" for name, h in hashed.items()))
 
 
 def save_coefficients(coefficients: dict[str, Tensor], path: Path, run: str = "") -> None:
