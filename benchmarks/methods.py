@@ -52,19 +52,19 @@ TUNING_SEED = 0  # the final ones are 1, 2, …
 AROUND_SECONDS, MEMORY_SECONDS = 2.0, 6.0  # guesses: of restoring weights; of a memory run
 FORWARD_ONLY: tuple[str, ...] = get_args(MethodName)
 
-# The middle of each method's grid. tezo's is the quickstart's; the others move the weights about as far a
+# The scale of each method's rates. tezo's is the quickstart's; the others move the weights about as far a
 # step: a direction's entries have variance 16, 2 and 1, κ grows with their root (about 50 for tezo on
 # TREC), and Adam divides it away.
-MIDDLE = {
+SCALE = {
     "tezo": 2e-5, "tezo-m": 2e-5, "tezo-adam": 4e-3, "tezo-adam-coef": 1e-3, "lozo": 1.6e-4,
     "lozo-m": 1.6e-4, "mezo": 3.2e-4, "mezo-m": 3.2e-4, "mezo-adam": 4e-3, LORA: 1e-3,
 }  # fmt: skip
 
 
 def rates_of(method: str, count: int) -> list[float]:
-    """Candidates: half a decade apart, around the method's scale."""
-    exponents = (0.5 * (i - (count - 1) / 2) for i in range(count))
-    return [float(f"{MIDDLE[method] * 10**exponent:.2g}") for exponent in exponents]
+    """Candidates: half a decade apart, down from half a decade above the method's scale."""
+    exponents = (0.5 * (i - count + 2) for i in range(count))
+    return [float(f"{SCALE[method] * 10**exponent:.2g}") for exponent in exponents]
 
 
 class Benchmark:
@@ -227,7 +227,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--methods", nargs="+", choices=everything, default=everything)
     add("--budget", type=float, default=60.0, help="seconds of training of each run")
     add("--seeds", type=int, default=3, choices=range(1, MOST_SEEDS + 1), metavar="N")
-    add("--rates", type=int, default=3, help="learning rates to try, each with one run")
+    add("--rates", type=int, default=4, help="learning rates to try, each with one run")
     add("--batch-size", type=int, default=8)
     add("--train-examples", type=int, default=800)
     add("--valid-examples", type=int, default=100)
