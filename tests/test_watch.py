@@ -108,8 +108,8 @@ def test_messages_name_the_minority_and_shorten_long_lists() -> None:
     gathered = [{"a": 1, "b": 2}, {"a": 1, "b": 3}, {"a": 1, "b": 2}, {"b": 9}]
     assert watch._differences(gathered) == [("b", {0: 2, 1: 3, 2: 2, 3: 9})]
     assert watch._differences(gathered, absent="no")[0] == ("a", {0: 1, 1: 1, 2: 1, 3: "no"})
-    assert watch._listed([3]) == "rank 3"
-    assert watch._listed(range(1, 1000)) == "ranks 1, 2, 3, 4, 5, 6, 7, 8 and 991 more"
+    assert watch.listed([3]) == "rank 3"
+    assert watch.listed(range(1, 1000)) == "ranks 1, 2, 3, 4, 5, 6, 7, 8 and 991 more"
 
 
 # Rank 1 loses a bit, and rank 0 is slow to write its results: long enough for the launcher to notice

@@ -43,6 +43,7 @@ MODULES = (
     "world_traffic",
     "world_merged",
     "world_snapshots",
+    "world_doctor",
 )
 TIMEOUT = 900  # seconds for all cases of one size, beside other tests
 

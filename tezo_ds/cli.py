@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tezo_ds.config import TezoConfig
+from tezo_ds.doctor.command import CONTEXT, DOCTOR_HELP, doctor
 from tezo_ds.errors import ConfigError, TezoError
 from tezo_ds.evaluate_command import EVALUATE_HELP, evaluate
 from tezo_ds.export_command import EXPORT_HELP, export
@@ -238,6 +239,7 @@ def train(
 app.command(help=EVALUATE_HELP)(evaluate)
 app.command(help=EXPORT_HELP)(export)
 app.command(help=REPLAY_HELP)(replay)
+app.command(help=DOCTOR_HELP, context_settings=CONTEXT)(doctor)
 
 
 def main() -> None:

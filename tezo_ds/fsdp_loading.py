@@ -94,6 +94,15 @@ def load_sharded(
     return model
 
 
+def shard_whole(model: nn.Module, device: torch.device, plan: FsdpPlan) -> nn.Module:
+    """A model that is filled already, sharded as `load_sharded` would.
+
+    Raises:
+        ConfigError: `plan` does not fit the world or the model.
+    """
+    return _shard(model, _mesh(plan.replicas, device), plan)
+
+
 def _mesh(replicas: int, device: torch.device) -> DeviceMesh:
     world_size = dist.get_world_size()
     if world_size % replicas:

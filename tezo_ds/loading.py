@@ -106,7 +106,7 @@ def load_model(
         from tezo_ds.sharding import zero3
 
         prepared = zero3.prepare(deepspeed_config)
-        dtype = _deepspeed_dtype(prepared, dtype)
+        dtype = deepspeed_dtype(prepared, dtype)
         _zero_configs[:] = [HfDeepSpeedConfig(prepared)]
         with zero3.buffers_explained():
             return _from_pretrained(name, dtype)
@@ -116,14 +116,15 @@ def load_model(
 
 
 def load_skeleton(name: str, dtype: str) -> nn.Module:
-    """A model without its weights: names, shapes and a dtype, on the meta device.
+    """A model without its weights: names, shapes and a dtype ("auto": its config's), on the meta device.
 
     Raises:
         ConfigError: no such model.
     """
     with _damage_explained("model", name), torch.device("meta"):
         config, loader = _kind(name)
-        model: nn.Module = loader.from_config(config, dtype=getattr(torch, dtype))
+        chosen = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
+        model: nn.Module = loader.from_config(config, **chosen)
     return model
 
 
@@ -208,7 +209,12 @@ def _damage_explained(what: str, name: str) -> Iterator[None]:
         raise ConfigError(_not_loaded(what, name, f"its files are damaged ({reason})")) from error
 
 
-def _deepspeed_dtype(config: dict[str, Any], asked: str) -> str:
+def deepspeed_dtype(config: dict[str, Any], asked: str) -> str:
+    """What a DeepSpeed config makes of the weights.
+
+    Raises:
+        ConfigError: another dtype was asked for.
+    """
     enabled = {
         name
         for block, name in (("bf16", "bfloat16"), ("fp16", "float16"))

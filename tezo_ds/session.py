@@ -189,8 +189,19 @@ def resolve_config(
     fsdp: bool = False,
     timeout: float = TIMEOUT,
 ) -> tuple[TezoConfig, dict[str, Any] | None]:
-    """The tezo block with the command line's overrides, and the DeepSpeed config if there is one;
-    joins the launcher's world on the way, as sharding needs one before the model is built.
+    """As `read_config`; joins the launcher's world, as sharding needs one before the model is built."""
+    config, deepspeed_config = read_config(deepspeed, overrides, defaults, fsdp)
+    join_world(deepspeed_config is not None, fsdp, timeout)
+    return config, deepspeed_config
+
+
+def read_config(
+    deepspeed: Path | dict[str, Any] | None,
+    overrides: dict[str, Any] | None = None,
+    defaults: dict[str, Any] | None = None,
+    fsdp: bool = False,
+) -> tuple[TezoConfig, dict[str, Any] | None]:
+    """The tezo block with the command line's overrides, and the DeepSpeed config if there is one.
 
     Raises:
         ConfigError: see `config.resolve`; a stage other than 3; with `fsdp` anything but a tezo block.
@@ -208,7 +219,6 @@ def resolve_config(
         from tezo_ds.sharding import zero3
 
         deepspeed_config = zero3.prepare(deepspeed_config)
-    join_world(deepspeed_config is not None, fsdp, timeout)
     return config, deepspeed_config
 
 

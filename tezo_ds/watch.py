@@ -121,7 +121,7 @@ def require_same_start(sharding: Sharding, config: TezoConfig) -> None:
     different = _differences(sharding.gather(mine), absent="missing")
     item, by_rank = different[0]
     values = "; ".join(
-        f"{value} on {_listed([rank for rank in by_rank if by_rank[rank] == value])}"
+        f"{value} on {listed([rank for rank in by_rank if by_rank[rank] == value])}"
         for value in dict.fromkeys(by_rank.values())
     )
     raise ConfigError(
@@ -214,8 +214,8 @@ class Watch:
             )
         item, by_rank = different[0]
         common, _ = Counter(by_rank.values()).most_common(1)[0]  # of equals the lowest rank's
-        odd = _listed([rank for rank in by_rank if by_rank[rank] != common])
-        rest = _listed([rank for rank in by_rank if by_rank[rank] == common])
+        odd = listed([rank for rank in by_rank if by_rank[rank] != common])
+        rest = listed([rank for rank in by_rank if by_rank[rank] == common])
         what = item if isinstance(item, str) else f"weights of {item[0]}"
         raise ShardingError(
             f"after {step} steps: {what} on {odd} differ from those on {rest}{_and_more(different)}; "
@@ -244,7 +244,8 @@ def _and_more(different: Sequence[object]) -> str:
     return f" (and {len(different) - 1} more differ)" if len(different) > 1 else ""
 
 
-def _listed(ranks: Sequence[int]) -> str:
+def listed(ranks: Sequence[int]) -> str:
+    """Of some ranks, in words."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     more = f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else ""

@@ -52,24 +52,40 @@ def make_probe(
         ProbeError: fused where directions are dense, or a trainable parameter is out of its reach.
         ShardingError: in-place on weights that cannot be written exactly.
     """
-    if factors is None:
-        if config.probe == "fused":
-            raise ProbeError(f"fused probe: directions of {config.method} are dense; use inplace")
-    elif config.probe != "inplace":
-        gaps = {
-            **_split_embeddings(sharding, factors),
-            **uncovered(sharding.module, set(factors.matrices)),
-            **uncovered_vectors(sharding, set(names) - set(factors.matrices)),
-        }
-        if not gaps:
-            return FusedProbe(sharding, factors)
-        if config.probe == "fused":
-            raise ProbeError(f"fused probe cannot reach {_listed(gaps)}; exclude it or use inplace")
-        log.warning("probe: inplace, since fused cannot reach %s", _listed(gaps))
+    if factors is not None and fused_serves(config, sharding, names, factors):
+        return FusedProbe(sharding, factors)
+    if factors is None and config.probe == "fused":
+        raise ProbeError(f"fused probe: directions of {config.method} are dense; use inplace")
     if factors is not None:
         factors.keep = True
-    copies = factors is not None if config.restore == "auto" else config.restore == "copy"
-    return InplaceProbe(sharding, names, copies)
+    return InplaceProbe(sharding, names, keeps_copies(config, factors))
+
+
+def fused_serves(
+    config: TezoConfig, sharding: Sharding, names: Collection[str], factors: Factors
+) -> bool:
+    """Whether the fused probe is asked for and reaches all that trains; see `make_probe`.
+
+    Raises:
+        ProbeError: it is to be used and does not.
+    """
+    if config.probe == "inplace":
+        return False
+    gaps = {
+        **_split_embeddings(sharding, factors),
+        **uncovered(sharding.module, set(factors.matrices)),
+        **uncovered_vectors(sharding, set(names) - set(factors.matrices)),
+    }
+    if gaps and config.probe == "fused":
+        raise ProbeError(f"fused probe cannot reach {_listed(gaps)}; exclude it or use inplace")
+    if gaps:
+        log.warning("probe: inplace, since fused cannot reach %s", _listed(gaps))
+    return not gaps
+
+
+def keeps_copies(config: TezoConfig, factors: Factors | None) -> bool:
+    """Whether the in-place probe restores trained weights from copies."""
+    return factors is not None if config.restore == "auto" else config.restore == "copy"
 
 
 def _split_embeddings(sharding: Sharding, factors: Factors) -> dict[str, str]:

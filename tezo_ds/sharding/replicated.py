@@ -33,3 +33,11 @@ class Replicated(Sharding):
         """No communication: rank 0 copies what it has."""
         for names, tensor in named_state(self.module):
             yield names, tensor.detach().cpu().clone() if self.rank == 0 else None
+
+
+def alone(module: nn.Module) -> Replicated:
+    """Of a process by itself, whatever world it is in: nothing goes to other ranks."""
+    sharding = Replicated(module)
+    sharding.rank = sharding.place = 0
+    sharding.world_size = sharding.everyone = 1
+    return sharding

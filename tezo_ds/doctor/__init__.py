@@ -1,0 +1,1 @@
+"""`tezo-ds doctor`: whether a machine or a cluster is fit for a run."""

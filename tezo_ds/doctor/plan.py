@@ -1,0 +1,117 @@
+"""The run that a doctor is asked about."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tezo_ds.config import TezoConfig
+from tezo_ds.doctor.report import Failed
+from tezo_ds.doctor.room import Model
+from tezo_ds.errors import ConfigError
+from tezo_ds.loading import deepspeed_dtype, load_skeleton, local_device
+from tezo_ds.needs import Layout, Needs, needs, on_skeleton, writes
+from tezo_ds.session import Settings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The run that is to be made.
+
+    Attributes:
+        settings, config, deepspeed: as `tezo-ds train` has them; no model: "".
+        output: its folder.
+        hostfile: of its hosts.
+        snapshots: that it keeps; 0: it makes none.
+        merged: whether it writes the merged model.
+    """
+
+    settings: Settings
+    config: TezoConfig
+    deepspeed: dict[str, Any] | None = None
+    output: Path | None = None
+    hostfile: Path | None = None
+    snapshots: int = 2
+    merged: bool = False
+
+    @property
+    def how(self) -> str:
+        """Its sharding, in words."""
+        s, zero = self.settings, (self.deepspeed or {}).get("zero_optimization", {})
+        if s.fsdp:
+            return f"FSDP2, {s.fsdp_replicas} replicas" if s.fsdp_replicas > 1 else "FSDP2"
+        if self.deepspeed is None:
+            return "whole weights on each rank"
+        hpz = zero.get("zero_hpz_partition_size", 1)
+        return f"ZeRO-3, hpZ {hpz}" if hpz > 1 else "ZeRO-3"
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights; "auto": the checkpoint's."""
+        asked = self.settings.dtype
+        return asked if self.deepspeed is None else deepspeed_dtype(self.deepspeed, asked)
+
+    @property
+    def backend(self) -> str:
+        """Of its collectives."""
+        if self.deepspeed is None:
+            return str(dist.get_default_backend_for_device(local_device()))
+        from deepspeed.accelerator import get_accelerator
+
+        return str(get_accelerator().communication_backend_name())
+
+    @property
+    def writes(self) -> bool:
+        """Whether all ranks write their shards into its folder."""
+        return self.snapshots > 0 and writes(self.config)
+
+    def skeleton(self) -> nn.Module:
+        """Its model without weights; see `loading.load_skeleton`."""
+        return load_skeleton(self.settings.model, self.dtype)
+
+    def seen(self, skeleton: nn.Module | Failed | None) -> Model | None:
+        """What this rank sees of the model.
+
+        Raises:
+            ConfigError: it could not be made.
+        """
+        if skeleton is None:
+            return None
+        if isinstance(skeleton, Failed):
+            raise ConfigError(skeleton.why)
+        parameters = {n: (tuple(p.shape), str(p.dtype)) for n, p in skeleton.named_parameters()}
+        numel = sum(p.numel() for p in skeleton.parameters())
+        dtypes = sorted({dtype.removeprefix("torch.") for _, dtype in parameters.values()})
+        what = f"{type(skeleton).__name__}, {numel:,} weights, {', '.join(dtypes)}"
+        folder = Path(self.settings.model)
+        there = [*folder.glob("*.safetensors"), *folder.glob("*.bin")] if folder.is_dir() else None
+        digest = hashlib.blake2b(repr(parameters).encode(), digest_size=8).hexdigest()
+        return Model(what, digest, None if there is None else bool(there))
+
+    def layout(self, ranks: int) -> Layout:
+        """How its flags spread the weights over so many ranks."""
+        s = self.settings
+        if s.fsdp:
+            shards = max(ranks // s.fsdp_replicas, 1)
+            return Layout(shards, by_rows=True, gathers=True, offloaded=s.fsdp_offload_params)
+        if self.deepspeed is None:
+            return Layout()
+        zero = self.deepspeed["zero_optimization"]
+        hpz = zero.get("zero_hpz_partition_size", 1)
+        device = (zero.get("offload_param") or {}).get("device")
+        second = min(hpz, ranks) if hpz > 1 else 0
+        return Layout(ranks, second=second, gathers=True, offloaded=device not in (None, "none"))
+
+    def needs(self, skeleton: nn.Module | Failed, ranks: int) -> Needs:
+        """What it needs, on so many ranks."""
+        assert isinstance(skeleton, nn.Module), "judged before"
+        name = self.settings.compute_dtype
+        compute = None if name is None else getattr(torch, name)
+        run = on_skeleton(skeleton, self.config)
+        return needs(run, self.layout(ranks), compute, self.snapshots, self.merged)
