@@ -10,19 +10,11 @@ set -euo pipefail
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$repo"
 launch/setup.sh
-bin="$repo/.venv/bin"
+source launch/common.sh
 cache="${TEZO_QUICKSTART_CACHE:-.cache/quickstart}"
 "$bin/python" launch/prepare_quickstart.py --cache "$cache"
 
-gpus="$("$bin/python" -c 'import torch; print(torch.accelerator.device_count())')"
-if ((gpus == 0)); then
-    export DS_ACCELERATOR=cpu
-    # Else glibc hands the pages of each large tensor back to the kernel and faults them in again.
-    export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
-fi
-ranks="${RANKS:-$((gpus > 0 ? gpus : 2))}"
-cores="$("$bin/python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}"
+count_ranks "${RANKS:-}"
 export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}" # torch's, about DeepSpeed's calls
 
 output="runs/quickstart"

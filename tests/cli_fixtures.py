@@ -12,8 +12,8 @@ from command_line import WORDS, Given, Run, call
 from tiny_tokenizer import save_tiny_llama
 
 
-def make_given(folder: Path) -> Given:
-    """A tiny Llama with its tokenizer, and 48 labelled films."""
+def make_given(folder: Path, **config: int) -> Given:
+    """A tiny Llama with its tokenizer, and 48 labelled films; config as of `save_tiny_llama`."""
     feelings = ("long", "dull", "slow", "fresh", "warm", "odd")
     rows = [
         {"text": f"film {i} felt {feelings[i % 6]}", "label": label}
@@ -21,7 +21,7 @@ def make_given(folder: Path) -> Given:
     ]
     (folder / "films.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     texts = [f"{row['text']} It was {word}" for row in rows for word in WORDS.values()]
-    save_tiny_llama(folder / "model", texts)
+    save_tiny_llama(folder / "model", texts, **config)
     return Given(folder / "model", folder / "films.jsonl")
 
 

@@ -128,3 +128,12 @@ class Run:
     @property
     def coefficients(self) -> dict[str, torch.Tensor]:
         return load_file(self.path / COEFFICIENTS)
+
+
+def assert_near(run: Run, other: Run) -> None:
+    """Equal coefficients, up to float32's rounding in the losses, which κ divides by ρ."""
+    found, expected = run.coefficients, other.coefficients
+    assert found.keys() == expected.keys()
+    largest = max(float(part.abs().max()) for part in expected.values())
+    for name, part in expected.items():
+        torch.testing.assert_close(found[name], part, rtol=0, atol=1e-3 * largest)
