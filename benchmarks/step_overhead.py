@@ -75,11 +75,11 @@ def mezo_step(
         move(seed, -lr * (plus - minus) / (2 * rho))
 
 
-def random_llama(hidden: int) -> LlamaForCausalLM:
-    """Two layers of Llama proportions and a small vocabulary, random weights."""
+def random_llama(hidden: int, layers: int = 2) -> LlamaForCausalLM:
+    """Layers of Llama proportions and a small vocabulary, random weights."""
     config = LlamaConfig(
         vocab_size=1024, hidden_size=hidden, intermediate_size=hidden * 11 // 4,
-        num_hidden_layers=2, num_attention_heads=hidden // 128, num_key_value_heads=hidden // 128,
+        num_hidden_layers=layers, num_attention_heads=hidden // 128, num_key_value_heads=hidden // 128,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 

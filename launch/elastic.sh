@@ -47,10 +47,9 @@ started="$logs"
 for ((start = 0; ; start++)); do
     logs="$started.$start"
     command=("$bin/torchrun" --nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts 3)
-    command+=(${address:+--local-addr "$address"})
     command+=(--rdzv-backend c10d --rdzv-id tezo --rdzv-endpoint "$master:${MASTER_PORT:-29500}")
-    command+=(${RDZV_CONF:+--rdzv-conf "$RDZV_CONF"} --log-dir "$logs" --redirects 3 --tee 3 --local-ranks-filter 0)
-    command+=(-m -- tezo_ds train "${flags[@]}")
+    command+=(${address:+--local-addr "$address"} ${RDZV_CONF:+--rdzv-conf "$RDZV_CONF"} --log-dir "$logs")
+    command+=(--redirects 3 --tee 3 --local-ranks-filter 0 -m -- tezo_ds train "${flags[@]}")
     run give_up
     hopeless && code=2 MAX_RESTARTS=0
     complain

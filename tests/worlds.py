@@ -44,6 +44,8 @@ MODULES = (
     "world_merged",
     "world_snapshots",
     "world_doctor",
+    "world_plan",
+    "world_scaling",
 )
 TIMEOUT = 900  # seconds for all cases of one size, beside other tests
 

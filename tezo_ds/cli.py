@@ -38,6 +38,7 @@ from tezo_ds.flags import (
     refuse_idle,
     settings_from,
 )
+from tezo_ds.plan.command import PLAN_HELP, plan
 from tezo_ds.replay_command import REPLAY_HELP, replay
 
 app = typer.Typer(
@@ -240,6 +241,7 @@ app.command(help=EVALUATE_HELP)(evaluate)
 app.command(help=EXPORT_HELP)(export)
 app.command(help=REPLAY_HELP)(replay)
 app.command(help=DOCTOR_HELP, context_settings=CONTEXT)(doctor)
+app.command(help=PLAN_HELP)(plan)
 
 
 def main() -> None:

@@ -49,7 +49,8 @@ class Needs:
     Attributes:
         shard: of a rank's shards of all weights: for each Σ ⌈rows / shards⌉ columns, or ⌈numel / shards⌉,
             and as much for a second copy.
-        gathered: of weights that are whole at once: those outside of blocks, and two of the largest block.
+        gathered: of weights that are whole at once: those outside of blocks, and two of the largest block;
+            under FSDP2, where that is more, twice the former and a block.
         probe: U and V of the fused probe, r(m + n) numbers a matrix (LOZO r((1 + Q)m + n)); of the in-place
             probe its copy of the trained shards, and of a low-rank method U and V beside it.
         state: the method's, with moments that lie beside the shards.
@@ -138,7 +139,7 @@ def needs(
     disk += sum(p.nbytes for p in parameters.values()) if model else 0
     return Needs(
         shard=shard,
-        gathered=_gathered(module, compute) if layout.gathers else 0,
+        gathered=_gathered(module, layout, compute),
         probe=_of_probe(run, trained, layout, compute),
         state=equal + 4 * dense * numel,
         disk=disk,
@@ -178,11 +179,26 @@ def _held(parameter: nn.Parameter, layout: Layout) -> int:
     return math.ceil(parameter.numel() / layout.shards) + second
 
 
-def _gathered(module: nn.Module, compute: torch.dtype | None) -> int:
+def gathered_groups(module: nn.Module, compute: torch.dtype | None) -> tuple[int, int]:
+    """Bytes of the weights outside of blocks, and of the largest block.
+
+    Args:
+        module: the model.
+        compute: dtype in which weights are gathered; None: their own.
+    """
     from tezo_ds.fsdp_loading import blocks
 
     sizes = [_bytes(block, compute) for block in blocks(module)]
-    return _bytes(module, compute) - sum(sizes) + 2 * max(sizes, default=0)
+    return _bytes(module, compute) - sum(sizes), max(sizes, default=0)
+
+
+def _gathered(module: nn.Module, layout: Layout, compute: torch.dtype | None) -> int:
+    if not layout.gathers:
+        return 0
+    outside, block = gathered_groups(module, compute)
+    # FSDP2 lets go of a gathered message when the next one is used, so at first the one of what is outside
+    # of blocks lies beside those weights.
+    return outside + block + (max(outside, block) if layout.by_rows else block)
 
 
 def _bytes(module: nn.Module, compute: torch.dtype | None) -> int:

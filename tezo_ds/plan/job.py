@@ -1,0 +1,151 @@
+"""A run that is planned, on a cluster that need not exist."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from torch import nn
+
+from tezo_ds.config import TezoConfig
+from tezo_ds.needs import Layout, Needs, Skeleton, gathered_groups, needs, on_skeleton
+from tezo_ds.plan.hardware import Cluster
+from tezo_ds.plan.shapes import Outline, outline
+from tezo_ds.queries import queries_at
+
+Sharded = Literal["zero3", "zero3-hpz", "fsdp2", "fsdp2-hybrid", "replicated"]
+SHARDINGS: tuple[Sharded, ...] = ("zero3", "zero3-hpz", "fsdp2", "fsdp2-hybrid", "replicated")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be planned.
+
+    Attributes:
+        module: of `shapes.skeleton`.
+        config: of the run.
+        sharding: zero3-hpz has a second copy of the weights on each node, fsdp2-hybrid the only one.
+        cluster: where.
+        examples: of each rank in a step.
+        length: tokens of each, padding included.
+        labels: positions of each example that carry a label.
+    """
+
+    module: nn.Module
+    config: TezoConfig
+    sharding: Sharded
+    cluster: Cluster
+    examples: int
+    length: int
+    labels: int
+
+    @cached_property
+    def run(self) -> Skeleton:
+        """What its engine would be made of."""
+        return on_skeleton(self.module, self.config)
+
+    @cached_property
+    def shape(self) -> Outline:
+        """Of its model."""
+        return outline(self.module)
+
+    @cached_property
+    def need(self) -> Needs:
+        """What lies there for the whole run."""
+        return needs(self.run, self.layout, None, snapshots=0, model=False)
+
+    @cached_property
+    def groups_of_weights(self) -> tuple[int, int]:
+        """Bytes outside of blocks, and of the largest block."""
+        return gathered_groups(self.module, None)
+
+    def with_examples(self, examples: int) -> Job:
+        """The same with so many examples a rank; shares what follows from the model."""
+        other = replace(self, examples=examples)
+        other.__dict__.update(
+            run=self.run, shape=self.shape, need=self.need, groups_of_weights=self.groups_of_weights,
+            gathered_bytes=self.gathered_bytes,
+        )  # fmt: skip
+        return other
+
+    @property
+    def gathers(self) -> bool:
+        """Whether forwards gather weights."""
+        return self.sharding != "replicated"
+
+    @property
+    def gather_ranks(self) -> int:
+        """Ranks that a forward gathers weights from."""
+        if not self.gathers:
+            return 1
+        by_node = self.sharding in ("zero3-hpz", "fsdp2-hybrid")
+        return self.cluster.in_node if by_node else self.cluster.world
+
+    @property
+    def layout(self) -> Layout:
+        """How its weights are spread."""
+        if not self.gathers:
+            return Layout()
+        by_rows = self.sharding.startswith("fsdp2")
+        shards = self.gather_ranks if by_rows else self.cluster.world
+        second = self.gather_ranks if self.sharding == "zero3-hpz" else 0
+        return Layout(shards, by_rows, second, gathers=True)
+
+    @cached_property
+    def gathered_bytes(self) -> int:
+        """Of all weights once, with the padding of shards to the largest one."""
+        if not self.gathers:
+            return 0
+        layout = Layout(self.gather_ranks, self.layout.by_rows)
+        return self.gather_ranks * needs(self.run, layout, None, snapshots=0, model=False).shard
+
+    @property
+    def branches(self) -> int:
+        """That a rank measures in a step."""
+        return (2 if self.config.difference == "central" else 1) * self._directions + (
+            self.config.difference == "forward"
+        )
+
+    @property
+    def _directions(self) -> int:
+        return queries_at(self.config, 0)
+
+    @property
+    def directions(self) -> int:
+        """Of a step, over all ranks."""
+        return self._directions * self.groups
+
+    @property
+    def groups(self) -> int:
+        """Ranks with directions of their own."""
+        return self.cluster.world if self.config.placement == "per_rank" else 1
+
+    @property
+    def branches_at_once(self) -> int:
+        """In one forward."""
+        if not self.run.fused:
+            return 1
+        return min(self.config.branch_chunk or self.branches, self.branches)
+
+    @property
+    def examples_at_once(self) -> int:
+        """Of one branch in one forward."""
+        return min(self.config.micro_batch or self.examples, self.examples)
+
+    @property
+    def forwards(self) -> int:
+        """Of a step."""
+        by_branch = math.ceil(self.branches / self.branches_at_once)
+        return by_branch * math.ceil(self.examples / self.examples_at_once)
+
+    @property
+    def tokens(self) -> int:
+        """In one forward of a rank."""
+        return self.branches_at_once * self.examples_at_once * self.length
+
+    @property
+    def scalars(self) -> int:
+        """Bytes of a step's all-reduce: loss sum and count of each branch, and whether to stop."""
+        return 16 * self.branches * self.groups + 8

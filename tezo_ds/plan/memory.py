@@ -1,0 +1,164 @@
+"""Memory of a rank, from shapes: what lies there for the whole run, and the largest stage of a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tezo_ds.head import CHUNK_NUMEL
+from tezo_ds.lowrank import BLOCK_NUMEL
+from tezo_ds.plan.job import Job
+
+# DeepSpeed's default of stage3_max_live_parameters: what it fetches ahead of use, in elements.
+LIVE = 10**9
+# bf16 weights and gradients, float32 weights, two moments, and 2 more: DeepSpeed's own
+# estimate_zero3_model_states_mem_needs counts 18 bytes a parameter.
+ADAM = 18
+# A block's activations that its backward needs, in 16 bits and without attention scores, are 34 bytes times
+# tokens times d: Korthikanti et al. 2022 (arXiv 2205.05198), section 4.1.
+BACKWARD = 34
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank at the peak of a step.
+
+    Attributes:
+        shard: of the weights, a second copy included.
+        factors: U and V; in place copies of the trained shards.
+        state: of the method; of Adam gradients, moments and float32 weights.
+        gathered: whole weights, at the stage that takes most.
+        activations: of that stage, logits aside.
+        logits: of that stage.
+        reserved: that no tensor takes; assumed.
+        stage: "embedding", "block", "output layer" or, in place, "writing".
+    """
+
+    shard: int
+    factors: int
+    state: int
+    gathered: int
+    activations: int
+    logits: int
+    reserved: int
+    stage: str
+
+    @property
+    def tensors(self) -> int:
+        """Of all tensors."""
+        return self.total - self.reserved
+
+    @property
+    def total(self) -> int:
+        """Of all."""
+        kept = self.shard + self.factors + self.state + self.reserved
+        return kept + self.gathered + self.activations + self.logits
+
+
+def engine(job: Job) -> Memory:
+    """Of this engine's step, fused or in place as the job's config has it."""
+    need = job.need
+    stages = _stages(job)
+    if not job.run.fused:
+        # A block of a shard and of its change, in float32. No weights are gathered meanwhile.
+        largest = max(-(-p.numel() // job.layout.shards) for p in job.module.parameters())
+        stages["writing"] = (0, 2 * 4 * min(BLOCK_NUMEL, largest), 0)
+    return _largest(job, need.shard, need.probe, need.state, stages)
+
+
+def adam(job: Job) -> Memory:
+    """Of first-order Adam under the same sharding by DeepSpeed or FSDP2, with every block's input kept and
+    the block run again for its backward."""
+    shape, ranks = job.shape, job.layout.shards
+    parameters = job.gathered_bytes if job.gathers else _whole(job)
+    shard = parameters // ranks
+    tokens = job.examples_at_once * job.length
+    d = tokens * shape.hidden * shape.itemsize
+    kept = shape.layers * d
+    block = BACKWARD * d // 2 + kept
+    # All positions in 16 bits and in float32, and the latter's gradient.
+    logits = tokens * shape.vocabulary * (shape.itemsize + 4 + 4)
+    outside, largest = _live(job)
+    stages = {
+        "block": (outside + largest, block, 0),
+        "output layer": (outside, kept, logits),
+    }
+    state = (ADAM - 2) * (shard // shape.itemsize)
+    return _largest(job, shard, 0, state, stages)
+
+
+def largest_batch(job: Job, of: Callable[[Job], Memory], most: int = 1 << 20) -> int:
+    """Examples a rank that fit into its accelerator; 0: not even one.
+
+    Args:
+        job: whose examples do not matter.
+        of: `engine` or `adam`.
+        most: to try.
+    """
+
+    def fits(examples: int) -> bool:
+        return of(job.with_examples(examples)).total <= job.cluster.gpu.memory
+
+    if not fits(1):
+        return 0
+    low, high = 1, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+Stages = dict[str, tuple[int, int, int]]  # gathered, activations, logits
+
+
+def _stages(job: Job) -> Stages:
+    """Of a forward without gradients. The widths in the comments are those of `shapes.Outline`."""
+    shape = job.shape
+    unit = job.tokens * shape.itemsize
+    # The embedded tokens, the block's input, the sum after attention and the normed input of the MLP; then
+    # what the MLP multiplies, and the product.
+    mlp = 4 * shape.hidden + (3 if shape.gated else 2) * shape.inner
+    # The first two and the normed input; q, k, v; and the rotation of q.
+    attention = 3 * shape.hidden + 4 * shape.queries + 2 * shape.keys
+    labels = job.branches_at_once * job.examples_at_once * job.labels
+    chunk = min(
+        labels * shape.vocabulary, max(CHUNK_NUMEL, job.branches_at_once * shape.vocabulary)
+    )
+    # As the layer gives them, in float32 where that is wider, and their log-softmax.
+    each = shape.itemsize + 4 + (4 if shape.itemsize < 4 else 0)
+    outside, block = job.groups_of_weights if job.gathers else (0, 0)
+    if job.gathers and not job.layout.by_rows:
+        ahead = dict.fromkeys(("embedding", "block", "output layer"), sum(_live(job)))
+    else:
+        # FSDP2 lets go of a gathered message when the next one is used: that of a group lies beside its
+        # weights, and at the first block still the outer group's.
+        ahead = {
+            "embedding": 2 * outside + block,
+            "block": outside + 2 * block,
+            "output layer": outside + block,
+        }
+    return {
+        "embedding": (ahead["embedding"], unit * shape.hidden, 0),
+        "block": (ahead["block"], unit * max(mlp, attention), 0),
+        "output layer": (ahead["output layer"], 3 * unit * shape.hidden, chunk * each),
+    }
+
+
+def _live(job: Job) -> tuple[int, int]:
+    """Bytes that are gathered at once: outside of blocks, and of blocks."""
+    if not job.gathers:
+        return 0, 0
+    outside, block = job.groups_of_weights
+    if job.layout.by_rows:
+        return outside, 2 * block
+    live = max(outside + 2 * block, LIVE * job.shape.itemsize)
+    return outside, min(live, job.gathered_bytes) - outside
+
+
+def _largest(job: Job, shard: int, factors: int, state: int, stages: Stages) -> Memory:
+    name = max(stages, key=lambda stage: sum(stages[stage]))
+    return Memory(shard, factors, state, *stages[name], job.cluster.reserved, name)
+
+
+def _whole(job: Job) -> int:
+    return sum(p.nbytes for p in job.module.parameters())

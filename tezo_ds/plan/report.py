@@ -1,0 +1,128 @@
+"""A plan as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from tezo_ds.plan import memory, traffic
+from tezo_ds.plan.columns import Column
+from tezo_ds.plan.dry_run import Counted
+from tezo_ds.plan.job import Job
+from tezo_ds.plan.shapes import numel
+
+CLOSE = 0.1  # by which counted memory may differ from what was predicted
+
+Line = tuple[str, float, float, bool]  # what, predicted, counted, whether that will do
+
+
+def show(job: Job, columns: Sequence[Column], about: str, warnings: Sequence[str]) -> None:
+    """Prints the table, and a line for each warning."""
+    console = Console(highlight=False, width=None if Console().is_terminal else 110)
+    console.print(_heading(job, about), markup=False)
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("of a rank and a step")
+    for column in columns:
+        table.add_column(column.name, justify="right")
+    for name, cell in _rows(job):
+        table.add_row(name, *map(cell, columns), end_section=name in ("of it reserved", "scalars"))
+    console.print(table)
+    for warning in warnings:
+        console.print(f"warning: {warning}", markup=False)
+
+
+def show_counted(lines: Sequence[Line]) -> None:
+    """Prints predicted beside counted."""
+    table = Table("dry run, of a rank and a step", box=box.SIMPLE_HEAD)
+    for name in ("predicted", "counted", ""):
+        table.add_column(name, justify="right")
+    for name, predicted, counted, fine in lines:
+        table.add_row(name, f"{predicted:,}", f"{counted:,}", "ok" if fine else "MISMATCH")
+    Console(highlight=False).print(table)
+
+
+def compared(job: Job, counted: Counted) -> list[Line]:
+    """What was predicted of a dry run, beside what it counted."""
+    moved, tensors = traffic.engine(job), memory.engine(job).tensors
+    gathers = moved.times * (job.shape.layers + 1)
+    return [
+        ("all-gathers", gathers, counted.gathers, gathers == counted.gathers),
+        ("bytes gathered", moved.times * moved.gathered, counted.gathered,
+         moved.times * moved.gathered == counted.gathered),
+        ("bytes of scalars", moved.scalars, counted.scalars, moved.scalars == counted.scalars),
+        ("bytes of tensors at the peak", tensors, counted.tensors,
+         abs(tensors - counted.tensors) <= CLOSE * counted.tensors),
+    ]  # fmt: skip
+
+
+def as_json(
+    job: Job, columns: Sequence[Column], warnings: Sequence[str], lines: Sequence[Line] | None
+) -> str:
+    """One object; bytes and seconds."""
+    found = {
+        "parameters": numel(job.module),
+        "examples_per_rank": job.examples,
+        "columns": [
+            {**asdict(c), "fits": c.memory.total <= job.cluster.gpu.memory, "step": c.timing.step,
+             "total": c.memory.total}
+            for c in columns
+        ],
+        "warnings": list(warnings),
+    }  # fmt: skip
+    if lines is not None:
+        keys = ("what", "predicted", "counted", "ok")
+        found["dry_run"] = [dict(zip(keys, line, strict=True)) for line in lines]
+    return json.dumps(found, indent=2)
+
+
+def _heading(job: Job, about: str) -> str:
+    cluster = job.cluster
+    return (
+        f"{about}: {numel(job.module) / 1e9:.1f} B weights of {8 * job.shape.itemsize} bits; "
+        f"{cluster.nodes} nodes of {cluster.in_node} GPUs, {cluster.link * 8 / 1e9:g} Gbit/s a node; "
+        f"{job.examples} examples of {job.length} tokens a rank, {job.branches} branches"
+    )
+
+
+def _rows(job: Job) -> list[tuple[str, Callable[[Column], str]]]:
+    def gib(of: Callable[[Column], float]) -> Callable[[Column], str]:
+        return lambda column: f"{of(column) / 2**30:.2f} GiB"
+
+    def seconds(of: Callable[[Column], float]) -> Callable[[Column], str]:
+        return lambda column: f"{of(column):.3g} s"
+
+    def largest(column: Column) -> str:
+        return (
+            f"{column.examples} ({column.examples * job.cluster.world})" if column.examples else "-"
+        )
+
+    def total(column: Column) -> str:
+        over = "" if column.memory.total <= job.cluster.gpu.memory else " !"
+        return f"{column.memory.total / 2**30:.2f} GiB{over}"
+
+    return [
+        ("shard of the weights", gib(lambda c: c.memory.shard)),
+        ("U, V or copies", gib(lambda c: c.memory.factors)),
+        ("state of the method", gib(lambda c: c.memory.state)),
+        ("gathered weights", gib(lambda c: c.memory.gathered)),
+        ("activations", gib(lambda c: c.memory.activations)),
+        ("logits", gib(lambda c: c.memory.logits)),
+        ("peak memory", total),
+        ("of it reserved", gib(lambda c: c.memory.reserved)),
+        ("largest batch a rank (all)", largest),
+        ("received by a rank", gib(lambda c: c.traffic.received)),
+        ("moved inside a node", gib(lambda c: c.traffic.inside)),
+        ("into a node from others", gib(lambda c: c.traffic.between)),
+        ("scalars", lambda c: f"{c.traffic.scalars} B"),
+        ("arithmetic", seconds(lambda c: c.timing.compute)),
+        ("collectives", seconds(lambda c: c.timing.gather)),
+        ("writing weights", seconds(lambda c: c.timing.update)),
+        ("step", seconds(lambda c: c.timing.step)),
+        ("tokens/s, all ranks", lambda c: f"{c.tokens:,.0f}"),
+        ("directions/s", lambda c: f"{c.directions:.3g}" if c.directions else "-"),
+    ]

@@ -1,0 +1,152 @@
+"""Models by name, without their weights: built-in shapes with the sizes that were published."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Qwen2Config
+
+from tezo_ds.errors import ConfigError
+from tezo_ds.fsdp_loading import blocks
+from tezo_ds.loading import load_skeleton
+
+
+def _opt(hidden: int, layers: int, heads: int) -> OPTConfig:
+    # Zhang et al. 2022 (arXiv 2205.01068), table 1
+    return OPTConfig(
+        vocab_size=50272, hidden_size=hidden, word_embed_proj_dim=hidden, ffn_dim=4 * hidden,
+        num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=2048,
+    )  # fmt: skip
+
+
+def _llama(hidden: int, inner: int, layers: int, heads: int) -> LlamaConfig:
+    # Touvron et al. 2023 (arXiv 2302.13971), table 2
+    return LlamaConfig(
+        vocab_size=32000, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, max_position_embeddings=2048, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def _llama3(hidden: int, inner: int, layers: int, heads: int) -> LlamaConfig:
+    # Grattafiori et al. 2024 (arXiv 2407.21783), table 3
+    return LlamaConfig(
+        vocab_size=128256, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=8, max_position_embeddings=8192,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def _qwen(hidden: int, inner: int, layers: int, heads: int) -> Qwen2Config:
+    # Yang et al. 2024 (arXiv 2412.15115), table 1, and the published config.json
+    return Qwen2Config(
+        vocab_size=152064, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=8, max_position_embeddings=32768,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+BUILT_IN: dict[str, Callable[[], Any]] = {
+    "opt-13b": lambda: _opt(5120, 40, 40),
+    "opt-30b": lambda: _opt(7168, 48, 56),
+    "opt-66b": lambda: _opt(9216, 64, 72),
+    "opt-175b": lambda: _opt(12288, 96, 96),
+    "llama-7b": lambda: _llama(4096, 11008, 32, 32),
+    "llama-13b": lambda: _llama(5120, 13824, 40, 40),
+    "llama-30b": lambda: _llama(6656, 17920, 60, 52),
+    "llama-65b": lambda: _llama(8192, 22016, 80, 64),
+    "llama3-8b": lambda: _llama3(4096, 14336, 32, 32),
+    "llama3-70b": lambda: _llama3(8192, 28672, 80, 64),
+    "qwen2.5-32b": lambda: _qwen(5120, 27648, 64, 40),
+    "qwen2.5-72b": lambda: _qwen(8192, 29568, 80, 64),
+}
+
+
+def skeleton(model: str, dtype: str) -> nn.Module:
+    """A model on the meta device: names, shapes and dtype, no values.
+
+    Args:
+        model: a name of BUILT_IN; a folder with a config.json, or that file.
+        dtype: of its weights; "auto": its config's, bfloat16 of built-in shapes.
+
+    Raises:
+        ConfigError: neither of both.
+    """
+    if model in BUILT_IN:
+        wanted = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+        with torch.device("meta"):
+            module: nn.Module = AutoModelForCausalLM.from_config(BUILT_IN[model](), dtype=wanted)
+        return module
+    path = Path(model)
+    folder = path.parent if path.name == "config.json" else path
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"--model {model}: no such folder or config.json, and none of {', '.join(BUILT_IN)}"
+        )
+    return load_skeleton(str(folder), dtype)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What activations and FLOPs of a decoder follow from.
+
+    Attributes:
+        hidden: d, width of the residual stream.
+        inner: f, width within an MLP.
+        gated: the MLP multiplies two such.
+        queries, keys: columns of all heads' queries, and of their keys.
+        layers: blocks.
+        vocabulary: words.
+        multiplied: weights of all matrices in blocks, which each token is multiplied with.
+        itemsize: bytes of a weight.
+    """
+
+    hidden: int
+    inner: int
+    gated: bool
+    queries: int
+    keys: int
+    layers: int
+    vocabulary: int
+    multiplied: int
+    itemsize: int
+
+
+def outline(module: nn.Module) -> Outline:
+    """Of a transformers model.
+
+    Raises:
+        ConfigError: it has no blocks of Linear layers, as decoders have.
+    """
+    config: Any = getattr(module, "config", None)
+    found = blocks(module)
+    linears = [m for m in found[0].modules() if isinstance(m, nn.Linear)] if found else []
+    if not linears or config is None:
+        raise ConfigError(
+            f"{type(module).__name__}: no blocks of Linear layers are found in it, which the plan is of; "
+            "name another model"
+        )
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    inner = max(linear.out_features for linear in linears)
+    return Outline(
+        hidden=hidden,
+        inner=inner,
+        gated=sum(linear.out_features == inner for linear in linears) > 1,
+        queries=heads * head_dim,
+        keys=(getattr(config, "num_key_value_heads", None) or heads) * head_dim,
+        layers=len(found),
+        vocabulary=config.vocab_size,
+        multiplied=sum(p.numel() for b in found for p in b.parameters() if p.dim() > 1),
+        itemsize=max(p.itemsize for p in module.parameters()),
+    )
+
+
+def numel(module: nn.Module) -> int:
+    """Weights of a model, tied ones once."""
+    return sum(math.prod(p.shape) for p in module.parameters())

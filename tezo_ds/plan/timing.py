@@ -1,0 +1,123 @@
+"""Seconds of a step: the slower of arithmetic and memory, and α + bytes/β of each collective.
+
+A model, not a measurement. Gathers of a forward run ahead of its arithmetic, so that the slower of both
+counts, but for the first one, which nothing hides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tezo_ds.factors import Matrix
+from tezo_ds.plan.job import Job
+from tezo_ds.plan.traffic import Traffic
+
+BASE = 8.4e-6  # seconds that NCCL's own model adds to each collective of a ring (tuning.cc)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a step.
+
+    Attributes:
+        compute: arithmetic of all forwards (and backwards).
+        gather: collectives of weights (and gradients).
+        exposed: of those, what runs before any arithmetic can.
+        update: writing weights and state.
+        scalars: our own all-reduce.
+        overlapped: whether gathers run beside arithmetic.
+    """
+
+    compute: float
+    gather: float
+    exposed: float
+    update: float
+    scalars: float
+    overlapped: bool
+
+    @property
+    def step(self) -> float:
+        """All of it."""
+        both = (
+            self.exposed + max(self.compute, self.gather - self.exposed)
+            if self.overlapped
+            else self.compute + self.gather
+        )
+        return both + self.update + self.scalars
+
+
+def engine(job: Job, traffic: Traffic, overlapped: bool) -> Timing:
+    """Of this engine."""
+    compute = job.forwards * _forward(job, job.tokens, job.run.fused)
+    update = 0.0
+    if not job.run.fused:  # every branch is moved to, the last one left, and the update made
+        moves = job.branches + 2
+        numel = _trained(job) / job.layout.shards
+        # Weights are read and written, and a dense Z of float32 is too.
+        update = moves * numel * (2 * job.shape.itemsize + 8) / job.cluster.gpu.hbm
+    return _timing(job, traffic, compute, update, overlapped)
+
+
+def adam(job: Job, traffic: Traffic, overlapped: bool) -> Timing:
+    """Of first-order training with blocks run again: four forwards' arithmetic, the backward having two."""
+    micro = -(-job.examples // job.examples_at_once)
+    tokens = job.examples_at_once * job.length
+    compute = micro * 4 * _forward(job, tokens, fused=False, labels=tokens)
+    # Gradients, float32 weights and moments are read, the latter and 16-bit weights written.
+    numel = _trained(job) / job.layout.shards
+    return _timing(job, traffic, compute, numel * 30 / job.cluster.gpu.hbm, overlapped)
+
+
+def flops(job: Job, tokens: int, fused: bool, labels: int | None = None) -> float:
+    """Of one forward of a rank: two for each weight and token, attention in full, and the skinny products of
+    a fused probe."""
+    shape = job.shape
+    rows = tokens / job.length * job.labels if labels is None else labels
+    total = 2.0 * tokens * (shape.multiplied + 2 * job.length * shape.queries * shape.layers)
+    total += 2.0 * rows * shape.vocabulary * shape.hidden
+    if fused:
+        total += 2.0 * tokens * sum(m.rank * sum(m.shape) for m in _in_blocks(job))
+    return total
+
+
+def _in_blocks(job: Job) -> list[Matrix]:
+    return [m for m in job.run.space.matrices if m.shape[0] != job.shape.vocabulary]
+
+
+def _forward(job: Job, tokens: int, fused: bool, labels: int | None = None) -> float:
+    gpu = job.cluster.gpu
+    arithmetic = flops(job, tokens, fused, labels) / (gpu.flops * job.cluster.efficiency)
+    weights = job.shape.multiplied * job.shape.itemsize
+    return max(arithmetic, weights / gpu.hbm)
+
+
+def _trained(job: Job) -> int:
+    return sum(m.shape[0] * m.shape[1] for m in job.run.space.matrices)
+
+
+def _timing(job: Job, traffic: Traffic, compute: float, update: float, overlapped: bool) -> Timing:
+    cluster = job.cluster
+    ranks = job.gather_ranks if job.gathers else cluster.world
+    crosses = ranks > cluster.in_node
+    rate = min(cluster.gpu.nvlink, cluster.link) if crosses else cluster.gpu.nvlink
+    collectives = job.shape.layers + 1 if job.gathers else 1
+    gather = traffic.received / rate + traffic.times * collectives * _alpha(job, ranks)
+    outside, _ = job.groups_of_weights
+    share = outside / max(sum(p.nbytes for p in job.module.parameters()), 1)
+    exposed = gather / max(traffic.times, 1) * share if job.gathers else gather
+    return Timing(
+        compute, gather, exposed, update,
+        2 * _alpha(job, cluster.world) if traffic.scalars and cluster.world > 1 else 0.0,
+        overlapped,
+    )  # fmt: skip
+
+
+def _alpha(job: Job, ranks: int) -> float:
+    """Of one collective around a ring of so many ranks."""
+    if ranks == 1:
+        return 0.0
+    cluster = job.cluster
+    nodes = max(1, ranks // cluster.in_node)
+    between = nodes - 1
+    inside = ranks - 1 - between
+    return BASE + between * cluster.latency_between + inside * cluster.latency_inside
