@@ -115,3 +115,10 @@ def test_term_calls_once_and_int_still_raises(hearing_again: None) -> None:
 def test_term_raises_where_nothing_is_to_be_called(hearing_again: None) -> None:
     with pytest.raises(Interrupted, match="SIGTERM"), turned_into_exceptions():
         signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_rank_that_stops_because_others_were_told_is_deaf_too(hearing_again: None) -> None:
+    for ending in (False, True):
+        with turned_into_exceptions(ending=lambda ending=ending: ending):
+            pass
+        assert (signal.getsignal(signal.SIGTERM) == signal.SIG_IGN) == ending

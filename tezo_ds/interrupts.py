@@ -25,6 +25,7 @@ class Interrupted(BaseException):
 def turned_into_exceptions(
     halfway: Callable[[], bool] = lambda: False,
     on_term: Callable[[], None] | None = None,
+    ending: Callable[[], bool] = lambda: False,
 ) -> Iterator[Callable[[], None]]:
     """Turns the first SIGINT or SIGTERM into `Interrupted` and ignores all further ones: launchers
     and terminals send several, and what is written after the first must be written whole.
@@ -33,6 +34,8 @@ def turned_into_exceptions(
         halfway: true where an exception would leave something half done.
         on_term: called once at SIGTERM, in place of an exception, for work that ends by itself at a
             good place; a SIGINT may still come after it.
+        ending: true once that work ends because others were told to: a signal of its own, which may
+            come later, is then ignored like a second one.
 
     Yields:
         What to call when no longer halfway: it raises for a signal that came meanwhile.
@@ -66,7 +69,8 @@ def turned_into_exceptions(
         yield raise_waiting
     finally:
         for name, handler in before.items():  # once stopped, deaf: it writes its results and ends
-            signal.signal(name, signal.SIG_IGN if waiting or terminated else handler)
+            stopped = waiting or terminated or ending()
+            signal.signal(name, signal.SIG_IGN if stopped else handler)
 
 
 @contextmanager

@@ -113,7 +113,9 @@ class _Training:
         summary, start = self._summary, time.perf_counter()
         try:
             with (
-                turned_into_exceptions(self._halfway, self._engine.ask_to_stop) as raise_waiting,
+                turned_into_exceptions(
+                    self._halfway, self._engine.ask_to_stop, lambda: self._engine.measuring.stopping
+                ) as raise_waiting,
                 Liveness(self._engine.sharding, self._plan.timeout) as alive,
             ):
                 self._before()
