@@ -29,6 +29,7 @@ import torch
 from machine import describe
 from methods_data import TASKS, Splits, load_splits
 from methods_report import (
+    BASE,
     MOST_SEEDS,
     Line,
     Record,
@@ -169,16 +170,20 @@ class Benchmark:
         """What is finished, for the tables: no training first, backpropagation last."""
         found = []
         for task, method in itertools.product(self._args.tasks, [ZERO_SHOT, *self._args.methods]):
-            asked = [
-                run for run in self.wanted()
-                if (run["task"], run["method"], run["role"]) == (task, method, "final")
-                and (run["lr"] is not None or method == ZERO_SHOT)
-            ]  # fmt: skip
-            runs = [record for run in asked if (record := self._results.find(run)) is not None]
-            if runs:
+            if runs := self._finished(task, method):
                 peak = self._results.find({**self.key(task, method), "role": "memory"})
-                found.append(summarise(runs, peak))
+                base = runs if method == BASE else self._finished(task, BASE)
+                found.append(summarise(runs, peak, base))
         return found
+
+    def _finished(self, task: str, method: str) -> list[Record]:
+        """Final runs, by seed."""
+        asked = [
+            run for run in self.wanted()
+            if (run["task"], run["method"], run["role"]) == (task, method, "final")
+            and (run["lr"] is not None or method == ZERO_SHOT)
+        ]  # fmt: skip
+        return [record for run in asked if (record := self._results.find(run)) is not None]
 
     def report(self, page: Path | None) -> None:
         """Tables on the screen and, with a page, in it, and a picture beside it."""
@@ -194,7 +199,7 @@ class Benchmark:
             f"{', '.join(s.include)}; "
             f"{s.train_examples} training examples, {self._args.rates} learning rates tried on "
             f"{s.valid_examples} validation examples. MB: tensors alive at once in a step at most, model "
-            "included."
+            f"included. vs coef: less {BASE}'s accuracy from the same seeds."
         )
         ours = [r for r in self._results.records if r["model"] == self._args.model]
         same = [r for r in ours if all(r.get(name) == value for name, value in s.fields().items())]

@@ -16,7 +16,8 @@ from rich.table import Table
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 MOST_SEEDS = 1 + len(T_QUANTILES)
 BEGIN, END = "<!-- benchmarks/methods.py: begin -->", "<!-- benchmarks/methods.py: end -->"
-COLUMNS = ("method", "lr", "acc. %", "± 95 %", "seeds", "steps", "s/step", "MB")
+BASE = "tezo-adam-coef"  # ours, with which the others are compared
+COLUMNS = ("method", "lr", "acc. %", "± 95 %", "seeds", "vs coef", "steps", "s/step", "MB")
 
 Record = dict[str, Any]
 
@@ -80,7 +81,8 @@ def _goodness(record: Record) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Line:
-    """One method on one task, over the seeds that are finished."""
+    """One method on one task, over the seeds that are finished; `less` is its accuracy less that of BASE
+    from the same seeds, and half of that difference's interval."""
 
     task: str
     method: str
@@ -92,20 +94,35 @@ class Line:
     step_seconds: float | None = None
     peak_bytes: int | None = None
     n: int = 0
+    less: tuple[float, float | None] | None = None
 
     def cells(self) -> list[str]:
         """By COLUMNS."""
         half = "" if self.half is None else f"{100 * self.half:.1f}"
         return [
             self.method, "" if self.lr is None else f"{self.lr:.2g}", f"{100 * self.mean:.1f}", half,
-            str(self.seeds or ""), "" if self.steps is None else f"{self.steps:.0f}",
+            str(self.seeds or ""), _points(self.less), "" if self.steps is None else f"{self.steps:.0f}",
             "" if self.step_seconds is None else f"{self.step_seconds:.2f}",
             "" if self.peak_bytes is None else f"{self.peak_bytes / 1e6:.0f}",
         ]  # fmt: skip
 
 
-def summarise(runs: Sequence[Record], peak: Record | None) -> Line:
-    """The line of some final runs of one task and method, which differ in their seeds."""
+def _points(less: tuple[float, float | None] | None) -> str:
+    if less is None:
+        return ""
+    mean, half = less
+    return f"{100 * mean:+.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
+
+
+def _less(runs: Sequence[Record], base: Sequence[Record]) -> tuple[float, float | None] | None:
+    theirs = {run["seed"]: run["accuracy"] for run in base}
+    shared = [run["accuracy"] - theirs[run["seed"]] for run in runs if run["seed"] in theirs]
+    return interval(shared) if shared and runs is not base else None
+
+
+def summarise(runs: Sequence[Record], peak: Record | None, base: Sequence[Record] = ()) -> Line:
+    """The line of some final runs of one task and method, which differ in their seeds; `base` are those of
+    BASE."""
     mean, half = interval([run["accuracy"] for run in runs])
     steps = [run["steps"] for run in runs]
     first = runs[0]
@@ -113,7 +130,7 @@ def summarise(runs: Sequence[Record], peak: Record | None) -> Line:
         first["task"], first["method"], first["lr"], mean, half, len(runs) if any(steps) else 0,
         statistics.mean(steps) or None,
         first.get("step_seconds"),
-        peak["peak_bytes"] if peak else None, first["n"],
+        peak["peak_bytes"] if peak else None, first["n"], _less(runs, base),
     )  # fmt: skip
 
 
