@@ -199,7 +199,12 @@ def main(words: Sequence[str] | None = None) -> None:
     content = markdown(records)
     console.print(content, markup=False)
     if args.page is not None:
-        put_between_markers(args.page, content, MARKERS)
+        stem = args.page.stem
+        pictures = (
+            f"![Efficiency against ranks]({stem}-efficiency.png)\n\n"
+            f"![Where the time of a step goes]({stem}-split.png)"
+        )
+        put_between_markers(args.page, f"{content}\n\n{pictures}", MARKERS)
         draw(records, args.page)
 
 

@@ -217,7 +217,8 @@ def main(words: Sequence[str] | None = None) -> None:
     content = markdown(results.records, {key: way.name for key, way in WAYS.items()})
     console.print(content, markup=False)
     if args.page is not None:
-        put_between_markers(args.page, content, MARKERS)
+        picture = f"![Seconds and bytes of a step]({args.page.stem}.png)"
+        put_between_markers(args.page, f"{content}\n\n{picture}", MARKERS)
         draw(results.records, {k: w.name for k, w in WAYS.items()}, args.page.with_suffix(".png"))
 
 
