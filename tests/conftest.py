@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -8,9 +9,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Worlds take the other cores, and threads that wait for each other on busy cores take for ever.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Started in the background of a shell, we and all that we start would ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(Path(__file__).parent))
 
-from worlds import Background
+from worlds import Background  # noqa: E402
 
 BACKGROUND = pytest.StashKey[Background]()
 

@@ -176,14 +176,14 @@ def test_real_launchers(given: Given, tmp_path: Path) -> None:
             )
             for node in ({**way, "MASTER_ADDR": "127.0.0.1"} for way in (FIRST, SECOND))
         ]
-        third = begin("accelerate.sh", given.train(other, steps=4000, lr=1e-5), NPROC_PER_NODE=1)
+        third = begin("accelerate.sh", given.train(other, steps=40_000, lr=1e-5), NPROC_PER_NODE=1)
         until(run / JOURNAL, 5)
         first.send_signal(signal.SIGTERM)
+        until(other / JOURNAL, 5)
+        third.send_signal(signal.SIGINT)
         code, out, err = end(first)
         assert code == 0 and "stopped by SIGTERM" in out and "Zero3 on 2 rank(s)" in out, err
         done = Run(run).summary["steps"]
-        until(other / JOURNAL, 5)
-        third.send_signal(signal.SIGINT)
         code, out, err = end(third)
         assert code == 130 and "stopped by SIGINT" in out + err, err
         assert "Fsdp2 on 1 rank(s)" in "".join(logs(other, "stdout.log"))

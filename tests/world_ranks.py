@@ -80,7 +80,8 @@ def held(sharding: Sharding, matrix: Matrix) -> torch.Tensor:
 @case(worlds=(1, 2, 3, 4))
 def ranks_are_the_same_everywhere(world: World) -> None:
     with mock.patch.object(world_everywhere, "Model", Spread):
-        for way in (way for way in WAYS if world.size in way.ranks):
+        # Under zero.Init a weight is partitioned before Spread writes it, so what it writes is lost.
+        for way in (w for w in WAYS if world.size in w.ranks and "zero.Init" not in w.name):
             sharding = sharding_of(*way.model(world))
             assert of(sharding) == expected(), way.name
             for matrix in matrices_of(sharding):
