@@ -20,36 +20,23 @@ from tezo_ds.config import MethodName, TezoConfig
 from tezo_ds.factors import CoefficientSpace, Matrix
 from tezo_ds.methods import make_method
 from tezo_ds.methods.descent import Adam, Descent, Momentum
+from tezo_ds.needs import factor_numel, on_skeleton
+from tezo_ds.plan.shapes import skeleton
 
 Shapes = dict[str, tuple[int, int]]
 COLUMNS = ("method", "state", "factors", "weights, state and factors", "÷ mezo-adam")
 
 
-def opt(hidden: int, layers: int, ffn: int, vocabulary: int, positions: int) -> Shapes:
-    """Matrices of an OPT model; the output layer is the embedding."""
-    shapes = {"embed_tokens": (vocabulary, hidden), "embed_positions": (positions, hidden)}
-    for layer in range(layers):
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            shapes[f"{layer}.{name}"] = (hidden, hidden)
-        shapes |= {f"{layer}.fc1": (ffn, hidden), f"{layer}.fc2": (hidden, ffn)}
-    return shapes
-
-
-def llama(hidden: int, layers: int, ffn: int, vocabulary: int) -> Shapes:
-    """Matrices of a LLaMA model; embedding and output layer are apart."""
-    shapes = {"embed_tokens": (vocabulary, hidden), "lm_head": (vocabulary, hidden)}
-    for layer in range(layers):
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            shapes[f"{layer}.{name}"] = (hidden, hidden)
-        shapes |= {f"{layer}.{name}": (ffn, hidden) for name in ("gate_proj", "up_proj")}
-        shapes[f"{layer}.down_proj"] = (hidden, ffn)
-    return shapes
-
-
 MODELS = {
-    "OPT-13B": opt(5120, 40, 20480, 50272, 2050),
-    "LLaMA-30B": llama(6656, 60, 17920, 32000),
-}
+    "OPT-13B": "opt-13b",
+    "LLaMA-30B": "llama-30b",
+}  # and their names among the built-in shapes
+
+
+def shapes_of(model: str) -> Shapes:
+    """Matrices of a built-in shape."""
+    run = on_skeleton(skeleton(model, "bfloat16"), TezoConfig.model_validate({}))
+    return {matrix.name: matrix.shape for matrix in run.space.matrices}
 
 
 @dataclass(frozen=True)
@@ -72,7 +59,7 @@ class Bytes:
         return self.weights + self.state + self.factors
 
 
-def bytes_of(method: str, shapes: Shapes, rank: int = 16, queries: int = 1) -> Bytes:
+def bytes_of(method: str, shapes: Shapes, rank: int = 16) -> Bytes:
     """Of a method (LOZO with its own rank of 2)."""
     fields = {"rank": rank} if method.startswith("tezo") else {}
     config = TezoConfig(method=method, **fields)  # type: ignore[arg-type]
@@ -84,10 +71,7 @@ def bytes_of(method: str, shapes: Shapes, rank: int = 16, queries: int = 1) -> B
     numel = sum(m * n for m, n in shapes.values())
     if method.startswith("mezo"):
         state += sum(tensor.nbytes for tensor in _dense_moments(config, numel).values())
-    lefts = {"tezo": 1, "lozo": 1 + queries, "mezo": 0}[method.split("-")[0]]
-    rights = min(1, lefts)
-    factors = sum(config.rank * (lefts * m + rights * n) for m, n in shapes.values())
-    return Bytes(2 * numel, state, 2 * factors)
+    return Bytes(2 * numel, state, 2 * factor_numel(kept, config, matrices))
 
 
 def _dense_moments(config: TezoConfig, numel: int) -> dict[str, torch.Tensor]:
@@ -129,7 +113,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16, help="of tezo")
     parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args()
-    for name, shapes in MODELS.items():
+    for name, model in MODELS.items():
+        shapes = shapes_of(model)
         numel = sum(m * n for m, n in shapes.values())
         title = f"{name}: {len(shapes)} matrices, {numel / 1e9:.2f} G numbers, rank {args.rank}"
         found = rows(shapes, args.rank)

@@ -1,4 +1,4 @@
-"""The command line: `tezo-ds train`, `tezo-ds evaluate` and `tezo-ds export`."""
+"""The command line: `tezo-ds train`, and the commands of other modules beside it."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ libraries keep for themselves come on top.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +15,13 @@ import torch
 from torch import nn
 
 from tezo_ds.config import TezoConfig
-from tezo_ds.factors import CoefficientSpace
+from tezo_ds.factors import CoefficientSpace, Matrix
 from tezo_ds.methods import Method, in_coefficients, make_method
 from tezo_ds.probes import fused_serves, keeps_copies
 from tezo_ds.selection import select
 from tezo_ds.sharding.replicated import alone
 
+GIB = 1 << 30
 RECORDS = 64 << 20  # journal, metrics and curve of a long run
 
 
@@ -134,7 +136,8 @@ def needs(
     equal = sum(part.data.nbytes for part in run.method.state.values())
     whole = sum(p.numel() * _itemsize(p, compute) for p in parameters.values())
     weights = sum(p.numel() * (p.itemsize + 4 * dense) for p in trained.values())
-    disk = RECORDS + (snapshots + 1) * equal + 4 * factor_numel(run)
+    factors = factor_numel(run.method, config, run.space.matrices)
+    disk = RECORDS + (snapshots + 1) * equal + 4 * factors
     disk += (snapshots + 1) * weights if writes(config) and snapshots else 0
     disk += sum(p.nbytes for p in parameters.values()) if model else 0
     return Needs(
@@ -152,19 +155,19 @@ def writes(config: TezoConfig) -> bool:
     return not in_coefficients(config) or config.refresh_every > 0
 
 
-def factor_numel(run: Skeleton) -> int:
+def factor_numel(method: Method, config: TezoConfig, matrices: Iterable[Matrix]) -> int:
     """Numbers of U and V of all matrices, as a forward of the fused probe uses them."""
-    if run.method.factors is None:
+    if method.factors is None:
         return 0
-    lefts = 1 + run.config.queries if run.config.method.startswith("lozo") else 1
-    return sum(m.rank * (lefts * m.shape[0] + m.shape[1]) for m in run.space.matrices)
+    lefts = 1 + config.queries if config.method.startswith("lozo") else 1
+    return sum(m.rank * (lefts * m.shape[0] + m.shape[1]) for m in matrices)
 
 
 def _of_probe(
     run: Skeleton, trained: dict[str, Any], layout: Layout, compute: torch.dtype | None
 ) -> int:
     itemsize = max((_itemsize(p, compute) for p in trained.values()), default=0)
-    held = factor_numel(run) * itemsize
+    held = factor_numel(run.method, run.config, run.space.matrices) * itemsize
     if not run.fused and keeps_copies(run.config, run.method.factors):
         held += sum(_held(p, layout) * p.itemsize for p in trained.values())
     return held

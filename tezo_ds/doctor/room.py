@@ -10,8 +10,8 @@ from uuid import uuid4
 
 from tezo_ds.doctor.machine import Accelerator, Space, existing
 from tezo_ds.doctor.report import Row
-from tezo_ds.doctor.verdicts import GIB, TIGHT, Asked
-from tezo_ds.needs import Layout, Needs
+from tezo_ds.doctor.verdicts import TIGHT, Asked
+from tezo_ds.needs import GIB, Layout, Needs
 
 SEEING = 10.0  # seconds until a file that one host wrote shows on others
 

@@ -12,10 +12,10 @@ from packaging.version import InvalidVersion, Version
 
 from tezo_ds.doctor.machine import ABSENT, Accelerator, Space
 from tezo_ds.doctor.report import Failed, Row
+from tezo_ds.needs import GIB
 from tezo_ds.watch import listed
 
 Thing = TypeVar("Thing")
-GIB = 1 << 30
 TIGHT = 0.8  # of what is free; more is a warning
 SHARED_MEMORY = GIB  # that NCCL's documentation asks for
 SKEW = 1.0  # seconds

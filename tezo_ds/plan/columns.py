@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from tezo_ds.config import resolve
+from tezo_ds.needs import GIB
 from tezo_ds.plan import memory, timing, traffic
 from tezo_ds.plan.job import Job, Sharded
 from tezo_ds.plan.memory import Memory
@@ -57,8 +58,7 @@ def advice(job: Job, ours: Column) -> list[str]:
     room = job.cluster.gpu.memory
     if ours.memory.total <= room:
         return []
-    gib = 2**30
-    over = f"does not fit: {ours.memory.total / gib:.1f} GiB of {room / gib:.1f} GiB a rank"
+    over = f"does not fit: {ours.memory.total / GIB:.1f} GiB of {room / GIB:.1f} GiB a rank"
     if ours.examples:
         batch = ours.examples * job.cluster.world
         return [f"{over}; lower --batch to {batch} ({ours.examples} a rank) or less{_smaller(job)}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tezo_ds.errors import ConfigError
+from tezo_ds.needs import GIB
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,6 @@ class Gpu:
     hbm: float
     nvlink: float
 
-
-GIB = 1 << 30
 
 # Dense 16-bit tensor rates, memory and NVLink (or PCIe) of one direction, from NVIDIA's data sheets of each.
 GPUS = {

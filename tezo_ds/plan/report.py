@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from tezo_ds.needs import GIB
 from tezo_ds.plan import memory, traffic
 from tezo_ds.plan.columns import Column
 from tezo_ds.plan.dry_run import Counted
@@ -91,7 +92,7 @@ def _heading(job: Job, about: str) -> str:
 
 def _rows(job: Job) -> list[tuple[str, Callable[[Column], str]]]:
     def gib(of: Callable[[Column], float]) -> Callable[[Column], str]:
-        return lambda column: f"{of(column) / 2**30:.2f} GiB"
+        return lambda column: f"{of(column) / GIB:.2f} GiB"
 
     def seconds(of: Callable[[Column], float]) -> Callable[[Column], str]:
         return lambda column: f"{of(column):.3g} s"
@@ -103,7 +104,7 @@ def _rows(job: Job) -> list[tuple[str, Callable[[Column], str]]]:
 
     def total(column: Column) -> str:
         over = "" if column.memory.total <= job.cluster.gpu.memory else " !"
-        return f"{column.memory.total / 2**30:.2f} GiB{over}"
+        return f"{column.memory.total / GIB:.2f} GiB{over}"
 
     return [
         ("shard of the weights", gib(lambda c: c.memory.shard)),
