@@ -53,7 +53,7 @@ from tezo_ds.journal import read_journal  # noqa: E402
 from tezo_ds.runfolder import JOURNAL  # noqa: E402
 
 PHASES = ("loading", "step", "snapshot", "evaluation", "results", "over")
-HANGS = 180  # seconds after which a run that was not killed counts as hung
+HANGS = 180  # seconds without a word after which a run that was not killed counts as hung
 TRAINED_ON = 25  # of so many damaged runs one trains on to its end
 
 
@@ -126,7 +126,7 @@ class Faults:
             log, begun = run.with_name(f"{run.name}.{killed:03d}.log"), time.time()
             world = start(arguments_of(self.given, run, sharding, method), log)
             last = killed == kills
-            if not (world.wait(HANGS) if last else self._ended(world, run, seconds + patient)):
+            if not (_over(world, log) if last else self._ended(world, run, seconds + patient)):
                 if last:
                     world.kill("launcher", 0)
                     self.fail("hangs", run)
@@ -219,6 +219,16 @@ class Faults:
         wrong = differences(left_by(whole), left_by(run))
         wrong = [name for name in wrong if name in ("journal", "coefficients", "adapter", "model")]
         return f"wrong: other {wrong}" if wrong else "identical (and trained on to the end)"
+
+
+def _over(world: World, log: Path) -> bool:
+    """Waits for a run that nobody kills, as long as it goes on writing to its log. Whether it ended."""
+    written = -1
+    while (size := log.stat().st_size) > written:
+        written = size
+        if world.wait(HANGS):
+            return True
+    return False
 
 
 def report(tally: Tally, console: Console) -> None:

@@ -48,7 +48,7 @@ put "$logs/environment" "TEZO_LAUNCH=${logs##*/}" "${variables[@]}"
 default DS_ENV_FILE "$logs/environment"
 command=("$bin/deepspeed" --hostfile "$HOSTFILE" --force_multi --master_port "${MASTER_PORT:-29500}")
 command+=(--num_nodes "${NNODES:--1}" --num_gpus "${NPROC_PER_NODE:--1}" --master_addr "${MASTER_ADDR:-}")
-command+=(--log_level error --enable_each_rank_log "$(quoted "$logs")" --module tezo_ds train)
+command+=(--log_level error --enable_each_rank_log "$(quoted "$logs")" --module -- tezo_ds train)
 for word in "${flags[@]}"; do command+=("$(quoted "$word")"); done
 run follow '*_rank0.log'
 complain

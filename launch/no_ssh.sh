@@ -25,7 +25,7 @@ for ((i = 0; i < NNODES; i++)); do nodes+=("node-$i slots=$ranks"); done
 put "$logs/hostfile" "${nodes[@]}"
 command=("$bin/deepspeed" --no_ssh --hostfile "$logs/hostfile" --node_rank "$NODE_RANK" --log_level error)
 command+=(--master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
-command+=(--enable_each_rank_log "$logs" --module tezo_ds train "${flags[@]}")
+command+=(--enable_each_rank_log "$logs" --module -- tezo_ds train "${flags[@]}")
 run follow '*_rank0.log'
 complain
 exit "$code"

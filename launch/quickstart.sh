@@ -22,7 +22,7 @@ if [[ -e "$output" ]]; then
     output="runs/quickstart-$(date +%Y%m%d-%H%M%S)"
 fi
 PATH="$bin:$PATH" deepspeed --num_gpus "$ranks" --master_port "${MASTER_PORT:-29500}" --log_level error \
-    --module tezo_ds train \
+    --module -- tezo_ds train \
     --deepspeed ds_configs/quickstart.json \
     --model "$cache/SmolLM2-135M-Instruct" --task trec --data "$cache/trec" \
     --objective choices --steps 80 --eval-every 40 --test-examples 400 \

@@ -17,7 +17,7 @@ count_ranks "${NPROC_PER_NODE:-}"
 command=("$bin/deepspeed" --master_port "${MASTER_PORT:-29500}" --log_level error)
 # With a number deepspeed would not look at CUDA_VISIBLE_DEVICES.
 [[ -z "${CUDA_VISIBLE_DEVICES:-}" || -n "${NPROC_PER_NODE:-}" ]] && command+=(--num_gpus "$ranks")
-command+=(--enable_each_rank_log "$logs" --module tezo_ds train "${flags[@]}")
+command+=(--enable_each_rank_log "$logs" --module -- tezo_ds train "${flags[@]}")
 run follow '*_rank0.log'
 complain
 exit "$code"

@@ -63,7 +63,7 @@ class Launched:
         folder = Path(sys.executable).parent
         if "--deepspeed" in arguments:
             launcher = [str(folder / "deepspeed"), "--num_gpus", "2", "--master_port"]
-            launcher += [str(free_port()), "--module", "tezo_ds"]
+            launcher += [str(free_port()), "--module", "--", "tezo_ds"]
         else:
             launcher = [str(folder / "torchrun"), "--nproc-per-node", "2", "--master-port"]
             launcher += [str(free_port()), "-m", "--", "tezo_ds"]

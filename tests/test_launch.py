@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from launching import FIRST, LAUNCH, SCRIPTS, SECOND, dry, end, start
+
+from tezo_ds.cli import app
 
 FOUR = {"NNODES": "2:4", "MASTER_ADDR": "10.0.0.1"}
 YAML = LAUNCH.parent / "ds_configs" / "accelerate_fsdp2.yaml"
@@ -95,6 +98,30 @@ def test_scripts_are_one_screen_and_say_what_they_are_for(script: str) -> None:
     assert script in out and "--dry-run" in out and "#" not in out.replace("# ", "")
     assert len(lines) - len(out.splitlines()) <= 50
     assert subprocess.run(["bash", "-n", LAUNCH / script], check=False).returncode == 0
+
+
+def taken(command: list[str]) -> list[str]:
+    """What the launcher leaves to `tezo-ds`."""
+    from deepspeed.launcher.runner import parse_args
+    from torch.distributed.run import get_args_parser
+
+    if command[0].endswith("deepspeed"):
+        return list(parse_args(command[1:]).user_args)
+    words = command[1 + next(i for i, word in enumerate(command) if word.endswith("torchrun")) :]
+    return list(get_args_parser().parse_args(words).training_script_args)
+
+
+@pytest.mark.parametrize("script", ["single_node.sh", "no_ssh.sh", "elastic.sh", "slurm.sbatch"])
+def test_no_flag_is_taken_for_the_launchers_own(script: str) -> None:
+    """Python's argparse takes `--nu` for the beginning of `--num_gpus` or `--numa-binding`."""
+    command = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
+    flags = [option for p in command.params for option in p.opts if option != "--output"]
+    assert "--nu" in flags and len(flags) > 60
+    words = dry(script, "--output", "r", *flags, **(SECOND if script == "no_ssh.sh" else {}))
+    assert taken(words) == ["train", "--output", "r", *flags]
+    words.remove("--")
+    with pytest.raises(SystemExit):
+        taken(words)
 
 
 def remote(command: list[str]) -> list[str]:

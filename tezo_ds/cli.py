@@ -53,10 +53,10 @@ app = typer.Typer(
 TRAIN_HELP = """Fine-tune a model with forward passes alone.
 
 Start it plainly, with `deepspeed`, `torchrun` or `accelerate launch`; the flags are the same. The `--`
-keeps torchrun from taking `--nu` or `--run` for an option of its own.
+keeps launchers from taking `--nu` or `--run` for an option of their own.
 
 ```
-deepspeed --num_gpus 8 --module tezo_ds train --deepspeed ds_configs/zero3_bf16.json \\
+deepspeed --num_gpus 8 --module -- tezo_ds train --deepspeed ds_configs/zero3_bf16.json \\
     --model meta-llama/Llama-3.1-8B --task sst2 --steps 5000 --output runs/sst2
 
 torchrun --nproc-per-node 8 -m -- tezo_ds train --fsdp \\

@@ -23,7 +23,7 @@ holds the whole model.
 ```
 tezo-ds export --run runs/sst2 --merged models/sst2
 
-deepspeed --num_gpus 8 --module tezo_ds export --run runs/sst2 --merged models/sst2 --dtype float32
+deepspeed --num_gpus 8 --module -- tezo_ds export --run runs/sst2 --merged models/sst2 --dtype float32
 
 tezo-ds export --run runs/sst2 --adapter models/sst2-lora
 ```

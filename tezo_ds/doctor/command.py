@@ -27,7 +27,7 @@ tezo-ds doctor
 
 tezo-ds doctor --hostfile hosts --model meta-llama/Llama-3.1-8B --output runs/sst2
 
-deepspeed --hostfile hosts --module tezo_ds doctor --deepspeed ds_configs/zero3_bf16.json \\
+deepspeed --hostfile hosts --module -- tezo_ds doctor --deepspeed ds_configs/zero3_bf16.json \\
     --model meta-llama/Llama-3.1-8B --output /shared/runs/sst2
 
 torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
