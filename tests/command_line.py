@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tezo_ds.cli import main
-from tezo_ds.runfolder import COEFFICIENTS, CONFIG, METRICS, SUMMARY, read_metrics
+from tezo_ds.runfolder import ADAPTER, COEFFICIENTS, CONFIG, METRICS, SUMMARY, read_metrics
 
 TEMPLATE = "{text} It was"
 WORDS = {"bad": "terrible", "good": "great", "mixed": "okay"}
@@ -137,3 +137,22 @@ def assert_near(run: Run, other: Run) -> None:
     largest = max(float(part.abs().max()) for part in expected.values())
     for name, part in expected.items():
         torch.testing.assert_close(found[name], part, rtol=0, atol=1e-3 * largest)
+
+
+def assert_stopped(run: Run, out: str) -> None:
+    """Everything is there as of one step, but what follows the last step of a run."""
+    steps = run.summary["steps"]
+    assert run.summary["status"] == "stopped"
+    assert f"stopped by SIGTERM after step {steps}; the same command goes on from there" in out
+    assert [line["step"] for line in run.steps] == list(range(steps))
+    assert "accuracy_after" not in run.summary
+    assert bool(run.coefficients) and (run.path / ADAPTER).is_dir()
+
+
+def assert_found_again(run: Run, capsys: pytest.CaptureFixture[str], tolerance: float) -> None:
+    """One process evaluates a result as the run itself did; a relative tolerance of the loss."""
+    capsys.readouterr()
+    assert call("evaluate", "--run", run.path) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["accuracy"] == run.summary["accuracy_after"]
+    assert result["loss"] == pytest.approx(run.summary["test_loss_after"], rel=tolerance)

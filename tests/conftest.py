@@ -18,6 +18,11 @@ from worlds import Background  # noqa: E402
 BACKGROUND = pytest.StashKey[Background]()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    line = "launches: starts processes that take all cores; it runs after the tests that take one"
+    config.addinivalue_line("markers", line)
+
+
 def _world_size(item: pytest.Item) -> int:
     """0 where the test is not of tests/test_worlds.py."""
     callspec = getattr(item, "callspec", None)
@@ -25,9 +30,16 @@ def _world_size(item: pytest.Item) -> int:
     return callspec.params["size"] if in_world else 0
 
 
+def _turn(item: pytest.Item) -> int:
+    if _world_size(item):
+        return 2
+    return 1 if item.get_closest_marker("launches") else 0
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Worlds run while the other tests do, and are asked for their results last."""
-    session.items.sort(key=lambda item: _world_size(item) > 0)
+    """Worlds run while the other tests do, and are asked for their results last. First come the tests that
+    leave them a core."""
+    session.items.sort(key=_turn)
     sizes = {_world_size(item) for item in session.items} - {0}
     if not session.config.option.collectonly:
         session.config.stash[BACKGROUND] = Background(sorted(sizes, reverse=True))

@@ -1,7 +1,7 @@
 """Real ranks to kill, and what there is to compare of the folders that they leave.
 
 Importing torch, transformers and DeepSpeed costs ten seconds a process. So `start_ranks` forks them from
-multiprocessing's server, which has imported all that; from there on they are what a launcher starts.
+a `server` that has imported all that; from there on they are what a launcher starts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -114,13 +115,18 @@ class Ranks:
         return ended
 
 
-def start_ranks(arguments: Sequence[object], log: Path, size: int = 2) -> Ranks:
-    """`tezo-ds ARGUMENTS` on gloo ranks of this machine; their output is appended to `log`."""
+def server() -> ForkServerContext:
+    """Of multiprocessing: its processes are forks of one that has imported `fault_imports`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fault_imports"])
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return context
+
+
+def start_ranks(arguments: Sequence[object], log: Path, size: int = 2) -> Ranks:
+    """`tezo-ds ARGUMENTS` on gloo ranks of this machine; their output is appended to `log`."""
+    context, words, port = server(), [str(word) for word in arguments], free_port()
     log.touch()
-    words, port = [str(word) for word in arguments], free_port()
     processes = [
         context.Process(target=_rank, args=(rank, size, port, words, log), daemon=True)
         for rank in range(size)

@@ -1,9 +1,4 @@
-"""`python tests/hung_ranks.py JSON`: runs of `tezo-ds` side by side, on three ranks each, one in trouble.
-
-JSON is a list of [trouble, rank, step, arguments]. All ranks are forks of one process, as importing
-costs 10 s each. Each leaves a line of JSON: its run's trouble and rank, its own rank, its exit code,
-what it wrote to stderr, and the seconds from the trouble to its end.
-"""
+"""Runs of `tezo-ds` side by side, on three ranks each, one in trouble; all ranks are forks of one process."""
 
 from __future__ import annotations
 
@@ -14,17 +9,16 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-# Imported before the fork.
-from tezo_ds import cli, export, launchers, loading, session, training  # noqa: F401
-from tezo_ds.probes import fused  # noqa: F401
-from tezo_ds.sharding import zero3  # noqa: F401
+from tezo_ds import cli, training
 
 RANKS = 3
+Run = tuple[str, int, int, list[str]]  # trouble, the rank in it, at which step, arguments
 
 
 def get_into(trouble: str) -> None:
@@ -65,13 +59,15 @@ def run_rank(rank: int, port: int, trouble: str, hung: int, step: int, folder: P
         code = 0
     except SystemExit as stopped:
         code = int(stopped.code or 0)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(code)
 
 
-def run_world(trouble: str, hung: int, step: int, arguments: list[str]) -> None:
-    sys.argv[1:] = arguments
+def run_world(ends: Path, trouble: str, hung: int, step: int, arguments: list[str]) -> None:
+    sys.argv = ["tezo-ds", *arguments]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -91,22 +87,21 @@ def run_world(trouble: str, hung: int, step: int, arguments: list[str]) -> None:
             "seconds": time.time() - begun.stat().st_mtime if begun.exists() else None,
             "err": (folder / f"err{rank}").read_text(),
         }  # fmt: skip
-        sys.stdout.write("\n" + json.dumps(line) + "\n")  # in one piece, beside the ranks' own
-        sys.stdout.flush()
+        with ends.open("a") as out:  # in one piece, beside the others
+            out.write(json.dumps(line) + "\n")
 
 
-def main() -> None:
+def main(runs: Sequence[Run], ends: Path) -> None:
+    """Each rank leaves a line of JSON in `ends`: its run's trouble and rank, its own rank, its exit code,
+    what it wrote to stderr, and the seconds from the trouble to its end."""
     torch.set_num_threads(1)
-    for run in json.loads(sys.argv[1]):
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    for run in runs:
         if not os.fork():
-            run_world(*run)
+            run_world(ends, *run)
             os._exit(0)
     while True:
         try:
             os.wait()
         except ChildProcessError:
             return
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,8 @@
-"""`tezo-ds train` and `tezo-ds evaluate`: plain, launched on two ranks, and by hand all agree."""
+"""`tezo-ds train` and `tezo-ds evaluate`: plain and by hand agree."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,7 @@ from command_line import (
     WORDS,
     Given,
     Run,
-    assert_near,
     call,
-    finish,
-    free_port,
-    start,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -82,39 +77,12 @@ def by_hand(given: Given) -> tezo_ds.Engine:
     return engine
 
 
-def assert_halved(run: Run, plain: Run) -> None:
-    """Two ranks shared each batch of `plain` and reached the same."""
-    assert run.config["world_size"] == run.summary["world_size"] == 2
-    assert [2 * line["tokens"] for line in run.steps] == [line["tokens"] for line in plain.steps]
-    assert_near(run, plain)
-    assert run.summary["accuracy_after"] == plain.summary["accuracy_after"]
-
-
 def test_coefficients_are_those_of_an_engine_driven_by_hand(given: Given, plain: Run) -> None:
     engine = by_hand(given)
     expected, found = engine.coefficients(), plain.coefficients
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert all(bool(part.all()) for part in found.values())
-
-
-def test_deepspeed_launches_two_ranks_of_zero_3(given: Given, plain: Run, tmp_path: Path) -> None:
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-        "tezo": {**BLOCK, "lr": 0.5},  # the flag wins
-    }
-    (tmp_path / "zero3.json").write_text(json.dumps(config))
-    launcher = Path(sys.executable).with_name("deepspeed")
-    options = ("--num_gpus", 2, "--master_port", free_port(), "--module", "tezo_ds")
-    arguments = given.train(tmp_path / "run", deepspeed=tmp_path / "zero3.json")
-    code, out, err = finish(start(launcher, *options, *arguments))
-    assert code == 0, err
-    run = Run(tmp_path / "run")
-    assert run.config["deepspeed"]["zero_optimization"]["stage"] == 3
-    assert run.config["tezo"]["lr"] == BLOCK["lr"]
-    assert "Zero3 on 2 rank(s)" in out
-    assert_halved(run, plain)
 
 
 def test_evaluate_finds_what_the_run_found(

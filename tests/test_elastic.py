@@ -1,17 +1,17 @@
-"""A run that goes on over other ranks and other sharding, started again by hand and by torchrun."""
+"""A run that goes on over other ranks and other sharding, started again by hand and by torchrun; and what
+SIGTERM does under real launchers: all ranks end after the same step, with whole files."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import psutil
-from command_line import TIMEOUT, Given, Run, call, finish, free_port, start
+import pytest
+from command_line import TIMEOUT, Given, Run, assert_stopped, call, finish, free_port, start
 
 from tezo_ds.journal import read_journal
 from tezo_ds.runfolder import JOURNAL, SNAPSHOTS
@@ -19,58 +19,77 @@ from tezo_ds.runfolder import JOURNAL, SNAPSHOTS
 pytest_plugins = ("cli_fixtures",)
 
 
+def deepspeed(ranks: int) -> tuple[object, ...]:
+    launcher = (Path(sys.executable).with_name("deepspeed"), "--num_gpus", ranks)
+    return (*launcher, "--master_port", free_port(), "--module", "--", "tezo_ds")
+
+
 def torchrun(ranks: int, *options: object) -> tuple[object, ...]:
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks)
     return (*launcher, "--master-port", free_port(), *options, "-m", "--", "tezo_ds")
 
 
-def steps_in(path: Path) -> int:
-    return len(read_journal(path / JOURNAL).steps) if (path / JOURNAL).exists() else 0
+def ranks_of(launcher: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """Processes that run our module, by rank."""
+    found = {}
+    for process in psutil.Process(launcher.pid).children(recursive=True):
+        words, rank = process.cmdline(), process.environ().get("RANK")
+        if rank is not None and "tezo_ds" in words and "launch" not in " ".join(words):
+            found[int(rank)] = process
+    return found
 
 
-def worker(launcher: int, rank: int) -> psutil.Process:
-    """The process of a rank."""
-    for process in psutil.Process(launcher).children(recursive=True):
-        if process.environ().get("RANK") == str(rank) and "tezo_ds" in " ".join(process.cmdline()):
-            return process
-    raise AssertionError(f"no rank {rank}")
-
-
-def until(path: Path, steps: int, process: subprocess.Popen[str]) -> None:
-    """Waits until so many steps are on disk."""
-    deadline = time.monotonic() + TIMEOUT
-    while steps_in(path) < steps:
+def until(path: Path, steps: int, process: subprocess.Popen[str]) -> int:
+    """Waits until so many steps are on disk; how many are."""
+    deadline, journal = time.monotonic() + TIMEOUT, path / JOURNAL
+    while (done := len(read_journal(journal).steps) if journal.exists() else 0) < steps:
         assert process.poll() is None and time.monotonic() < deadline, finish(process)
         time.sleep(0.02)
+    return done
 
 
+@pytest.mark.launches
 def test_zero3_on_two_then_fsdp2_on_three_then_one_process(given: Given, tmp_path: Path) -> None:
-    """Four examples on three ranks are no equal shares, and one of these is killed: torchrun's agent
-    starts them again, without a hand. Digests show that all had the same state."""
-    run, whole = tmp_path / "run", tmp_path / "whole"
+    """Under deepspeed one rank is signalled. Four examples on three ranks are no equal shares, and one of
+    these is killed: torchrun's agent starts them again, without a hand. Then it is signalled itself: it
+    passes that on, and ends with an error of its own. Digests show that all had the same state."""
+    run, whole = Run(tmp_path / "run"), tmp_path / "whole"
     config = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
     (tmp_path / "zero3.json").write_text(json.dumps({**config, "tezo": {}}))
     options = {"method": "tezo-m", "check_every": 1, "queries": 2, "lr": 1e-4, "timeout": 30}
-    deepspeed = (Path(sys.executable).with_name("deepspeed"), "--num_gpus", 2, "--master_port")
-    zero3 = given.train(run, steps=3, deepspeed=tmp_path / "zero3.json", **options)
-    code, out, err = finish(start(*deepspeed, free_port(), "--module", "tezo_ds", *zero3))
-    assert code == 0 and "Zero3 on 2 rank(s)" in out, err
-    fsdp2 = given.train(run, steps=24, fsdp=True, snapshot_every=5, **options)
-    process = start(*torchrun(3, "--max-restarts", 1), *fsdp2)
-    until(run, 8, process)
-    os.kill(worker(process.pid, 1).pid, signal.SIGKILL)
+    endless = {**options, "steps": 10**6}
+    zero3 = given.train(run.path, deepspeed=tmp_path / "zero3.json", **endless)
+    process = start(*deepspeed(2), *zero3)
+    until(run.path, 3, process)
+    ranks = ranks_of(process)
+    assert set(ranks) == {0, 1}
+    ranks[1].terminate()
+    ranks[1].terminate()  # changes nothing
     code, out, err = finish(process)
-    assert code == 0 and "Fsdp2 on 3 rank(s)" in out, err
-    starts = [int(part.split()[0]) for part in out.split(f"{run} goes on after ")[1:]]
-    assert len(starts) == 2 and starts[0] == 3 and 8 <= starts[1] < 24
+    assert code == 0 and "Zero3 on 2 rank(s)" in out, err
+    assert_stopped(run, out)
+    first = run.summary["steps"]
+    fsdp2 = given.train(run.path, fsdp=True, snapshot_every=5, **endless)
+    process = start(*torchrun(3, "--max-restarts", 1), *fsdp2)
+    until(run.path, first + 7, process)
+    ranks_of(process)[1].kill()
+    killed = until(run.path, 0, process)  # without it the others make no step
+    until(run.path, killed + 5, process)
+    process.terminate()
+    _, out, err = finish(process)
+    assert "Fsdp2 on 3 rank(s)" in out, err
+    assert_stopped(run, out)
+    starts = [int(part.split()[0]) for part in out.split(f"{run.path} goes on after ")[1:]]
+    assert len(starts) == 2 and starts[0] == first and killed <= starts[1] < run.summary["steps"]
     assert out.count("after 0 steps:") == 0, "the first evaluation was made before"
-    assert len(list((run / SNAPSHOTS).glob("step-*.safetensors"))) == 2
-    assert call(*given.train(run, steps=26, **options)) == 0
-    assert call("replay", run, "--verify") == 0
-    lines = read_journal(run / JOURNAL).steps
-    assert [line["seen"] for line in lines] == [4 * step for step in range(1, 27)]
-    assert Run(run).summary["status"] == "finished"
-    assert call(*given.train(whole, steps=26, **options)) == 0
+    assert len(list((run.path / SNAPSHOTS).glob("step-*.safetensors"))) == 2
+    steps = run.summary["steps"] + 2
+    assert call(*given.train(run.path, steps=steps, **options)) == 0
+    assert call("replay", run.path, "--verify") == 0
+    lines = read_journal(run.path / JOURNAL).steps
+    assert [line["seen"] for line in lines] == [4 * step for step in range(1, steps + 1)]
+    assert run.summary["status"] == "finished"
+    assert call(*given.train(whole, steps=steps, **options)) == 0
     for line, alone in zip(lines, read_journal(whole / JOURNAL).steps, strict=True):
         for kappa, expected in zip(line["kappa"], alone["kappa"], strict=True):
             assert abs(kappa - expected) < 5e-3 * max(1, abs(expected))

@@ -46,6 +46,7 @@ def until_done(ranks: Ranks, run: Path, steps: int) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.launches
 def test_a_rank_that_is_killed_loses_nothing(given: Given, tmp_path: Path) -> None:
     """And another run in a folder that is in use is refused and harms nothing. The benchmark kills runs
     of all methods under ZeRO-3 and FSDP2."""

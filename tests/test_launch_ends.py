@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -12,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from command_line import Given, Run, call, free_port
+from command_line import BLOCK, Given, Run, assert_found_again, assert_near, call, free_port
 from launching import FIRST, LAUNCH, PATIENCE, SECOND, end, start, stop
 
 from tezo_ds.liveness import GO_ON
@@ -28,6 +29,7 @@ class Fakes:
         self.bin, self.run = folder / "bin", folder / "run"
         self.bin.mkdir()
         (self.bin / "python").symlink_to(sys.executable)
+        self.put("sleep", "exec /bin/sleep 0.1")  # however long a script would
 
     def put(self, name: str, body: str) -> None:
         path = self.bin / name
@@ -95,7 +97,9 @@ def test_elastic_gives_up(fakes: Fakes) -> None:
     code, _, err = end(fakes.start("elastic.sh", MAX_RESTARTS=2))
     assert (code, fakes.starts()) == (5, 3), err
     log = 'while [[ "$1" != --log-dir ]]; do shift; done'
-    fakes.put("torchrun", f"{log}; echo 'tezo-ds: error: no such thing' >$2/stderr.log; sleep 60")
+    fakes.put(
+        "torchrun", f"{log}; echo 'tezo-ds: error: no such thing' >$2/stderr.log; /bin/sleep 60"
+    )
     code, _, err = end(fakes.start("elastic.sh"))
     assert (code, fakes.starts()) == (2, 4), err
     assert "tezo-ds: error: no such thing" in err
@@ -154,11 +158,25 @@ def logs(run: Path, pattern: str) -> list[str]:
     return [path.read_text() for path in sorted((run / "logs").rglob(pattern))]
 
 
-def test_real_launchers(given: Given, tmp_path: Path) -> None:
+def assert_halved(run: Run, plain: Run) -> None:
+    """Two ranks shared each batch of `plain` and reached the same."""
+    assert run.config["world_size"] == run.summary["world_size"] == 2
+    assert [2 * line["tokens"] for line in run.steps] == [line["tokens"] for line in plain.steps]
+    assert_near(run, plain)
+    assert run.summary["accuracy_after"] == plain.summary["accuracy_after"]
+
+
+@pytest.mark.launches
+def test_real_launchers(
+    given: Given, plain: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A run is stopped under deepspeed and goes on under torchrun, in a folder that held logs alone; one
     of two nodes; and one under accelerate, that Ctrl-C ends."""
     config = tmp_path / "zero3.json"
-    config.write_text('{"zero_optimization": {"stage": 3}, "tezo": {}}')
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    block = {**BLOCK, "lr": 0.5}  # the flag wins
+    content = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "tezo": block}
+    config.write_text(json.dumps(content))
     run, nodes, other = (tmp_path / name for name in ("run", "nodes", "other"))
     (run / "logs" / "old").mkdir(parents=True)
     port = {"MASTER_PORT": free_port()}
@@ -192,11 +210,19 @@ def test_real_launchers(given: Given, tmp_path: Path) -> None:
             assert code == 0 and ("Zero3 on 2 rank(s)" in out) == (node == 0), err
         assert len(logs(nodes, "*_rank0.log")) == len(logs(nodes, "*_rank1.log")) == 1
         assert Run(nodes).summary["status"] == "finished"
+        assert Run(nodes).config["deepspeed"]["zero_optimization"]["stage"] == 3
+        assert Run(nodes).config["tezo"]["lr"] == BLOCK["lr"]
+        assert_halved(Run(nodes), plain)
         code, out, err = end(
             begin("elastic.sh", given.train(run, steps=done + 3, lr=1e-5, fsdp=True))
         )
         assert code == 0 and f"goes on after {done} steps" in out, err
+        assert "Fsdp2 on 2 rank(s)" in out
     assert len(logs(run, "*_rank0.log")) == 1 and len(logs(run, "stdout.log")) == 2
+    assert Run(run).config["settings"]["fsdp"]
+    assert Run(run).config["weights_dtype"] == Run(run).config["factors_dtype"] == "float32"
+    assert all(bool(part.any()) for part in Run(run).coefficients.values())
+    assert_found_again(Run(run), capsys, 1e-6)
     alone = tmp_path / "alone"
     assert call(*given.train(alone, steps=done + 3, lr=1e-5)) == 0
     for name, value in Run(alone).coefficients.items():

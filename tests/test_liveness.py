@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import hung_ranks
 import pytest
-from command_line import Given, Run, finish, start
+from command_line import TIMEOUT, Given, Run
+from fault_runs import server
+from torch.distributed import DistBackendError
 
-from tezo_ds.liveness import BEATS, Note, awaited
+from tezo_ds.liveness import BEATS, Note, awaited, of_collective
 
 pytest_plugins = ("cli_fixtures",)
+pytestmark = pytest.mark.launches
 
-SCRIPT = Path(__file__).with_name("hung_ranks.py")
-LIMIT, STEP = 5, 4  # seconds of --timeout; the step in which the trouble comes
+LIMIT, STEP = 10, 4  # seconds of --timeout; the step in which the trouble comes
 SURVIVED = "look at its process and host, then start the same command to go on\n"
 
 
@@ -31,11 +33,29 @@ def folder(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Path:
             options["deepspeed"] = folder / "zero3.json"
         output = folder / f"{trouble}{rank}"
         runs.append((trouble, rank, STEP, given.train(output, test_examples=3, **options)))
-    code, out, err = finish(start(sys.executable, SCRIPT, json.dumps(runs)))
-    assert code == 0, err
-    lines = [line for line in out.splitlines() if line.startswith('{"run"')]
-    (folder / "ends").write_text("\n".join(lines))
+    process = server().Process(target=hung_ranks.main, args=(runs, folder / "ends"))
+    process.start()
+    process.join(TIMEOUT)
+    process.kill()
+    assert process.exitcode == 0
     return folder
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (RuntimeError("[/src/gloo/transport/tcp/pair.cc:537] Connection closed by peer"), True),
+        (RuntimeError("Application timeout caused pair closure"), True),
+        (DistBackendError("NCCL error"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("no such column"), False),
+    ],
+)
+def test_errors_of_collectives(raised: Exception, expected: bool) -> None:
+    try:
+        raise KeyError("around it") from raised
+    except KeyError as error:
+        assert of_collective(error) == expected
 
 
 def error(folder: Path, trouble: str, rank: int) -> str:

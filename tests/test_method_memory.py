@@ -7,8 +7,9 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from process_memory import BLOCK, METHODS, may_take, process_peak
 from torch import nn
@@ -28,6 +29,7 @@ LANES = (  # two at once; dense directions take longest
     ("mezo-adam", PLAIN, "tezo", "tezo-m", "tezo-adam-coef", COPYING, "lozo", "lozo-m"),
     ("mezo", "mezo-m", "tezo-adam", WHOLE),
 )
+FORK = multiprocessing.get_context("fork")
 ENVIRONMENT = {
     # From a fixed size on glibc gives each freed tensor back; else it keeps some, more or less by chance.
     "MALLOC_MMAP_THRESHOLD_": str(1 << 17),
@@ -70,19 +72,25 @@ def report(name: str) -> None:
 
 
 def measure() -> dict[str, int]:
-    """Peak of each, in a process of its own that is forked from one of two, so that imports and
-    compilation are paid for twice only."""
-    lanes = [
-        subprocess.Popen(
-            [sys.executable, __file__, *names],
-            env={**os.environ, **ENVIRONMENT}, stdout=subprocess.PIPE, text=True,
-        )
-        for names in LANES
-    ]  # fmt: skip
-    lines = [line for lane in lanes for line in lane.communicate(timeout=300)[0].splitlines()]
+    """Peak of each, in a process of its own that is forked from one, so that imports and compilation are
+    paid for once only."""
+    process = subprocess.run(
+        [sys.executable, __file__],
+        env={**os.environ, **ENVIRONMENT}, stdout=subprocess.PIPE, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    lines = process.stdout.splitlines()
     return dict(json.loads(line) for line in lines if line.startswith("["))
 
 
+def run_lane(names: Sequence[str]) -> None:
+    """One after the other."""
+    for name in names:
+        child = FORK.Process(target=report, args=(name,))
+        child.start()
+        child.join()
+
+
+@pytest.mark.launches
 def test_each_method_takes_what_it_is_meant_to() -> None:
     peaks = measure()
     assert peaks.keys() == FIELDS.keys()
@@ -103,8 +111,8 @@ def test_each_method_takes_what_it_is_meant_to() -> None:
 if __name__ == "__main__":
     import tezo_ds.philox_cpu
 
-    fork = multiprocessing.get_context("fork")
-    for contestant in sys.argv[1:]:
-        child = fork.Process(target=report, args=(contestant,))
-        child.start()
-        child.join()
+    lanes = [FORK.Process(target=run_lane, args=(names,)) for names in LANES]
+    for lane in lanes:
+        lane.start()
+    for lane in lanes:
+        lane.join()

@@ -150,6 +150,7 @@ def test_a_launcher_sets_the_world(
     assert "the launcher sets the world" in capsys.readouterr().err
 
 
+@pytest.mark.launches
 def test_under_torchrun_rows_are_appended(tmp_path: Path) -> None:
     csv = tmp_path / "scaling.csv"
     before = save(csv, [], [row(world=7)])

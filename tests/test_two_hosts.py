@@ -23,7 +23,10 @@ from tezo_ds.journal import read_journal
 from tezo_ds.runfolder import JOURNAL
 
 REASON = why_not()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
+pytestmark = [
+    pytest.mark.skipif(REASON is not None, reason=REASON or ""),
+    pytest.mark.launches,
+]
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path(__file__).with_name("two_hosts.py")
 RATE = 100e6  # bits a second, of the link

@@ -1,10 +1,11 @@
 """Worlds of gloo ranks that stay up for many cases, as importing and joining costs 10 s a process.
 
-Ranks are forked from one process that has imported and compiled everything.
+Ranks of all sizes are forked from one process that has imported and compiled everything.
 
 A case is a function of a `World`, decorated with `@case(worlds=(2, 3))`; every rank runs it and any
 rank's exception fails it. `python tests/worlds.py SIZE FOLDER` starts the ranks of one size, runs all
-their cases in order and leaves one JSON line a case and rank.
+their cases in order and leaves one JSON line a case and rank, and in FOLDER/log what they printed. More
+sizes, each with its folder, run one after the other.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,43 +93,32 @@ class Background:
     """Worlds that run one after the other beside the single-process tests, which leave a core idle."""
 
     def __init__(self, sizes: Iterable[int]) -> None:
-        self._lock, self._stopped = threading.Lock(), False
+        self._temporary = tempfile.TemporaryDirectory()
+        self._folders = {size: Path(self._temporary.name, str(size)) for size in sizes}
         self._process: subprocess.Popen[bytes] | None = None
-        self._executor = ThreadPoolExecutor(1)
-        self._results: dict[int, Future[dict[str, list[str]]]] = {
-            size: self._executor.submit(self._run, size) for size in sizes
-        }
+        if self._folders:
+            self._process = self._start()
 
     def results(self, size: int) -> dict[str, list[str]]:
-        """The errors of each case ([] where all ranks passed), once the world has ended."""
-        return self._results[size].result()
+        """The errors of each case ([] where all ranks passed), once the worlds have ended."""
+        assert self._process is not None
+        self._process.wait()
+        return _errors(size, self._folders[size])
 
     def stop(self) -> None:
         """Ends the world that runs, and starts no other."""
-        with self._lock:
-            self._stopped = True
-            if self._process is not None and self._process.poll() is None:
-                os.killpg(self._process.pid, 9)
-        self._executor.shutdown(cancel_futures=True)
+        if self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._temporary.cleanup()
 
-    def _run(self, size: int) -> dict[str, list[str]]:
-        with tempfile.TemporaryDirectory() as folder:
-            return self._run_in(size, Path(folder))
-
-    def _run_in(self, size: int, folder: Path) -> dict[str, list[str]]:
+    def _start(self) -> subprocess.Popen[bytes]:
         env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-        with self._lock, (folder / "log").open("w") as log:
-            if self._stopped:
-                return {}
-            self._process = subprocess.Popen(
-                [sys.executable, __file__, str(size), str(folder)],
-                env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-        try:
-            self._process.wait(TIMEOUT)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, 9)
-        return _errors(size, folder)
+        words: list[str | Path] = [sys.executable, __file__]
+        for size, folder in self._folders.items():
+            folder.mkdir()
+            words += [str(size), folder]
+        return subprocess.Popen(words, env=env, start_new_session=True)
 
 
 def _errors(size: int, folder: Path) -> dict[str, list[str]]:
@@ -173,21 +163,43 @@ def _rank_main(rank: int, size: int, folder: str, port: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-def main() -> None:
-    import socket
-
-    import torch
+def _run(size: int, folder: Path) -> None:
+    """One world, from its start to its end or `TIMEOUT`."""
     import torch.multiprocessing as mp
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (size, str(folder), port)
+    ranks = mp.start_processes(_rank_main, arguments, size, join=False, start_method="fork")
+    deadline = time.monotonic() + TIMEOUT
+    try:
+        while not ranks.join(max(deadline - time.monotonic(), 0)):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{size} ranks have not ended in {TIMEOUT} s")
+    finally:
+        for rank in ranks.processes:
+            rank.kill()
+
+
+def main() -> None:
+    import torch
 
     torch.set_num_threads(1)  # also because a fork takes no other threads along
     load_cases()
     import tezo_ds.philox_cpu  # noqa: F401  # compiled once, draws of any size are 20 times as fast
 
-    size, folder = int(sys.argv[1]), sys.argv[2]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(_rank_main, (size, folder, port), nprocs=size, start_method="fork")
+    failed = False
+    for size, folder in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        with Path(folder, "log").open("w") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        try:
+            _run(int(size), Path(folder))
+        except Exception:
+            traceback.print_exc()
+            failed = True
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ from tezo_ds.sharding import Sharding
 BEATS = 3  # between two looks at the notes: a rank that lives has written in that time
 GO_ON = "then start the same command to go on"
 _BLAME = "tezo/blame"
+# gloo's errors are plain RuntimeErrors. They begin with a path of its sources, but for the one of a
+# connection that it closed itself when another collective ran out of time.
+_OF_GLOO = ("gloo", "Application timeout caused pair closure")
 
 Why = Literal["ended", "silent", "behind"]
 
@@ -121,7 +124,7 @@ class Liveness:
         if self._thread is None:
             return
         try:
-            if error is not None and _of_collective(error):
+            if error is not None and of_collective(error):
                 raise self.explain(error) from error
             if error is not None:
                 self._ended = f"{type(error).__name__}: {_reason(error)}"[:200]
@@ -257,11 +260,10 @@ def _set_timeouts(timeout: timedelta) -> None:
         c10d._set_pg_timeout(timeout, group)
 
 
-def _of_collective(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, is torch.distributed's: gloo's are plain RuntimeErrors
-    that begin with a path of its sources."""
+def of_collective(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, is torch.distributed's."""
     while error is not None:
-        gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
+        gloo = isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_GLOO)
         if gloo or isinstance(error, dist.DistError):
             return True
         error = error.__cause__ or error.__context__
