@@ -13,15 +13,17 @@ import torch
 import torch.distributed as dist
 from command_line import call
 from tiny import tiny
-from world_plan import job_of, small
+from world_plan import TIGHT, job_of, small
 
 from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError
 from tezo_ds.plan import memory, report, timing, traffic
+from tezo_ds.plan.absent import Absent
 from tezo_ds.plan.columns import advice, columns
-from tezo_ds.plan.dry_run import Absent, count
+from tezo_ds.plan.dry_run import count
 from tezo_ds.plan.hardware import GPUS, Cluster, gpu
 from tezo_ds.plan.job import Job
+from tezo_ds.plan.prefetch import Limits, gathered
 from tezo_ds.plan.shapes import BUILT_IN, numel, outline, skeleton
 
 GIB = 1 << 30
@@ -113,6 +115,31 @@ def test_memory_by_hand() -> None:
     assert memory.engine(wide).stage == "embedding"
 
 
+def test_what_zero3_gathers_by_hand() -> None:
+    with torch.device("meta"):
+        llama, opt = small(), small("opt")
+
+    def padded(weight: torch.Tensor) -> int:
+        return 4 * 7 * -(-weight.numel() // 7)
+
+    # Nothing ahead: a message a module, of which each has one weight, and no other weight beside it.
+    alone = gathered(llama, 7, Limits(bucket=0))
+    assert sorted(alone.messages) == sorted(padded(p) for p in llama.parameters())
+    assert max(moment.most for moment in alone.moments) == max(alone.messages)
+    # All in the first bucket, and copied out of its message when the first of it is used.
+    (message,) = gathered(llama, 7, Limits()).messages
+    assert message == sum(alone.messages)
+    most = max(moment.most for moment in gathered(llama, 7, Limits()).moments)
+    assert most == message + 4 * numel(llama)
+    # Experts that are chosen by values: modules in the order in which they are registered.
+    with torch.device("meta"):
+        experts = tiny("mixtral")
+    assert sum(gathered(experts, 1, Limits()).messages) == 4 * numel(experts)
+    # OPT's output layer is its embedding, which comes again where that is far.
+    once, far = gathered(opt, 7, Limits()), gathered(opt, 7, Limits(reuse=0, live=0))
+    assert sum(far.messages) - sum(once.messages) == padded(opt.get_input_embeddings().weight)
+
+
 def test_time_by_hand() -> None:
     job = llama()
     moved = traffic.engine(job)
@@ -148,15 +175,20 @@ def test_what_does_not_fit_comes_with_advice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sharding", "fields"),
+    ("kind", "sharding", "fields", "limits"),
     [
-        ("fsdp2", {"queries": 2}),
-        ("fsdp2-hybrid", {"method": "mezo"}),
-        ("fsdp2", {"probe": "inplace"}),
+        ("llama", "fsdp2", {"queries": 2}, Limits()),
+        ("llama", "fsdp2-hybrid", {"method": "mezo"}, Limits()),
+        ("llama", "fsdp2", {"probe": "inplace"}, Limits()),
+        ("opt", "zero3", {"queries": 2}, Limits()),
+        ("opt", "zero3", {"queries": 2}, TIGHT),
+        ("llama", "zero3-hpz", {"method": "mezo"}, TIGHT),
     ],
 )
-def test_a_dry_run_counts_what_is_predicted(sharding: Any, fields: dict[str, Any]) -> None:
-    job = job_of("llama", sharding, 24, 8, TezoConfig(rank=3, **fields))
+def test_a_dry_run_counts_what_is_predicted(
+    kind: str, sharding: Any, fields: dict[str, Any], limits: Limits
+) -> None:
+    job = replace(job_of(kind, sharding, 15, 5, TezoConfig(rank=3, **fields)), limits=limits)
     lines = report.compared(job, count(job))
     assert all(fine for *_, fine in lines), lines
     assert not dist.is_initialized()
@@ -177,8 +209,8 @@ def test_a_dry_run_sees_what_was_not_predicted() -> None:
     assert not report.compared(replace(job, examples=2), count(less))[3][-1]
 
 
-def test_a_dry_run_is_of_fsdp2() -> None:
-    for sharding, world in (("zero3", 8), ("fsdp2", 1), ("replicated", 4)):
+def test_a_dry_run_needs_gathers() -> None:
+    for sharding, world in (("zero3", 1), ("fsdp2", 1), ("replicated", 4)):
         with pytest.raises(ConfigError, match="has no gathers that it could count"):
             count(job_of("llama", sharding, world, 8))  # type: ignore[arg-type]
 

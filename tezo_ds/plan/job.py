@@ -12,6 +12,7 @@ from torch import nn
 from tezo_ds.config import TezoConfig
 from tezo_ds.needs import Layout, Needs, Skeleton, gathered_groups, needs, on_skeleton
 from tezo_ds.plan.hardware import Cluster
+from tezo_ds.plan.prefetch import DEFAULTS, Gathered, Limits, gathered
 from tezo_ds.plan.shapes import Outline, outline
 from tezo_ds.queries import queries_at
 
@@ -31,6 +32,7 @@ class Job:
         examples: of each rank in a step.
         length: tokens of each, padding included.
         labels: positions of each example that carry a label.
+        limits: of ZeRO-3.
     """
 
     module: nn.Module
@@ -40,6 +42,7 @@ class Job:
     examples: int
     length: int
     labels: int
+    limits: Limits = DEFAULTS
 
     @cached_property
     def run(self) -> Skeleton:
@@ -66,7 +69,7 @@ class Job:
         other = replace(self, examples=examples)
         other.__dict__.update(
             run=self.run, shape=self.shape, need=self.need, groups_of_weights=self.groups_of_weights,
-            gathered_bytes=self.gathered_bytes,
+            ahead=self.ahead, gathered_bytes=self.gathered_bytes,
         )  # fmt: skip
         return other
 
@@ -94,12 +97,24 @@ class Job:
         return Layout(shards, by_rows, second, gathers=True)
 
     @cached_property
+    def ahead(self) -> Gathered:
+        """By a forward under ZeRO-3, in DeepSpeed's order; nothing of another sharding."""
+        if not self.gathers or self.layout.by_rows or self.gather_ranks == 1:
+            return Gathered((), ())
+        return gathered(self.module, self.cluster.world, self.limits)
+
+    @cached_property
     def gathered_bytes(self) -> int:
-        """Of all weights once, with the padding of shards to the largest one."""
-        if not self.gathers:
-            return 0
-        layout = Layout(self.gather_ranks, self.layout.by_rows)
+        """By a forward, with the padding of shards to the largest one."""
+        if not self.layout.by_rows:
+            return sum(self.ahead.messages)
+        layout = Layout(self.gather_ranks, by_rows=True)
         return self.gather_ranks * needs(self.run, layout, None, snapshots=0, model=False).shard
+
+    @property
+    def messages(self) -> int:
+        """All-gathers of a forward."""
+        return self.shape.layers + 1 if self.layout.by_rows else len(self.ahead.messages)
 
     @property
     def branches(self) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import nn
+
+from tezo_ds.fsdp_loading import blocks
 from tezo_ds.head import CHUNK_NUMEL
 from tezo_ds.lowrank import BLOCK_NUMEL
 from tezo_ds.plan.job import Job
 
-# DeepSpeed's default of stage3_max_live_parameters: what it fetches ahead of use, in elements.
-LIVE = 10**9
 # bf16 weights and gradients, float32 weights, two moments, and 2 more: DeepSpeed's own
 # estimate_zero3_model_states_mem_needs counts 18 bytes a parameter.
 ADAM = 18
@@ -69,20 +70,20 @@ def engine(job: Job) -> Memory:
 def adam(job: Job) -> Memory:
     """Of first-order Adam under the same sharding by DeepSpeed or FSDP2, with every block's input kept and
     the block run again for its backward."""
-    shape, ranks = job.shape, job.layout.shards
-    parameters = job.gathered_bytes if job.gathers else _whole(job)
-    shard = parameters // ranks
+    shape, shard = job.shape, job.need.shard
     tokens = job.examples_at_once * job.length
     d = tokens * shape.hidden * shape.itemsize
     kept = shape.layers * d
     block = BACKWARD * d // 2 + kept
     # All positions in 16 bits and in float32, and the latter's gradient.
     logits = tokens * shape.vocabulary * (shape.itemsize + 4 + 4)
-    outside, largest = _live(job)
-    stages = {
-        "block": (outside + largest, block, 0),
-        "output layer": (outside, kept, logits),
-    }
+    outside, largest = job.groups_of_weights if job.gathers else (0, 0)
+    whole = outside + 2 * largest, outside
+    if (
+        job.ahead.moments
+    ):  # its order goes on into the backward, so that something always lies ahead
+        whole = (max(moment.most for moment in job.ahead.moments),) * 2
+    stages = {"block": (whole[0], block, 0), "output layer": (whole[1], kept, logits)}
     state = (ADAM - 2) * (shard // shape.itemsize)
     return _largest(job, shard, 0, state, stages)
 
@@ -126,39 +127,39 @@ def _stages(job: Job) -> Stages:
     )
     # As the layer gives them, in float32 where that is wider, and their log-softmax.
     each = shape.itemsize + 4 + (4 if shape.itemsize < 4 else 0)
-    outside, block = job.groups_of_weights if job.gathers else (0, 0)
-    if job.gathers and not job.layout.by_rows:
-        ahead = dict.fromkeys(("embedding", "block", "output layer"), sum(_live(job)))
-    else:
-        # FSDP2 lets go of a gathered message when the next one is used: that of a group lies beside its
-        # weights, and at the first block still the outer group's.
-        ahead = {
-            "embedding": 2 * outside + block,
-            "block": outside + 2 * block,
-            "output layer": outside + block,
-        }
+    last = (3 * unit * shape.hidden, chunk * each)
+    if job.ahead.moments:
+        return _stages_ahead(job, unit, mlp, attention, last)
+    # FSDP2 lets go of a gathered message when the next one is used: that of a group lies beside its
+    # weights, and at the first block still the outer group's.
+    outside, block = job.groups_of_weights if job.layout.by_rows else (0, 0)
     return {
-        "embedding": (ahead["embedding"], unit * shape.hidden, 0),
-        "block": (ahead["block"], unit * max(mlp, attention), 0),
-        "output layer": (ahead["output layer"], 3 * unit * shape.hidden, chunk * each),
+        "embedding": (2 * outside + block, unit * shape.hidden, 0),
+        "block": (outside + 2 * block, unit * max(mlp, attention), 0),
+        "output layer": (outside + block, *last),
     }
 
 
-def _live(job: Job) -> tuple[int, int]:
-    """Bytes that are gathered at once: outside of blocks, and of blocks."""
-    if not job.gathers:
-        return 0, 0
-    outside, block = job.groups_of_weights
-    if job.layout.by_rows:
-        return outside, 2 * block
-    live = max(outside + 2 * block, LIVE * job.shape.itemsize)
-    return outside, min(live, job.gathered_bytes) - outside
+def _stages_ahead(job: Job, unit: int, mlp: int, attention: int, last: tuple[int, int]) -> Stages:
+    """Under ZeRO-3, which lets go of each weight after its use: with most activations while what a Linear is
+    to multiply is made, before it is entered; with most weights while it gathers."""
+    shape, inner = job.shape, {m for block in blocks(job.module) for m in block.modules()}
+    first, block, last_layers = [(0, 0)], [(0, 0)], [(0, 0)]
+    for moment in job.ahead.moments:
+        module = moment.visit.module
+        if module not in inner:
+            (last_layers if len(block) > 1 else first).append((moment.most, unit * shape.hidden))
+            continue
+        down = isinstance(module, nn.Linear) and module.in_features == shape.inner
+        within = unit * (mlp if down else attention)
+        block += [(moment.before, within), (moment.most, unit * 4 * shape.hidden)]
+    return {
+        "embedding": (*max(first, key=sum), 0),
+        "block": (*max(block, key=sum), 0),
+        "output layer": (max(last_layers)[0], *last),
+    }
 
 
 def _largest(job: Job, shard: int, factors: int, state: int, stages: Stages) -> Memory:
     name = max(stages, key=lambda stage: sum(stages[stage]))
     return Memory(shard, factors, state, *stages[name], job.cluster.reserved, name)
-
-
-def _whole(job: Job) -> int:
-    return sum(p.nbytes for p in job.module.parameters())

@@ -50,9 +50,8 @@ def show_counted(lines: Sequence[Line]) -> None:
 def compared(job: Job, counted: Counted) -> list[Line]:
     """What was predicted of a dry run, beside what it counted."""
     moved, tensors = traffic.engine(job), memory.engine(job).tensors
-    gathers = moved.times * (job.shape.layers + 1)
     return [
-        ("all-gathers", gathers, counted.gathers, gathers == counted.gathers),
+        ("all-gathers", moved.collectives, counted.gathers, moved.collectives == counted.gathers),
         ("bytes gathered", moved.times * moved.gathered, counted.gathered,
          moved.times * moved.gathered == counted.gathered),
         ("bytes of scalars", moved.scalars, counted.scalars, moved.scalars == counted.scalars),
@@ -119,6 +118,7 @@ def _rows(job: Job) -> list[tuple[str, Callable[[Column], str]]]:
         ("received by a rank", gib(lambda c: c.traffic.received)),
         ("moved inside a node", gib(lambda c: c.traffic.inside)),
         ("into a node from others", gib(lambda c: c.traffic.between)),
+        ("collectives of weights", lambda c: f"{c.traffic.collectives:,}"),
         ("scalars", lambda c: f"{c.traffic.scalars} B"),
         ("arithmetic", seconds(lambda c: c.timing.compute)),
         ("collectives", seconds(lambda c: c.timing.gather)),

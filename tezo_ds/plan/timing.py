@@ -100,10 +100,9 @@ def _timing(job: Job, traffic: Traffic, compute: float, update: float, overlappe
     ranks = job.gather_ranks if job.gathers else cluster.world
     crosses = ranks > cluster.in_node
     rate = min(cluster.gpu.nvlink, cluster.link) if crosses else cluster.gpu.nvlink
-    collectives = job.shape.layers + 1 if job.gathers else 1
-    gather = traffic.received / rate + traffic.times * collectives * _alpha(job, ranks)
-    outside, _ = job.groups_of_weights
-    share = outside / max(sum(p.nbytes for p in job.module.parameters()), 1)
+    gather = traffic.received / rate + traffic.collectives * _alpha(job, ranks)
+    first = job.ahead.messages[0] if job.ahead.messages else job.groups_of_weights[0]
+    share = first / max(traffic.gathered, 1)
     exposed = gather / max(traffic.times, 1) * share if job.gathers else gather
     return Timing(
         compute, gather, exposed, update,

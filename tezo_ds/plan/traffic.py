@@ -12,8 +12,9 @@ class Traffic:
     """Of a step.
 
     Attributes:
-        times: how often the bytes of all weights go over the wire.
+        times: how often the bytes of a forward's gathers go over the wire.
         gathered: those bytes, padding included.
+        collectives: that bring them, of all times.
         received: by each rank, of weights and gradients.
         inside: by all ranks of a node from their neighbours in it.
         between: by a node from other nodes.
@@ -22,6 +23,7 @@ class Traffic:
 
     times: int
     gathered: int
+    collectives: int
     received: int
     inside: int
     between: int
@@ -51,6 +53,7 @@ def _ring(job: Job, times: int, scalars: int) -> Traffic:
     return Traffic(
         times=times,
         gathered=whole,
+        collectives=times * (job.messages if job.gathers else 1),
         received=received,
         inside=received * (in_node - crosses),
         between=received if crosses else 0,

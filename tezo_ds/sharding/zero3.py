@@ -257,6 +257,9 @@ def init_distributed(timeout: timedelta | None = None) -> None:
     Args:
         timeout: of collectives; None takes DeepSpeed's default.
     """
+    # On CPU this op would compile for minutes at every first start, for intra-node all-reduces of
+    # a size that we never make.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.distributed.is_initialized():
         return
     if "RANK" not in os.environ:
@@ -265,9 +268,6 @@ def init_distributed(timeout: timedelta | None = None) -> None:
             port = str(probe.getsockname()[1])
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    # On CPU this op would compile for minutes at every first start, for intra-node all-reduces of
-    # a size that we never make.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     limit = timeout or default_pg_timeout
     if place := of_restart(limit):
         torch.distributed.init_process_group(timeout=limit, **place)  # DeepSpeed takes it as it is
