@@ -17,7 +17,7 @@ import torch
 
 from tezo_ds import cli, training
 
-RANKS = 3
+RANKS, LIMIT = 3, 10  # seconds of --timeout
 Run = tuple[str, int, int, list[str]]  # trouble, the rank in it, at which step, arguments
 
 
@@ -44,7 +44,7 @@ def run_rank(rank: int, port: int, trouble: str, hung: int, step: int, folder: P
     def collate_until(*args: object, **kwargs: object) -> dict[str, torch.Tensor]:
         nonlocal batches
         if batches == step:
-            time.sleep(0.6)  # a beat and more, so that all have told of this step
+            time.sleep(1.2 * LIMIT / 10)  # a beat and more, so that all have told of this step
             (folder / f"since{rank}").touch()
             if rank == hung:
                 get_into(trouble)

@@ -9,6 +9,7 @@ import hung_ranks
 import pytest
 from command_line import TIMEOUT, Given, Run
 from fault_runs import server
+from hung_ranks import LIMIT
 from torch.distributed import DistBackendError
 
 from tezo_ds.liveness import BEATS, Note, awaited, of_collective
@@ -16,7 +17,7 @@ from tezo_ds.liveness import BEATS, Note, awaited, of_collective
 pytest_plugins = ("cli_fixtures",)
 pytestmark = pytest.mark.launches
 
-LIMIT, STEP = 10, 4  # seconds of --timeout; the step in which the trouble comes
+STEP = 4  # in which the trouble comes
 SURVIVED = "look at its process and host, then start the same command to go on\n"
 
 

@@ -102,6 +102,16 @@ def test_the_link_has_a_rate_and_counts(hosts: TwoHosts) -> None:
     assert slow > 1.6 and slow > 2 * seconds_to_send(hosts.first, count)
 
 
+def all_of(process: subprocess.Popen[bytes], names: set[str]) -> list[psutil.Process]:
+    """What a process has started, once these are among it."""
+    for _ in range(100):
+        found = psutil.Process(process.pid).children(recursive=True)
+        if names <= {each.name() for each in found}:
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"no {names}")
+
+
 def test_nothing_is_left_of_them(tmp_path: Path) -> None:
     numbers, started = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL), []
     for number in numbers:
@@ -113,8 +123,7 @@ def test_nothing_is_left_of_them(tmp_path: Path) -> None:
         ))  # fmt: skip
     for process, number in zip(started, numbers, strict=True):
         assert process.stdout is not None and process.stdout.readline() == b"on\n"
-        left = psutil.Process(process.pid).children(recursive=True)
-        assert {"sshd", "sleep"} <= {each.name() for each in left}
+        left = all_of(process, {"sshd", "sleep"})
         process.send_signal(number)
         assert not psutil.wait_procs(left, timeout=10)[1]
         assert process.wait(10) == (-9 if number == signal.SIGKILL else 128 + number)

@@ -145,6 +145,7 @@ def _rank_main(rank: int, size: int, folder: str, port: int) -> None:
     from datetime import timedelta
 
     import torch
+    from deepspeed.utils import groups
 
     from tezo_ds.sharding import zero3
 
@@ -157,6 +158,7 @@ def _rank_main(rank: int, size: int, folder: str, port: int) -> None:
                 c.run(world)
             except BaseException:
                 error = traceback.format_exc()
+            groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's, which DeepSpeed makes but once
             seconds = round(time.perf_counter() - start, 2)
             line = {"case": c.name, "rank": rank, "seconds": seconds, "error": error}
             print(json.dumps(line), file=out, flush=True)
