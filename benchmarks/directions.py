@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import directions_report as report
+import methods_training
 import torch
 from directions_gradient import agreement, differentiable
 from directions_speed import add_arguments, overhead, update_cost
@@ -280,18 +281,12 @@ def arguments() -> argparse.ArgumentParser:
     add("--rates", type=int, default=3, help="learning rates to try")
     add("--batch-size", type=int, default=4)
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of training")
-    add("--train-examples", type=int, default=800)
     add("--valid-examples", type=int, default=100)
-    add("--test-examples", type=int, default=200)
     add("--gradient-queries", nargs="+", type=int, default=[2**i for i in range(9)])
     add("--gradient-batches", type=int, default=3)
     add("--gradient-batch", type=int, default=2, help="examples")
     add_arguments(parser)
-    add("--model", default=".cache/quickstart/SmolLM2-135M-Instruct")
-    add("--cache", type=Path, default=ROOT / ".cache/methods", help="of the data")
-    add("--out", type=Path, default=ROOT / "runs/directions", help="folder of results.jsonl")
-    add("--page", type=Path, default=ROOT / "docs/directions.md", help="where the tables go")
-    add("--report", action="store_true", help="run nothing, report what there is")
+    methods_training.add_arguments(parser, "directions")
     return parser
 
 

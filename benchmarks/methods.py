@@ -25,6 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
+import methods_training
 import torch
 from machine import describe
 from methods_data import TASKS, Splits, load_splits
@@ -234,18 +235,12 @@ def arguments() -> argparse.ArgumentParser:
     add("--seeds", type=int, default=3, choices=range(1, MOST_SEEDS + 1), metavar="N")
     add("--rates", type=int, default=4, help="learning rates to try, each with one run")
     add("--batch-size", type=int, default=8)
-    add("--train-examples", type=int, default=800)
     add("--valid-examples", type=int, default=100)
-    add("--test-examples", type=int, default=200)
     add("--rho", type=float, default=1e-3)
     add("--dense-rho", type=float, default=5e-3, help="ρ of MeZO")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the weights")
-    add("--model", default=".cache/quickstart/SmolLM2-135M-Instruct")
-    add("--cache", type=Path, default=ROOT / ".cache/methods", help="of the data")
-    add("--out", type=Path, default=ROOT / "runs/methods", help="folder of results.jsonl")
-    add("--page", type=Path, default=ROOT / "docs/methods.md", help="where the tables go")
+    methods_training.add_arguments(parser, "methods")
     add("--no-page", dest="page", action="store_const", const=None, help="on the screen only")
-    add("--report", action="store_true", help="run nothing, report what there is")
     return parser
 
 

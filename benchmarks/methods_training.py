@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import math
 import statistics
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -99,6 +101,18 @@ def tezo_fields(method: str, lr: float, seed: int, settings: Settings) -> dict[s
         "queries": settings.queries, "include": settings.include, "check_every": 0,
     }  # fmt: skip
     return {**fields, "rank": settings.rank} if method.startswith("tezo") else fields
+
+
+def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """What every benchmark on this data takes: examples, model, and files by the benchmark's name."""
+    root, add = Path(__file__).resolve().parent.parent, parser.add_argument
+    add("--train-examples", type=int, default=800)
+    add("--test-examples", type=int, default=200)
+    add("--model", default=".cache/quickstart/SmolLM2-135M-Instruct")
+    add("--cache", type=Path, default=root / ".cache/methods", help="of the data")
+    add("--out", type=Path, default=root / f"runs/{name}", help="folder of results.jsonl")
+    add("--page", type=Path, default=root / f"docs/{name}.md", help="where the tables go")
+    add("--report", action="store_true", help="run nothing, report what there is")
 
 
 class Trainer:

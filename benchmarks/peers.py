@@ -26,6 +26,7 @@ from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import methods_training
 import torch
 from backends import spawn
 from machine import describe
@@ -190,17 +191,11 @@ def arguments() -> argparse.ArgumentParser:
     )
     add("--seed", type=int, default=1)
     add("--batch-size", type=int, default=8, help="examples, over all ranks")
-    add("--train-examples", type=int, default=800)
-    add("--test-examples", type=int, default=200)
     add("--rho", type=float, default=1e-3)
     add("--dense-rho", type=float, default=5e-3, help="ρ of MeZO")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the weights")
-    add("--model", default=".cache/quickstart/SmolLM2-135M-Instruct")
-    add("--cache", type=Path, default=ROOT / ".cache/methods", help="of the data")
-    add("--out", type=Path, default=ROOT / "runs/peers", help="folder of results.jsonl")
-    add("--page", type=Path, default=ROOT / "docs/peers.md", help="where the table goes")
+    methods_training.add_arguments(parser, "peers")
     add("--no-page", dest="page", action="store_const", const=None, help="on the screen only")
-    add("--report", action="store_true", help="run nothing, report what there is")
     return parser
 
 
