@@ -16,6 +16,19 @@ from fault_runs import Ranks, start_ranks
 VICTIMS = ("rank 0", "rank 1", "launcher")
 
 
+def ranks_of(launcher: psutil.Process) -> dict[int, psutil.Process]:
+    """Processes of a real launcher that run our module by now, by rank."""
+    found = {}
+    for process in launcher.children(recursive=True):
+        try:
+            rank, words = process.environ().get("RANK"), process.cmdline()
+        except psutil.Error:
+            continue
+        if rank is not None and "tezo_ds" in words and "deepspeed.launcher.launch" not in words:
+            found[int(rank)] = process
+    return found
+
+
 class World(Protocol):
     """Two ranks of a run."""
 
@@ -75,18 +88,6 @@ class Launched:
                 start_new_session=True,
             )
 
-    def _ranks(self) -> dict[int, psutil.Process]:
-        """Those that are there by now."""
-        found = {}
-        for process in self._launcher.children(recursive=True):
-            try:
-                rank, words = process.environ().get("RANK"), process.cmdline()
-            except psutil.Error:
-                continue
-            if rank is not None and "tezo_ds" in words and "deepspeed.launcher.launch" not in words:
-                found[int(rank)] = process
-        return found
-
     def wait(self, seconds: float) -> bool:
         """See `World`."""
         try:
@@ -99,7 +100,11 @@ class Launched:
         """See `World`."""
         try:
             all_of_it = self._launcher.children(recursive=True)
-            rank = None if victim == "launcher" else self._ranks().get(VICTIMS.index(victim))
+            rank = (
+                None
+                if victim == "launcher"
+                else ranks_of(self._launcher).get(VICTIMS.index(victim))
+            )
         except psutil.NoSuchProcess:
             return
         (rank or self._launcher).kill()

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from command_line import TIMEOUT, Given, Run, assert_stopped, call, finish, free_port, start
+from fault_launchers import ranks_of
 
 from tezo_ds.journal import read_journal
 from tezo_ds.runfolder import JOURNAL, SNAPSHOTS
@@ -27,16 +28,6 @@ def deepspeed(ranks: int) -> tuple[object, ...]:
 def torchrun(ranks: int, *options: object) -> tuple[object, ...]:
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks)
     return (*launcher, "--master-port", free_port(), *options, "-m", "--", "tezo_ds")
-
-
-def ranks_of(launcher: subprocess.Popen[str]) -> dict[int, psutil.Process]:
-    """Processes that run our module, by rank."""
-    found = {}
-    for process in psutil.Process(launcher.pid).children(recursive=True):
-        words, rank = process.cmdline(), process.environ().get("RANK")
-        if rank is not None and "tezo_ds" in words and "launch" not in " ".join(words):
-            found[int(rank)] = process
-    return found
 
 
 def until(path: Path, steps: int, process: subprocess.Popen[str]) -> int:
@@ -61,7 +52,7 @@ def test_zero3_on_two_then_fsdp2_on_three_then_one_process(given: Given, tmp_pat
     zero3 = given.train(run.path, deepspeed=tmp_path / "zero3.json", **endless)
     process = start(*deepspeed(2), *zero3)
     until(run.path, 3, process)
-    ranks = ranks_of(process)
+    ranks = ranks_of(psutil.Process(process.pid))
     assert set(ranks) == {0, 1}
     ranks[1].terminate()
     ranks[1].terminate()  # changes nothing
@@ -72,7 +63,7 @@ def test_zero3_on_two_then_fsdp2_on_three_then_one_process(given: Given, tmp_pat
     fsdp2 = given.train(run.path, fsdp=True, snapshot_every=5, **endless)
     process = start(*torchrun(3, "--max-restarts", 1), *fsdp2)
     until(run.path, first + 7, process)
-    ranks_of(process)[1].kill()
+    ranks_of(psutil.Process(process.pid))[1].kill()
     killed = until(run.path, 0, process)  # without it the others make no step
     until(run.path, killed + 5, process)
     process.terminate()

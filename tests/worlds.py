@@ -198,7 +198,7 @@ def main() -> None:
             os.dup2(log.fileno(), 2)
         try:
             _run(int(size), Path(folder))
-        except Exception:
+        except Exception:  # the other sizes run all the same
             traceback.print_exc()
             failed = True
     sys.exit(failed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -148,7 +148,7 @@ class _Message:
 
     parameters: list[nn.Parameter]
     nbytes: int
-    waiting: set[nn.Parameter] = field(default_factory=set)
+    waiting: set[nn.Parameter]
 
 
 class _Coordinator:
