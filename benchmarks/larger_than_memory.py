@@ -43,7 +43,6 @@ from tezo_ds.plan.shapes import skeleton
 
 PAGES = ("kernel", "ahead", "memory")
 PAGE = ROOT / "docs" / "larger-than-memory.md"
-MARKERS = tuple(f"<!-- benchmarks/larger_than_memory.py: {end} -->" for end in ("begin", "end"))
 EVERY = 0.02  # seconds between two looks at the memory
 RATE = 1e-6
 PEAKS = (
@@ -187,6 +186,12 @@ def markdown(records: list[Record], command: str, setting: str) -> str:
     ])  # fmt: skip
 
 
+def markers(folder: Path) -> tuple[str, str]:
+    """The lines of a page between which the tables of that checkpoint stand."""
+    line = f"<!-- benchmarks/larger_than_memory.py, {folder.name}: {{}} -->"
+    return line.format("begin"), line.format("end")
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -197,7 +202,12 @@ def parse() -> argparse.Namespace:
     add("--shape", default="2x16", help="examples x tokens of a batch; a step has two such in it")
     add("--rank", type=int, default=16)
     add("--pages", nargs="+", choices=PAGES, default=["ahead"])
-    add("--page", type=Path, help=f"to write the tables into, e.g. {PAGE.relative_to(ROOT)}")
+    add(
+        "--page",
+        type=Path,
+        help=f"to write the tables into, e.g. {PAGE.relative_to(ROOT)}; it needs two lines for them, "
+        f"{' and '.join(markers(Path('NAME')))}, with the name of --folder",
+    )
     add("--one", choices=PAGES, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -228,7 +238,7 @@ def main() -> None:
     text = markdown(records, command, setting)
     print(text)
     if args.page:
-        put_between_markers(args.page, text, (MARKERS[0], MARKERS[1]))
+        put_between_markers(args.page, text, markers(args.folder))
 
 
 if __name__ == "__main__":

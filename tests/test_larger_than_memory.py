@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import larger_than_memory
 import mapped_weights
 import random_checkpoint
-from larger_than_memory import MARKERS, train
+from larger_than_memory import markers, train
 from mapped_weights import extents, pages_of, read_ahead
 from random_checkpoint import write_random
 
@@ -171,7 +171,8 @@ def test_the_command_writes_tables_and_takes_its_weights_away(
     shape: Path, tmp_path: Path, run_main: Any
 ) -> None:
     page, folder = tmp_path / "page.md", tmp_path / "w"
-    page.write_text(f"above\n{MARKERS[0]}\n{MARKERS[1]}\nbelow\n")
+    begin, end = markers(folder)
+    page.write_text(f"above\n{begin}\n{end}\nbelow\n")
     arguments = ("--model", shape, "--folder", folder, "--page", page)
     run_main(*arguments, "--keep")
     assert folder.is_dir()
