@@ -202,6 +202,7 @@ def draw(points: Sequence[Point], page: Path) -> None:
                     name = f"{way}, {gbit:g} Gbit/s a node"
                     axis.plot(worlds, values, style, marker=".", color=f"C{colour}", label=name)
             axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:,.0f}")
             axis.set_yscale("log")
             axis.set_title(model)
             axis.set_xlabel("GPUs")

@@ -231,6 +231,7 @@ def draw(records: Sequence[Record], page: Path) -> None:
             percent = [100 * record["efficiency"] for record in line]
             axis.plot([record["world"] for record in line], percent, style, label=name)
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.set_xlabel("ranks")
         axis.set_title(f"{mode} scaling")
         axis.grid(alpha=0.3)

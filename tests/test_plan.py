@@ -15,6 +15,7 @@ from command_line import call
 from tiny import tiny
 from world_plan import TIGHT, job_of, small
 
+from tezo_ds import engine
 from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError
 from tezo_ds.plan import memory, report, timing, traffic
@@ -83,7 +84,7 @@ def test_traffic_by_hand() -> None:
     ours = traffic.engine(job)
     assert (ours.times, ours.gathered, ours.received) == (1, whole, whole * 63 // 64)
     assert ours.between == ours.received and ours.inside == 7 * ours.received
-    assert ours.scalars == 16 * 4 + 8
+    assert ours.scalars == (16 * 4 + 8,)
     hybrid = traffic.engine(replace(job, sharding="fsdp2-hybrid"))
     assert hybrid.between == 0 and hybrid.inside == 8 * (whole * 7 // 8)
     dense = TezoConfig(method="mezo", queries=2)
@@ -91,7 +92,10 @@ def test_traffic_by_hand() -> None:
     assert traffic.adam(job).received == 3 * ours.received
     assert traffic.engine(replace(job, sharding="replicated")).received == 0
     own = TezoConfig(queries=2, placement="per_rank")
-    assert traffic.engine(replace(job, config=own)).scalars == 64 * 16 * 4 + 8
+    losses = 64 * 16 * 4 + 8
+    assert traffic.engine(replace(job, config=own)).scalars == (losses,)
+    many = replace(job, config=own.model_copy(update={"queries": 8}))  # 63 * 8 others, D = 3,616
+    assert traffic.engine(many).scalars == (64 * 16 * 16 + 8, 8 * many.run.space.numel)
 
 
 def test_memory_by_hand() -> None:
@@ -194,6 +198,14 @@ def test_a_dry_run_counts_what_is_predicted(
     assert not dist.is_initialized()
 
 
+def test_a_dry_run_counts_sums_that_ranks_add_up() -> None:
+    job = job_of("llama", "fsdp2", 15, 5, TezoConfig(rank=3, placement="per_rank"))
+    with mock.patch.object(engine, "SHARED_FROM", 0):
+        lines = report.compared(job, count(job))
+        assert len(traffic.engine(job).scalars) == 2
+    assert all(fine for *_, fine in lines), lines
+
+
 def test_a_dry_run_sees_what_was_not_predicted() -> None:
     job = job_of("opt", "fsdp2", 5, 5)
     twice = Absent.forward
@@ -236,7 +248,7 @@ def test_a_dry_run_that_differs_is_an_exit_code(
     flags += ["--sharding", "fsdp2", "--dry-run", "--rank", "3"]
     assert call(*flags) == 0
     assert "MISMATCH" not in capsys.readouterr().out
-    with mock.patch.object(Job, "scalars", 7):
+    with mock.patch.object(Job, "scalars", (7,)):
         assert call(*flags) == 1
     assert "MISMATCH" in capsys.readouterr().out
 

@@ -1,14 +1,19 @@
-"""SIGTERM lets the step finish, and leaves whole files; tests/test_elastic.py has it under real launchers."""
+"""SIGTERM lets the step finish, and leaves whole files; tests/test_elastic.py has it under real launchers.
+And who leaves a launcher's world at the end."""
 
 from __future__ import annotations
 
 import signal
+import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from command_line import Given, Run, assert_stopped, call
+from torch import distributed as dist
 
+from tezo_ds import cli
 from tezo_ds.interrupts import Interrupted, turned_into_exceptions
 from tezo_ds.runfolder import COEFFICIENTS, RunFolder
 
@@ -58,3 +63,22 @@ def test_a_rank_that_stops_because_others_were_told_is_deaf_too(hearing_again: N
         with turned_into_exceptions(ending=lambda ending=ending: ending):
             pass
         assert (signal.getsignal(signal.SIGTERM) == signal.SIG_IGN) == ending
+
+
+@pytest.mark.parametrize(
+    ("joined", "code", "left"),
+    [((False, True), 0, 1), ((False, True), 2, 0), ((False, False), 0, 0), ((True, True), 0, 0)],
+)
+def test_a_launchers_world_is_left_after_a_good_end(
+    monkeypatch: pytest.MonkeyPatch, joined: tuple[bool, bool], code: int, left: int
+) -> None:
+    """Joined before main and after it; what was joined before is not ours."""
+    monkeypatch.setenv("RANK", "0")
+    with (
+        mock.patch.object(cli, "app", lambda: sys.exit(code)),
+        mock.patch.object(dist, "is_initialized", side_effect=joined),
+        mock.patch.object(dist, "destroy_process_group") as leave,
+        pytest.raises(SystemExit),
+    ):
+        cli.main()
+    assert leave.call_count == left

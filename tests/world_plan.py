@@ -78,7 +78,7 @@ def assert_as_predicted(job: Job, make: Callable[[], nn.Module]) -> int:
     assert sum(gathered) == predicted.times * predicted.gathered * job.gathers
     assert len(gathered) == predicted.collectives
     own = [call.nbytes for call in moved.calls if not call.gathers]
-    assert own == [predicted.scalars]
+    assert own == list(predicted.scalars)
     tensors = memory.engine(job).tensors
     assert tensors == pytest.approx(peak, rel=0.1), (job.sharding, tensors, peak)
     return peak

@@ -246,8 +246,11 @@ app.command(help=PLAN_HELP)(plan)
 
 def main() -> None:
     """Entry point: errors of the user's in one line, exit code 2; signals 130."""
+    from torch import distributed as dist
+
     from tezo_ds.interrupts import Interrupted
 
+    joins = "RANK" in os.environ and not dist.is_initialized()  # a launcher's world
     # On every node once: an error that one rank meets, its neighbours meet as well.
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
@@ -260,6 +263,12 @@ def main() -> None:
         if speaks:
             print(f"tezo-ds: {signalled}; {signalled.left}", file=sys.stderr)
         sys.exit(130)
+    except SystemExit as ended:
+        # Threads of a backend that outlive the interpreter abort the process at times. After an error
+        # other ranks may hang, and to leave would be to wait for them.
+        if joins and not ended.code and dist.is_initialized():
+            dist.destroy_process_group()
+        raise
 
 
 if __name__ == "__main__":

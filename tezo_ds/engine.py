@@ -29,9 +29,13 @@ from tezo_ds.sharding import Sharding, sharding_of
 from tezo_ds.slopes import Clip, quality, slopes_of
 from tezo_ds.watch import Watch, require_same_start
 
-# Numbers of τ that other ranks' directions take, from which on each sums its own and g is reduced: to draw
-# so many takes longer than a message of D numbers.
-SHARED_FROM = 1 << 20
+SHARED_FROM = 1 << 20  # numbers of τ
+
+
+def sums_are_shared(others: int, numel: int) -> bool:
+    """Whether each rank sums κτ of its own directions and g is reduced: where to draw τ, D numbers, of so
+    many directions of other ranks takes longer than a message of D numbers."""
+    return others * numel > SHARED_FROM
 
 
 @contextmanager
@@ -130,7 +134,7 @@ class Engine:
         slopes, everything = slopes_of(kappa), range(len(kappa))
         if not self.method.in_tau and not self.space.vectors:
             total = torch.zeros(self.space.numel, dtype=torch.int64)
-        elif (len(kappa) - len(own)) * self.space.numel > SHARED_FROM:
+        elif sums_are_shared(len(kappa) - len(own), self.space.numel):
             total = self.space.weighted(step, slopes, own).to(self.sharding.device)
             total = self.sharding.all_reduce(total).cpu()
         else:

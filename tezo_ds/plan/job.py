@@ -10,6 +10,7 @@ from typing import Literal
 from torch import nn
 
 from tezo_ds.config import TezoConfig
+from tezo_ds.engine import sums_are_shared
 from tezo_ds.needs import Layout, Needs, Skeleton, gathered_groups, needs, on_skeleton
 from tezo_ds.plan.hardware import Cluster
 from tezo_ds.plan.prefetch import DEFAULTS, Gathered, Limits, gathered
@@ -161,6 +162,12 @@ class Job:
         return self.branches_at_once * self.examples_at_once * self.length
 
     @property
-    def scalars(self) -> int:
-        """Bytes of a step's all-reduce: loss sum and count of each branch, and whether to stop."""
-        return 16 * self.branches * self.groups + 8
+    def scalars(self) -> tuple[int, ...]:
+        """Bytes of each all-reduce of a step: of loss sum and count of each branch, and whether to stop; and
+        of Σκτ, where ranks add it up."""
+        losses, run = 16 * self.branches * self.groups + 8, self.run
+        others = self.directions - self._directions
+        if not run.method.in_tau and not run.space.vectors:
+            return (losses,)
+        shared = sums_are_shared(others, run.space.numel)
+        return (losses, 8 * run.space.numel) if shared else (losses,)

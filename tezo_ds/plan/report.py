@@ -50,11 +50,12 @@ def show_counted(lines: Sequence[Line]) -> None:
 def compared(job: Job, counted: Counted) -> list[Line]:
     """What was predicted of a dry run, beside what it counted."""
     moved, tensors = traffic.engine(job), memory.engine(job).tensors
+    scalars = sum(moved.scalars)
     return [
         ("all-gathers", moved.collectives, counted.gathers, moved.collectives == counted.gathers),
         ("bytes gathered", moved.times * moved.gathered, counted.gathered,
          moved.times * moved.gathered == counted.gathered),
-        ("bytes of scalars", moved.scalars, counted.scalars, moved.scalars == counted.scalars),
+        ("bytes of scalars", scalars, counted.scalars, scalars == counted.scalars),
         ("bytes of tensors at the peak", tensors, counted.tensors,
          abs(tensors - counted.tensors) <= CLOSE * counted.tensors),
     ]  # fmt: skip
@@ -119,7 +120,7 @@ def _rows(job: Job) -> list[tuple[str, Callable[[Column], str]]]:
         ("moved inside a node", gib(lambda c: c.traffic.inside)),
         ("into a node from others", gib(lambda c: c.traffic.between)),
         ("collectives of weights", lambda c: f"{c.traffic.collectives:,}"),
-        ("scalars", lambda c: f"{c.traffic.scalars} B"),
+        ("scalars", lambda c: f"{sum(c.traffic.scalars)} B"),
         ("arithmetic", seconds(lambda c: c.timing.compute)),
         ("collectives", seconds(lambda c: c.timing.gather)),
         ("writing weights", seconds(lambda c: c.timing.update)),

@@ -24,7 +24,7 @@ class Timing:
         gather: collectives of weights (and gradients).
         exposed: of those, what runs before any arithmetic can.
         update: writing weights and state.
-        scalars: our own all-reduce.
+        scalars: our own all-reduces.
         overlapped: whether gathers run beside arithmetic.
     """
 
@@ -98,17 +98,29 @@ def _trained(job: Job) -> int:
 def _timing(job: Job, traffic: Traffic, compute: float, update: float, overlapped: bool) -> Timing:
     cluster = job.cluster
     ranks = job.gather_ranks if job.gathers else cluster.world
-    crosses = ranks > cluster.in_node
-    rate = min(cluster.gpu.nvlink, cluster.link) if crosses else cluster.gpu.nvlink
-    gather = traffic.received / rate + traffic.collectives * _alpha(job, ranks)
+    gather = traffic.received / _rate(job, ranks) + traffic.collectives * _alpha(job, ranks)
     first = job.ahead.messages[0] if job.ahead.messages else job.groups_of_weights[0]
     share = first / max(traffic.gathered, 1)
     exposed = gather / max(traffic.times, 1) * share if job.gathers else gather
     return Timing(
         compute, gather, exposed, update,
-        2 * _alpha(job, cluster.world) if traffic.scalars and cluster.world > 1 else 0.0,
+        sum(_all_reduce(job, nbytes) for nbytes in traffic.scalars),
         overlapped,
     )  # fmt: skip
+
+
+def _all_reduce(job: Job, nbytes: int) -> float:
+    """Over all ranks: twice around their ring."""
+    world = job.cluster.world
+    received = nbytes * (world - 1) / world
+    return 2 * (received / _rate(job, world) + _alpha(job, world))
+
+
+def _rate(job: Job, ranks: int) -> float:
+    """Bytes a second around a ring of so many ranks."""
+    cluster = job.cluster
+    crosses = ranks > cluster.in_node
+    return min(cluster.gpu.nvlink, cluster.link) if crosses else cluster.gpu.nvlink
 
 
 def _alpha(job: Job, ranks: int) -> float:

@@ -18,7 +18,7 @@ class Traffic:
         received: by each rank, of weights and gradients.
         inside: by all ranks of a node from their neighbours in it.
         between: by a node from other nodes.
-        scalars: of our own message.
+        scalars: of each message of our own.
     """
 
     times: int
@@ -27,7 +27,7 @@ class Traffic:
     received: int
     inside: int
     between: int
-    scalars: int
+    scalars: tuple[int, ...]
 
 
 def engine(job: Job) -> Traffic:
@@ -39,10 +39,10 @@ def adam(job: Job) -> Traffic:
     """Of first-order training: gathered for the forward and again for the backward, and gradients of 16 bits
     reduced; replicas add theirs up by an all-reduce, two of such."""
     micro = -(-job.examples // job.examples_at_once)
-    return _ring(job, 3 * micro if job.gathers else 2, 0)
+    return _ring(job, 3 * micro if job.gathers else 2, ())
 
 
-def _ring(job: Job, times: int, scalars: int) -> Traffic:
+def _ring(job: Job, times: int, scalars: tuple[int, ...]) -> Traffic:
     """Each rank passes on to the next what it has from the one before, and one of a node's ranks has it from
     another node."""
     ranks = job.gather_ranks if job.gathers else job.cluster.world
