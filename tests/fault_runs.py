@@ -15,10 +15,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from command_line import Given, free_port
 from safetensors.torch import load_file
@@ -120,6 +122,10 @@ def server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fault_imports"])
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # Python 3.11's server has no sys.path of ours, and passes over what it does not find.
+    here, more = str(Path(__file__).parent), os.environ.get("PYTHONPATH")
+    with mock.patch.dict(os.environ, PYTHONPATH=f"{here}{os.pathsep}{more}" if more else here):
+        forkserver.ensure_running()
     return context
 
 
@@ -137,6 +143,7 @@ def start_ranks(arguments: Sequence[object], log: Path, size: int = 2) -> Ranks:
 
 
 def _rank(rank: int, size: int, port: int, arguments: list[str], log: Path) -> None:
+    assert "fault_imports" in sys.modules, "the server did not import it"
     place = (rank, rank, size, size, "127.0.0.1", port)
     os.environ |= dict(zip(_WORLD, map(str, place), strict=True))
     with log.open("a") as out:
