@@ -165,9 +165,8 @@ class Job:
     def scalars(self) -> tuple[int, ...]:
         """Bytes of each all-reduce of a step: of loss sum and count of each branch, and whether to stop; and
         of Σκτ, where ranks add it up."""
-        losses, run = 16 * self.branches * self.groups + 8, self.run
+        losses, space = 16 * self.branches * self.groups + 8, self.run.space
         others = self.directions - self._directions
-        if not run.method.in_tau and not run.space.vectors:
-            return (losses,)
-        shared = sums_are_shared(others, run.space.numel)
-        return (losses, 8 * run.space.numel) if shared else (losses,)
+        sums = self.run.method.in_tau or space.vectors
+        shared = sums and sums_are_shared(others, space.numel)
+        return (losses, 8 * space.numel) if shared else (losses,)
