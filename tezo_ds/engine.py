@@ -18,7 +18,7 @@ from tezo_ds.errors import ConfigError, ShardingError
 from tezo_ds.factors import CoefficientSpace
 from tezo_ds.measuring import Measuring
 from tezo_ds.merging import merged_tensors
-from tezo_ds.methods import Write, make_method
+from tezo_ds.methods import Method, Write, make_method
 from tezo_ds.methods.tezo import Tezo
 from tezo_ds.objective import LossFn, Objective
 from tezo_ds.probes import InplaceProbe, make_probe
@@ -32,10 +32,10 @@ from tezo_ds.watch import Watch, require_same_start
 SHARED_FROM = 1 << 20  # numbers of τ
 
 
-def sums_are_shared(others: int, numel: int) -> bool:
-    """Whether each rank sums κτ of its own directions and g is reduced: where to draw τ, D numbers, of so
-    many directions of other ranks takes longer than a message of D numbers."""
-    return others * numel > SHARED_FROM
+def sums_are_shared(method: Method, space: CoefficientSpace, others: int) -> bool:
+    """Whether each rank sums κτ of its own directions and g is reduced: where g is of use, and to draw τ, D
+    numbers, of so many directions of other ranks takes longer than a message of D numbers."""
+    return bool(method.in_tau or space.vectors) and others * space.numel > SHARED_FROM
 
 
 @contextmanager
@@ -132,13 +132,13 @@ class Engine:
             own: the directions that this rank is to sum, if not all.
         """
         slopes, everything = slopes_of(kappa), range(len(kappa))
-        if not self.method.in_tau and not self.space.vectors:
-            total = torch.zeros(self.space.numel, dtype=torch.int64)
-        elif sums_are_shared(len(kappa) - len(own), self.space.numel):
+        if sums_are_shared(self.method, self.space, len(kappa) - len(own)):
             total = self.space.weighted(step, slopes, own).to(self.sharding.device)
             total = self.sharding.all_reduce(total).cpu()
-        else:
+        elif self.method.in_tau or self.space.vectors:
             total = self.space.weighted(step, slopes, everything)
+        else:
+            total = torch.zeros(self.space.numel, dtype=torch.int64)
         gradient = self.space.unweighted(total, slopes)
         self.step_index += 1
         if bool(slopes.any()):

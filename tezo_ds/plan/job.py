@@ -165,8 +165,6 @@ class Job:
     def scalars(self) -> tuple[int, ...]:
         """Bytes of each all-reduce of a step: of loss sum and count of each branch, and whether to stop; and
         of Σκτ, where ranks add it up."""
-        losses, space = 16 * self.branches * self.groups + 8, self.run.space
-        others = self.directions - self._directions
-        sums = self.run.method.in_tau or space.vectors
-        shared = sums and sums_are_shared(others, space.numel)
-        return (losses, 8 * space.numel) if shared else (losses,)
+        losses, run = 16 * self.branches * self.groups + 8, self.run
+        shared = sums_are_shared(run.method, run.space, self.directions - self._directions)
+        return (losses, 8 * run.space.numel) if shared else (losses,)
