@@ -126,21 +126,36 @@ class Benchmark:
             return [{**key, "queries": queries} for queries in a.speed_queries]
         ways = self.ways[section]
         runs = [{**key, "way": way.name, "role": "pace"} for way in ways]
-        for index in range(a.rates):
-            for way in ways:
-                tuned = {"role": "tune", "lr": way.rates(a.rates)[index], "seed": TUNING_SEED}
-                runs.append({**key, "way": way.name, **tuned})
+        rates = {way.name: self._rates(key, way) for way in ways}
+        for index in range(a.rates + a.more_rates):
+            for name, of_way in rates.items():
+                for lr in of_way[index : index + 1]:
+                    tuned = {"role": "tune", "lr": lr, "seed": TUNING_SEED}
+                    runs.append({**key, "way": name, **tuned})
         for seed in range(a.seeds):
-            for way in ways:
-                of_way = {**key, "way": way.name}
-                best = best_rate(self._results, of_way, way.rates(a.rates))
-                runs.append({**of_way, "role": "final", "lr": best, "seed": 1 + seed})
+            for name, of_way in rates.items():
+                best = best_rate(self._results, {**key, "way": name}, of_way)
+                runs.append({**key, "way": name, "role": "final", "lr": best, "seed": 1 + seed})
         return runs
+
+    def _rates(self, key: Record, way: Way) -> list[float]:
+        """Learning rates to try, as far as is known: beyond an end that was best there are more."""
+        a, of_way = self._args, {**key, "way": way.name}
+        indices = list(range(a.rates))
+        while True:
+            rates = [way.rate(index, a.rates) for index in indices]
+            best = best_rate(self._results, of_way, rates)
+            at_end = best in (min(rates), max(rates))
+            if not at_end or len(rates) == a.rates + a.more_rates:
+                return rates
+            indices.append(min(indices) - 1 if best == min(rates) else max(indices) + 1)
 
     def left(self) -> list[Record]:
         """Of all sections, what is not finished."""
-        runs = (run for section in self._args.only for run in self.wanted(section))
-        return [run for run in runs if self._results.find(run) is None]
+        return [run for section in self._args.only for run in self._left(section)]
+
+    def _left(self, section: str) -> list[Record]:
+        return [run for run in self.wanted(section) if self._results.find(run) is None]
 
     def minutes_left(self) -> float:
         """A guess: budgets and what judging and the other sections took on two cores."""
@@ -162,10 +177,8 @@ class Benchmark:
             "training": self._training, "placement": self._training,
         }  # fmt: skip
         for section in self._args.only:
-            for index in range(len(self.wanted(section))):
-                key = self.wanted(section)[index]  # again, as rates become known
-                if self._results.find(key) is not None:
-                    continue
+            while left := self._left(section):  # again each time, as rates become known
+                key = left[0]
                 start = time.perf_counter()
                 found = makers[section](key)
                 made = {"machine": describe(), "took": time.perf_counter() - start}
@@ -208,8 +221,7 @@ class Benchmark:
     def _training(self, key: Record) -> Record:
         trainer, section = self._trained, key["section"]
         if key["role"] == "pace":
-            missing = [r for r in self.wanted(section) if self._results.find(r) is None]
-            names = [r["way"] for r in missing if r["role"] == "pace"]
+            names = [r["way"] for r in self._left(section) if r["role"] == "pace"]
             paces = trainer.paces(names)
             for name in names[1:]:  # the first is what was asked for
                 self._results.add({**key, "way": name, "step_seconds": paces[name]})
@@ -278,7 +290,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--placement-queries", nargs="+", type=int, default=[1, 4], help="of each of four ranks")
     add("--budget", type=float, default=150.0, help="seconds of each run of training")
     add("--seeds", type=int, default=1)
-    add("--rates", type=int, default=3, help="learning rates to try")
+    add("--rates", type=int, default=3, help="learning rates to try, half a decade apart")
+    add("--more-rates", type=int, default=3, help="at most, beyond an end that was best")
     add("--batch-size", type=int, default=4)
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of training")
     add("--valid-examples", type=int, default=100)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, pstdev
 from typing import Any
 
 from directions_gradient import expected_cosine
@@ -31,9 +31,9 @@ def gradient_lines(records: Sequence[Record]) -> list[dict[str, float]]:
         }
         lines.append({
             "queries": int(queries),
-            "measured": statistics.mean(kinds["measured"]),
-            "deviation": statistics.pstdev(kinds["measured"]),
-            "exact": statistics.mean(kinds["exact"]),
+            "measured": mean(kinds["measured"]),
+            "deviation": pstdev(kinds["measured"]),
+            "exact": mean(kinds["exact"]),
             "theory": expected_cosine(int(queries), dims),
             "estimates": len(kinds["measured"]),
         })  # fmt: skip
@@ -122,8 +122,9 @@ def training(records: Sequence[Record], ways: Sequence[Way], paced: bool) -> str
     return "\n\n".join([
         f"Before training: loss {start['loss']:.3f}, accuracy {100 * start['accuracy']:.1f} %. Batches of "
         f"{first['batch_size']}, {first['budget']:g} s at the measured pace, "
-        f"{first['rates']} learning rates each, chosen on {first['valid_examples']} validation examples; "
-        f"judged on {first['test_examples']} test examples.",
+        f"at least {first['rates']} learning rates each, half a decade apart, and more beyond an end that "
+        f"was best; chosen on {first['valid_examples']} validation examples, judged on "
+        f"{first['test_examples']} test examples. Means over seeds (least to most).",
         table(
             ("way", "Q", "lr", "steps", "s/step", f"loss after {first['least']} steps", "loss at the end",
              "accuracy, %", "seeds"), rows,
@@ -132,10 +133,13 @@ def training(records: Sequence[Record], ways: Sequence[Way], paced: bool) -> str
 
 
 def _mean(points: Sequence[dict[str, Any]], name: str, scale: float) -> str:
-    values = [point[name] for point in points if point[name] is not None]
-    return (
-        f"{scale * statistics.mean(values):.{3 if scale == 1 else 1}f}" if values else "not finite"
+    values = [scale * point[name] for point in points if point[name] is not None]
+    if not values:
+        return "not finite"
+    average, *ends = (
+        f"{value:.{3 if scale == 1 else 1}f}" for value in (mean(values), min(values), max(values))
     )
+    return average if len(values) == 1 else f"{average} ({'–'.join(ends)})"
 
 
 def draw_gradient(records: Sequence[Record], picture: Path) -> None:
@@ -157,19 +161,20 @@ def draw_gradient(records: Sequence[Record], picture: Path) -> None:
 
 
 def draw_training(records: Sequence[Record], ways: Sequence[Way], picture: Path) -> None:
-    """Loss and accuracy against steps and against seconds, a line a way (of its first seed)."""
+    """Loss and accuracy against steps and against seconds, a line a way: means over its seeds, within a
+    band from the least to the most."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(2, 2, figsize=(9, 6.5), layout="constrained", sharey="row")
     for way in ways:
-        record = next((r for r in records if r["way"] == way.name and r["curve"]), None)
-        if record is None:
+        runs = [r for r in records if r["way"] == way.name and r["curve"]]
+        if not runs:
             continue
         for row, (name, scale) in zip(axes, (("loss", 1), ("accuracy", 100)), strict=True):
-            values = [scale * (point[name] or float("nan")) for point in record["curve"]]
-            steps = [point["steps"] for point in record["curve"]]
-            row[0].plot(steps, values, "o-", markersize=3, label=way.name)
-            seconds = [step * record["step_seconds"] for step in steps]
-            row[1].plot(seconds, values, "o-", markersize=3, label=way.name)
+            steps, values = _by_steps(runs, name, scale)
+            seconds = [step * runs[0]["step_seconds"] for step in steps]
+            for axis, at in zip(row, (steps, seconds), strict=True):
+                axis.plot(at, [mean(v) for v in values], "o-", markersize=3, label=way.name)
+                axis.fill_between(at, [*map(min, values)], [*map(max, values)], alpha=0.15)
             row[0].set_ylabel(f"test {name}" + (", %" if scale == 100 else ""))
     for row in axes:
         row[0].set_xscale("symlog", linthresh=1)
@@ -178,6 +183,16 @@ def draw_training(records: Sequence[Record], ways: Sequence[Way], picture: Path)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     _save(pyplot, figure, axes[0][0], picture)
+
+
+def _by_steps(
+    runs: Sequence[Record], name: str, scale: float
+) -> tuple[list[int], list[list[float]]]:
+    """Numbers of steps, and after each what the runs that came as far and are finite had."""
+    found: dict[int, list[float]] = {}
+    for point in (point for run in runs for point in run["curve"] if point[name] is not None):
+        found.setdefault(point["steps"], []).append(scale * point[name])
+    return sorted(found), [found[steps] for steps in sorted(found)]
 
 
 def _pyplot() -> Any:

@@ -41,15 +41,14 @@ class Way:
         """Q of a step."""
         return self.queries * self.ranks
 
-    def rates(self, count: int) -> list[float]:
-        """Learning rates to try, half a decade apart around MIDDLE · Q^¾.
+    def rate(self, index: int, count: int) -> float:
+        """Of `count` learning rates, half a decade apart around MIDDLE · Q^¾; others lie beyond an end.
 
         g's mean square falls like 1/Q while Q is well under D, so the best rate grows between √Q
         (what limits it is the noise of batches) and Q (of directions): all of that is tried.
         """
-        middle = MIDDLE * self.directions**0.75
-        exponents = (0.5 * (i - (count - 1) / 2) for i in range(count))
-        return [float(f"{middle * 10**exponent:.2g}") for exponent in exponents]
+        exponent = 0.5 * (index - (count - 1) / 2)
+        return float(f"{MIDDLE * self.directions**0.75 * 10**exponent:.2g}")
 
 
 class RanksInTurn(Measuring):

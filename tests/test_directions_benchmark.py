@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from task_files import WORDS, reviews, write
 from tiny import make_batch, part_of, tiny
 from tiny_tokenizer import save_tiny_llama
@@ -150,11 +151,37 @@ def test_the_update_is_timed_on_its_own_share() -> None:
 
 
 def test_rates_and_points_are_those_announced() -> None:
-    assert Way("x", 1).rates(3) == [6.3e-6, 2e-5, 6.3e-5]
-    low, _, high = (rate / 2e-5 for rate in Way("x", 4, 4).rates(3))
+    assert [Way("x", 1).rate(i, 3) for i in range(-1, 4)] == [2e-6, 6.3e-6, 2e-5, 6.3e-5, 2e-4]
+    low, high = (Way("x", 4, 4).rate(i, 3) / 2e-5 for i in (0, 2))
     assert low < math.sqrt(16) and high > 16, "from √Q to Q"
     assert points_of(60, 7) == [0, 7, 10, 20, 30, 40, 50, 60]
     assert points_of(2, 7) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "tried", "best"),
+    [
+        ({1: 0.5, 0: 0.4, 2: 0.4}, [0, 1, 2], 1),
+        ({0: 0.5, 1: 0.4, 2: 0.4, -1: 0.3}, [-1, 0, 1, 2], 0),
+        ({0: 0.1, 1: 0.2, 2: 0.3, 3: 0.4, 4: 0.3}, [0, 1, 2, 3, 4], 3),
+        ({0: 0.1, 1: 0.2, 2: 0.3, 3: 0.4, 4: 0.5}, [0, 1, 2, 3, 4], 4),
+    ],
+    ids=["inside", "below", "above", "given up"],
+)
+def test_beyond_an_end_that_was_best_more_rates_are_tried(
+    accuracies: dict[int, float], tried: list[int], best: int, tmp_path: Path
+) -> None:
+    args = directions.arguments().parse_args(["--queries", "1", "--more-rates", "2"])
+    results = Results(tmp_path / "results.jsonl")
+    benchmark = directions.Benchmark(args, results, Console(quiet=True))
+    by_rate = {Way("Q = 1", 1).rate(i, 3): accuracy for i, accuracy in accuracies.items()}
+    results.add({**benchmark.wanted("training")[0], "step_seconds": 1.0})
+    args.only = ["training"]
+    while (key := benchmark.left()[0])["role"] == "tune":
+        results.add({**key, "loss": 1.0, "accuracy": by_rate[key["lr"]]})
+    found = sorted(r["lr"] for r in results.records if r["role"] == "tune")
+    assert found == [Way("Q = 1", 1).rate(i, 3) for i in tried]
+    assert key["lr"] == Way("Q = 1", 1).rate(best, 3)
 
 
 @pytest.fixture(scope="module")
@@ -188,8 +215,10 @@ def call(
     )
 
     def call(*more: object) -> list[dict[str, Any]]:
-        sizes = "--queries 1 3 --placement-queries 1 --budget 0.02 --rates 2 --train-examples 20"
-        sizes += " --valid-examples 6 --test-examples 9 --gradient-queries 1 2 4"
+        sizes = "--queries 1 3 --placement-queries 1 --budget 0.02 --rates 2 --more-rates 1"
+        sizes += (
+            " --train-examples 20 --valid-examples 6 --test-examples 9 --gradient-queries 1 2 4"
+        )
         sizes += " --gradient-batches 2 --speed-queries 1 2 --speed-shape 2x8 --speed-rounds 2"
         sizes += " --update-queries 8 --update-worlds 1 4 --update-rounds 2"
         places = ["--model", folder / "model", "--cache", folder, "--out", out, "--page", page]
@@ -216,13 +245,13 @@ def test_all_sections_are_run_once_and_reported(
 
     monkeypatch.setattr(Curves, "curve", stopping)
     stopped = call()
-    assert stopped[:4] == some and len(stopped) == 4 + 2 + 2 + 2 * 2 + 1
+    assert stopped[:4] == some and len(stopped) == 4 + 2 + 2 + 2 * 3 + 1
     stop[0] = 100
     whole = call()
-    assert whole[: len(stopped)] == stopped and len(whole) == 6 + 2 * 8
+    assert whole[: len(stopped)] == stopped and len(whole) == 6 + 2 * 10
     for section in ("training", "placement"):
         of_it = [record for record in whole if record["section"] == section]
-        assert [r["role"] for r in of_it] == ["pace"] * 2 + ["tune"] * 4 + ["final"] * 2
+        assert [r["role"] for r in of_it] == ["pace"] * 2 + ["tune"] * 6 + ["final"] * 2
         for final in (record for record in of_it if record["role"] == "final"):
             tuned = [r for r in of_it if (r["role"], r["way"]) == ("tune", final["way"])]
             best = max(tuned, key=lambda r: (r["accuracy"], -r["loss"]))
