@@ -134,7 +134,7 @@ class Benchmark:
                     runs.append({**key, "way": name, **tuned})
         for seed in range(a.seeds):
             for name, of_way in rates.items():
-                best = best_rate(self._results, {**key, "way": name}, of_way)
+                best = best_rate(self._results, {**key, "way": name}, of_way, by_loss=True)
                 runs.append({**key, "way": name, "role": "final", "lr": best, "seed": 1 + seed})
         return runs
 
@@ -144,7 +144,7 @@ class Benchmark:
         indices = list(range(a.rates))
         while True:
             rates = [way.rate(index, a.rates) for index in indices]
-            best = best_rate(self._results, of_way, rates)
+            best = best_rate(self._results, of_way, rates, by_loss=True)
             at_end = best in (min(rates), max(rates))
             if not at_end or len(rates) == a.rates + a.more_rates:
                 return rates
@@ -246,10 +246,10 @@ class Benchmark:
         assert found is not None, "measured first"
         return float(found["step_seconds"])
 
-    def found(self, section: str) -> list[Record]:
+    def found(self, section: str, role: str = "final") -> list[Record]:
         """Records of a section for its table."""
         records = [self._results.find(run) for run in self.wanted(section)]
-        return [r for r in records if r is not None and r.get("role", "final") == "final"]
+        return [r for r in records if r is not None and r.get("role", role) == role]
 
     def report(self, page: Path) -> None:
         """Tables into the page, pictures beside it; of all sections, as far as they are finished."""
@@ -266,7 +266,8 @@ class Benchmark:
                 ways, picture = self.ways[section], page.with_name(f"directions-{section}.png")
                 body = report.training(records, ways, paced=section == "training")
                 report.draw_training(records, ways, picture)
-                body += f"\n\n![curves]({picture.name})"
+                body += f"\n\n![curves]({picture.name})\n\n"
+                body += report.tuning(self.found(section, "tune"), ways)
             elif section == "gradient":
                 picture = page.with_name("directions-gradient.png")
                 body = report.gradient(records)

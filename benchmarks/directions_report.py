@@ -123,13 +123,27 @@ def training(records: Sequence[Record], ways: Sequence[Way], paced: bool) -> str
         f"Before training: loss {start['loss']:.3f}, accuracy {100 * start['accuracy']:.1f} %. Batches of "
         f"{first['batch_size']}, {first['budget']:g} s at the measured pace, "
         f"at least {first['rates']} learning rates each, half a decade apart, and more beyond an end that "
-        f"was best; chosen on {first['valid_examples']} validation examples, judged on "
+        f"was best; chosen by the loss of {first['valid_examples']} validation examples, judged on "
         f"{first['test_examples']} test examples. Means over seeds (least to most).",
         table(
             ("way", "Q", "lr", "steps", "s/step", f"loss after {first['least']} steps", "loss at the end",
              "accuracy, %", "seeds"), rows,
         ),
     ])  # fmt: skip
+
+
+def tuning(records: Sequence[Record], ways: Sequence[Way]) -> str:
+    """All learning rates that were tried, for the choice to be judged."""
+    rows = []
+    for way in ways:
+        tried = sorted((r for r in records if r["way"] == way.name), key=lambda r: float(r["lr"]))
+        cells = (
+            f"{r['lr']:.2g}: {_mean([r], 'loss', 1)}, {100 * r['accuracy']:.0f} %" for r in tried
+        )
+        rows.append((way.name, "; ".join(cells)))
+    return "Learning rates tried, with loss and accuracy of the validation examples:\n\n" + table(
+        ("way", "rate: loss, accuracy"), rows
+    )
 
 
 def _mean(points: Sequence[dict[str, Any]], name: str, scale: float) -> str:

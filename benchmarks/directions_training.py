@@ -19,7 +19,7 @@ from tezo_ds.measuring import Measuring
 from tezo_ds.queries import queries_at
 
 CHUNK = 32  # branches in one forward
-MIDDLE = 2e-5  # a learning rate of one direction, the quickstart's
+MIDDLE = 2e-6  # a learning rate of one direction, for about a thousand steps
 PACE_ROUNDS, MOST_STEPS = 3, 4
 
 

@@ -58,19 +58,22 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
     return mean, quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def best_rate(results: Results, key: Record, rates: Sequence[float]) -> float | None:
+def best_rate(
+    results: Results, key: Record, rates: Sequence[float], by_loss: bool = False
+) -> float | None:
     """The learning rate that validated best: by accuracy, of equals by loss. None until all were tried.
 
     Args:
         results: so far.
         key: the fields that all runs of this task and method share.
         rates: the candidates.
+        by_loss: first, of equals by accuracy.
     """
     tried = [results.find({**key, "role": "tune", "lr": rate}) for rate in rates]
     found = [record for record in tried if record is not None]
     if len(found) < len(rates):
         return None
-    best = max(found, key=_goodness)
+    best = max(found, key=lambda record: _goodness(record)[:: -1 if by_loss else 1])
     return float(best["lr"])
 
 

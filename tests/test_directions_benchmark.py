@@ -151,8 +151,8 @@ def test_the_update_is_timed_on_its_own_share() -> None:
 
 
 def test_rates_and_points_are_those_announced() -> None:
-    assert [Way("x", 1).rate(i, 3) for i in range(-1, 4)] == [2e-6, 6.3e-6, 2e-5, 6.3e-5, 2e-4]
-    low, high = (Way("x", 4, 4).rate(i, 3) / 2e-5 for i in (0, 2))
+    assert [Way("x", 1).rate(i, 3) for i in range(-1, 4)] == [2e-7, 6.3e-7, 2e-6, 6.3e-6, 2e-5]
+    low, high = (Way("x", 4, 4).rate(i, 3) / 2e-6 for i in (0, 2))
     assert low < math.sqrt(16) and high > 16, "from √Q to Q"
     assert points_of(60, 7) == [0, 7, 10, 20, 30, 40, 50, 60]
     assert points_of(2, 7) == [0, 1, 2]
@@ -178,7 +178,7 @@ def test_beyond_an_end_that_was_best_more_rates_are_tried(
     results.add({**benchmark.wanted("training")[0], "step_seconds": 1.0})
     args.only = ["training"]
     while (key := benchmark.left()[0])["role"] == "tune":
-        results.add({**key, "loss": 1.0, "accuracy": by_rate[key["lr"]]})
+        results.add({**key, "loss": 1 - by_rate[key["lr"]], "accuracy": 0.5})
     found = sorted(r["lr"] for r in results.records if r["role"] == "tune")
     assert found == [Way("Q = 1", 1).rate(i, 3) for i in tried]
     assert key["lr"] == Way("Q = 1", 1).rate(best, 3)
@@ -254,7 +254,7 @@ def test_all_sections_are_run_once_and_reported(
         assert [r["role"] for r in of_it] == ["pace"] * 2 + ["tune"] * 6 + ["final"] * 2
         for final in (record for record in of_it if record["role"] == "final"):
             tuned = [r for r in of_it if (r["role"], r["way"]) == ("tune", final["way"])]
-            best = max(tuned, key=lambda r: (r["accuracy"], -r["loss"]))
+            best = max(tuned, key=lambda r: (-r["loss"], r["accuracy"]))
             assert final["lr"] == best["lr"] and final["curve"][-1]["steps"] == best["steps"]
     steps = {r["way"]: r["curve"][-1]["steps"] for r in whole if "curve" in r}
     assert steps["shared, q = 1"] == steps["per_rank, q = 1"], "equal data"
