@@ -10,6 +10,7 @@ from typing import Any
 from directions_gradient import expected_cosine
 from directions_training import Way
 from methods_report import Record
+from pictures import load_pyplot
 
 MARKERS = ("<!-- benchmarks/directions.py: begin -->", "<!-- benchmarks/directions.py: end -->")
 
@@ -158,7 +159,7 @@ def _mean(points: Sequence[dict[str, Any]], name: str, scale: float) -> str:
 
 def draw_gradient(records: Sequence[Record], picture: Path) -> None:
     """Cosine against Q, measured and expected."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     lines = gradient_lines(records)
     figure, axis = pyplot.subplots(figsize=(5, 4), layout="constrained")
     counts = [line["queries"] for line in lines]
@@ -177,7 +178,7 @@ def draw_gradient(records: Sequence[Record], picture: Path) -> None:
 def draw_training(records: Sequence[Record], ways: Sequence[Way], picture: Path) -> None:
     """Loss and accuracy against steps and against seconds, a line a way: means over its seeds, within a
     band from the least to the most."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(2, 2, figsize=(9, 6.5), layout="constrained", sharey="row")
     for way in ways:
         runs = [r for r in records if r["way"] == way.name and r["curve"]]
@@ -207,15 +208,6 @@ def _by_steps(
     for point in (point for run in runs for point in run["curve"] if point[name] is not None):
         found.setdefault(point["steps"], []).append(scale * point[name])
     return sorted(found), [found[steps] for steps in sorted(found)]
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def _save(pyplot: Any, figure: Any, axis: Any, picture: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pictures import load_pyplot
 from rich.table import Table
 
 # 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom
@@ -186,11 +187,7 @@ def draw(lines: Sequence[Line], lowest: str, highest: str, picture: Path) -> Non
         highest: the method to compare with.
         picture: a PNG to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     names = list(dict.fromkeys(line.task for line in lines))
     figure, axes = pyplot.subplots(
         1, len(names), figsize=(4.5 * len(names), 4), layout="constrained", squeeze=False

@@ -9,6 +9,7 @@ from pathlib import Path
 from directions_report import table
 from methods_report import Record, put_between_markers
 from peers_ways import ALL, WAYS
+from pictures import load_pyplot
 from rich.console import Console
 
 MARKERS = ("<!-- benchmarks/peers.py: begin -->", "<!-- benchmarks/peers.py: end -->")
@@ -106,11 +107,7 @@ def save(lines: Sequence[Record], path: Path) -> None:
 
 def draw(records: Sequence[Record], picture: Path) -> None:
     """Bars of time and memory over plain inference (of each way as it trains), and of accuracy."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     lines = [line for line in rows(records) if line["accuracy"] is not None]
     before = next((r["accuracy"] for r in records if r["way"] == "no training"), None)
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.2), layout="constrained", sharey=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from directions_report import table
+from pictures import load_pyplot
 from scaling_model_points import OURS, WAYS, Limit, Point, efficiency, limit, line_of
 
 from tezo_ds.needs import GIB
@@ -181,11 +182,7 @@ def counted(checks: Sequence[tuple[str, Sequence[Line]]]) -> str:
 
 def draw(points: Sequence[Point], page: Path) -> None:
     """Two pictures beside the page: seconds of a step and tokens/s, against GPUs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     models = list(dict.fromkeys(p.model for p in points))
     networks = list(dict.fromkeys(p.gbit for p in points))
     styles = ("-", "--", ":", "-.")

@@ -10,6 +10,7 @@ from typing import Any
 
 from directions_report import table
 from methods_report import Record
+from pictures import load_pyplot
 from scaling_split import PARTS
 
 MARKERS = ("<!-- benchmarks/scaling.py: begin -->", "<!-- benchmarks/scaling.py: end -->")
@@ -210,11 +211,7 @@ def draw(records: Sequence[Record], page: Path) -> None:
     """Two pictures beside the page: efficiency against ranks, and the parts of a step."""
     if not records:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     modes = list(dict.fromkeys(record["mode"] for record in records))
     settings = {_setting(record) for record in records}
     figure, axes = pyplot.subplots(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from directions_report import table
 from methods_report import Record
+from pictures import load_pyplot
 
 MARKERS = ("<!-- benchmarks/two_nodes.py: begin -->", "<!-- benchmarks/two_nodes.py: end -->")
 COLUMNS = ("link", "way", "s/step", "to the other host", "back", "ranks", "store")
@@ -53,11 +54,7 @@ def draw(records: Sequence[Record], names: Mapping[str, str], picture: Path) -> 
     """Seconds and bytes of a step, a bar for each way and rate."""
     if not records:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     rates = list(dict.fromkeys(record["rate"] for record in records))
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
     height = 0.8 / len(rates)
