@@ -276,10 +276,16 @@ class Benchmark:
             else:
                 body = {"update": report.update, "speed": report.speed}[section](records)
             machines = "; ".join(dict.fromkeys(record["machine"] for record in records))
-            command = f"`python benchmarks/directions.py --only {section}`"
+            command = f"`python benchmarks/directions.py --only {section}{_seeds(records)}`"
             parts.append(f"### {titles[section]}\n\n{command}. Machine: {machines}.\n\n{body}")
         if parts:
             put_between_markers(page, "\n\n".join(parts), report.MARKERS)
+
+
+def _seeds(records: Sequence[Record]) -> str:
+    """What a command says of them, where it has to."""
+    most = max(int(record.get("seed", 1)) for record in records)
+    return f" --seeds {most}" if most > 1 else ""
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -193,6 +193,7 @@ def draw_training(records: Sequence[Record], ways: Sequence[Way], picture: Path)
             row[0].set_ylabel(f"test {name}" + (", %" if scale == 100 else ""))
     for row in axes:
         row[0].set_xscale("symlog", linthresh=1)
+        row[0].set_xlim(left=0)
     axes[1][0].set_xlabel("steps")
     axes[1][1].set_xlabel("seconds, steps times the measured pace")
     for axis in axes.flat:
