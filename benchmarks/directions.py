@@ -264,8 +264,9 @@ class Benchmark:
                 continue
             if section in self.ways:
                 ways, picture = self.ways[section], page.with_name(f"directions-{section}.png")
-                body = report.training(records, ways, paced=section == "training")
-                report.draw_training(records, ways, picture)
+                paced = section == "training"  # ranks are emulated in the other
+                body = report.training(records, ways, paced)
+                report.draw_training(records, ways, paced, picture)
                 body += f"\n\n![curves]({picture.name})\n\n"
                 body += report.tuning(self.found(section, "tune"), ways)
             elif section == "gradient":

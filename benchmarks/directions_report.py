@@ -175,11 +175,20 @@ def draw_gradient(records: Sequence[Record], picture: Path) -> None:
     _save(pyplot, figure, axis, picture)
 
 
-def draw_training(records: Sequence[Record], ways: Sequence[Way], picture: Path) -> None:
-    """Loss and accuracy against steps and against seconds, a line a way: means over its seeds, within a
-    band from the least to the most."""
-    pyplot = load_pyplot()
-    figure, axes = pyplot.subplots(2, 2, figsize=(9, 6.5), layout="constrained", sharey="row")
+def draw_training(
+    records: Sequence[Record], ways: Sequence[Way], paced: bool, picture: Path
+) -> None:
+    """Loss and accuracy against steps, and if paced against seconds, a line a way: means over its seeds,
+    within a band from the least to the most."""
+    pyplot, columns = load_pyplot(), 1 + paced
+    figure, axes = pyplot.subplots(
+        2,
+        columns,
+        figsize=(1 + 4 * columns, 6.5),
+        layout="constrained",
+        sharey="row",
+        squeeze=False,
+    )
     for way in ways:
         runs = [r for r in records if r["way"] == way.name and r["curve"]]
         if not runs:
@@ -187,7 +196,7 @@ def draw_training(records: Sequence[Record], ways: Sequence[Way], picture: Path)
         for row, (name, scale) in zip(axes, (("loss", 1), ("accuracy", 100)), strict=True):
             steps, values = _by_steps(runs, name, scale)
             seconds = [step * runs[0]["step_seconds"] for step in steps]
-            for axis, at in zip(row, (steps, seconds), strict=True):
+            for axis, at in zip(row, (steps, seconds)[:columns], strict=True):
                 axis.plot(at, [mean(v) for v in values], "o-", markersize=3, label=way.name)
                 axis.fill_between(at, [*map(min, values)], [*map(max, values)], alpha=0.15)
             row[0].set_ylabel(f"test {name}" + (", %" if scale == 100 else ""))
@@ -195,7 +204,8 @@ def draw_training(records: Sequence[Record], ways: Sequence[Way], picture: Path)
         row[0].set_xscale("symlog", linthresh=1)
         row[0].set_xlim(left=0)
     axes[1][0].set_xlabel("steps")
-    axes[1][1].set_xlabel("seconds, steps times the measured pace")
+    if paced:
+        axes[1][1].set_xlabel("seconds, steps times the measured pace")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     _save(pyplot, figure, axes[0][0], picture)
