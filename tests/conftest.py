@@ -36,7 +36,6 @@ def _turn(item: pytest.Item) -> int:
     return 1 if item.get_closest_marker("launches") else 0
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist's tells others of the order
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Worlds run while the other tests do, and are asked for their results last. First come the tests that
     leave them a core."""
