@@ -24,6 +24,7 @@ import functools
 import importlib
 import time
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import directions_report as report
@@ -127,9 +128,9 @@ class Benchmark:
         ways = self.ways[section]
         runs = [{**key, "way": way.name, "role": "pace"} for way in ways]
         rates = {way.name: self._rates(key, way) for way in ways}
-        for index in range(a.rates + a.more_rates):
-            for name, of_way in rates.items():
-                for lr in of_way[index : index + 1]:
+        for tried in zip_longest(*rates.values()):  # of those that try fewer, None
+            for name, lr in zip(rates, tried, strict=True):
+                if lr is not None:
                     tuned = {"role": "tune", "lr": lr, "seed": TUNING_SEED}
                     runs.append({**key, "way": name, **tuned})
         for seed in range(a.seeds):
@@ -247,7 +248,7 @@ class Benchmark:
         return float(found["step_seconds"])
 
     def found(self, section: str, role: str = "final") -> list[Record]:
-        """Records of a section for its table."""
+        """Records of a section for its tables; of runs that train, those of one role."""
         records = [self._results.find(run) for run in self.wanted(section)]
         return [r for r in records if r is not None and r.get("role", role) == role]
 

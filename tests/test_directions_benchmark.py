@@ -216,10 +216,9 @@ def call(
 
     def call(*more: object) -> list[dict[str, Any]]:
         sizes = "--queries 1 3 --placement-queries 1 --budget 0.02 --rates 2 --more-rates 1"
-        sizes += (
-            " --train-examples 20 --valid-examples 6 --test-examples 9 --gradient-queries 1 2 4"
-        )
-        sizes += " --gradient-batches 2 --speed-queries 1 2 --speed-shape 2x8 --speed-rounds 2"
+        sizes += " --train-examples 20 --valid-examples 6 --test-examples 9"
+        sizes += " --gradient-queries 1 2 4 --gradient-batches 2"
+        sizes += " --speed-queries 1 2 --speed-shape 2x8 --speed-rounds 2"
         sizes += " --update-queries 8 --update-worlds 1 4 --update-rounds 2"
         places = ["--model", folder / "model", "--cache", folder, "--out", out, "--page", page]
         directions.main([*sizes.split(), *map(str, [*places, *more])])
