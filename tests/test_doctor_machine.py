@@ -80,10 +80,12 @@ def test_a_rank_that_could_not_look_is_red_and_named() -> None:
     assert_row(row, "red", "rank 3 (b): OSError: no")
     assert_row(verdicts.settled("open files", FOUR, {0: 1, 1: 1, 2: 1}, judge), "red", "no answer")
 
-    def fails() -> Row:
-        raise KeyError("a bug")
+    def fails(error: Exception) -> Row:
+        raise error
 
-    assert_row(row_of("bugs", fails), "red", "KeyError: 'a bug'")
+    assert_row(row_of("disk", lambda: fails(OSError("it is full"))), "red", "it is full")
+    row = row_of("bugs", lambda: fails(KeyError("a bug")))
+    assert_row(row, "unchecked", "could not be judged: KeyError: 'a bug'", "report")
 
 
 def test_memory_of_a_container_is_its_share(

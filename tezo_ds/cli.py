@@ -39,6 +39,7 @@ from tezo_ds.flags import (
     settings_from,
 )
 from tezo_ds.plan.command import PLAN_HELP, plan
+from tezo_ds.repeatable import ask_mkl
 from tezo_ds.replay_command import REPLAY_HELP, replay
 
 app = typer.Typer(
@@ -246,6 +247,7 @@ app.command(help=PLAN_HELP)(plan)
 
 def main() -> None:
     """Entry point: errors of the user's in one line, exit code 2; signals 130."""
+    ask_mkl()
     from torch import distributed as dist
 
     from tezo_ds.interrupts import Interrupted

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tezo_ds import repeatable
 from tezo_ds.doctor import machine, network, room, selftest, verdicts
 from tezo_ds.doctor.hostfile import check_hostfile
 from tezo_ds.doctor.meeting import Meeting, within
@@ -86,6 +87,7 @@ class Examination:
             ),
             "backend": attempt(lambda: dist.is_backend_available(self._backend)),
             "memory": attempt(machine.memory),
+            "products": attempt(repeatable.products),
             "shared memory": attempt(machine.shared_memory),
             "open files": attempt(machine.open_files),
             "model": attempt(lambda: plan.seen(skeleton)),
@@ -103,6 +105,7 @@ class Examination:
         judge("versions", lambda held: verdicts.versions(asked, held))
         bfloat16 = "bfloat16" in (plan.settings.compute_dtype, plan.dtype)
         judge("accelerators", lambda held: verdicts.accelerators(asked, held, bfloat16))
+        judge("products", lambda held: verdicts.products(asked, held))
         judge("backend", lambda held: verdicts.backend(self._backend, all(held.values())))
         judge(
             "shared memory",
@@ -115,6 +118,8 @@ class Examination:
         judge("model", lambda held: room.model(asked, held))
 
         def memory(held: dict[int, Any]) -> Row:
+            if isinstance(skeleton, Failed):
+                return Row("memory", "unchecked", "see model")
             self._need = plan.needs(skeleton, world_size)
             accelerators = of("accelerators")
             if any(isinstance(one, Failed) for one in accelerators.values()):

@@ -108,9 +108,8 @@ class Plan:
         second = min(hpz, ranks) if hpz > 1 else 0
         return Layout(ranks, second=second, gathers=True, offloaded=device not in (None, "none"))
 
-    def needs(self, skeleton: nn.Module | Failed, ranks: int) -> Needs:
+    def needs(self, skeleton: nn.Module, ranks: int) -> Needs:
         """What it needs, on so many ranks."""
-        assert isinstance(skeleton, nn.Module), "judged before"
         name = self.settings.compute_dtype
         compute = None if name is None else getattr(torch, name)
         run = on_skeleton(skeleton, self.config)

@@ -53,9 +53,16 @@ def attempt(work: Callable[[], Thing]) -> Thing | Failed:
 
 
 def row_of(check: str, judge: Callable[[], Row]) -> Row:
-    """The row that `judge` gives; red where it raises."""
-    row = attempt(judge)
-    return Row(check, "red", row.why) if isinstance(row, Failed) else row
+    """The row that `judge` gives. What it raises for users to read is a finding, and red; any other error is
+    ours, so the check was not made."""
+    try:
+        return judge()
+    except (TezoError, OSError) as error:
+        return Row(check, "red", one_line(error))
+    except Exception as error:
+        return Row(
+            check, "unchecked", f"could not be judged: {one_line(error)}", "report this error"
+        )
 
 
 def one_line(error: BaseException) -> str:

@@ -10,9 +10,11 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
+from tezo_ds import repeatable
 from tezo_ds.doctor.machine import ABSENT, Accelerator, Space
 from tezo_ds.doctor.report import Failed, Row
 from tezo_ds.needs import GIB
+from tezo_ds.repeatable import Products
 from tezo_ds.watch import listed
 
 Thing = TypeVar("Thing")
@@ -155,6 +157,28 @@ def _of_cpus(asked: Asked, found: Mapping[int, Accelerator]) -> Row:
             "set OMP_NUM_THREADS to cores / ranks of a host, or start fewer ranks",
         )  # fmt: skip
     return Row("accelerators", "green", text)
+
+
+def products(asked: Asked, found: Mapping[int, Products]) -> Row:
+    """The same wherever the operands lie, and by the same kernels on all ranks."""
+    check, by_kernels = "products", _ranks_by(found, lambda held: f"{held.kernels}, {held.asked}")
+    odd = [rank for rank, held in found.items() if held.results > 1]
+    if odd:
+        return Row(
+            check, "yellow", f"{found[odd[0]].results} results of one product over "
+            f"{repeatable.PLACES} places in memory, {asked.name(odd[0])} ({found[odd[0]].kernels})",
+            f"set {repeatable.VARIABLE}={repeatable.MODE} before torch starts, as tezo-ds does by itself",
+        )  # fmt: skip
+    if len(by_kernels) > 1:
+        return Row(
+            check, "yellow", _differing(asked, by_kernels),
+            "a run goes on bit for bit only on the kernels it began with; losses are equal up to rounding",
+        )  # fmt: skip
+    return Row(
+        check,
+        "green",
+        f"the same over {repeatable.PLACES} places in memory ({next(iter(by_kernels))})",
+    )
 
 
 def backend(name: str, available: bool) -> Row:
