@@ -1,10 +1,12 @@
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("MKL_CBWR", "AUTO")  # as the command line does, before torch multiplies
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Worlds take the other cores, and threads that wait for each other on busy cores take for ever.
@@ -13,14 +15,26 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(Path(__file__).parent))
 
+from other_kernels import KINDS, VARIABLE, OtherKernels  # noqa: E402
 from worlds import Background  # noqa: E402
 
 BACKGROUND = pytest.StashKey[Background]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "of this machine, or emulated ones of another; see other_kernels.py"
+    parser.addoption("--kernels", choices=KINDS, default="own", help=text)
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    line = "launches: starts processes that take all cores; it runs after the tests that take one"
-    config.addinivalue_line("markers", line)
+    if (kernels := config.getoption("kernels")) != "own":
+        os.environ[VARIABLE] = kernels
+        OtherKernels(kernels).__enter__()  # until the process ends
+    for line in (
+        "launches: starts processes that take all cores",
+        "world: a case of tests/worlds.py",
+    ):
+        config.addinivalue_line("markers", line)
 
 
 def _world_size(item: pytest.Item) -> int:
@@ -49,6 +63,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     background = config.stash.get(BACKGROUND, None)
     if background is not None:
         background.stop()
+
+
+@pytest.fixture(scope="module")
+def other_kernels() -> Iterator[None]:
+    """A module's products are those of another maker's kernels."""
+    with OtherKernels("shapes") as kernels:
+        yield
+    assert kernels.products
 
 
 @pytest.fixture

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import time
+from pathlib import Path
+
 import pytest
+from command_line import TIMEOUT
+from failing_cases import run
+from fault_runs import server
 from worlds import Background, load_cases
 
 
+@pytest.mark.world
 @pytest.mark.parametrize(
     ("size", "name"),
     sorted((size, case.name) for case in load_cases() for size in case.worlds),
@@ -13,3 +21,20 @@ from worlds import Background, load_cases
 def test_case(size: int, name: str, worlds_in_background: Background) -> None:
     errors = worlds_in_background.results(size)[name]
     assert not errors, "\n".join(errors)
+
+
+@pytest.mark.launches
+def test_a_case_that_fails_on_one_rank_fails_at_once_on_all(tmp_path: Path) -> None:
+    """And the next case has a new world. gloo alone would wait a minute for each."""
+    process, started = server().Process(target=run, args=(tmp_path,)), time.monotonic()
+    process.start()
+    process.join(TIMEOUT)
+    process.kill()
+    assert process.exitcode == 0 and time.monotonic() - started < 50
+    errors = json.loads((tmp_path / "errors.json").read_text())
+    assert {name.split(".")[1]: len(found) for name, found in errors.items()} == {
+        "goes_well": 0, "fails_on_one_rank": 2, "hangs_on_the_other": 1, "goes_well_again": 0,
+    }  # fmt: skip
+    first, then = errors["failing_cases.fails_on_one_rank"]
+    assert first.startswith("rank 1 failed first: Traceback") and "the first to fail" in first
+    assert then.startswith("then rank 0: ") and "\n" not in then

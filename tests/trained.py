@@ -23,3 +23,9 @@ def logits(model: nn.Module) -> Tensor:
     batch = make_batch(3)
     found: Tensor = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return found
+
+
+def shared(engine: tezo_ds.Engine) -> list[list[str]]:
+    """Last parts of the paths of sites that share a product, in order."""
+    groups = {id(site.group): site.group for site in engine.probe._sites}.values()
+    return [[site.path.rsplit(".")[-1] for site in g.sites] for g in groups if len(g.sites) > 1]

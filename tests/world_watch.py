@@ -125,8 +125,8 @@ def one_bit_of_a_weight_that_was_written_stops_all(world: World) -> None:
 
     engine = replicated()
     step(engine, world)
-    if world.rank == bad:
-        spoil_weight(name)(engine)
+    if world.rank == bad:  # by its sign, as the last bit may round away when the update is added
+        next(view for view in views_of(engine) if view.name == name).local[5].neg_()
     engine.check()  # nothing was written, as far as a fused probe knows
     assert expected in refusal(engine.merge, tezo_ds.ShardingError)
 

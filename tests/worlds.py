@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import socket
@@ -21,6 +23,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +38,7 @@ MODULES = (
     "world_loading",
     "world_fsdp_runs",
     "world_everywhere",
+    "world_shared_inputs",
     "world_methods",
     "world_directions",
     "world_ranks",
@@ -49,6 +53,10 @@ MODULES = (
     "world_scaling",
 )
 TIMEOUT = 900  # seconds for all cases of one size, beside other tests
+EMULATED = (
+    3  # ranks of the world that multiplies with another maker's kernels, see other_kernels.py
+)
+GRACE = 10  # seconds for the other ranks, once one has failed
 
 
 @dataclass(frozen=True)
@@ -65,16 +73,20 @@ class Case:
     name: str
     worlds: tuple[int, ...]
     run: Callable[[World], None]
+    bits: bool
 
 
 CASES: list[Case] = []
 
 
-def case(worlds: tuple[int, ...]) -> Callable[[Callable[[World], None]], Callable[[World], None]]:
-    """Registers a case for these world sizes."""
+def case(
+    worlds: tuple[int, ...], bits: bool = False
+) -> Callable[[Callable[[World], None]], Callable[[World], None]]:
+    """Registers a case for these world sizes; `bits`: it is of a promise of equal bits, and runs with another
+    maker's kernels, see other_kernels.py."""
 
     def register(run: Callable[[World], None]) -> Callable[[World], None]:
-        CASES.append(Case(f"{run.__module__}.{run.__name__}", worlds, run))
+        CASES.append(Case(f"{run.__module__}.{run.__name__}", worlds, run, bits))
         return run
 
     return register
@@ -87,6 +99,11 @@ def load_cases() -> list[Case]:
     for module in MODULES:
         importlib.import_module(module)
     return registry
+
+
+def cases_of(size: int) -> list[Case]:
+    """Those of one world size, in order."""
+    return [case for case in load_cases() if size in case.worlds]
 
 
 class Background:
@@ -128,60 +145,97 @@ def _errors(size: int, folder: Path) -> dict[str, list[str]]:
         for line in path.read_text().splitlines()
     ]
     errors: dict[str, list[str]] = {}
-    for name in (c.name for c in load_cases() if size in c.worlds):
-        of_case = [line for line in lines if line["case"] == name]
-        errors[name] = [f"rank {x['rank']}: {x['error']}" for x in of_case if x["error"]]
+    for name in (c.name for c in cases_of(size)):
+        of_case = sorted((x for x in lines if x["case"] == name), key=lambda line: line["at"])
+        first, *others = [x for x in of_case if x["error"]] or [None]
+        errors[name] = [f"rank {first['rank']} failed first: {first['error']}"] if first else []
+        errors[name] += [f"then rank {x['rank']}: {_last_line(x['error'])}" for x in others]
         if len(of_case) < size and not errors[name]:
             tail = (folder / "log").read_text()[-2000:]
             errors[name] = [f"only {len(of_case)} of {size} ranks finished it; log ends: {tail}"]
     return errors
 
 
-def _rank_main(rank: int, size: int, folder: str, port: int) -> None:
+def _last_line(text: str) -> str:
+    return text.strip().splitlines()[-1]
+
+
+def _rank_main(rank: int, size: int, folder: Path, port: int, first: int) -> None:
+    """Runs cases from the first on. Leaves at one that fails, without a goodbye: the others' connections
+    break, so that none waits for what does not come."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
     from datetime import timedelta
 
+    import other_kernels
     import torch
     from deepspeed.utils import groups
+    from other_kernels import OtherKernels
 
     from tezo_ds.sharding import zero3
 
     zero3.init_distributed(timeout=timedelta(seconds=60))
-    world = World(rank, size, Path(folder))
-    with (world.folder / f"rank{rank}.jsonl").open("w") as out:
-        for c in (c for c in load_cases() if size in c.worlds):
+    everywhere = os.environ.get(other_kernels.VARIABLE)
+    with (folder / f"rank{rank}.jsonl").open("a") as out:
+        for c in cases_of(size)[first:]:
             start, error = time.perf_counter(), ""
+            kernels = everywhere or ("shapes" if c.bits else None)
             try:
-                c.run(world)
+                with OtherKernels(kernels) if kernels else nullcontext():
+                    c.run(World(rank, size, folder))
             except BaseException:
                 error = traceback.format_exc()
             groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's, which DeepSpeed makes but once
             seconds = round(time.perf_counter() - start, 2)
-            line = {"case": c.name, "rank": rank, "seconds": seconds, "error": error}
+            line = {
+                "case": c.name, "rank": rank, "seconds": seconds, "error": error, "at": time.time(),
+            }  # fmt: skip
             print(json.dumps(line), file=out, flush=True)
+            if error:
+                os._exit(1)
     torch.distributed.destroy_process_group()
 
 
 def _run(size: int, folder: Path) -> None:
-    """One world, from its start to its end or `TIMEOUT`."""
-    import torch.multiprocessing as mp
+    """All cases of one size: by one world, and another one after each case that failed, until `TIMEOUT`."""
+    deadline, done = time.monotonic() + TIMEOUT, 0
+    while done < len(cases_of(size)):
+        _one_world(size, folder, done, deadline)
+        finished = (_finished(folder / f"rank{rank}.jsonl") for rank in range(size))
+        done = max(done + 1, *finished)
 
+
+def _finished(records: Path) -> int:
+    return len(records.read_text().splitlines()) if records.exists() else 0
+
+
+def _one_world(size: int, folder: Path, first: int, deadline: float) -> None:
+    """Forks the ranks and waits for them; once one has failed the others have `GRACE`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = (size, str(folder), port)
-    ranks = mp.start_processes(_rank_main, arguments, size, join=False, start_method="fork")
-    deadline = time.monotonic() + TIMEOUT
+    fork = multiprocessing.get_context("fork")
+    ranks = [
+        fork.Process(target=_rank_main, args=(r, size, folder, port, first)) for r in range(size)
+    ]
+    for rank in ranks:
+        rank.start()
+    end = deadline
     try:
-        while not ranks.join(max(deadline - time.monotonic(), 0)):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{size} ranks have not ended in {TIMEOUT} s")
+        while alive := [rank.sentinel for rank in ranks if rank.is_alive()]:
+            if end == deadline and any(rank.exitcode for rank in ranks):
+                end = min(end, time.monotonic() + GRACE)
+            if time.monotonic() > end:
+                break
+            multiprocessing.connection.wait(alive, max(end - time.monotonic(), 0))
     finally:
-        for rank in ranks.processes:
+        for rank in ranks:
             rank.kill()
+            rank.join()
+    if time.monotonic() > deadline:
+        raise TimeoutError(f"{size} ranks have not ended in {TIMEOUT} s")
 
 
 def main() -> None:
