@@ -6,18 +6,21 @@ import itertools
 from typing import Any
 from unittest import mock
 
+import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import (
     AsyncPartitionedParameterSwapper as Swapper,
 )
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
+from deepspeed.runtime.zero.partition_parameters import Init
 from file_aio import toy_nvme
 from tiny import make_batch, part_of, tiny
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from world_hazards import assert_write_was_lost, assert_write_was_seen, fail_in_the_middle, refusal
 from world_replicated import alone, assert_same_run
-from world_zero3 import sharded
+from world_zero3 import ZERO3, sharded
 from worlds import World, case
 
 import tezo_ds
@@ -91,6 +94,29 @@ def nvme_offload_runs_as_one_process(world: World) -> None:
             engine = assert_trains_and_merges(world, nvme(world), kind, tied, probe)
             assert len(engine.space.matrices) <= len(in_files(engine)) < len(shards_of(engine))
             assert free_buffers(engine) == BUFFERS
+
+
+@case(worlds=(1, 2))
+def a_given_dtype_is_kept_where_there_is_no_float16(world: World) -> None:
+    """Hazard: on such a CPU DeepSpeed takes bfloat16 for any dtype that it is given by hand: for the buffers
+    of NVMe in every engine, and for the weights of a model that is made under `zero.Init`."""
+    with (
+        toy_nvme(),
+        mock.patch.object(type(get_accelerator()), "is_fp16_supported", lambda _: False),
+    ):
+        assert_trains_and_merges(world, nvme(world), "llama", True, "fused")
+        by_hand = {"config_dict_or_path": zero3.prepare(ZERO3), "dtype": torch.float32}
+        with deepspeed.zero.Init(**by_hand):
+            linear = torch.nn.Linear(3, 5)
+        assert linear.weight.ds_tensor.dtype == torch.float32
+
+        with mock.patch.object(Init, "_set_dtype", zero3._set_dtype):
+            engine = sharded(zero=nvme(world))
+            batch = part_of(make_batch(7), world.rank, world.size)
+            assert "same dtype" in refusal(lambda: engine.loss(batch), RuntimeError)
+            with deepspeed.zero.Init(**by_hand):
+                linear = torch.nn.Linear(3, 5)
+            assert linear.weight.ds_tensor.dtype == torch.bfloat16
 
 
 @case(worlds=(3,))

@@ -18,7 +18,7 @@ from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedP
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload, ZeROOrderedDict
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
 from packaging.version import Version
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -31,6 +31,18 @@ from tezo_ds.sharding.view import ShardView
 
 # Up to 0.19.7 a CPU gather may wait for the last of its handles only and return wrong weights.
 OLDEST = Version("0.19.8")
+
+
+def _set_given_dtype(self: Init, ds_config: Any, dtype: torch.dtype | None) -> None:
+    """In place of `Init._set_dtype`, which on a device without float16 (most CPUs) takes bfloat16 whatever
+    dtype it is given: weights, or their buffers for NVMe, would change theirs."""
+    if dtype is None:
+        _set_dtype(self, ds_config, dtype)
+    else:
+        self.dtype = dtype
+
+
+_set_dtype, Init._set_dtype = Init._set_dtype, _set_given_dtype
 
 
 class Zero3(Sharding):
@@ -111,15 +123,32 @@ class Zero3(Sharding):
     def full_tensors(self) -> Iterator[tuple[list[str], Tensor | None]]:
         """Gathers one parameter at a time."""
         for names, tensor in named_state(self.module):
-            gathered = [tensor] if hasattr(tensor, "ds_id") else []
-            with deepspeed.zero.GatheredParameters(gathered):
-                copy = tensor.detach().cpu().clone() if self.rank == 0 else None
+            with _whole(tensor) as whole:
+                copy = whole.detach().cpu().clone() if self.rank == 0 else None
             yield names, copy
 
 
 def _internals(parameter: nn.Parameter) -> Any:
     """The parameter, with the attributes that DeepSpeed gave it and no type checker knows."""
     return parameter
+
+
+@contextmanager
+def _whole(tensor: Any) -> Iterator[Tensor]:
+    """Within it, all of a parameter or buffer.
+
+    Under hpZ it is gathered as forwards do it, from the copies within a group of ranks. Those may differ
+    from the primary shards in the last bits once a method has written both: products depend on a range.
+    """
+    if getattr(tensor, "ds_secondary_tensor", None) is None:
+        with deepspeed.zero.GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):
+            yield tensor
+        return
+    group, shard = tensor.ds_zero_param_process_group, tensor.ds_secondary_tensor.detach()
+    size = torch.distributed.get_world_size(group)
+    whole = shard.new_empty(size * shard.numel())
+    torch.distributed.all_gather(list(whole.chunk(size)), shard, group=group)
+    yield whole[: tensor.ds_numel].view(tensor.ds_shape)
 
 
 def _on_nvme(parameter: Any) -> bool:
