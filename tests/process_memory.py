@@ -15,7 +15,7 @@ from tezo_ds.config import MethodName
 from tezo_ds.lowrank import BLOCK_NUMEL
 
 METHODS = get_args(MethodName)
-RUNS = 3  # the second is the first that finds moments and a joined group of layers
+RUNS = 2  # the second is the first that finds moments
 BLOCK = 4 * BLOCK_NUMEL  # bytes of a block in float32
 
 Prepare = Callable[[nn.Module], Callable[[], object]]

@@ -142,7 +142,9 @@ def add_low_rank_(view: ShardView, scaled: Tensor, V: Tensor, store: Store | Non
         store: how a sum goes into the shard; rounds to the nearest by default.
     """
     wide = torch.promote_types(view.local.dtype, torch.float32)
-    scaled, Vt = scaled.to(wide), V.to(wide).t()  # (rows, rank), (rank, n)
+    # Kept factors lie otherwise than such as are made anew, and a product's last bits depend on that.
+    scaled = scaled.to(wide).contiguous()  # (rows, rank)
+    Vt = V.to(wide).contiguous().t()  # (rank, n)
     for piece in view.pieces(BLOCK_NUMEL):
         left = scaled[place_in(view.rows, piece.rows)]  # (rows, rank)
         right = Vt[:, place_in(view.span, piece.columns)]

@@ -10,6 +10,8 @@ one branch are contiguous ("branch-major").
 
 from __future__ import annotations
 
+import logging
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
@@ -22,9 +24,12 @@ from tezo_ds.branches import Branches, LowRank
 from tezo_ds.errors import ProbeError
 from tezo_ds.lowrank import Factors
 from tezo_ds.objective import Objective
-from tezo_ds.probes.sites import Group, Sightings, Site, attached, kind_of
+from tezo_ds.probes.shared_inputs import Hollow
+from tezo_ds.probes.sites import Group, Site, attached, kind_of
 from tezo_ds.probes.vectors import VectorSite, attached_vectors, find_vector_sites
 from tezo_ds.sharding.base import Sharding
+
+log = logging.getLogger(__name__)
 
 
 class FusedProbe:
@@ -48,8 +53,7 @@ class FusedProbe:
         self._vector_sites = list(find_vector_sites(sharding, vectors))
         self._all: list[Site | VectorSite] = [*self._sites, *self._vector_sites]
         self._changes: dict[str, Tensor] = {}  # of each vector, (branches, numel)
-        self._sightings: Sightings | None = None
-        self._seen = False
+        self._hollow: Hollow | None = self._make_hollow()  # until it has shown who shares a product
         self._branches = self._examples = 1
         self._leads: set[int] = set()  # sizes of a leading dim that counts branch-major rows
 
@@ -62,24 +66,14 @@ class FusedProbe:
         """
         if branches.idle:
             return objective(batch, len(branches))
-        if not self._seen:
-            self._sightings = Sightings()
-        watch = self._sharding.module.register_forward_pre_hook(self._expect, with_kwargs=True)
-        try:
-            with self.held(branches):
-                result = objective(batch, len(branches))
-        finally:
-            watch.remove()
+        with self.held(branches):
+            result = objective(batch, len(branches))
         idle = sorted({site.name for site in self._all if site.calls == 0})
         if idle:
             raise ProbeError(
                 f"{idle[0]} took no part in the forward ({len(idle)} such); "
                 f'add it to exclude, e.g. exclude: ["{idle[0]}"]'
             )
-        if self._sightings is not None:
-            self._sightings.join()
-            self._regroup()
-            self._seen, self._sightings = True, None
         return result
 
     @contextmanager
@@ -91,21 +85,60 @@ class FusedProbe:
         assert isinstance(branches, LowRank), "dense directions are for the in-place probe"
         self._branches = len(branches)
         self._load()
-        # All columns at once into the order of the groups, each of which then takes a view.
+        self._start(branches)
+        self._set_changes(branches)
+        for site in self._all:
+            site.calls = 0
+
+        def expect(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._hollow is not None:
+                self._join(self._hollow, args, kwargs)
+                self._start(branches)
+            self._expect((*args, *kwargs.values()))
+
+        watch = self._sharding.module.register_forward_pre_hook(expect, with_kwargs=True)
+        try:
+            with (
+                attached(self._sites, self._add),
+                attached_vectors(self._vector_sites, self._add_vectors),
+            ):
+                yield
+        finally:
+            watch.remove()
+
+    def _start(self, branches: LowRank) -> None:
+        """Gives each group its coefficients: all columns at once into the order of the groups, each of
+        which then takes a view."""
         c = branches.c.to(self._sharding.device)[..., self._columns]  # (branches, copies, widths)
         by_dtype = {dtype: c.to(dtype) for dtype in {_wide(group) for group in self._groups}}
         start = 0
         for group in self._groups:
             group.start(by_dtype[_wide(group)][..., start : start + group.width])
             start += group.width
-        self._set_changes(branches)
-        for site in self._all:
-            site.calls = 0
-        with (
-            attached(self._sites, self._add),
-            attached_vectors(self._vector_sites, self._add_vectors),
-        ):
-            yield
+
+    def _make_hollow(self) -> Hollow | None:
+        if sum(map(_may_share, self._sites)) < 2:
+            return None
+        try:
+            return Hollow(self._sharding)
+        except Exception as error:  # whatever a module of unknown kind may object to
+            _warn_of_own_products(error)
+            return None
+
+    def _join(self, hollow: Hollow, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Makes a group of the sites that read one tensor, before the first forward."""
+        self._hollow = None
+        get = getattr(self._sharding.module, "get_output_embeddings", None)
+        head = get() if get is not None else None  # which sees chosen positions alone
+        sites = {s.path: s for s in self._sites if _may_share(s) and s.module is not head}
+        try:
+            runs = hollow.readers(sites, args, kwargs)
+        except Exception as error:  # the model's code asks for values, in ways of its own
+            _warn_of_own_products(error)
+            return
+        for run in runs:
+            Group([sites[path] for path in run])
+        self._regroup()
 
     def _set_changes(self, branches: LowRank) -> None:
         space = self._factors.space
@@ -142,13 +175,12 @@ class FusedProbe:
             columns, dtype=torch.int64, device=device
         )  # of c, group by group
 
-    def _expect(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _expect(self, inputs: tuple[Any, ...]) -> None:
         """Notes, before each forward, the shapes by which a layer's input shows its branches:
         (branches * B, …) as the batch goes in, (branches * B * T, …) flattened, (branches, …) at the
         output layer."""
-        inputs = (*args, *kwargs.values())
         shapes = [value.shape for value in inputs if isinstance(value, Tensor) and value.dim()]
-        rows = max(shape[0] for shape in shapes)
+        rows = max((shape[0] for shape in shapes), default=1)
         self._examples = rows // self._branches
         lengths = {shape[1] for shape in shapes if len(shape) > 1}
         self._leads = {rows, self._branches, *(rows * length for length in lengths)}
@@ -163,8 +195,6 @@ class FusedProbe:
             return self._add_shared(site, x, y)
         if site.kind == "embedding":
             return y.add_(site.group.looked_up(site, x, self._branches).view(y.shape))
-        if self._sightings is not None and site.kind == "linear":
-            self._sightings.note(site, x)
         y.view(-1, y.shape[-1]).addmm_(*site.group.term(site, x))
         return result
 
@@ -191,6 +221,16 @@ class FusedProbe:
             term = scaled @ outer
         term = term.view(self._branches, *y.shape[1:])
         return (y + term).repeat_interleave(self._examples, dim=0)
+
+
+def _may_share(site: Site) -> bool:
+    """Under tensor parallelism each layer's input is a tensor of its own."""
+    return site.kind == "linear" and not site.split
+
+
+def _warn_of_own_products(error: Exception) -> None:
+    reason = textwrap.shorten(f"{type(error).__name__}: {error}", 120, placeholder=" …")
+    log.warning("probe: each layer takes a product of its own, a few percent slower (%s)", reason)
 
 
 def _unclear(site: Site | VectorSite, x: Tensor) -> str:

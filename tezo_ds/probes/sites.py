@@ -181,32 +181,6 @@ class Group:
         return h.view(-1, self.width).split(self._ranks, dim=1)
 
 
-class Sightings:
-    """Watches one forward to see which sites read the same tensor one right after another."""
-
-    def __init__(self) -> None:
-        self._runs: list[list[Site]] = []
-        self._last: weakref.ref[Tensor] | None = None
-        self._version = -1
-
-    def note(self, site: Site, x: Tensor) -> None:
-        """Site reads x."""
-        if self._last is not None and self._last() is x and self._version == x._version:
-            self._runs[-1].append(site)
-        else:
-            self._runs.append([site])
-        self._last, self._version = weakref.ref(x), x._version
-
-    def join(self) -> None:
-        """Makes a group of each such run; a site that was called more than once stays alone."""
-        times: dict[str, int] = {}
-        for site in (site for run in self._runs for site in run):
-            times[site.path] = times.get(site.path, 0) + 1
-        for run in self._runs:
-            if len(run) > 1 and all(times[site.path] == 1 for site in run):
-                Group(run)
-
-
 AddTerm = Callable[[Site, Tensor, Tensor], Tensor]  # (site, input, output) -> output with the term
 
 

@@ -1,0 +1,145 @@
+"""Which layers read the very same tensor (q, k, v; gate, up), found without a forward of the model.
+
+Layers that do share one product x [V₁ V₂ V₃], and the shape of a product sets its last bits. So who
+shares has to be known before the first loss, and alike in every process. It is read off the model's own
+code, run once on tensors that have shapes and no values, with as many examples as `EXAMPLES` says.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
+
+from tezo_ds.sharding.base import Sharding
+
+EXAMPLES = (
+    7,
+    11,
+)  # of the run without values; the second where another dim of the inputs is the first
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
+
+
+class Hollow:
+    """A copy of a model's modules whose parameters and buffers have shapes and no values.
+
+    Whole on every rank and without hooks, so neither gathers nor wrappers of forwards take part.
+
+    Args:
+        sharding: of the model, outside of a forward.
+    """
+
+    def __init__(self, sharding: Sharding) -> None:
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._sharding = sharding
+        self._copies: dict[int, Any] = {}  # by id of what they are copies of
+        with _disable_current_modes(), self._fake:
+            self.module: nn.Module = self._module(sharding.module)
+
+    def _module(self, module: nn.Module) -> nn.Module:
+        if id(module) not in self._copies:
+            # Not by copy.copy, as the classes that `fully_shard` makes construct themselves otherwise.
+            twin = self._copies[id(module)] = object.__new__(type(module))
+            held = vars(twin)
+            held.update(vars(module))
+            held.pop("forward", None)
+            held.update({name: type(held[name])() for name in _HOOKS})
+            for kind, make in (
+                ("_parameters", self._parameter),
+                ("_buffers", self._like),
+                ("_modules", self._module),
+            ):
+                parts = vars(module)[kind].items()
+                held[kind] = {name: part if part is None else make(part) for name, part in parts}
+        twin = self._copies[id(module)]
+        return twin
+
+    def _parameter(self, parameter: nn.Parameter) -> nn.Parameter:
+        if id(parameter) not in self._copies:
+            whole = torch.empty(
+                self._sharding.shape(parameter),
+                dtype=self._sharding.compute_dtype(parameter),
+                device=self._sharding.device,
+            )
+            self._copies[id(parameter)] = nn.Parameter(whole, requires_grad=False)
+        twin: nn.Parameter = self._copies[id(parameter)]
+        return twin
+
+    @staticmethod
+    def _like(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+    @torch.no_grad()
+    def readers(
+        self, paths: Collection[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> list[list[str]]:
+        """Runs of modules, called once each, that read one tensor right after another.
+
+        Only tensors whose rows are examples count, not such as serve every example alike.
+
+        Args:
+            paths: of the modules to watch.
+            args, kwargs: of a forward; only their shapes matter, less their number of examples.
+
+        Raises:
+            Exception: of any kind, where the model's code asks for values.
+        """
+        shapes = [x.shape for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()]
+        rows, sizes = max(shape[0] for shape in shapes), {n for shape in shapes for n in shape[1:]}
+        examples = next(n for n in EXAMPLES if n not in sizes)
+        leads = {examples, *(examples * shape[1] for shape in shapes if len(shape) > 1)}
+
+        def hollow(x: Tensor) -> Tensor:
+            shape = (examples, *x.shape[1:]) if x.shape[:1] == (rows,) else x.shape
+            return torch.empty(shape, dtype=x.dtype, device=x.device)
+
+        watch = _Watch(leads)
+        for path, module in self.module.named_modules():
+            if path in paths:
+                watch.attach(path, module)
+        with _disable_current_modes(), self._fake:
+            given, named = tree_map_only(Tensor, hollow, (args, dict(kwargs)))
+            self.module(*given, **named)
+        return watch.runs()
+
+
+class _Watch:
+    """Notes what modules read in one forward."""
+
+    def __init__(self, leads: Collection[int]) -> None:
+        self._leads = leads
+        self._runs: list[list[str]] = []
+        self._last: weakref.ref[Tensor] | None = None
+        self._version = -1
+
+    def attach(self, path: str, module: nn.Module) -> None:
+        """From now on the module is watched."""
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = next(iter((*args, *kwargs.values())))
+            if x.shape[:1] and x.shape[0] in self._leads:
+                self._note(path, x)
+
+        module.register_forward_pre_hook(note, with_kwargs=True)
+
+    def _note(self, path: str, x: Tensor) -> None:
+        if self._last is not None and self._last() is x and self._version == x._version:
+            self._runs[-1].append(path)
+        else:
+            self._runs.append([path])
+        self._last, self._version = weakref.ref(x), x._version
+
+    def runs(self) -> list[list[str]]:
+        """Of two modules or more, none of which was called more than once."""
+        times = Counter(path for run in self._runs for path in run)
+        return [run for run in self._runs if len(run) > 1 and all(times[path] == 1 for path in run)]
