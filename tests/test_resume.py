@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from command_line import STEPS, Given, Run, call
+from other_kernels import OtherKernels
 from safetensors.torch import load_file
 
 from tezo_ds.journal import read_journal
+from tezo_ds.measuring import Measuring
 from tezo_ds.runfolder import (
     ADAPTER,
     COEFFICIENTS,
@@ -80,16 +84,21 @@ def same(one: Path, other: Path) -> bool:
     return mine.keys() == its.keys() and all(torch.equal(mine[name], its[name]) for name in mine)
 
 
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Those of this machine, or another maker's."""
+    with nullcontext() if request.param == "own" else OtherKernels(request.param):
+        yield
+
+
 @pytest.mark.parametrize("method", WAYS)
-@pytest.mark.parametrize("snapshot_every", [0, 2])
+@pytest.mark.parametrize(
+    ("kernels", "snapshot_every"), [("own", 0), ("shapes", 2)], indirect=["kernels"]
+)
 def test_a_run_that_was_killed_goes_on_bit_for_bit(
-    given: Given,
-    method: str,
-    snapshot_every: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: Captured,
-) -> None:
+    given: Given, method: str, snapshot_every: int, kernels: None, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capfd: Captured,
+) -> None:  # fmt: skip
     options = {"method": method, **WAYS[method], "snapshot_every": snapshot_every}
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert call(*given.train(whole, **options)) == 0
@@ -111,6 +120,27 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
     assert [line["step"] for line in one.steps] == list(range(STEPS))
     for name in ("test_loss_before", "test_loss_after", "accuracy_before", "steps", "status"):
         assert one.summary[name] == other.summary[name]
+
+
+def test_a_memory_budget_is_measured_once_a_run(
+    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hazard: a process that goes on begins with another batch, and other shapes have other last bits."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    options = {"queries": 8, "memory_budget": 2e-4, "max_length": 9}
+    with OtherKernels("shapes"):
+        assert call(*given.train(whole, **options)) == 0
+        killed_after(3, given.train(run, **options), monkeypatch)
+        with monkeypatch.context() as patch:
+            patch.setattr(Measuring, "_measure_cost", None)
+            assert call(*given.train(run, **options)) == 0
+    assert kappas(run) == kappas(whole) and same(run, whole)
+    cost = read_journal(run / JOURNAL).steps[0]["cost"]
+    at_once = (options["memory_budget"] * 2**30 - cost["fixed"]) / (cost["each"] * 4 * 9)
+    assert 1 < at_once < 16, "no part of the branches goes at once"
+    assert call(*given.train(whole, steps=STEPS + 1, fsdp=True, **options)) == 0  # measured again
+    costs = [line["cost"]["where"] for line in read_journal(whole / JOURNAL).steps]
+    assert costs == ["Replicated on 1 rank(s)"] * STEPS + ["Fsdp2 on 1 rank(s)"]
 
 
 def test_a_finished_run_has_nothing_to_do_and_may_be_made_longer(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,22 @@ from tezo_ds.sharding import Sharding
 from tezo_ds.slopes import PATIENCE, kappas
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Memory of a forward. A run measures it once: it says how many branches go at once, and so the shapes
+    of products, and must not depend on which batch a process that goes on begins with.
+
+    Attributes:
+        fixed: bytes of tensors, whatever the branches.
+        each: bytes of tensors for each token of each branch.
+        where: the sharding and the ranks for which that holds.
+    """
+
+    fixed: float
+    each: float
+    where: str
+
+
 class Measuring:
     """Measures what a method asks for by a probe.
 
@@ -31,6 +48,7 @@ class Measuring:
         rho: ρ; NaN until it is chosen, where the config leaves that open.
         radius: that choice.
         failed: steps in a row in which directions failed.
+        cost: memory of a forward; None before it is measured, and without a `memory_budget`.
         asked: whether this rank was asked to stop; told to the others with the next step's losses.
         stopping: whether any rank had been, as of the last step's; the same on all ranks.
 
@@ -50,7 +68,8 @@ class Measuring:
         queries_at(config, 0)
         self._config, self._sharding = config, sharding
         self._method, self._probe, self._objective = method, probe, objective
-        self._cost: tuple[float, float] | None = None  # bytes of a forward, and of a branch's token
+        self.cost: Cost | None = None
+        self._where = f"{type(sharding).__name__} on {sharding.everyone} rank(s)"
         self.failed = 0
         self.asked = self.stopping = False
         self.groups = sharding.world_size if config.placement == "per_rank" else 1
@@ -79,9 +98,9 @@ class Measuring:
         if self._config.micro_batch:
             examples = min(examples, self._config.micro_batch)
         (tokens,) = self._sharding.maxima([examples * length])
-        if self._cost is None:
-            self._cost = self._measure_cost(batch, step, tokens)
-        fixed, each = self._cost
+        if self.cost is None or self.cost.where != self._where:
+            self.cost = Cost(*self._measure_cost(batch, step, tokens), self._where)
+        fixed, each = self.cost.fixed, self.cost.each
         fits = (self._config.memory_budget * 2**30 - fixed) / (each * tokens)
         if fits < 1:
             raise ConfigError(

@@ -18,6 +18,7 @@ from tezo_ds.config import BLOCK, FREE, TezoConfig, read_json
 from tezo_ds.display import Display
 from tezo_ds.engine import Engine
 from tezo_ds.errors import ConfigError, StorageError, TezoError
+from tezo_ds.measuring import Cost
 from tezo_ds.methods import in_coefficients
 from tezo_ds.results import refuse_foreign, replay
 from tezo_ds.runfolder import (
@@ -255,6 +256,8 @@ def restore(engine: Engine, found: Begun, display: Display) -> None:
         TezoError: it is of another model, or a snapshot is damaged.
     """
     steps = found.steps
+    if costs := [line["cost"] for line in steps if "cost" in line]:
+        engine.measuring.cost = Cost(**costs[-1])
     for snapshot in found.snapshots:
         if snapshot.shards is not None:
             try:

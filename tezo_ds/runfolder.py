@@ -151,14 +151,17 @@ class RunFolder:
                 "same command to go on"
             ) from None
 
-    def log_step(self, report: StepReport, seen: int, state: str | None = None) -> None:
+    def log_step(
+        self, report: StepReport, seen: int, more: Mapping[str, Any] | None = None
+    ) -> None:
         """A step's lines: in metrics.jsonl, and in the journal, on disk when this returns. The step counts
         by the latter; one that does not is made again, with both its lines.
 
         Args:
             report: of the step.
             seen: examples that the run has trained on since it began, over all ranks.
-            state: digest of what is equal on all ranks, after the step; None: of this step none is kept.
+            more: for the journal alone: "state", a digest of what is equal on all ranks after the step, and
+                "cost", that of a forward.
 
         Raises:
             StorageError: a line cannot be written.
@@ -166,13 +169,12 @@ class RunFolder:
         found, journal = report.quality, self._journal
         assert journal is not None, "opened before"
         slopes = {"step": report.step, "kappa": report.kappa, "rho": report.rho, "lr": report.lr}
-        digest = {} if state is None else {"state": state}
         self._log({
             **slopes, "loss": report.loss, "seconds": round(report.seconds, 4), "tokens": report.tokens,
             "dropped": report.dropped, "kappa_mean": found.mean, "kappa_spread": found.spread,
             "gradient_norm": found.gradient_norm, "snr": found.snr,
         })  # fmt: skip
-        journal.append({**slopes, "loss": report.loss, "seen": seen, **digest})
+        journal.append({**slopes, "loss": report.loss, "seen": seen, **(more or {})})
 
     def log_score(self, step: int, accuracy: float | None, loss: float, examples: int) -> None:
         """One line for an evaluation after `step` steps."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +176,12 @@ class _Training:
         """With its line in the journal the step counts."""
         engine, every = self._engine, self._engine.config.check_every
         if self._folder is not None:
-            known = every and engine.step_index % every == 0
-            state = digest(take(engine)) if known else None
-            self._folder.log_step(report, engine.step_index * self._plan.batch_size, state)
+            more: dict[str, Any] = {}
+            if every and engine.step_index % every == 0:
+                more["state"] = digest(take(engine))
+            if engine.measuring.cost is not None:
+                more["cost"] = asdict(engine.measuring.cost)
+            self._folder.log_step(report, engine.step_index * self._plan.batch_size, more)
         if not report.step and engine.radius is not None:
             self._display.note(str(engine.radius))
         self._display.step(report)
