@@ -31,12 +31,16 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
     return make_given(tmp_path_factory.mktemp("given"))
 
 
-@pytest.fixture(scope="session")
-def plain(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def make_plain(given: Given, output: Path) -> Run:
     """A finished run of one process."""
-    output = tmp_path_factory.mktemp("plain") / "run"
     assert call(*given.train(output, eval_every=4)) == 0
     return Run(output)
+
+
+@pytest.fixture(scope="session")
+def plain(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """See `make_plain`."""
+    return make_plain(given, tmp_path_factory.mktemp("plain") / "run")
 
 
 @pytest.fixture

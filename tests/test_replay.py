@@ -16,6 +16,7 @@ from tezo_ds.journal import Journal, read_journal
 from tezo_ds.runfolder import JOURNAL
 
 pytest_plugins = ("cli_fixtures",)
+pytestmark = pytest.mark.usefixtures("other_kernels")
 
 Captured = pytest.CaptureFixture[str]
 

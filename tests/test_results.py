@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_fixtures import make_plain
 from command_line import Given, Run, call
 from safetensors.torch import load_file
 
@@ -18,6 +19,7 @@ from tezo_ds.report import StepReport
 from tezo_ds.runfolder import ADAPTER, COEFFICIENTS, JOURNAL, MODEL, SUMMARY, RunFolder
 
 pytest_plugins = ("cli_fixtures",)
+pytestmark = pytest.mark.usefixtures("other_kernels")
 
 MEZO: dict[str, Any] = {"method": "mezo", "rank": None, "lr": 2e-4, "dtype": "bfloat16"}
 LOZO: dict[str, Any] = {"method": "lozo", "rank": 2, "nu": 2, "lr": 2e-4}
@@ -47,6 +49,12 @@ def refused(run: Path, capfd: Captured, *telling: str) -> None:
     assert err.startswith("tezo-ds: error: ") and err.count("\n") == 1
     for words in telling:
         assert words in err
+
+
+@pytest.fixture(scope="module")
+def plain(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Of the kernels of this module."""
+    return make_plain(given, tmp_path_factory.mktemp("plain") / "run")
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ def assert_same_result(ours: Engine, theirs: Engine, exactly: bool) -> None:
             torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
 
 
-@case(worlds=(3,))
+@case(worlds=(3,), bits=True)
 def ended_periods_are_written_into_shards_again(world: World) -> None:
     fields = {"refresh_every": 2, "lr": 3e-3}
     batch = part_of(make_batch(6), world.rank, world.size)
@@ -119,7 +119,7 @@ def ended_periods_are_written_into_shards_again(world: World) -> None:
         assert abs(last.loss(batch) - loss) > 1e-3
 
 
-@case(worlds=(3,))
+@case(worlds=(3,), bits=True)
 def slopes_of_a_sharded_run_rebuild_it_anywhere(world: World) -> None:
     few = {"include": ["*layers.0.*"], "lr": 2e-4, "queries": 1}
     for fields in ({"method": "lozo", "nu": 2}, {"method": "mezo"}):

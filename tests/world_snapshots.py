@@ -141,7 +141,7 @@ def a_snapshot_of_one_process_fits_a_world(world: World) -> None:
         assert_parts_of(engine, one)
 
 
-@case(worlds=(3, 4))
+@case(worlds=(3, 4), bits=True)
 def a_run_goes_on_as_if_never_stopped(world: World) -> None:
     adam, tezo = ADAM, {"method": "tezo-adam", "probe": "fused", "lr": 1e-3}
     if world.size == 3:

@@ -97,7 +97,7 @@ def merge_writes_the_update_and_forwards_see_it(world: World) -> None:
     tiny().load_state_dict(merged)
 
 
-@case(worlds=(2,))
+@case(worlds=(2,), bits=True)
 def inplace_restores_bfloat16_bit_for_bit(world: World) -> None:
     engine = sharded(fields={"probe": "inplace"}, bf16={"enabled": True})
     before = [view.local.clone() for view in views_of(engine)]
