@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tezo_ds
-from tezo_ds.factors import factors
+from tezo_ds.directions.draws import factors
 
 
 @contextmanager

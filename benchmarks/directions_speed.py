@@ -14,9 +14,9 @@ from step_overhead import make_batch, measure
 from transformers import PreTrainedModel
 
 import tezo_ds
-from tezo_ds.branches import Ask
 from tezo_ds.config import build
-from tezo_ds.factors import CoefficientSpace, Matrix
+from tezo_ds.directions.branches import Ask
+from tezo_ds.directions.space import CoefficientSpace, Matrix
 from tezo_ds.methods import make_method
 
 OPT_30B = [

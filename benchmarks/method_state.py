@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tezo_ds.config import MethodName, TezoConfig
-from tezo_ds.factors import CoefficientSpace, Matrix
+from tezo_ds.directions.space import CoefficientSpace, Matrix
 from tezo_ds.methods import make_method
 from tezo_ds.methods.descent import Adam, Descent, Momentum
 from tezo_ds.needs import factor_numel, on_skeleton

@@ -24,8 +24,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tezo_ds.branches import Ask
 from tezo_ds.config import TezoConfig
+from tezo_ds.directions.branches import Ask
 from tezo_ds.engine import Engine
 from tezo_ds.radius import Radius, choose_rho
 from tezo_ds.sharding import sharding_of

@@ -33,7 +33,7 @@ names=(lint)
 behind lint lint
 if [[ "${1:-}" != --fast ]]; then
     names+=(launches worlds)
-    behind launches tests -m launches
+    behind launches tests -m launches -n 2 --dist loadfile
     behind worlds tests -m world
 fi
 failed=()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tezo_ds.config import MethodName
-from tezo_ds.lowrank import BLOCK_NUMEL
+from tezo_ds.directions.lowrank import BLOCK_NUMEL
 
 METHODS = get_args(MethodName)
 RUNS = 2  # the second is the first that finds moments

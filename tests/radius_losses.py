@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import tezo_ds
-from tezo_ds.branches import Ask
+from tezo_ds.directions.branches import Ask
 from tezo_ds.probes import InplaceProbe
 from tezo_ds.slopes import kappas
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ from tiny import make_batch, tiny
 from torch import nn
 
 import tezo_ds
-from tezo_ds.branches import Ask
-from tezo_ds.factors import CoefficientSpace, Matrix, Vector
+from tezo_ds.directions.branches import Ask
+from tezo_ds.directions.space import CoefficientSpace, Matrix, Vector
 from tezo_ds.live_bytes import LiveBytes
 from tezo_ds.queries import queries_at
 from tezo_ds.slopes import WINDOW, Clip, kappas, quality, slopes_of
@@ -255,7 +254,7 @@ def test_sums_are_the_same_bits_in_any_order_and_right(monkeypatch: pytest.Monke
     whole = of.weighted(4, slopes, range(37))
     parts = [of.weighted(4, slopes, range(*cut)) for cut in ((20, 37), (0, 3), (3, 20))]
     assert torch.equal(whole, sum(parts))
-    monkeypatch.setattr(sys.modules["tezo_ds.factors"], "AHEAD", 300)  # three directions at a time
+    monkeypatch.setattr("tezo_ds.directions.space.AHEAD", 300)  # three directions at a time
     assert torch.equal(whole, of.weighted(4, slopes, range(37)))
     exact = (slopes[:, None] * of.taus(4, range(37)).double()).sum(dim=0)
     torch.testing.assert_close(of.unweighted(whole, slopes), exact, rtol=1e-12, atol=0)

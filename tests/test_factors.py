@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import tezo_ds
-from tezo_ds.factors import CoefficientSpace, Matrix, matrix_shape
-from tezo_ds.lowrank import FixedFactors, add_low_rank_
+from tezo_ds.directions.lowrank import FixedFactors, add_low_rank_
+from tezo_ds.directions.space import CoefficientSpace, Matrix
 from tezo_ds.sharding import ShardView
+from tezo_ds.sharding.view import matrix_shape
 
 NAME, SHAPE, RANK, SEED = "layers.3.weight", (37, 22), 5, 11
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tezo_ds
-from tezo_ds.branches import Ask
+from tezo_ds.directions.branches import Ask
 from tezo_ds.live_bytes import LiveBytes
 from tezo_ds.probes import sites
 
@@ -175,7 +175,7 @@ def test_inplace_restores_after_an_error_in_the_middle_of_a_write() -> None:
     model = tiny()
     engine = tezo_ds.initialize(model, {"rank": 2, "probe": "inplace"})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    add = tezo_ds.branches.add_low_rank_
+    add = tezo_ds.directions.branches.add_low_rank_
     calls = []
 
     def fail_at_the_fifth(*args: object) -> None:
@@ -185,7 +185,7 @@ def test_inplace_restores_after_an_error_in_the_middle_of_a_write() -> None:
             raise KeyboardInterrupt
 
     with (
-        mock.patch.object(tezo_ds.branches, "add_low_rank_", fail_at_the_fifth),
+        mock.patch.object(tezo_ds.directions.branches, "add_low_rank_", fail_at_the_fifth),
         pytest.raises(KeyboardInterrupt),
     ):
         engine.step(make_batch(2))

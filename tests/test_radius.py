@@ -12,8 +12,8 @@ from tiny import make_batch, tiny
 from torch import Tensor
 
 import tezo_ds
-from tezo_ds.branches import Ask, Branches
 from tezo_ds.config import TezoConfig
+from tezo_ds.directions.branches import Ask, Branches
 from tezo_ds.engine import Engine
 from tezo_ds.errors import ProbeError
 from tezo_ds.objective import Objective

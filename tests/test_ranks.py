@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import tezo_ds
-from tezo_ds import ranks
-from tezo_ds.factors import Matrix, matrix_shape
+from tezo_ds.directions import auto_rank
+from tezo_ds.directions.auto_rank import auto_ranks, numbered_module
+from tezo_ds.directions.space import Matrix
 from tezo_ds.live_bytes import LiveBytes
-from tezo_ds.ranks import auto_ranks, numbered_module
 from tezo_ds.sharding import sharding_of
+from tezo_ds.sharding.view import matrix_shape
 
 N = 200
 INDEX = torch.arange(N, dtype=torch.float64)
@@ -94,19 +95,19 @@ def test_any_threshold_is_kept(count: int) -> None:
 def test_crowds_are_miscounted_where_doubts_are_not_heeded() -> None:
     weight = matrix(SPECTRA["60 by a crowd"], 301).float()
     assert of({"w": weight}) == {"w": 60}
-    with mock.patch.object(ranks, "CAUTION", 0):
+    with mock.patch.object(auto_rank, "CAUTION", 0):
         assert of({"w": weight}) != {"w": 60}
-    with mock.patch.object(ranks, "ROUNDS", 2):
+    with mock.patch.object(auto_rank, "ROUNDS", 2):
         assert of({"w": weight}) != {"w": 60}
 
 
 def test_filters_are_what_makes_it_quick() -> None:
     def passes() -> int:
-        with mock.patch.object(ranks, "_products", wraps=ranks._products) as products:
+        with mock.patch.object(auto_rank, "_products", wraps=auto_rank._products) as products:
             of({"w": matrix(SPECTRA["60 by a crowd"], 301).float()})
         return products.call_count
 
-    with mock.patch.object(ranks, "DEGREES", 1), mock.patch.object(ranks, "ROUNDS", 300):
+    with mock.patch.object(auto_rank, "DEGREES", 1), mock.patch.object(auto_rank, "ROUNDS", 300):
         plain = passes()
     assert passes() < 50 and plain > 2 * passes()
 
@@ -124,7 +125,7 @@ def test_small_matrices_are_exact(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_any_dtype_is_read_piece_by_piece(dtype: torch.dtype) -> None:
     weight = matrix(SPECTRA["decaying"], 301).to(dtype)
-    with mock.patch.object(ranks, "PIECE", 1000):
+    with mock.patch.object(auto_rank, "PIECE", 1000):
         assert of({"w": weight})["w"] == expected(weight, 0.25, 64) == 46
 
 
@@ -160,7 +161,7 @@ def test_a_block_takes_the_least_of_its_matrices() -> None:
     assert alone == counts
     blocks = {**counts, "h.0.q": 12, "h.0.mlp.up": 12}
     assert of(weights) == blocks
-    with mock.patch.object(ranks, "TOGETHER", 1):  # so that a block is in several groups
+    with mock.patch.object(auto_rank, "TOGETHER", 1):  # so that a block is in several groups
         assert of(weights) == blocks
     assert of(weights, cap=20) == {name: min(count, 20) for name, count in blocks.items()}
 
@@ -175,12 +176,12 @@ def test_blocks_are_the_outermost_numbered_modules() -> None:
 
 def test_memory_is_that_of_the_bases() -> None:
     weights = {f"h.{i}.w": torch.randn(700, 2000) for i in range(3)}
-    basis = (700 + 2000) * (4 + ranks.OVERSAMPLING) * 8
+    basis = (700 + 2000) * (4 + auto_rank.OVERSAMPLING) * 8
     assert 4 * basis < weights["h.0.w"].nbytes
     module = nn.ParameterDict({k.replace(".", "_"): nn.Parameter(w) for k, w in weights.items()})
     named = [Matrix(name, (700, 2000), 1) for name in module]
     sharding = sharding_of(module)
-    with mock.patch.object(ranks, "TOGETHER", 1), LiveBytes() as live:
+    with mock.patch.object(auto_rank, "TOGETHER", 1), LiveBytes() as live:
         auto_ranks(sharding, named, 0.25, 4, seed=0)
     one = live.peak
     assert one < 4 * basis

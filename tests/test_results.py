@@ -14,7 +14,7 @@ from command_line import Given, Run, call
 from safetensors.torch import load_file
 
 from tezo_ds import training
-from tezo_ds.lowrank import FixedFactors
+from tezo_ds.directions.lowrank import FixedFactors
 from tezo_ds.report import StepReport
 from tezo_ds.runfolder import ADAPTER, COEFFICIENTS, JOURNAL, MODEL, SUMMARY, RunFolder
 

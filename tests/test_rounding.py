@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tezo_ds.directions.rounding import round_, store_
 from tezo_ds.rng import derive_key
-from tezo_ds.rounding import round_, store_
 from tezo_ds.sharding.view import Piece, ShardView
 
 KINDS = [torch.bfloat16, torch.float16]
@@ -130,7 +130,7 @@ def test_same_bits_however_a_matrix_is_cut(monkeypatch: pytest.MonkeyPatch) -> N
         for columns in (range(0, 27), range(27, n)):  # as tensor parallelism splits
             part = stored(values, [0, 100, m * len(columns)], columns, numel, 7)
             assert torch.equal(part, whole[:, columns.start : columns.stop])
-    monkeypatch.setattr("tezo_ds.rounding._CHUNK", 100)
+    monkeypatch.setattr("tezo_ds.directions.rounding._CHUNK", 100)
     assert torch.equal(stored(values, [0, m * n], range(n), m * n, 7), whole)
 
 

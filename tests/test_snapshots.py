@@ -12,7 +12,8 @@ from tiny import make_batch, tiny
 from torch import Tensor
 
 import tezo_ds
-from tezo_ds import lowrank, shardfiles
+from tezo_ds import shardfiles
+from tezo_ds.directions import lowrank
 from tezo_ds.methods import mezo
 from tezo_ds.shardfiles import Stored, common_numel, copy_common, stored_in, write_file
 from tezo_ds.sharding import ShardView

@@ -18,7 +18,7 @@ from world_zero3 import ZERO3, views_of
 from worlds import World, case
 
 import tezo_ds
-from tezo_ds.lowrank import FixedFactors
+from tezo_ds.directions.lowrank import FixedFactors
 from tezo_ds.sharding.zero3 import prepare
 
 FIELDS = {"rank": 3, "rho": 1e-2, "lr": 3e-4, "queries": 2, "seed": 11}

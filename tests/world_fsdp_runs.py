@@ -22,7 +22,7 @@ from worlds import World, case
 
 import tezo_ds
 from tezo_ds import cli
-from tezo_ds.factors import factors
+from tezo_ds.directions.draws import factors
 from tezo_ds.fsdp_loading import FsdpPlan
 from tezo_ds.loading import load_model
 from tezo_ds.runfolder import COEFFICIENTS, MODEL

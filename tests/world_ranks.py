@@ -17,11 +17,12 @@ from world_zero3 import ZERO3
 from worlds import World, case
 
 import tezo_ds
-from tezo_ds import ranks
-from tezo_ds.factors import Matrix, matrix_shape
+from tezo_ds.directions import auto_rank
+from tezo_ds.directions.auto_rank import auto_ranks, numbered_module
+from tezo_ds.directions.space import Matrix
 from tezo_ds.live_bytes import LiveBytes
-from tezo_ds.ranks import auto_ranks, numbered_module
 from tezo_ds.sharding import Sharding, ShardView, sharding_of
+from tezo_ds.sharding.view import matrix_shape
 
 THRESHOLD, CAP, SEED = 0.25, 9, 5
 
@@ -43,7 +44,9 @@ def matrices_of(sharding: Sharding) -> list[Matrix]:
 
 
 def of(sharding: Sharding) -> dict[str, int]:
-    with mock.patch.object(ranks, "OVERSAMPLING", 4):  # else all of these small matrices are exact
+    with mock.patch.object(
+        auto_rank, "OVERSAMPLING", 4
+    ):  # else all of these small matrices are exact
         return auto_ranks(sharding, matrices_of(sharding), THRESHOLD, CAP, SEED)
 
 
@@ -135,7 +138,7 @@ def what_is_not_finite_on_one_rank_stops_all(world: World) -> None:
 @case(worlds=(2,))
 def processors_that_round_otherwise_do_the_same(world: World) -> None:
     """A rank that would go on, or that counts fewer, goes by what all decide."""
-    judge, calls = ranks.judge, []
+    judge, calls = auto_rank.judge, []
 
     def otherwise(*args: object) -> tuple[int, bool]:
         calls.append(args)
@@ -144,7 +147,7 @@ def processors_that_round_otherwise_do_the_same(world: World) -> None:
 
     sharding = zero3(Spread())
     if world.rank == 1:
-        with mock.patch.object(ranks, "judge", otherwise):
+        with mock.patch.object(auto_rank, "judge", otherwise):
             assert of(sharding) == expected()
         assert len(calls) > 20
     else:

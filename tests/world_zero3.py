@@ -9,7 +9,7 @@ from world_replicated import FIELDS, alone, assert_equal_on_all_ranks, assert_sa
 from worlds import World, case
 
 import tezo_ds
-from tezo_ds.lowrank import FixedFactors
+from tezo_ds.directions.lowrank import FixedFactors
 from tezo_ds.sharding import ShardView, zero3
 
 ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}

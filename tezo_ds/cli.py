@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+import tezo_ds
 from tezo_ds.config import TezoConfig
 from tezo_ds.doctor.command import CONTEXT, DOCTOR_HELP, doctor
 from tezo_ds.errors import ConfigError, TezoError
@@ -83,9 +84,18 @@ def _switch(name: str) -> Any:
     return typer.Option(f"--{flag}/--no-{flag}", help=text, rich_help_panel=BLOCK)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"tezo-ds {tezo_ds.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def launched(
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
 ) -> None:
     """Takes the flag that the deepspeed launcher puts first; LOCAL_RANK says the same."""
 
@@ -248,11 +258,9 @@ app.command(help=PLAN_HELP)(plan)
 def main() -> None:
     """Entry point: errors of the user's in one line, exit code 2; signals 130."""
     ask_mkl()
-    from torch import distributed as dist
-
     from tezo_ds.interrupts import Interrupted
 
-    joins = "RANK" in os.environ and not dist.is_initialized()  # a launcher's world
+    joins = "RANK" in os.environ and not _in_world()  # a launcher's world
     # On every node once: an error that one rank meets, its neighbours meet as well.
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
@@ -268,9 +276,15 @@ def main() -> None:
     except SystemExit as ended:
         # Threads of a backend that outlive the interpreter abort the process at times. After an error
         # other ranks may hang, and to leave would be to wait for them.
-        if joins and not ended.code and dist.is_initialized():
-            dist.destroy_process_group()
+        if joins and not ended.code and _in_world():
+            sys.modules["torch.distributed"].destroy_process_group()
         raise
+
+
+def _in_world() -> bool:
+    """Whether there is a process group, without importing torch, which --help need not wait for."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and bool(distributed.is_initialized())
 
 
 if __name__ == "__main__":

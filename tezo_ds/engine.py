@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tezo_ds.coefficients import as_rows, by_name
 from tezo_ds.config import TezoConfig, resolve
+from tezo_ds.directions.space import CoefficientSpace, as_rows, by_name
 from tezo_ds.errors import ConfigError, ShardingError
-from tezo_ds.factors import CoefficientSpace
 from tezo_ds.measuring import Measuring
 from tezo_ds.merging import merged_tensors
 from tezo_ds.methods import Method, Write, make_method

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tezo_ds.config import TezoConfig
+from tezo_ds.directions.lowrank import FixedFactors
 from tezo_ds.engine import Engine
 from tezo_ds.errors import ConfigError
-from tezo_ds.lowrank import FixedFactors
 from tezo_ds.merged import writing
 from tezo_ds.methods import in_coefficients
 from tezo_ds.objective import is_masked_lm

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tezo_ds.branches import Ask, Branches
 from tezo_ds.config import TezoConfig
+from tezo_ds.directions.branches import Ask, Branches
 from tezo_ds.errors import ConfigError, ProbeError
 from tezo_ds.live_bytes import LiveBytes
 from tezo_ds.methods import Method

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from tezo_ds.directions.auto_rank import numbered_module
 from tezo_ds.engine import Engine
 from tezo_ds.errors import ConfigError, ShardingError, StorageError
-from tezo_ds.ranks import numbered_module
 from tezo_ds.sharding.base import named_state
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tezo_ds.branches import Branches
-from tezo_ds.factors import CoefficientSpace
+from tezo_ds.directions.branches import Branches
+from tezo_ds.directions.space import CoefficientSpace
 from tezo_ds.sharding import Sharding, ShardView
 
 

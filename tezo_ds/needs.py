@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from tezo_ds.config import TezoConfig
-from tezo_ds.factors import CoefficientSpace, Matrix
+from tezo_ds.directions.space import CoefficientSpace, Matrix
 from tezo_ds.methods import Method, in_coefficients, make_method
 from tezo_ds.probes import fused_serves, keeps_copies
 from tezo_ds.selection import select

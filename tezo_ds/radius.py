@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tezo_ds.branches import Ask
+from tezo_ds.directions.branches import Ask
 from tezo_ds.errors import ProbeError
 from tezo_ds.slopes import kappas
 

@@ -10,10 +10,11 @@ from fnmatch import fnmatchcase
 import torch
 
 from tezo_ds.config import TezoConfig
+from tezo_ds.directions.auto_rank import auto_ranks
+from tezo_ds.directions.space import Matrix, Vector
 from tezo_ds.errors import ConfigError
-from tezo_ds.factors import Matrix, Vector, matrix_shape
-from tezo_ds.ranks import auto_ranks
 from tezo_ds.sharding.base import Sharding
+from tezo_ds.sharding.view import matrix_shape
 
 VECTOR = "vectors (biases, norms); see train_vectors"
 EXCLUDED = "left out by include or exclude"

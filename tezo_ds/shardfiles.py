@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tezo_ds.lowrank import BLOCK_NUMEL
+from tezo_ds.directions.lowrank import BLOCK_NUMEL
 from tezo_ds.sharding.view import ShardKey, ShardView, place_in
 
 WEIGHT = "weight"  # among the kinds of numbers that are stored; the others are moments

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from tezo_ds.config import TezoConfig
+from tezo_ds.directions.space import CoefficientSpace, Packed
 from tezo_ds.errors import ConfigError, ShardingError
-from tezo_ds.factors import CoefficientSpace, Packed
 from tezo_ds.rng import philox
 from tezo_ds.sharding import Sharding, ShardView
 from tezo_ds.sharding.view import ShardKey

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from tezo_ds.config import TezoConfig
-from tezo_ds.factors import CoefficientSpace
+from tezo_ds.directions.rounding import Storing
+from tezo_ds.directions.space import CoefficientSpace
 from tezo_ds.methods.base import Method, Write
 from tezo_ds.methods.descent import Adam, Descent, Momentum, Sgd
 from tezo_ds.methods.lozo import Lozo, lefts
 from tezo_ds.methods.mezo import Mezo
-from tezo_ds.methods.storing import Storing
 from tezo_ds.methods.tezo import Tezo
 from tezo_ds.methods.tezo_adam import TezoAdam
 

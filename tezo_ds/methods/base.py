@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from tezo_ds.branches import Ask, Branches
+from tezo_ds.directions.branches import Ask, Branches
+from tezo_ds.directions.lowrank import Factors
+from tezo_ds.directions.space import CoefficientSpace, Packed
 from tezo_ds.errors import StorageError
-from tezo_ds.factors import CoefficientSpace, Packed
-from tezo_ds.lowrank import Factors
 from tezo_ds.methods.descent import Descent
 from tezo_ds.sharding.view import ShardView
 

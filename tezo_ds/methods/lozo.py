@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tezo_ds.branches import Ask, LowRank
-from tezo_ds.factors import CoefficientSpace, Packed, fresh_left
-from tezo_ds.lowrank import Factors
+from tezo_ds.directions.branches import Ask, LowRank
+from tezo_ds.directions.draws import fresh_left
+from tezo_ds.directions.lowrank import Factors
+from tezo_ds.directions.rounding import Storing
+from tezo_ds.directions.space import CoefficientSpace, Packed
 from tezo_ds.methods.base import Method, Write
 from tezo_ds.methods.descent import Descent
-from tezo_ds.methods.storing import Storing
 from tezo_ds.sharding.view import ShardView
 
 

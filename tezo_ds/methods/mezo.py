@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from tezo_ds.branches import Ask, Branches, add_vector_, between
+from tezo_ds.directions.branches import Ask, Branches, add_vector_, between
+from tezo_ds.directions.draws import dense
+from tezo_ds.directions.lowrank import BLOCK_NUMEL
+from tezo_ds.directions.rounding import Storing
+from tezo_ds.directions.space import CoefficientSpace, Packed
 from tezo_ds.errors import StorageError
-from tezo_ds.factors import CoefficientSpace, Packed, dense
-from tezo_ds.lowrank import BLOCK_NUMEL
 from tezo_ds.methods.base import Method, Write
 from tezo_ds.methods.descent import Descent
-from tezo_ds.methods.storing import Storing
 from tezo_ds.sharding.view import Piece, ShardKey, ShardView
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tezo_ds.factors import dense, factors, fresh_left, matrix_shape, tau
+from tezo_ds.directions.draws import dense, factors, fresh_left, tau
+from tezo_ds.sharding.view import matrix_shape
 
 METHODS = (
     *("tezo", "tezo-m", "tezo-adam", "tezo-adam-coef"),

@@ -7,12 +7,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tezo_ds.branches import Ask, LowRank
-from tezo_ds.factors import CoefficientSpace, Packed
-from tezo_ds.lowrank import FixedFactors
+from tezo_ds.directions.branches import Ask, LowRank
+from tezo_ds.directions.lowrank import FixedFactors
+from tezo_ds.directions.rounding import Storing
+from tezo_ds.directions.space import CoefficientSpace, Packed
 from tezo_ds.methods.base import Method, Write
 from tezo_ds.methods.descent import Descent
-from tezo_ds.methods.storing import Storing
 
 
 class Tezo(Method):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tezo_ds.factors import CoefficientSpace
-from tezo_ds.lowrank import BLOCK_NUMEL
+from tezo_ds.directions.lowrank import BLOCK_NUMEL
+from tezo_ds.directions.rounding import Storing
+from tezo_ds.directions.space import CoefficientSpace
 from tezo_ds.methods.base import Write
 from tezo_ds.methods.descent import Adam
-from tezo_ds.methods.storing import Storing
 from tezo_ds.methods.tezo import Tezo
 from tezo_ds.sharding.view import Piece, ShardView, place_in
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tezo_ds.factors import Matrix
+from tezo_ds.directions.space import Matrix
 from tezo_ds.plan.job import Job
 from tezo_ds.plan.traffic import Traffic
 

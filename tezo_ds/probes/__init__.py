@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from tezo_ds.branches import Branches
 from tezo_ds.config import TezoConfig
+from tezo_ds.directions.branches import Branches
+from tezo_ds.directions.lowrank import Factors
 from tezo_ds.errors import ProbeError
-from tezo_ds.lowrank import Factors
 from tezo_ds.objective import Objective
 from tezo_ds.probes.fused import FusedProbe
 from tezo_ds.probes.inplace import InplaceProbe

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tezo_ds.branches import Branches, LowRank
+from tezo_ds.directions.branches import Branches, LowRank
+from tezo_ds.directions.lowrank import Factors
 from tezo_ds.errors import ProbeError
-from tezo_ds.lowrank import Factors
 from tezo_ds.objective import Objective
 from tezo_ds.probes.shared_inputs import Hollow
 from tezo_ds.probes.sites import Group, Site, attached, kind_of

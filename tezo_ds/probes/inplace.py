@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tezo_ds.branches import Branches
+from tezo_ds.directions.branches import Branches
 from tezo_ds.errors import ShardingError
 from tezo_ds.objective import Objective
 from tezo_ds.sharding.base import Sharding

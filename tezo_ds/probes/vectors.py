@@ -16,9 +16,9 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from tezo_ds.factors import as_matrix
 from tezo_ds.probes.sites import PLAIN, kind_of, replaced, users
 from tezo_ds.sharding.base import Sharding
+from tezo_ds.sharding.view import as_matrix
 
 Norm = Callable[[Tensor], Tensor]
 

@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tezo_ds.factors import as_matrix
-from tezo_ds.sharding.view import Block, ShardView
+from tezo_ds.sharding.view import Block, ShardView, as_matrix
 
 Thing = TypeVar("Thing")
 

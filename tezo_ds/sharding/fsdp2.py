@@ -16,9 +16,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from tezo_ds.errors import ShardingError
-from tezo_ds.factors import as_matrix
 from tezo_ds.sharding.base import Sharding, named_state
-from tezo_ds.sharding.view import Block, ShardView
+from tezo_ds.sharding.view import Block, ShardView, as_matrix
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,8 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 from torch import Tensor, nn
 
-from tezo_ds.factors import as_matrix
 from tezo_ds.sharding.base import Sharding, named_state
-from tezo_ds.sharding.view import ShardView
+from tezo_ds.sharding.view import ShardView, as_matrix
 
 
 class Replicated(Sharding):

@@ -3,12 +3,29 @@ what its forwards multiply with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 ShardKey = tuple[str, int, int, int]
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """(m, n) of a parameter: the product of its leading dims by its last.
+
+    Raises:
+        ValueError: `shape` has fewer than two dims.
+    """
+    if len(shape) < 2:
+        raise ValueError(f"a matrix has two dims or more, not shape {tuple(shape)}")
+    return math.prod(shape[:-1]), shape[-1]
+
+
+def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """(m, n) of any parameter, as shards of it are described: a vector is one row."""
+    return (1, math.prod(shape)) if len(shape) < 2 else matrix_shape(shape)
 
 
 @dataclass(frozen=True)

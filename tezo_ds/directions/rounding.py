@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tezo_ds.rng import uniforms
+from tezo_ds.directions.lowrank import Store
+from tezo_ds.rng import derive_key, uniforms
 from tezo_ds.sharding.view import Piece
 
 _CHUNK = 1 << 17  # elements at a time: keeps half a dozen float64 temporaries within cache
@@ -57,3 +58,24 @@ def store_(piece: Piece, values: Tensor, key: tuple[int, int] | None, step: int)
     at_once = max(1, _CHUNK // len(piece.columns))
     for kept, new, by in zip(*(t.split(at_once) for t in (piece.values, values, u)), strict=True):
         kept.copy_(round_(new, kept.dtype, by))
+
+
+class Storing:
+    """Rounds without bias, by random numbers addressed by the element: the same on every replica.
+
+    Args:
+        seed: of the run.
+        stochastic: False rounds to the nearest instead, and loses small updates.
+    """
+
+    def __init__(self, seed: int, stochastic: bool) -> None:
+        self._seed, self._stochastic = seed, stochastic
+
+    def at(self, purpose: str, time: int) -> Store:
+        """For one write of every shard; no other has the same purpose and time."""
+
+        def store(piece: Piece, values: Tensor) -> None:
+            key = derive_key(self._seed, piece.name, purpose) if self._stochastic else None
+            store_(piece, values, key, time)
+
+        return store

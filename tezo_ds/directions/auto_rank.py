@@ -13,8 +13,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from tezo_ds.directions.space import Matrix
 from tezo_ds.errors import ConfigError
-from tezo_ds.factors import Matrix
 from tezo_ds.rng import derive_key, normals
 from tezo_ds.sharding.base import Sharding
 from tezo_ds.sharding.view import ShardView

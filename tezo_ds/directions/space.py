@@ -1,4 +1,4 @@
-"""U, V and τ: the random factors of each matrix, whole or only the rows that a shard needs."""
+"""All coefficients of a run as one vector, and by parameter name as they are saved and loaded."""
 
 from __future__ import annotations
 
@@ -9,90 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tezo_ds.errors import ConfigError
 from tezo_ds.rng import derive_key, normals
 
 AHEAD = 1 << 21  # numbers of τ drawn at a time, at most
-
-Rows = slice | range | Sequence[int] | Tensor
-
-
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """(m, n) of a parameter: the product of its leading dims by its last.
-
-    Raises:
-        ValueError: `shape` has fewer than two dims.
-    """
-    if len(shape) < 2:
-        raise ValueError(f"a matrix has two dims or more, not shape {tuple(shape)}")
-    return math.prod(shape[:-1]), shape[-1]
-
-
-def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
-    """(m, n) of any parameter, as shards of it are described: a vector is one row."""
-    return (1, math.prod(shape)) if len(shape) < 2 else matrix_shape(shape)
-
-
-def left_rows(name: str, rank: int, seed: int, rows: Tensor) -> Tensor:
-    """Rows of U, float32 (len(rows), rank), on the device of `rows` (int64)."""
-    return normals(derive_key(seed, name, "U"), rows, rank)
-
-
-def right_rows(name: str, rank: int, seed: int, rows: Tensor) -> Tensor:
-    """Rows of V, one for each column of the matrix: float32 (len(rows), rank), likewise."""
-    return normals(derive_key(seed, name, "V"), rows, rank)
-
-
-def factors(
-    name: str, shape: Sequence[int], rank: int, seed: int, rows: Rows | None = None
-) -> tuple[Tensor, Tensor]:
-    """U and V of the parameter `name`: i.i.d. N(0, 1), fixed for the run (TeZO, arXiv 2501.19057).
-
-    Args:
-        name: the model's own parameter name.
-        shape: its shape; seen as (m, n) = (product of leading dims, last).
-        rank: r.
-        seed: of the run.
-        rows: only these rows of U (slice, range or indices); the same bits as in the whole U.
-
-    Returns:
-        U (m or len(rows), rank) and V (n, rank), float32 on the CPU.
-
-    Raises:
-        ValueError: fewer than two dims. IndexError: a row outside [0, m).
-    """
-    m, n = matrix_shape(shape)
-    if rows is None:
-        index = torch.arange(m)
-    elif isinstance(rows, slice):
-        index = torch.arange(*rows.indices(m))
-    else:
-        index = torch.as_tensor(rows, dtype=torch.int64)
-    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < m:
-        raise IndexError(f"{name}: rows {rows} are not all within [0, {m})")
-    return left_rows(name, rank, seed, index), right_rows(name, rank, seed, torch.arange(n))
-
-
-def tau(name: str, rank: int, seed: int, step: int, direction: int) -> Tensor:
-    """τ of one direction of one step, i.i.d. N(0, 1): float32 (rank,) on the CPU."""
-    return normals(derive_key(seed, name, "tau"), torch.tensor([direction]), rank, stream=step)[0]
-
-
-def fresh_left(name: str, rank: int, seed: int, step: int, direction: int, rows: Tensor) -> Tensor:
-    """Rows of the U that LOZO draws for one direction of one step, float32 (len(rows), rank), on the
-    device of `rows` (int64)."""
-    return normals(derive_key(seed, name, "LOZO U"), _at(direction, rows), rank, step)
-
-
-def dense(name: str, seed: int, step: int, direction: int, rows: Tensor, columns: range) -> Tensor:
-    """A rectangle of the dense Z of one direction of one step (MeZO): i.i.d. N(0, 1), float32
-    (len(rows), len(columns)), on the device of `rows` (int64)."""
-    key = derive_key(seed, name, "Z")
-    return normals(key, _at(direction, rows), len(columns), step, columns.start)
-
-
-def _at(direction: int, rows: Tensor) -> Tensor:
-    """A counter for each row that no other direction has."""
-    return rows + (direction << 40)
 
 
 @dataclass(frozen=True)
@@ -228,3 +148,38 @@ def _bits(slopes: Tensor) -> int:
     """s for which no sum of 2ˢ · slope · τ leaves an int64; |τ| is below 8."""
     largest = slopes.abs().max().item() * len(slopes)
     return 59 - (math.frexp(largest)[1] if largest else 0)
+
+
+def by_name(space: CoefficientSpace, rows: Tensor) -> dict[str, Tensor]:
+    """Copies of the parts of (periods, D): of a matrix its a, (rank,) or, of several periods, (periods,
+    rank); of a vector its change so far, (numel,)."""
+    last = {vector.name for vector in space.vectors} if len(rows) > 1 else space.slices.keys()
+    return {
+        name: (part[-1] if name in last else part).clone()
+        for name, part in space.split(rows).items()
+    }
+
+
+def as_rows(space: CoefficientSpace, coefficients: Mapping[str, Tensor]) -> Tensor:
+    """The other way: float64 (periods, D), in which vectors are in the last row alone.
+
+    Raises:
+        ConfigError: names, ranks or periods are not those of the space or of each other.
+    """
+    if odd := coefficients.keys() ^ space.slices.keys():
+        raise ConfigError(
+            f"coefficients and engine differ in {len(odd)} parameters, e.g. {min(odd)}; "
+            "use the run's own model, include and exclude"
+        )
+    periods = max(len(part) if part.dim() == 2 else 1 for part in coefficients.values())
+    rows = torch.zeros(periods, space.numel, dtype=torch.float64)
+    for name, part in space.split(rows).items():
+        target = part[-1:] if space.slices[name].start >= space.of_vectors.start else part
+        if coefficients[name].numel() != target.numel():
+            several = f" in each of {periods} periods" if periods > 1 else ""
+            raise ConfigError(
+                f"{name}: {coefficients[name].numel()} coefficients, but rank is {part.shape[1]}"
+                f"{several}; use the run's own rank"
+            )
+        target.copy_(coefficients[name].view(target.shape))
+    return rows

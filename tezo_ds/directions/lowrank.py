@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tezo_ds.factors import CoefficientSpace, left_rows, right_rows
+from tezo_ds.directions.draws import left_rows, right_rows
+from tezo_ds.directions.space import CoefficientSpace
 from tezo_ds.sharding.view import Block, Piece, ShardKey, ShardView, place_in
 
 BLOCK_NUMEL = 1 << 22  # elements of a shard worked on at a time; as float32 they are 16 MiB

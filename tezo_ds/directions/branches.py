@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tezo_ds.lowrank import Factors, Store, add_low_rank_
+from tezo_ds.directions.lowrank import Factors, Store, add_low_rank_
 from tezo_ds.sharding.view import ShardView
 
 
