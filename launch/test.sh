@@ -2,11 +2,12 @@
 # Lint, types and tests.
 #
 #   launch/test.sh                     all of it
-#   launch/test.sh --fast              the tests that take one process: under two minutes on two cores
+#   launch/test.sh --fast              the tests that take one process and no more than seconds
 #   launch/test.sh tests/test_rng.py   anything else goes to pytest
 #
-# All of it runs side by side, in a pytest each: the tests that take one process; the worlds of ranks
-# (tests/worlds.py); and the tests that start real launchers, which mostly import and wait.
+# Two things at a time, as each is a pytest of its own and takes about a core: the tests that start real launchers,
+# which mostly import and wait; and beside them those that take one process, then the worlds of ranks
+# (tests/worlds.py). More at a time are slower on two cores, as they take turns at them.
 set -euo pipefail
 
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -29,15 +30,18 @@ behind() { # NAME COMMAND…: in a process group of its own
 tests() { "$bin/python" -m pytest --durations 20 "$@" tests; }
 lint() { "$bin/ruff" check . && "$bin/ruff" format --check . && "$bin/mypy"; }
 
-names=(lint)
+names=(lint) failed=()
 behind lint lint
-if [[ "${1:-}" != --fast ]]; then
-    names+=(launches worlds)
-    behind launches tests -m launches -n 2 --dist loadfile
-    behind worlds tests -m world
+if [[ "${1:-}" == --fast ]]; then
+    tests -m "not launches and not world and not slow" -n 2 --dist loadfile || failed+=("one process")
+else
+    # Compiles the libraries' modules once, if that was not done yet, instead of in each process.
+    PYTHONPATH=tests "$bin/python" -c "import fault_imports" 2>/dev/null
+    names+=(launches)
+    behind launches tests -m launches
+    tests -m "not launches and not world" || failed+=("one process")
+    tests -m world || failed+=("worlds")
 fi
-failed=()
-tests -m "not launches and not world" -n 2 --dist loadfile || failed+=("one process")
 for i in "${!names[@]}"; do
     wait "${groups[i]}" || failed+=("${names[i]}")
     echo "=== ${names[i]}"

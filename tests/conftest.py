@@ -13,6 +13,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Started in the background of a shell, we and all that we start would ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Asked to end, we end what we have started, too.
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from other_kernels import KINDS, VARIABLE, OtherKernels  # noqa: E402
@@ -33,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for line in (
         "launches: starts processes that take all cores",
         "world: a case of tests/worlds.py",
+        "slow: takes some seconds; launch/test.sh --fast leaves it out",
     ):
         config.addinivalue_line("markers", line)
 

@@ -154,6 +154,7 @@ def test_no_test_examples(given: Given, refused: Refusal) -> None:
     refused(arguments, "no test examples; pass --test-data or a --test-fraction above 0")
 
 
+@pytest.mark.slow
 def test_a_real_process_says_no_more(given: Given, tmp_path: Path) -> None:
     arguments = Given(tmp_path / "no-model", given.data).train(tmp_path / "run")
     code, out, err = finish(start(sys.executable, "-m", "tezo_ds", *arguments))

@@ -227,6 +227,7 @@ def call(
     return call
 
 
+@pytest.mark.slow
 def test_all_sections_are_run_once_and_reported(
     call: Callable[..., list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

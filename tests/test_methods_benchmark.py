@@ -204,6 +204,7 @@ def call(folder: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     return call
 
 
+@pytest.mark.slow
 def test_no_finished_run_is_repeated_and_seeds_are_added(
     call: Callable[..., list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

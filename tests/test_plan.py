@@ -159,6 +159,7 @@ def test_time_by_hand() -> None:
     assert timing.engine(llama(1), traffic.engine(llama(1)), overlapped=True).gather == 0
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_comes_with_advice() -> None:
     job = llama(8)
     assert advice(job, columns(job)[0]) == []
@@ -189,6 +190,7 @@ def test_what_does_not_fit_comes_with_advice() -> None:
         ("llama", "zero3-hpz", {"method": "mezo"}, TIGHT),
     ],
 )
+@pytest.mark.slow
 def test_a_dry_run_counts_what_is_predicted(
     kind: str, sharding: Any, fields: dict[str, Any], limits: Limits
 ) -> None:
@@ -206,6 +208,7 @@ def test_a_dry_run_counts_sums_that_ranks_add_up() -> None:
     assert all(fine for *_, fine in lines), lines
 
 
+@pytest.mark.slow
 def test_a_dry_run_sees_what_was_not_predicted() -> None:
     job = job_of("opt", "fsdp2", 5, 5)
     twice = Absent.forward
@@ -240,6 +243,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert found["examples_per_rank"] == 4 and len(found["warnings"]) == 1
 
 
+@pytest.mark.slow
 def test_a_dry_run_that_differs_is_an_exit_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

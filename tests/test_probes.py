@@ -68,6 +68,7 @@ def slopes(dtype: torch.dtype) -> torch.Tensor:
     return torch.tensor(engine.step(make_batch(128, length=60)).kappa, dtype=torch.float64)
 
 
+@pytest.mark.slow
 def test_bfloat16_slopes_survive_coefficients_a_hundred_times_rho() -> None:
     exact = slopes(torch.float32)
     start = sites.Group.start

@@ -207,6 +207,7 @@ def test_same_bits_on_any_number_of_threads() -> None:
     assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
 
 
+@pytest.mark.slow
 def test_compiles_for_a_large_request_only() -> None:
     code = """if True:
         import sys, torch, tezo_ds

@@ -174,6 +174,7 @@ def test_a_signal_between_a_step_and_its_line(
     assert run.summary["steps"] == len(run.steps) == 3
 
 
+@pytest.mark.slow
 def test_control_c_leaves_whole_files(given: Given, tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     process = start(sys.executable, "-m", "tezo_ds", *given.train(run.path, steps=10**6, lr=1e-7))
