@@ -29,7 +29,8 @@ def test_shapes_move_the_last_bit_alone(dtype: torch.dtype) -> None:
         assert not torch.equal(once[: len(other)], other)
     apart = (once.double() - plain.double()).abs() / plain.double().abs()
     assert 0 < apart.max() <= torch.finfo(dtype).eps
-    assert 0.3 < (apart > 0).double().mean() < 0.7
+    share = 0.5 if dtype != torch.bfloat16 else 0.03
+    assert 0.5 * share < (apart > 0).double().mean() < 2 * share
 
 
 def test_attention_and_products_in_place_are_moved_too() -> None:
