@@ -21,6 +21,7 @@ fi
 logs="$(mktemp -d)" groups=()
 # Whatever ends us, nothing of ours goes on.
 trap 'for group in "${groups[@]}"; do kill -- "-$group" 2>/dev/null || true; done; rm -rf "$logs"' EXIT
+trap 'exit 130' INT # pytest ends by itself, after which we would go on
 behind() { # NAME COMMAND…: in a process group of its own
     set -m
     "${@:2}" >"$logs/$1" 2>&1 &

@@ -25,7 +25,12 @@ def logits(model: nn.Module) -> Tensor:
     return found
 
 
+def groups(engine: tezo_ds.Engine) -> list[list[str]]:
+    """Last parts of the paths of sites that take one product together, in order."""
+    found = {id(site.group): site.group for site in engine.probe._sites}.values()
+    return [[site.path.rsplit(".")[-1] for site in group.sites] for group in found]
+
+
 def shared(engine: tezo_ds.Engine) -> list[list[str]]:
-    """Last parts of the paths of sites that share a product, in order."""
-    groups = {id(site.group): site.group for site in engine.probe._sites}.values()
-    return [[site.path.rsplit(".")[-1] for site in g.sites] for g in groups if len(g.sites) > 1]
+    """Those of `groups` with several sites."""
+    return [names for names in groups(engine) if len(names) > 1]

@@ -53,9 +53,6 @@ MODULES = (
     "world_scaling",
 )
 TIMEOUT = 900  # seconds for all cases of one size, beside other tests
-EMULATED = (
-    3  # ranks of the world that multiplies with another maker's kernels, see other_kernels.py
-)
 GRACE = 10  # seconds for the other ranks, once one has failed
 
 
@@ -169,15 +166,14 @@ def _rank_main(rank: int, size: int, folder: Path, port: int, first: int) -> Non
     )  # fmt: skip
     from datetime import timedelta
 
-    import other_kernels
     import torch
     from deepspeed.utils import groups
-    from other_kernels import OtherKernels
+    from other_kernels import VARIABLE, OtherKernels
 
     from tezo_ds.sharding import zero3
 
     zero3.init_distributed(timeout=timedelta(seconds=60))
-    everywhere = os.environ.get(other_kernels.VARIABLE)
+    everywhere = os.environ.get(VARIABLE)
     with (folder / f"rank{rank}.jsonl").open("a") as out:
         for c in cases_of(size)[first:]:
             start, error = time.perf_counter(), ""
