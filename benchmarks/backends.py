@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from tezo_ds import loading
+from tezo_ds.sharding.world import join_world
 
 BACKENDS = ("none", "zero3", "zero3-hpz", "fsdp2")
 
@@ -45,7 +45,7 @@ def _rank(
     torch.set_num_threads(threads)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed calls torch by older names
-    loading.join_world(deepspeed=backend.startswith("zero3"))
+    join_world(deepspeed=backend.startswith("zero3"))
     run(rank, *args)
     dist.destroy_process_group()
 

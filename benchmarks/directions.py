@@ -85,7 +85,7 @@ class Benchmark:
     def trainer(self, settings: Settings) -> Curves:
         """On the benchmark's model, in a dtype, and data."""
         model = self.model if settings.dtype == "float32" else self._load(settings.dtype)
-        importlib.import_module("tezo_ds.philox_cpu")  # compiles: not within a step's pace
+        importlib.import_module("tezo_ds.rng.compiled")  # compiles: not within a step's pace
         splits = load_splits(
             TASK, self._args.cache, self._args.valid_examples, self._args.test_examples
         )

@@ -88,7 +88,7 @@ def update_cost(
         draw: its own τ, which the probe needs before the forward; weigh: Σκτ of them; of one rank alone,
         too many to keep, so drawn again; update: g and the coefficients; coefficients: D.
     """
-    importlib.import_module("tezo_ds.philox_cpu")  # compiles
+    importlib.import_module("tezo_ds.rng.compiled")  # compiles
     space = CoefficientSpace([Matrix(name, shape, rank) for name, shape in shapes], 0)
     method = make_method(build({"rank": rank}, "benchmark"), space, torch.device("cpu"))
     slopes = torch.randn(queries, dtype=torch.float64, generator=torch.manual_seed(0))

@@ -14,9 +14,8 @@ from methods_training import Step, Trainer
 from torch import Tensor
 
 import tezo_ds
+from tezo_ds.engine.measuring import Measuring
 from tezo_ds.errors import ProbeError
-from tezo_ds.measuring import Measuring
-from tezo_ds.queries import queries_at
 
 CHUNK = 32  # branches in one forward
 MIDDLE = 2e-6  # a learning rate of one direction, for about a thousand steps
@@ -67,7 +66,7 @@ class RanksInTurn(Measuring):
 
     def own(self, step: int) -> range:
         """Directions of the rank whose turn it is, or of all."""
-        count = queries_at(self._config, step)
+        count = self._config.queries_at(step)
         if self._rank is None:
             return range(self._ranks * count)
         return range(self._rank * count, (self._rank + 1) * count)

@@ -49,8 +49,8 @@ from fault_runs import (  # noqa: E402
     start_ranks,
 )
 
-from tezo_ds.journal import read_journal  # noqa: E402
-from tezo_ds.runfolder import JOURNAL  # noqa: E402
+from tezo_ds.run.folder import JOURNAL  # noqa: E402
+from tezo_ds.run.journal import read_journal  # noqa: E402
 
 PHASES = ("loading", "step", "snapshot", "evaluation", "results", "over")
 HANGS = 180  # seconds without a word after which a run that was not killed counts as hung

@@ -23,13 +23,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import OPTConfig, OPTForCausalLM
 
-from tezo_ds import runstate
 from tezo_ds.config import TezoConfig
-from tezo_ds.display import Display
-from tezo_ds.engine import Engine
-from tezo_ds.journal import Journal, read_journal
-from tezo_ds.resuming import Begun, Snapshot, restore
+from tezo_ds.engine.engine import Engine
+from tezo_ds.engine.state import take
+from tezo_ds.files.tensors import load, save
+from tezo_ds.run.journal import Journal, read_journal
+from tezo_ds.run.resuming import Begun, Snapshot, restore
 from tezo_ds.sharding import sharding_of
+from tezo_ds.training.display import Display
 
 OPT_30B: dict[str, Any] = {
     "hidden_size": 7168, "ffn_dim": 28672, "num_hidden_layers": 48, "num_attention_heads": 56,
@@ -67,7 +68,7 @@ def main() -> None:
         "--step-ms", type=float, default=200, help="of a step that a line is added to"
     )
     args = parser.parse_args()
-    importlib.import_module("tezo_ds.philox_cpu")  # compiles once a machine
+    importlib.import_module("tezo_ds.rng.compiled")  # compiles once a machine
     console, display = Console(), Display(1, 1, 1)
     console.print(describe(), soft_wrap=True)
     table = Table("what", "measured", title=f"{args.steps} steps of Q = {args.queries}")
@@ -90,13 +91,13 @@ def main() -> None:
         table.add_row(f"a full replay, D = {engine.space.numel}", f"{seconds:.1f} s, {each}")
         state = Path(folder) / "state.safetensors"
         start = time.perf_counter()
-        runstate.save(runstate.take(engine), state, {"step": str(until)})
+        save(take(engine), state, {"step": str(until)})
         taken = f"{1e3 * (time.perf_counter() - start):.1f} ms, {state.stat().st_size / 1e3:.0f} kB"
         table.add_row("a snapshot", taken)
         engine = opt_30b(args.queries)
         start = time.perf_counter()
         steps = read_journal(path).steps
-        snapshot = Snapshot(until, runstate.load(state)[0], None)
+        snapshot = Snapshot(until, load(state)[0], None)
         restore(engine, Begun(path.parent, snapshots=(snapshot,), steps=steps), display)
         table.add_row(f"going on after {args.after} more", f"{time.perf_counter() - start:.2f} s")
     console.print(table)

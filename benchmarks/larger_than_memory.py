@@ -38,7 +38,7 @@ from transformers import PreTrainedModel
 
 import tezo_ds
 from tezo_ds.errors import ConfigError, TezoError
-from tezo_ds.loading import load_model
+from tezo_ds.models.loading import load_model
 from tezo_ds.plan.shapes import skeleton
 
 PAGES = ("kernel", "ahead", "memory")

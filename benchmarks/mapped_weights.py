@@ -22,7 +22,7 @@ from torch import nn
 
 from tezo_ds import Engine
 from tezo_ds.errors import ConfigError
-from tezo_ds.fsdp_loading import blocks
+from tezo_ds.models.structure import blocks
 
 CHUNK = 1 << 20  # bytes asked for at once: the kernel cuts what exceeds its own limit
 

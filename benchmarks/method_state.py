@@ -20,7 +20,7 @@ from tezo_ds.config import MethodName, TezoConfig
 from tezo_ds.directions.space import CoefficientSpace, Matrix
 from tezo_ds.methods import make_method
 from tezo_ds.methods.descent import Adam, Descent, Momentum
-from tezo_ds.needs import factor_numel, on_skeleton
+from tezo_ds.plan.needs import factor_numel, on_skeleton
 from tezo_ds.plan.shapes import skeleton
 
 Shapes = dict[str, tuple[int, int]]

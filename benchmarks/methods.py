@@ -246,7 +246,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def trainers_of(args: argparse.Namespace, settings: Settings) -> dict[str, Trainer]:
     """A trainer for each task; they share one model."""
-    importlib.import_module("tezo_ds.philox_cpu")  # compiles: not within a run's budget
+    importlib.import_module("tezo_ds.rng.compiled")  # compiles: not within a run's budget
     folder = str(ROOT / args.model)  # the path itself where it is absolute
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, settings.dtype))

@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import tezo_ds
+from tezo_ds.engine.live_bytes import LiveBytes
 from tezo_ds.errors import ProbeError
-from tezo_ds.live_bytes import LiveBytes
-from tezo_ds.objective import IGNORE, targets
+from tezo_ds.losses.objective import IGNORE, targets
 from tezo_ds.tasks import Example, batch_indices, collate, encode, first_tokens
 from tezo_ds.tasks.evaluation import Evaluator
 

@@ -12,9 +12,9 @@ from machine import describe
 from rich.console import Console
 from rich.table import Table
 
-from tezo_ds import rng
+from tezo_ds.rng import philox
 
-KEY = rng.derive_key(0, "benchmark", "Z")
+KEY = philox.derive_key(0, "benchmark", "Z")
 
 
 def rate(numbers: int, draw: Callable[[], object], rounds: int) -> float:
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     start = time.perf_counter()
-    from tezo_ds import philox_cpu
+    from tezo_ds.rng import compiled
 
     print(f"{describe()}; compiled in {time.perf_counter() - start:.1f} s")
     table = Table(
@@ -46,7 +46,7 @@ def main() -> None:
     for threads in sorted(set(args.threads)):
         torch.set_num_threads(threads)
         for shape in args.shapes:
-            table.add_row(str(threads), shape, *measure(shape, args.rounds, philox_cpu.fill_))
+            table.add_row(str(threads), shape, *measure(shape, args.rounds, compiled.fill_))
     Console().print(table)
 
 
@@ -56,7 +56,7 @@ def measure(shape: str, rounds: int, compiled: Callable[..., None]) -> list[str]
     index = torch.arange(rows)
     normals, uniforms = torch.empty(rows, columns // 4, 4), torch.empty(rows, columns // 8, 8)
     draws: list[Callable[[], object]] = [
-        lambda: rng.fill_(normals, index, KEY, 0, 0),
+        lambda: philox.fill_(normals, index, KEY, 0, 0),
         lambda: compiled(normals, index, KEY, 0, 0),
         lambda: compiled(uniforms, index, KEY, 0, 0),
         lambda: normals.normal_(),

@@ -29,13 +29,13 @@ from step_overhead import ROOT, arguments, load, make_batch, random_llama
 from transformers import PreTrainedModel
 
 import tezo_ds
-from tezo_ds.objective import Objective
+from tezo_ds.losses.objective import Objective
 from tezo_ds.sharding import sharding_of
 
 sys.path.append(str(ROOT / "tests"))
 from process_memory import METHODS, may_take, process_peak
 
-from tezo_ds.live_bytes import LiveBytes
+from tezo_ds.engine.live_bytes import LiveBytes
 
 PLAIN, PROBES = "plain forward", ("fused", "inplace")
 

@@ -11,9 +11,10 @@ from peers_loops import Batch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from tezo_ds import loading
-from tezo_ds.objective import Objective
+from tezo_ds.losses.objective import Objective
+from tezo_ds.models import loading
 from tezo_ds.sharding import Sharding, sharding_of
+from tezo_ds.sharding.world import local_device
 from tezo_ds.tasks import batch_indices, collate
 from tezo_ds.tasks.encoding import Encoded
 
@@ -51,7 +52,7 @@ class Job:
         size = self.settings.batch_size
         mine = batch_indices(len(self.examples), size, step, self.seed, rank, self.ranks)
         batch = collate([self.examples[i] for i in mine], self.pad)
-        return {key: value.to(loading.local_device()) for key, value in batch.items()}
+        return {key: value.to(local_device()) for key, value in batch.items()}
 
     def load(self) -> nn.Module:
         """The model; under ZeRO-3 partitioned while it is read, as it is for a user."""

@@ -21,9 +21,9 @@ from peers_loops import ES_PAIRS, Batch, EggrollLoop, LozoLoop, MezoLoop, chosen
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from tezo_ds import loading
 from tezo_ds.config import resolve
-from tezo_ds.engine import Engine
+from tezo_ds.engine.engine import Engine
+from tezo_ds.sharding.world import local_device
 
 VALUES, ALL = ("*v_proj*",), ("*",)  # what trains: the matrices of docs/methods.md, or all there is
 Changed = Iterator[tuple[str, Tensor | None]]
@@ -75,7 +75,7 @@ class ChoiceLoss(nn.Module):
 
     def __init__(self, model: nn.Module, choices: Tensor) -> None:
         super().__init__()
-        self.model, self._choices = model, choices.to(loading.local_device())
+        self.model, self._choices = model, choices.to(local_device())
 
     def forward(self, batch: Batch) -> Tensor:
         return choice_loss(self.model, batch, self._choices)  # type: ignore[arg-type]

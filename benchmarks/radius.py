@@ -26,10 +26,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tezo_ds.config import TezoConfig
 from tezo_ds.directions.branches import Ask
-from tezo_ds.engine import Engine
-from tezo_ds.radius import Radius, choose_rho
+from tezo_ds.engine.engine import Engine
+from tezo_ds.engine.radius import Radius, choose_rho
+from tezo_ds.engine.slopes import kappas
 from tezo_ds.sharding import sharding_of
-from tezo_ds.slopes import kappas
 from tezo_ds.tasks import collate, encode
 
 ROOT = Path(__file__).resolve().parent.parent

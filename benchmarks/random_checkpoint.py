@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from tezo_ds.directions.auto_rank import numbered_module
 from tezo_ds.errors import StorageError
+from tezo_ds.models.structure import numbered_module
 
 DEVIATION = 0.02
 PERIOD = (1 << 25) + 1  # numbers drawn, used again and again: no multiple of any usual width

@@ -36,7 +36,7 @@ from scaling_report import MARKERS, draw, markdown, read, save
 from step_overhead import ROOT, random_llama
 from transformers.utils.logging import disable_progress_bar
 
-from tezo_ds import loading
+from tezo_ds.sharding.world import join_world
 
 
 def worlds_here() -> list[int]:
@@ -104,7 +104,7 @@ def run_here(args: argparse.Namespace, console: Console) -> None:
 
 def run_launched(args: argparse.Namespace) -> None:
     """The launcher's world. Raises SystemExit where a sharding does not fit it."""
-    loading.join_world(deepspeed=True)
+    join_world(deepspeed=True)
     use_device(args.threads)
     nodes = len(hosts(args.threads))
     for sharding in args.shardings:

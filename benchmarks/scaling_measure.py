@@ -21,11 +21,11 @@ from methods_report import Record
 from scaling_split import PARTS, Split
 from step_overhead import ROOT, make_batch
 
-from tezo_ds import loading
 from tezo_ds.config import resolve
-from tezo_ds.engine import Engine
-from tezo_ds.fsdp_loading import FsdpPlan
-from tezo_ds.live_bytes import LiveBytes
+from tezo_ds.engine.engine import Engine
+from tezo_ds.engine.live_bytes import LiveBytes
+from tezo_ds.models import loading
+from tezo_ds.models.fsdp import FsdpPlan
 from tezo_ds.sharding import Sharding, sharding_of
 
 sys.path.append(str(ROOT / "tests"))

@@ -10,9 +10,9 @@ from directions_report import table
 from pictures import load_pyplot
 from scaling_model_points import OURS, WAYS, Limit, Point, efficiency, limit, line_of
 
-from tezo_ds.needs import GIB
 from tezo_ds.plan import timing
 from tezo_ds.plan.hardware import Cluster, Gpu
+from tezo_ds.plan.needs import GIB
 from tezo_ds.plan.report import Line
 
 MARKERS = (

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tezo_ds.engine import Engine
+from tezo_ds.engine.engine import Engine
 
 PARTS = ("gather", "forward", "perturb", "collectives", "update", "rest")
 

@@ -34,7 +34,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import tezo_ds
-from tezo_ds.objective import repeat
+from tezo_ds.losses.objective import repeat
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ("16x64", "4x32")

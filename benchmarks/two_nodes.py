@@ -37,7 +37,7 @@ from command_line import flags  # noqa: E402
 from fault_runs import done_in, fresh  # noqa: E402
 from two_hosts import TwoHosts, two_hosts  # noqa: E402
 
-from tezo_ds.runfolder import METRICS, read_metrics  # noqa: E402
+from tezo_ds.run.folder import METRICS, read_metrics  # noqa: E402
 
 LOADING = "1gbit"  # the rate while a model is read and evaluated
 RANKS, PORT = 2, 29500  # a host; of the store in which ranks meet and leave notes

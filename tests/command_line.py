@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tezo_ds.cli import main
-from tezo_ds.runfolder import ADAPTER, COEFFICIENTS, CONFIG, METRICS, SUMMARY, read_metrics
+from tezo_ds.run.folder import ADAPTER, COEFFICIENTS, CONFIG, METRICS, SUMMARY, read_metrics
 
 TEMPLATE = "{text} It was"
 WORDS = {"bad": "terrible", "good": "great", "mixed": "okay"}

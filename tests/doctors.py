@@ -7,7 +7,7 @@ from typing import Any
 from tezo_ds.doctor.machine import Accelerator
 from tezo_ds.doctor.report import Row
 from tezo_ds.doctor.verdicts import GIB, Asked, Who
-from tezo_ds.needs import Needs
+from tezo_ds.plan.needs import Needs
 
 FOUR = Asked({rank: Who("ab"[rank // 2], rank % 2) for rank in range(4)})  # on hosts a and b
 ONE = Asked({0: Who("a", 0)})

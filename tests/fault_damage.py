@@ -17,17 +17,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import logging
 
-from tezo_ds.config import read_json
-from tezo_ds.display import Display
-from tezo_ds.engine import Engine
+from tezo_ds.engine.engine import Engine
+from tezo_ds.engine.state import take
 from tezo_ds.errors import TezoError
-from tezo_ds.export import CHECKSUMS
-from tezo_ds.journal import read_journal
-from tezo_ds.resuming import look, restore
-from tezo_ds.runfolder import ADAPTER, CONFIG, JOURNAL, SNAPSHOTS, RunFolder
-from tezo_ds.runstate import digest, take
-from tezo_ds.session import open_engine, read_run
+from tezo_ds.export.adapter import CHECKSUMS
+from tezo_ds.files.tensors import digest
+from tezo_ds.files.text import read_json
+from tezo_ds.run.about import read_run
+from tezo_ds.run.folder import ADAPTER, CONFIG, JOURNAL, SNAPSHOTS, RunFolder
+from tezo_ds.run.journal import read_journal
+from tezo_ds.run.resuming import look, restore
 from tezo_ds.sharding import ShardView
+from tezo_ds.training.display import Display
+from tezo_ds.training.session import open_engine
 
 PATTERNS = {
     "journal": JOURNAL,

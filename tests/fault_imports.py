@@ -9,16 +9,10 @@ import transformers.integrations.deepspeed
 import transformers.models.auto.modeling_auto
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-from tezo_ds import (  # noqa: F401
-    cli,
-    curve,
-    export,
-    fsdp_loading,
-    launchers,
-    merged,
-    philox_cpu,
-    resuming,
-    session,
-    training,
-)
+from tezo_ds.cli import accelerate, train  # noqa: F401
+from tezo_ds.export import adapter, merged  # noqa: F401
+from tezo_ds.models import fsdp  # noqa: F401
+from tezo_ds.rng import compiled  # noqa: F401
+from tezo_ds.run import curve, resuming  # noqa: F401
 from tezo_ds.sharding import fsdp2, zero3  # noqa: F401
+from tezo_ds.training import loop, session  # noqa: F401

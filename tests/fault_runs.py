@@ -25,8 +25,8 @@ from unittest import mock
 from command_line import Given, free_port
 from safetensors.torch import load_file
 
-from tezo_ds.journal import read_journal
-from tezo_ds.runfolder import (
+from tezo_ds.files.tensors import digest
+from tezo_ds.run.folder import (
     ADAPTER,
     COEFFICIENTS,
     CONFIG,
@@ -37,7 +37,7 @@ from tezo_ds.runfolder import (
     SUMMARY,
     read_metrics,
 )
-from tezo_ds.runstate import digest
+from tezo_ds.run.journal import read_journal
 
 STEPS, SNAPSHOT_EVERY, EVAL_EVERY = 21, 4, 6
 PLAN = {

@@ -48,7 +48,7 @@ def process_peak(small: nn.Module, make: Callable[[], nn.Module], prepare: Prepa
     """
     accelerator = torch.accelerator.is_available()
     if not accelerator:
-        import tezo_ds.philox_cpu  # noqa: F401  a small model would not have it compiled
+        import tezo_ds.rng.compiled  # noqa: F401  a small model would not have it compiled
     _run(prepare(small))
     _give_back()
     before = 0 if accelerator else _status("VmRSS")

@@ -14,7 +14,7 @@ from tiny import make_batch, tiny
 from trained import logits, trained
 
 import tezo_ds
-from tezo_ds.export import CHECKSUMS, save_adapter
+from tezo_ds.export.adapter import CHECKSUMS, save_adapter
 from tezo_ds.sharding import sharding_of
 
 

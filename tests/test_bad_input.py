@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from command_line import Given, Run, call, finish, start
 
-from tezo_ds.runfolder import COEFFICIENTS, LOCK
+from tezo_ds.run.folder import COEFFICIENTS, LOCK
 
 pytest_plugins = ("cli_fixtures",)
 

@@ -13,9 +13,8 @@ from torch import nn
 import tezo_ds
 from tezo_ds.directions.branches import Ask
 from tezo_ds.directions.space import CoefficientSpace, Matrix, Vector
-from tezo_ds.live_bytes import LiveBytes
-from tezo_ds.queries import queries_at
-from tezo_ds.slopes import WINDOW, Clip, kappas, quality, slopes_of
+from tezo_ds.engine.live_bytes import LiveBytes
+from tezo_ds.engine.slopes import WINDOW, Clip, kappas, quality, slopes_of
 
 FIELDS = {"rank": 3, "rho": 1e-2, "lr": 1e-3, "queries": 3, "seed": 5}
 
@@ -122,24 +121,24 @@ def config(**fields: object) -> tezo_ds.TezoConfig:
 
 def test_the_number_of_directions_follows_its_schedule() -> None:
     constant = config(queries=4)
-    assert {queries_at(constant, step) for step in range(50)} == {4}
+    assert {constant.queries_at(step) for step in range(50)} == {4}
     # TT-ZO: α = ln 16 / ln 100; epochs 0, 1, 2, … of 10 steps have (epoch)^α
     adaptive = config(
         query_schedule="adaptive", queries_max=16, total_steps=100, steps_per_epoch=10
     )
     alpha = math.log(16) / math.log(100)
-    found = [queries_at(adaptive, step) for step in range(100)]
+    found = [adaptive.queries_at(step) for step in range(100)]
     assert found == [max(1, round((step // 10) ** alpha)) for step in range(100)]
     assert found[0] == 1 and found[-1] == 4 and found == sorted(found)
     one = config(query_schedule="adaptive", queries_max=16, total_steps=100, steps_per_epoch=1)
-    assert queries_at(one, 100) == 16
+    assert one.queries_at(100) == 16
     # AdaZeta: ⌊2 · epoch^0.5⌋ with epochs from 1
     adazeta = config(
         query_schedule="adazeta", query_alpha=2.0, query_beta=0.5, queries_max=5, steps_per_epoch=3
     )
-    assert [queries_at(adazeta, step) for step in range(0, 24, 3)] == [2, 2, 3, 4, 4, 4, 5, 5]
+    assert [adazeta.queries_at(step) for step in range(0, 24, 3)] == [2, 2, 3, 4, 4, 4, 5, 5]
     small = adazeta.model_copy(update={"query_alpha": 0.1})
-    assert queries_at(small, 0) == 1
+    assert small.queries_at(0) == 1
 
 
 @pytest.mark.parametrize("method", ["tezo-adam", "lozo-m", "mezo"])

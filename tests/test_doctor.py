@@ -15,11 +15,11 @@ from doctors import all_four, assert_row
 
 from tezo_ds.config import TezoConfig
 from tezo_ds.doctor import selftest
-from tezo_ds.doctor.examination import examine
+from tezo_ds.doctor.checks import examine
 from tezo_ds.doctor.meeting import THREAD, Meeting, meet, within
 from tezo_ds.doctor.plan import Plan
 from tezo_ds.doctor.report import Failed, Row, exit_code, show
-from tezo_ds.session import Settings
+from tezo_ds.settings import Settings
 
 pytest_plugins = ("cli_fixtures",)
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from doctors import CPU, FOUR, GPU, NEEDS, all_four, assert_row
 
-from tezo_ds.doctor import hostfile, machine, room
+from tezo_ds.doctor import hostfile, machine, resources
 from tezo_ds.doctor.hostfile import Host, check_hostfile, read_hostfile
 from tezo_ds.doctor.machine import Space
 from tezo_ds.doctor.report import Row
 from tezo_ds.doctor.verdicts import GIB
-from tezo_ds.needs import Layout
+from tezo_ds.plan.needs import Layout
 
 # The hostfile
 
@@ -71,31 +71,33 @@ def test_slots_against_gpus_and_ranks() -> None:
 
 
 def test_the_model_is_the_same_everywhere() -> None:
-    here = room.Model("LlamaForCausalLM", "d1", True)
-    assert_row(room.model(FOUR, all_four(here)), "green", "LlamaForCausalLM")
-    other = room.model(FOUR, all_four(here, r2=here._replace(what="Bert", digest="d2")))
+    here = resources.Model("LlamaForCausalLM", "d1", True)
+    assert_row(resources.model(FOUR, all_four(here)), "green", "LlamaForCausalLM")
+    other = resources.model(FOUR, all_four(here, r2=here._replace(what="Bert", digest="d2")))
     assert_row(other, "red", "rank 2 (b) has Bert")
-    bare = room.model(FOUR, all_four(here, r3=here._replace(weights=False)))
+    bare = resources.model(FOUR, all_four(here, r3=here._replace(weights=False)))
     assert_row(bare, "red", "rank 3 (b): no .safetensors")
 
 
 def test_memory() -> None:
     free, whole = all_four(Space(64 * GIB, 32 * GIB)), Layout()
-    assert_row(room.memory(FOUR, NEEDS, whole, all_four(GPU), free), "green", "8.00 GiB a rank")
+    assert_row(
+        resources.memory(FOUR, NEEDS, whole, all_four(GPU), free), "green", "8.00 GiB a rank"
+    )
     full = all_four(GPU, r1=replace(GPU, free=7 * GIB))
-    assert_row(room.memory(FOUR, NEEDS, whole, full, free), "red", "rank 1 (a)'s accelerator")
+    assert_row(resources.memory(FOUR, NEEDS, whole, full, free), "red", "rank 1 (a)'s accelerator")
     tight = all_four(GPU, r1=replace(GPU, free=9 * GIB))
-    assert_row(room.memory(FOUR, NEEDS, whole, tight, free), "yellow", "89% of 9.0 GiB")
+    assert_row(resources.memory(FOUR, NEEDS, whole, tight, free), "yellow", "89% of 9.0 GiB")
     offloaded = Layout(offloaded=True)  # the shards of two ranks in their host's memory
-    assert_row(room.memory(FOUR, NEEDS, offloaded, full, free), "green", "38% of 32.0 GiB")
+    assert_row(resources.memory(FOUR, NEEDS, offloaded, full, free), "green", "38% of 32.0 GiB")
     little = all_four(Space(64 * GIB, 32 * GIB), r3=Space(64 * GIB, 11 * GIB))
-    assert_row(room.memory(FOUR, NEEDS, offloaded, full, little), "red", "b's memory")
-    assert_row(room.memory(FOUR, NEEDS, whole, all_four(CPU), little), "red", "b's memory")
+    assert_row(resources.memory(FOUR, NEEDS, offloaded, full, little), "red", "b's memory")
+    assert_row(resources.memory(FOUR, NEEDS, whole, all_four(CPU), little), "red", "b's memory")
 
 
 def test_disk(tmp_path: Path) -> None:
     def judge(seen: dict[int, bool], needed: int | None, writes: bool, free: int = 9 * GIB) -> Row:
-        return room.disk(FOUR, Space(10 * GIB, free), seen, tmp_path / "run", needed, writes)
+        return resources.disk(FOUR, Space(10 * GIB, free), seen, tmp_path / "run", needed, writes)
 
     assert_row(judge(all_four(True), GIB, True), "green", "9.0 GiB free", "all hosts share it")
     assert_row(judge(all_four(True), GIB, True, GIB // 2), "red", "1.00 GiB needed", "--snapshots")
@@ -108,12 +110,12 @@ def test_disk(tmp_path: Path) -> None:
 def test_tokens_and_folders_that_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    token = room.leave_token(tmp_path / "not" / "there")
-    assert token.path.parent == tmp_path and room.sees(token)
-    monkeypatch.setattr(room, "SEEING", 0.1)
-    assert not room.sees(token._replace(text="of another host"))
+    token = resources.leave_token(tmp_path / "not" / "there")
+    assert token.path.parent == tmp_path and resources.sees(token)
+    monkeypatch.setattr(resources, "SEEING", 0.1)
+    assert not resources.sees(token._replace(text="of another host"))
     token.path.unlink()
-    assert not room.sees(token)
+    assert not resources.sees(token)
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="is a file"):
         machine.disk(tmp_path / "file" / "run")

@@ -14,8 +14,8 @@ import pytest
 from command_line import TIMEOUT, Given, Run, assert_stopped, call, finish, free_port, start
 from fault_launchers import ranks_of
 
-from tezo_ds.journal import read_journal
-from tezo_ds.runfolder import JOURNAL, SNAPSHOTS
+from tezo_ds.run.folder import JOURNAL, SNAPSHOTS
+from tezo_ds.run.journal import read_journal
 
 pytest_plugins = ("cli_fixtures",)
 

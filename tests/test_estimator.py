@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tezo_ds.rng import derive_key, normals
+from tezo_ds.rng.philox import derive_key, normals
 
 SAMPLES = 400_000
 

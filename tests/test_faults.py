@@ -26,9 +26,10 @@ from fault_runs import (
     start_ranks,
 )
 
-from tezo_ds import runfolder, training
-from tezo_ds.journal import Journal
-from tezo_ds.runfolder import JOURNAL, SNAPSHOTS
+from tezo_ds.run import folder
+from tezo_ds.run.folder import JOURNAL, SNAPSHOTS
+from tezo_ds.run.journal import Journal
+from tezo_ds.training import loop
 
 pytest_plugins = ("cli_fixtures",)
 
@@ -157,12 +158,12 @@ def full_before(where: Any, name: str, disk: Disk, patch: pytest.MonkeyPatch, nt
 @pytest.mark.parametrize(
     ("method", "where", "name", "nth", "named"),
     [
-        ("tezo", runfolder.RunFolder, "_take_lock", 1, ""),
-        ("tezo", runfolder.RunFolder, "log_step", 2, ""),
-        ("tezo", training, "snapshot", 2, SNAPSHOTS),
-        ("tezo", training, "_write_results", 1, ""),
-        ("mezo-adam", training, "snapshot", 2, SNAPSHOTS),
-        ("mezo-adam", training._Training, "_save_model", 1, "model"),
+        ("tezo", folder.RunFolder, "_take_lock", 1, ""),
+        ("tezo", folder.RunFolder, "log_step", 2, ""),
+        ("tezo", loop, "snapshot", 2, SNAPSHOTS),
+        ("tezo", loop, "_write_results", 1, ""),
+        ("mezo-adam", loop, "snapshot", 2, SNAPSHOTS),
+        ("mezo-adam", loop._Training, "_save_model", 1, "model"),
     ],
     ids=("lock", "journal", "state", "results", "shards", "model"),
 )

@@ -15,9 +15,9 @@ from command_line import Given, Run, assert_found_again, call, finish, flags, fr
 from tiny import tiny
 from torch import nn
 
+from tezo_ds.cli.accelerate import launched
 from tezo_ds.errors import ConfigError
-from tezo_ds.fsdp_loading import blocks
-from tezo_ds.launchers import launched
+from tezo_ds.models.structure import blocks
 
 pytest_plugins = ("cli_fixtures",)
 

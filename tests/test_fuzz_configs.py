@@ -11,7 +11,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tezo_ds.config import TezoConfig, build, resolve
-from tezo_ds.queries import queries_at
 from tezo_ds.sharding import zero3
 
 FIELDS = sorted(TezoConfig.model_fields)
@@ -27,7 +26,7 @@ def used(config: TezoConfig) -> TezoConfig:
     config = config.model_copy(update={"steps_per_epoch": config.steps_per_epoch or 3})
     for step in (0, 7, 10**6):
         config.lr_at(step)
-        assert queries_at(config, step) >= 1
+        assert config.queries_at(step) >= 1
     return config
 
 

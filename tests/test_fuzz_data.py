@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from task_files import TEMPLATE
 
-from tezo_ds.flags import settings_from
+from tezo_ds.cli.options import settings_from
 from tezo_ds.tasks import load_task
 
 ROWS = [{"text": f"film {i}", "label": list(WORDS)[i % 3], "n": i} for i in range(12)]

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from task_files import TEMPLATE
 
 from tezo_ds.config import TezoConfig
-from tezo_ds.loading import load_model
-from tezo_ds.merged import is_complete
-from tezo_ds.runfolder import CONFIG
-from tezo_ds.session import Settings, open_session
+from tezo_ds.export.merged import is_complete
+from tezo_ds.models.loading import load_model
+from tezo_ds.run.folder import CONFIG
+from tezo_ds.settings import Settings
+from tezo_ds.training.session import open_session
 
 pytest_plugins = ("cli_fixtures",)
 

@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from tezo_ds.card import model_card
-from tezo_ds.curve import draw_curve
-from tezo_ds.results import read_result
-from tezo_ds.resuming import look
-from tezo_ds.runfolder import COEFFICIENTS, CONFIG, JOURNAL, METRICS, SUMMARY, RunFolder
-from tezo_ds.session import read_run
+from tezo_ds.run.about import read_run
+from tezo_ds.run.card import model_card
+from tezo_ds.run.curve import draw_curve
+from tezo_ds.run.folder import COEFFICIENTS, CONFIG, JOURNAL, METRICS, SUMMARY, RunFolder
+from tezo_ds.run.results import read_result
+from tezo_ds.run.resuming import look
 
 pytest_plugins = ("cli_fixtures",)
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import tezo_ds
-from tezo_ds import head
+from tezo_ds.losses import head
 
 
 def gemma() -> nn.Module:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tezo_ds.errors import StorageError
-from tezo_ds.journal import VERSION, Journal, read_journal
+from tezo_ds.run.journal import VERSION, Journal, read_journal
 
 HEADER = {"examples": 5, "data": "ab"}
 

@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 
 import tezo_ds
 from tezo_ds.errors import ConfigError, StorageError
-from tezo_ds.loading import load_model
+from tezo_ds.models.loading import load_model
 from tezo_ds.plan.shapes import skeleton
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))

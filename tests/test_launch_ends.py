@@ -16,8 +16,8 @@ import pytest
 from command_line import BLOCK, Given, Run, assert_found_again, assert_near, call, free_port
 from launching import FIRST, LAUNCH, PATIENCE, SECOND, end, start, stop
 
-from tezo_ds.liveness import GO_ON
-from tezo_ds.runfolder import JOURNAL
+from tezo_ds.run.folder import JOURNAL
+from tezo_ds.training.liveness import GO_ON
 
 pytest_plugins = ("cli_fixtures",)
 

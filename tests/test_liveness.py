@@ -12,7 +12,7 @@ from fault_runs import server
 from hung_ranks import LIMIT
 from torch.distributed import DistBackendError
 
-from tezo_ds.liveness import BEATS, Note, awaited, of_collective
+from tezo_ds.training.liveness import BEATS, Note, awaited, of_collective
 
 pytest_plugins = ("cli_fixtures",)
 pytestmark = pytest.mark.launches

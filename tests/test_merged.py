@@ -21,10 +21,10 @@ from trained import logits, trained
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 import tezo_ds
-from tezo_ds import merged
 from tezo_ds.errors import StorageError
-from tezo_ds.export import save_adapter
-from tezo_ds.merged import save_merged
+from tezo_ds.export import merged
+from tezo_ds.export.adapter import save_adapter
+from tezo_ds.export.merged import save_merged
 
 pytest_plugins = ("cli_fixtures",)
 

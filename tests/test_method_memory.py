@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
 
 import tezo_ds
+from tezo_ds.losses.objective import Objective
 from tezo_ds.methods import tezo_adam
-from tezo_ds.objective import Objective
 from tezo_ds.sharding import sharding_of
 
 PLAIN, COPYING, WHOLE = "plain forward", "tezo, in place", "tezo-adam, matrices whole"
@@ -109,7 +109,7 @@ def test_each_method_takes_what_it_is_meant_to() -> None:
 
 
 if __name__ == "__main__":
-    import tezo_ds.philox_cpu
+    import tezo_ds.rng.compiled
 
     lanes = [FORK.Process(target=run_lane, args=(names,)) for names in LANES]
     for lane in lanes:

@@ -8,7 +8,7 @@ import torch
 from tiny import tiny
 
 from tezo_ds.config import TezoConfig
-from tezo_ds.needs import RECORDS, Layout, Needs, factor_numel, needs, on_skeleton
+from tezo_ds.plan.needs import RECORDS, Layout, Needs, factor_numel, needs, on_skeleton
 
 
 def test_needs_of_a_tiny_model() -> None:

@@ -15,8 +15,8 @@ from command_line import call
 from tiny import tiny
 from world_plan import TIGHT, job_of, small
 
-from tezo_ds import engine
 from tezo_ds.config import TezoConfig
+from tezo_ds.engine import engine
 from tezo_ds.errors import ConfigError
 from tezo_ds.plan import memory, report, timing, traffic
 from tezo_ds.plan.absent import Absent

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tezo_ds
 from tezo_ds.directions.branches import Ask
-from tezo_ds.live_bytes import LiveBytes
+from tezo_ds.engine.live_bytes import LiveBytes
 from tezo_ds.probes import sites
 
 KINDS = [

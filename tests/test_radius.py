@@ -14,10 +14,10 @@ from torch import Tensor
 import tezo_ds
 from tezo_ds.config import TezoConfig
 from tezo_ds.directions.branches import Ask, Branches
-from tezo_ds.engine import Engine
+from tezo_ds.engine.engine import Engine
+from tezo_ds.engine.radius import DIRECTIONS, START, choose_rho
 from tezo_ds.errors import ProbeError
-from tezo_ds.objective import Objective
-from tezo_ds.radius import DIRECTIONS, START, choose_rho
+from tezo_ds.losses.objective import Objective
 from tezo_ds.sharding import sharding_of
 
 COUNT = 32

@@ -12,8 +12,8 @@ import torch
 from command_line import STEPS, Given, Run, call
 from safetensors.torch import load_file
 
-from tezo_ds.journal import Journal, read_journal
-from tezo_ds.runfolder import JOURNAL
+from tezo_ds.run.folder import JOURNAL
+from tezo_ds.run.journal import Journal, read_journal
 
 pytest_plugins = ("cli_fixtures",)
 pytestmark = pytest.mark.usefixtures("other_kernels")
@@ -40,7 +40,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_every_digest_agrees_and_the_coefficients_are_the_runs(
     run: Run, tmp_path: Path, capfd: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tezo_ds.loading.load_model", None)  # no weight is read
+    monkeypatch.setattr("tezo_ds.models.loading.load_model", None)  # no weight is read
     made = tmp_path / "made.safetensors"
     assert call("replay", run.path, "--verify", "--coefficients", made) == 0
     out = capfd.readouterr().out

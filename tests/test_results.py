@@ -13,10 +13,10 @@ from cli_fixtures import make_plain
 from command_line import Given, Run, call
 from safetensors.torch import load_file
 
-from tezo_ds import training
 from tezo_ds.directions.lowrank import FixedFactors
-from tezo_ds.report import StepReport
-from tezo_ds.runfolder import ADAPTER, COEFFICIENTS, JOURNAL, MODEL, SUMMARY, RunFolder
+from tezo_ds.engine.report import StepReport
+from tezo_ds.run.folder import ADAPTER, COEFFICIENTS, JOURNAL, MODEL, SUMMARY, RunFolder
+from tezo_ds.training import loop
 
 pytest_plugins = ("cli_fixtures",)
 pytestmark = pytest.mark.usefixtures("other_kernels")
@@ -175,7 +175,7 @@ def test_a_signal_within_a_refresh(
     assert len(found.steps) == 3
     assert all(bool((part == whole[name]).all()) for name, part in found.coefficients.items())
     state = property(lambda training: (training._engine.step_index, 0))
-    monkeypatch.setattr(training._Training, "_state", state)
+    monkeypatch.setattr(loop._Training, "_state", state)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     assert call(*given.train(tmp_path / "unhandled", refresh_every=2)) == 130
     for a in Run(tmp_path / "unhandled").coefficients.values():
@@ -194,7 +194,7 @@ def test_ranks_and_periods_of_a_run_are_those_of_its_evaluation(
     assert f"{run.path / MODEL}\n" in out  # not cut to the width
     for name, part in run.coefficients.items():
         assert part.shape == (3, ranks[name])
-    monkeypatch.setattr("tezo_ds.selection.auto_ranks", None)  # not to be called again
+    monkeypatch.setattr("tezo_ds.engine.selection.auto_ranks", None)  # not to be called again
     assert evaluated(run.path, capfd) == (run.summary["test_loss_after"], "")
     adapter = tmp_path / "adapter"
     assert call("export", "--run", run.path, "--adapter", adapter) == 0

@@ -16,9 +16,8 @@ from command_line import STEPS, Given, Run, call
 from other_kernels import OtherKernels
 from safetensors.torch import load_file
 
-from tezo_ds.journal import read_journal
-from tezo_ds.measuring import Measuring
-from tezo_ds.runfolder import (
+from tezo_ds.engine.measuring import Measuring
+from tezo_ds.run.folder import (
     ADAPTER,
     COEFFICIENTS,
     CONFIG,
@@ -30,6 +29,7 @@ from tezo_ds.runfolder import (
     SUMMARY,
     RunFolder,
 )
+from tezo_ds.run.journal import read_journal
 
 pytest_plugins = ("cli_fixtures",)
 
@@ -61,7 +61,7 @@ def killed_after(steps: int, arguments: list[str], patch: pytest.MonkeyPatch) ->
 
     with patch.context() as gone, pytest.raises(Killed):
         gone.setattr(RunFolder, "log_step", log)
-        gone.setattr("tezo_ds.training._write_results", lambda *_: None)
+        gone.setattr("tezo_ds.training.loop._write_results", lambda *_: None)
         call(*arguments)
 
 

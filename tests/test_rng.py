@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from tezo_ds import philox_cpu, rng
-from tezo_ds.rng import box_muller, derive_key, normals, philox, uniforms
+from tezo_ds.rng import compiled
+from tezo_ds.rng import philox as generator
+from tezo_ds.rng.philox import box_muller, derive_key, normals, philox, uniforms
 
 # Random123's kat_vectors for philox4x32-10: counter, key, result.
 KNOWN = [
@@ -138,7 +139,7 @@ def test_uniforms_are_uniform() -> None:
     assert columns.abs().max() < 4.5 / len(u) ** 0.5
 
 
-Request = tuple[torch.Tensor, tuple[rng.Word, rng.Word], rng.Word, int]
+Request = tuple[torch.Tensor, tuple[generator.Word, generator.Word], generator.Word, int]
 
 
 def requests(rows: int) -> dict[str, Request]:
@@ -159,10 +160,10 @@ def test_compiled_gives_the_same_bits(rows: int, blocks: int, each: int) -> None
     """Blocks of 256 counters begin and end inside rows, and hold several of them."""
     for name, (index, *address) in requests(rows).items():
         defined = torch.empty(len(index), blocks, each)
-        compiled = torch.empty_like(defined)
-        rng.fill_(defined, index, *address)
-        philox_cpu.fill_(compiled, index, *address)
-        assert torch.equal(defined, compiled), name
+        found = torch.empty_like(defined)
+        generator.fill_(defined, index, *address)
+        compiled.fill_(found, index, *address)
+        assert torch.equal(defined, found), name
 
 
 def test_compiled_box_muller_at_extreme_words() -> None:
@@ -176,7 +177,7 @@ def test_compiled_box_muller_at_extreme_words() -> None:
     ]
     x, y = torch.cartesian_prod(torch.tensor(edges), torch.tensor(edges)).t()
     first, second = np.empty((2, len(x)), np.float32)
-    philox_cpu._box_muller(x.numpy().astype(np.uint32), y.numpy().astype(np.uint32), first, second)
+    compiled._box_muller(x.numpy().astype(np.uint32), y.numpy().astype(np.uint32), first, second)
     for found, expected in zip((first, second), box_muller(x, y), strict=True):
         assert torch.equal(torch.from_numpy(found).view(torch.int32), expected.view(torch.int32))
 
@@ -189,9 +190,9 @@ def test_compiled_logarithm_is_not_fused() -> None:
         return torch.from_numpy(numba.vectorize(["float64(float64)"])(function)(x.numpy()))
 
     x = (torch.arange(200_000, dtype=torch.float64) * 21_474.7 + 0.5) * 2.0**-32
-    assert torch.equal(logs(lambda v: philox_cpu._log(v), x), rng._log(x))
-    fused = numba.njit(fastmath={"contract"}, error_model="numpy")(philox_cpu._log.py_func)
-    assert not torch.equal(logs(lambda v: fused(v), x), rng._log(x))
+    assert torch.equal(logs(lambda v: compiled._log(v), x), generator._log(x))
+    fused = numba.njit(fastmath={"contract"}, error_model="numpy")(compiled._log.py_func)
+    assert not torch.equal(logs(lambda v: fused(v), x), generator._log(x))
 
 
 def test_same_bits_on_any_number_of_threads() -> None:
@@ -203,7 +204,7 @@ def test_same_bits_on_any_number_of_threads() -> None:
             drawn.append(normals(key, index, 1021, 4, first=3))
     finally:
         torch.set_num_threads(threads)
-    assert drawn[0].numel() > 4 * philox_cpu._PER_THREAD  # so that threads are started
+    assert drawn[0].numel() > 4 * compiled._PER_THREAD  # so that threads are started
     assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
 
 
@@ -211,7 +212,7 @@ def test_same_bits_on_any_number_of_threads() -> None:
 def test_compiles_for_a_large_request_only() -> None:
     code = """if True:
         import sys, torch, tezo_ds
-        from tezo_ds.rng import normals
+        from tezo_ds.rng.philox import normals
         normals((1, 2), torch.arange(100), 100)
         assert "numba" not in sys.modules
         whole = normals((1, 2), torch.arange(600), 600)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tezo_ds.directions.rounding import round_, store_
-from tezo_ds.rng import derive_key
+from tezo_ds.rng.philox import derive_key
 from tezo_ds.sharding.view import Piece, ShardView
 
 KINDS = [torch.bfloat16, torch.float16]

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny
 from transformers import AutoModelForCausalLM, OPTForCausalLM
 
-from tezo_ds.report import StepReport
-from tezo_ds.runfolder import (
+from tezo_ds.engine.report import StepReport
+from tezo_ds.run.folder import (
     ADAPTER,
     COEFFICIENTS,
     CONFIG,

@@ -12,12 +12,12 @@ from tiny import make_batch, tiny
 from torch import Tensor
 
 import tezo_ds
-from tezo_ds import shardfiles
 from tezo_ds.directions import lowrank
 from tezo_ds.methods import mezo
-from tezo_ds.shardfiles import Stored, common_numel, copy_common, stored_in, write_file
+from tezo_ds.run import shardfiles
+from tezo_ds.run.shardfiles import Stored, common_numel, copy_common, stored_in, write_file
+from tezo_ds.run.snapshots import load_shards, save_shards
 from tezo_ds.sharding import ShardView
-from tezo_ds.snapshots import load_shards, save_shards
 
 FIELDS = {"method": "mezo-adam", "rho": 1e-2, "lr": 1e-2, "include": ["*layers.0*"]}
 SHAPE = (13, 7)

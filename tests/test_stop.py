@@ -14,8 +14,8 @@ from command_line import Given, Run, assert_stopped, call
 from torch import distributed as dist
 
 from tezo_ds import cli
-from tezo_ds.interrupts import Interrupted, turned_into_exceptions
-from tezo_ds.runfolder import COEFFICIENTS, RunFolder
+from tezo_ds.run.folder import COEFFICIENTS, RunFolder
+from tezo_ds.training.interrupts import Interrupted, turned_into_exceptions
 
 pytest_plugins = ("cli_fixtures",)
 

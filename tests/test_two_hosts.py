@@ -19,8 +19,8 @@ from command_line import Given, Run, assert_near, call
 from fault_runs import done_in, start_ranks
 from two_hosts import Host, TwoHosts, two_hosts, why_not
 
-from tezo_ds.journal import read_journal
-from tezo_ds.runfolder import JOURNAL
+from tezo_ds.run.folder import JOURNAL
+from tezo_ds.run.journal import read_journal
 
 REASON = why_not()
 pytestmark = [

@@ -12,18 +12,9 @@ import torch
 from command_line import Given, Run, finish, free_port, start
 from safetensors.torch import load_file
 
-from tezo_ds import watch
-from tezo_ds.runfolder import (
-    ADAPTER,
-    COEFFICIENTS,
-    CONFIG,
-    CURVE,
-    JOURNAL,
-    LOCK,
-    METRICS,
-    SUMMARY,
-)
-from tezo_ds.watch import digest
+from tezo_ds.engine import replicas
+from tezo_ds.engine.replicas import digest
+from tezo_ds.run.folder import ADAPTER, COEFFICIENTS, CONFIG, CURVE, JOURNAL, LOCK, METRICS, SUMMARY
 
 pytest_plugins = ("cli_fixtures",)
 
@@ -36,13 +27,13 @@ def values(dtype: torch.dtype, numel: int = NUMEL) -> torch.Tensor:
     return (100 * x).to(dtype)
 
 
-@pytest.fixture(params=(watch.CHUNK, 16))
+@pytest.fixture(params=(replicas.CHUNK, 16))
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One chunk, and many."""
-    monkeypatch.setattr(watch, "CHUNK", request.param)
-    watch._multipliers.cache_clear()
+    monkeypatch.setattr(replicas, "CHUNK", request.param)
+    replicas._multipliers.cache_clear()
     yield
-    watch._multipliers.cache_clear()
+    replicas._multipliers.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,7 +61,7 @@ def test_two_changes_of_sign_show(dtype: torch.dtype) -> None:
     assert len(seen) == 1 + 40 * 39 // 2
 
     def cancels(words: torch.Tensor) -> int:
-        return int((words * watch._multipliers(words.device)[: len(words)]).sum())
+        return int((words * replicas._multipliers(words.device)[: len(words)]).sum())
 
     doubles = values(torch.float64, numel=40)
     assert cancels(doubles.view(torch.int64)) == cancels((-doubles).view(torch.int64))
@@ -106,10 +97,10 @@ def test_the_place_in_memory_does_not_matter(chunk: None, dtype: torch.dtype) ->
 
 def test_messages_name_the_minority_and_shorten_long_lists() -> None:
     gathered = [{"a": 1, "b": 2}, {"a": 1, "b": 3}, {"a": 1, "b": 2}, {"b": 9}]
-    assert watch._differences(gathered) == [("b", {0: 2, 1: 3, 2: 2, 3: 9})]
-    assert watch._differences(gathered, absent="no")[0] == ("a", {0: 1, 1: 1, 2: 1, 3: "no"})
-    assert watch.listed([3]) == "rank 3"
-    assert watch.listed(range(1, 1000)) == "ranks 1, 2, 3, 4, 5, 6, 7, 8 and 991 more"
+    assert replicas._differences(gathered) == [("b", {0: 2, 1: 3, 2: 2, 3: 9})]
+    assert replicas._differences(gathered, absent="no")[0] == ("a", {0: 1, 1: 1, 2: 1, 3: "no"})
+    assert replicas.listed([3]) == "rank 3"
+    assert replicas.listed(range(1, 1000)) == "ranks 1, 2, 3, 4, 5, 6, 7, 8 and 991 more"
 
 
 # Rank 1 loses a bit, and rank 0 is slow to write its results: long enough for the launcher to notice

@@ -14,7 +14,8 @@ from deepspeed.utils import groups
 from file_aio import FileTraffic, toy_nvme
 from worlds import HERE, World, case
 
-from tezo_ds import cli, loading
+from tezo_ds import cli
+from tezo_ds.models import loading
 
 CONFIGS = HERE.parent / "ds_configs"
 BATCH, STEPS = 4, 3

@@ -13,7 +13,7 @@ from world_replicated import FIELDS, assert_equal_on_all_ranks, recorded_collect
 from worlds import World, case
 
 import tezo_ds
-from tezo_ds import engine as engine_module
+from tezo_ds.engine import engine as engine_module
 
 QUERIES = 2
 OWN = {"rank": 3, "rho": 1e-2, "lr": 3e-4, "seed": 11, "placement": "per_rank", "queries": QUERIES}

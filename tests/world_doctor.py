@@ -19,13 +19,13 @@ from world_zero3 import sharded
 from worlds import World, case
 
 from tezo_ds.config import TezoConfig
-from tezo_ds.doctor import examination, network, room, selftest
-from tezo_ds.doctor.examination import examine
+from tezo_ds.doctor import checks, network, resources, selftest
+from tezo_ds.doctor.checks import examine
 from tezo_ds.doctor.meeting import Meeting
 from tezo_ds.doctor.plan import Plan
 from tezo_ds.doctor.report import Row
-from tezo_ds.needs import Layout, needs, on_skeleton
-from tezo_ds.session import Settings
+from tezo_ds.plan.needs import Layout, needs, on_skeleton
+from tezo_ds.settings import Settings
 from tezo_ds.sharding import Sharding, ShardView
 
 ZERO3 = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
@@ -126,7 +126,7 @@ def a_doctor_waits_for_no_collective_for_ever(world: World) -> None:
         time.sleep(3 * world.rank)
         return 0.0
 
-    with mock.patch.object(examination, "_joined", hang):
+    with mock.patch.object(checks, "_joined", hang):
         rows = examined(world, wait=1)
     assert_row(rows, "collectives", "red", "rank 1 (")
     assert_row(rows, "self-test", "unchecked", "collectives")
@@ -135,7 +135,7 @@ def a_doctor_waits_for_no_collective_for_ever(world: World) -> None:
 @case(worlds=(2,))
 def a_doctor_sees_that_folders_are_not_shared(world: World) -> None:
     with (
-        mock.patch.object(room, "sees", lambda token: world.rank == 0),
+        mock.patch.object(resources, "sees", lambda token: world.rank == 0),
         mock.patch.object(selftest, "run", lambda *_: "not this time"),
     ):
         for method, status in (("lozo", "red"), ("tezo", "green")):

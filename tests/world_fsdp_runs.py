@@ -23,10 +23,11 @@ from worlds import World, case
 import tezo_ds
 from tezo_ds import cli
 from tezo_ds.directions.draws import factors
-from tezo_ds.fsdp_loading import FsdpPlan
-from tezo_ds.loading import load_model
-from tezo_ds.runfolder import COEFFICIENTS, MODEL
-from tezo_ds.session import Settings, open_engine
+from tezo_ds.models.fsdp import FsdpPlan
+from tezo_ds.models.loading import load_model
+from tezo_ds.run.folder import COEFFICIENTS, MODEL
+from tezo_ds.settings import Settings
+from tezo_ds.training.session import open_engine
 
 MIXED = {"dtype": "float32", "compute_dtype": "bfloat16"}
 

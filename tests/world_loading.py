@@ -31,9 +31,9 @@ from world_replicated import FIELDS
 from worlds import World, case
 
 import tezo_ds
-from tezo_ds import fsdp_loading, loading
-from tezo_ds.fsdp_loading import FsdpPlan
-from tezo_ds.loading import load_model
+from tezo_ds.models import fsdp, loading
+from tezo_ds.models.fsdp import FsdpPlan
+from tezo_ds.models.loading import load_model
 from tezo_ds.sharding import sharding_of
 
 Tensors = dict[str, Tensor]
@@ -206,7 +206,7 @@ def tied_weights_that_differ_are_refused(world: World) -> None:
     changed = variant(world, "untied", lambda t: {**t, HEAD: t[EMBEDDING] + 1}, tied=True)
     message = refusal(lambda: load_model(str(changed), fsdp=FsdpPlan()), tezo_ds.ConfigError)
     assert f'its {HEAD} differs from the weight that config.json ties it to; set "tie' in message
-    with mock.patch.object(fsdp_loading, "_misfit", return_value=None):
+    with mock.patch.object(fsdp, "_misfit", return_value=None):
         model = load_model(str(changed), fsdp=FsdpPlan())
     assert not torch.allclose(logits(model), logits(whole(changed)), atol=1)
 

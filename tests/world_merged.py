@@ -20,15 +20,15 @@ from world_replicated import FIELDS, alone
 from world_zero3 import ZERO3, sharded
 from worlds import World, case
 
-from tezo_ds import loading
 from tezo_ds.cli import app
-from tezo_ds.engine import Engine
-from tezo_ds.export import save_coefficients
-from tezo_ds.journal import Journal
-from tezo_ds.live_bytes import LiveBytes
-from tezo_ds.merged import save_merged
-from tezo_ds.report import StepReport
-from tezo_ds.runfolder import COEFFICIENTS, CONFIG, JOURNAL
+from tezo_ds.engine.engine import Engine
+from tezo_ds.engine.live_bytes import LiveBytes
+from tezo_ds.engine.report import StepReport
+from tezo_ds.export.adapter import save_coefficients
+from tezo_ds.export.merged import save_merged
+from tezo_ds.models import loading
+from tezo_ds.run.folder import COEFFICIENTS, CONFIG, JOURNAL
+from tezo_ds.run.journal import Journal
 from tezo_ds.sharding import zero3
 
 LAYERS = 14  # of the deep model

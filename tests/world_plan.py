@@ -16,9 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 from worlds import World, case
 
 import tezo_ds
-from tezo_ds import watch
 from tezo_ds.config import TezoConfig
-from tezo_ds.live_bytes import LiveBytes
+from tezo_ds.engine import replicas
+from tezo_ds.engine.live_bytes import LiveBytes
 from tezo_ds.plan import memory, traffic
 from tezo_ds.plan.absent_zero3 import config_of
 from tezo_ds.plan.hardware import GPUS, Cluster
@@ -59,7 +59,7 @@ def seen(job: Job, make: Callable[[], nn.Module]) -> tuple[Traffic, int]:
     labels = ids.clone()
     labels[:, :-LABELS] = -100
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    watch.digest(torch.zeros(1))  # makes 2 MiB of constants, which stay
+    replicas.digest(torch.zeros(1))  # makes 2 MiB of constants, which stay
     with LiveBytes() as live:
         engine = tezo_ds.initialize(make(), job.config)
         for _ in range(3):

@@ -20,7 +20,7 @@ from scaling_split import PARTS, Split
 from step_overhead import make_batch, random_llama
 
 from tezo_ds.config import resolve
-from tezo_ds.engine import Engine
+from tezo_ds.engine.engine import Engine
 
 HIDDEN, LAYERS = 128, 1
 

@@ -22,12 +22,12 @@ from world_zero3 import sharded
 from worlds import World, case
 
 import tezo_ds
-from tezo_ds import shardfiles, snapshots
+from tezo_ds.engine.live_bytes import LiveBytes
 from tezo_ds.errors import StorageError
-from tezo_ds.live_bytes import LiveBytes
 from tezo_ds.methods.mezo import Mezo
+from tezo_ds.run import shardfiles, snapshots
+from tezo_ds.run.snapshots import INDEX, load_shards, save_shards
 from tezo_ds.sharding import ShardView
-from tezo_ds.snapshots import INDEX, load_shards, save_shards
 
 ADAM = {"method": "mezo-adam", "probe": "inplace", "lr": 3e-3}
 

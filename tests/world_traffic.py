@@ -23,7 +23,7 @@ from world_zero3 import ZERO3
 from worlds import World, case
 
 import tezo_ds
-from tezo_ds import head
+from tezo_ds.losses import head
 from tezo_ds.sharding import zero3
 
 # A few layers at a time, as with a model worth sharding; by default a tiny one comes in one gather.

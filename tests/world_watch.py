@@ -20,7 +20,7 @@ from world_zero3 import sharded, views_of
 from worlds import World, case
 
 import tezo_ds
-from tezo_ds import watch
+from tezo_ds.engine import replicas
 from tezo_ds.sharding import Sharding, ShardView
 
 EVERY = 3
@@ -206,7 +206,7 @@ def ranks_that_were_started_otherwise_stop_at_once(world: World) -> None:
 
     with (
         mock.patch.object(tezo_ds.engine, "require_same_start"),
-        mock.patch.object(watch.Watch, "check"),
+        mock.patch.object(replicas.Watch, "check"),
     ):
         for engine in (replicated(seed=seed), replicated(tiny(seed=int(bad)))):
             for _ in range(EVERY):
@@ -227,14 +227,14 @@ def a_check_sends_a_few_numbers(world: World) -> None:
             calls.append(list(made))
         return calls
 
-    for probe, replicas in (("fused", []), ("inplace", [("all_reduce", 2 * 8)])):
-        checked = [own, *replicas, a_step]
+    for probe, copies in (("fused", []), ("inplace", [("all_reduce", 2 * 8)])):
+        checked = [own, *copies, a_step]
         found = wire(replicated(probe=probe, check_every=2))
         assert found == [[a_step], [a_step], checked, [a_step], checked], found
 
     # Under ZeRO-3 without hpZ no shard has a replica. That takes one look, and then no digests.
     engine = sharded(fields={"probe": "inplace", "check_every": 2})
-    with mock.patch.object(watch, "digest", wraps=watch.digest) as digested:
+    with mock.patch.object(replicas, "digest", wraps=replicas.digest) as digested:
         found = wire(engine)[1:]  # the first forward is DeepSpeed's to prepare
     look = [own, ("all_gather_object", 0), a_step]
     assert found == [[a_step], look, [a_step], [own, a_step]], found

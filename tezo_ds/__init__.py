@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tezo_ds.config import TezoConfig
     from tezo_ds.directions.draws import factors, tau
-    from tezo_ds.engine import Engine, initialize
+    from tezo_ds.engine.engine import Engine, initialize
+    from tezo_ds.engine.report import StepReport
     from tezo_ds.errors import (
         ConfigError,
         DataError,
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
         StorageError,
         TezoError,
     )
-    from tezo_ds.report import StepReport
 
 __version__ = "0.1.0"
 
@@ -38,8 +38,8 @@ __all__ = [
 ]
 
 _WHERE = {
-    "Engine": "engine", "StepReport": "report", "TezoConfig": "config", "factors": "directions.draws",
-    "initialize": "engine", "tau": "directions.draws",
+    "Engine": "engine.engine", "StepReport": "engine.report", "TezoConfig": "config",
+    "factors": "directions.draws", "initialize": "engine.engine", "tau": "directions.draws",
 }  # fmt: skip
 
 

@@ -7,7 +7,6 @@ random start, in which every product with it is a sum over the rectangles that r
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 import torch
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from tezo_ds.directions.space import Matrix
 from tezo_ds.errors import ConfigError
-from tezo_ds.rng import derive_key, normals
+from tezo_ds.models.structure import numbered_module
+from tezo_ds.rng.philox import derive_key, normals
 from tezo_ds.sharding.base import Sharding
 from tezo_ds.sharding.view import ShardView
 
@@ -28,17 +28,10 @@ ROUNDS = 30  # at most, for values that lie at the threshold itself
 PIECE = 1 << 22  # elements of a shard in float32 at a time
 TOGETHER = 1 << 22  # numbers in the bases of the matrices that are searched at a time
 
-_NUMBERED = re.compile(r"(.*?\.)?\d+(?=\.)")  # up to a name's first number, as in model.layers.3
 
 # Yields what to multiply and whether by Wᵀ, is sent the product, returns the count. All float64.
 Search = Generator[tuple[Tensor, bool], Tensor, int]
 Asked = dict[Matrix, tuple[Tensor, bool]]
-
-
-def numbered_module(name: str) -> str | None:
-    """The outermost numbered module that a parameter is in, as model.layers.3; None outside of any."""
-    found = _NUMBERED.match(name)
-    return found[0] if found else None
 
 
 def auto_ranks(

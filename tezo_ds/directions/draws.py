@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tezo_ds.rng import derive_key, normals
+from tezo_ds.rng.philox import derive_key, normals
 from tezo_ds.sharding.view import matrix_shape
 
 Rows = slice | range | Sequence[int] | Tensor

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tezo_ds.directions.lowrank import Store
-from tezo_ds.rng import derive_key, uniforms
+from tezo_ds.rng.philox import derive_key, uniforms
 from tezo_ds.sharding.view import Piece
 
 _CHUNK = 1 << 17  # elements at a time: keeps half a dozen float64 temporaries within cache

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tezo_ds.errors import ConfigError
-from tezo_ds.rng import derive_key, normals
+from tezo_ds.rng.philox import derive_key, normals
 
 AHEAD = 1 << 21  # numbers of τ drawn at a time, at most
 

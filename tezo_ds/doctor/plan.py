@@ -13,11 +13,12 @@ from torch import nn
 
 from tezo_ds.config import TezoConfig
 from tezo_ds.doctor.report import Failed
-from tezo_ds.doctor.room import Model
+from tezo_ds.doctor.resources import Model
 from tezo_ds.errors import ConfigError
-from tezo_ds.loading import deepspeed_dtype, load_skeleton, local_device
-from tezo_ds.needs import Layout, Needs, needs, on_skeleton, writes
-from tezo_ds.session import Settings
+from tezo_ds.models.loading import deepspeed_dtype, load_skeleton
+from tezo_ds.plan.needs import Layout, Needs, needs, on_skeleton, writes
+from tezo_ds.settings import Settings
+from tezo_ds.sharding.world import local_device
 
 
 @dataclass(frozen=True)

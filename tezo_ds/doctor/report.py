@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tezo_ds.errors import TezoError
-from tezo_ds.journal import to_json
+from tezo_ds.files.text import to_json
 
 Thing = TypeVar("Thing")
 Status = Literal["green", "yellow", "red", "unchecked"]

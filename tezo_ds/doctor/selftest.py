@@ -15,12 +15,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tezo_ds.config import TezoConfig
 from tezo_ds.doctor.report import Failed, Row
-from tezo_ds.engine import Engine
-from tezo_ds.loading import local_device
-from tezo_ds.session import Settings
+from tezo_ds.engine.engine import Engine
+from tezo_ds.engine.replicas import listed
+from tezo_ds.settings import Settings
 from tezo_ds.sharding import Sharding, sharding_of
 from tezo_ds.sharding.replicated import alone
-from tezo_ds.watch import listed
+from tezo_ds.sharding.world import local_device
 
 CHECK = "self-test"
 STEPS, LENGTH, VOCABULARY = 3, 11, 61
@@ -86,7 +86,7 @@ def sharded(settings: Settings, deepspeed: dict[str, Any] | None) -> Sharding:
     """The tiny model, as the run's flags say; in float32, and NVMe's part in memory."""
     model = tiny_model()
     if settings.fsdp:
-        from tezo_ds.fsdp_loading import FsdpPlan, shard_whole
+        from tezo_ds.models.fsdp import FsdpPlan, shard_whole
 
         plan = FsdpPlan(settings.fsdp_replicas, None, settings.fsdp_offload_params)
         return sharding_of(shard_whole(model, local_device(), plan))

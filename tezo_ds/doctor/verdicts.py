@@ -13,9 +13,9 @@ from packaging.version import InvalidVersion, Version
 from tezo_ds import repeatable
 from tezo_ds.doctor.machine import ABSENT, Accelerator, Space
 from tezo_ds.doctor.report import Failed, Row
-from tezo_ds.needs import GIB
+from tezo_ds.engine.replicas import listed
+from tezo_ds.plan.needs import GIB
 from tezo_ds.repeatable import Products
-from tezo_ds.watch import listed
 
 Thing = TypeVar("Thing")
 TIGHT = 0.8  # of what is free; more is a warning

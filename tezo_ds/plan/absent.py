@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tezo_ds.live_bytes import LiveBytes
+from tezo_ds.engine.live_bytes import LiveBytes
 from tezo_ds.sharding.base import Sharding
 from tezo_ds.sharding.fsdp2 import Fsdp2
 

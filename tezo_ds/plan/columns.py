@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from tezo_ds.config import resolve
-from tezo_ds.needs import GIB
 from tezo_ds.plan import memory, timing, traffic
 from tezo_ds.plan.job import Job, Sharded
 from tezo_ds.plan.memory import Memory
+from tezo_ds.plan.needs import GIB
 from tezo_ds.plan.timing import Timing
 from tezo_ds.plan.traffic import Traffic
 

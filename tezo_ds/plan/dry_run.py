@@ -21,13 +21,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tezo_ds import rng
-from tezo_ds.engine import Engine
+from tezo_ds.engine.engine import Engine
+from tezo_ds.engine.live_bytes import LiveBytes
 from tezo_ds.errors import ConfigError
-from tezo_ds.fsdp_loading import FsdpPlan, shard_whole
-from tezo_ds.live_bytes import LiveBytes
+from tezo_ds.models.fsdp import FsdpPlan, shard_whole
 from tezo_ds.plan.absent import Absent, AbsentFsdp2
 from tezo_ds.plan.job import Job
+from tezo_ds.rng import philox
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _world(size: int) -> Iterator[None]:
 def _without_numbers(fake: FakeTensorMode) -> Iterator[None]:
     """Within it, random numbers addressed by rows (factors, dense directions) are not drawn; those of τ,
     which have a key each, are."""
-    drawn = rng._addressed
+    drawn = philox._addressed
 
     def addressed(
         each: int, key: Any, index: Tensor, width: int, stream: Any, first: int
@@ -131,9 +131,9 @@ def _without_numbers(fake: FakeTensorMode) -> Iterator[None]:
         with fake:
             return torch.empty(len(index), width)
 
-    rng._addressed = addressed
+    philox._addressed = addressed
     try:
         with torch.no_grad():
             yield
     finally:
-        rng._addressed = drawn
+        philox._addressed = drawn

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tezo_ds.errors import ConfigError
-from tezo_ds.needs import GIB
+from tezo_ds.plan.needs import GIB
 
 
 @dataclass(frozen=True)

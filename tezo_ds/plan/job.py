@@ -10,12 +10,11 @@ from typing import Literal
 from torch import nn
 
 from tezo_ds.config import TezoConfig
-from tezo_ds.engine import sums_are_shared
-from tezo_ds.needs import Layout, Needs, Skeleton, gathered_groups, needs, on_skeleton
+from tezo_ds.engine.engine import sums_are_shared
 from tezo_ds.plan.hardware import Cluster
+from tezo_ds.plan.needs import Layout, Needs, Skeleton, gathered_groups, needs, on_skeleton
 from tezo_ds.plan.prefetch import DEFAULTS, Gathered, Limits, gathered
 from tezo_ds.plan.shapes import Outline, outline
-from tezo_ds.queries import queries_at
 
 Sharded = Literal["zero3", "zero3-hpz", "fsdp2", "fsdp2-hybrid", "replicated"]
 SHARDINGS: tuple[Sharded, ...] = ("zero3", "zero3-hpz", "fsdp2", "fsdp2-hybrid", "replicated")
@@ -126,7 +125,7 @@ class Job:
 
     @property
     def _directions(self) -> int:
-        return queries_at(self.config, 0)
+        return self.config.queries_at(0)
 
     @property
     def directions(self) -> int:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from tezo_ds.directions.lowrank import BLOCK_NUMEL
-from tezo_ds.fsdp_loading import blocks
-from tezo_ds.head import CHUNK_NUMEL
+from tezo_ds.losses.head import CHUNK_NUMEL
+from tezo_ds.models.structure import blocks
 from tezo_ds.plan.job import Job
 
 # bf16 weights and gradients, float32 weights, two moments, and 2 more: DeepSpeed's own

@@ -10,11 +10,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tezo_ds.needs import GIB
 from tezo_ds.plan import memory, traffic
 from tezo_ds.plan.columns import Column
 from tezo_ds.plan.dry_run import Counted
 from tezo_ds.plan.job import Job
+from tezo_ds.plan.needs import GIB
 from tezo_ds.plan.shapes import numel
 
 CLOSE = 0.1  # by which counted memory may differ from what was predicted

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Qwen2Config
 
 from tezo_ds.errors import ConfigError
-from tezo_ds.fsdp_loading import blocks
-from tezo_ds.loading import load_skeleton
+from tezo_ds.models.loading import load_skeleton
+from tezo_ds.models.structure import blocks
 
 
 def _opt(hidden: int, layers: int, heads: int) -> OPTConfig:

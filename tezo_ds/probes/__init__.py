@@ -13,10 +13,10 @@ from tezo_ds.config import TezoConfig
 from tezo_ds.directions.branches import Branches
 from tezo_ds.directions.lowrank import Factors
 from tezo_ds.errors import ProbeError
-from tezo_ds.objective import Objective
+from tezo_ds.losses.objective import Objective
+from tezo_ds.models.structure import kind_of, uncovered, users
 from tezo_ds.probes.fused import FusedProbe
 from tezo_ds.probes.inplace import InplaceProbe
-from tezo_ds.probes.sites import kind_of, uncovered, users
 from tezo_ds.probes.vectors import uncovered_vectors
 from tezo_ds.sharding.base import Sharding
 

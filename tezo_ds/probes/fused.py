@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from tezo_ds.directions.branches import Branches, LowRank
 from tezo_ds.directions.lowrank import Factors
 from tezo_ds.errors import ProbeError
-from tezo_ds.objective import Objective
+from tezo_ds.losses.objective import Objective
+from tezo_ds.models.structure import kind_of
 from tezo_ds.probes.shared_inputs import Hollow
-from tezo_ds.probes.sites import Group, Site, attached, kind_of
+from tezo_ds.probes.sites import Group, Site, attached
 from tezo_ds.probes.vectors import VectorSite, attached_vectors, find_vector_sites
 from tezo_ds.sharding.base import Sharding
 

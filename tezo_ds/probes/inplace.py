@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tezo_ds.directions.branches import Branches
 from tezo_ds.errors import ShardingError
-from tezo_ds.objective import Objective
+from tezo_ds.losses.objective import Objective
 from tezo_ds.sharding.base import Sharding
 from tezo_ds.sharding.view import ShardKey, ShardView
 

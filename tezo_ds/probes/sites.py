@@ -11,40 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tezo_ds.models.structure import PLAIN, kind_of
 from tezo_ds.sharding.view import Block
-
-# The modules whose weight acts in one known way, and the torch.nn.functional name it goes through.
-KINDS: dict[type[nn.Module], str] = {nn.Linear: "linear", nn.Embedding: "embedding"}
-PLAIN = (nn.Linear.forward, nn.Embedding.forward)
-
-
-def kind_of(module: nn.Module) -> str | None:
-    """ "linear" (y = x Wᵀ), "conv1d" (y = x W, of GPT-2), "embedding", or None for a module that the
-    fused probe does not know."""
-    if (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
-        return "conv1d"
-    return next((name for base, name in KINDS.items() if isinstance(module, base)), None)
-
-
-def users(module: nn.Module, names: set[str]) -> Iterator[tuple[str, nn.Module, str]]:
-    """(parameter name, module, its attribute) of each use of the named parameters in a model."""
-    by_id = {id(p): name for name, p in module.named_parameters() if name in names}
-    for owner in module.modules():
-        for attribute, parameter in owner.named_parameters(recurse=False):
-            if name := by_id.get(id(parameter)):
-                yield name, owner, attribute
-
-
-def uncovered(module: nn.Module, names: set[str]) -> dict[str, str]:
-    """Those of the named parameters that act elsewhere than as a Linear's or Embedding's weight,
-    and where that is."""
-    gaps: dict[str, str] = {}
-    for name, owner, attribute in users(module, names):
-        if kind_of(owner) is None or attribute != "weight":
-            gaps[name] = f"{attribute} of {type(owner).__name__}"
-        elif getattr(owner, "max_norm", None) is not None:
-            gaps[name] = "Embedding with max_norm, which rewrites its weight in every forward"
-    return gaps
 
 
 class Site:

@@ -16,7 +16,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from tezo_ds.probes.sites import PLAIN, kind_of, replaced, users
+from tezo_ds.models.structure import PLAIN, kind_of, users
+from tezo_ds.probes.sites import replaced
 from tezo_ds.sharding.base import Sharding
 from tezo_ds.sharding.view import as_matrix
 

@@ -24,8 +24,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from tezo_ds.errors import ConfigError, ShardingError
-from tezo_ds.rendezvous import of_restart
 from tezo_ds.sharding.base import Sharding, named_state
+from tezo_ds.sharding.rendezvous import of_restart
 from tezo_ds.sharding.view import ShardView, as_matrix
 
 # Up to 0.19.7 a CPU gather may wait for the last of its handles only and return wrong weights.

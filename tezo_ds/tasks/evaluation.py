@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tezo_ds.engine import Engine
+from tezo_ds.engine.engine import Engine
 from tezo_ds.tasks.batches import rounds, shard_range
 from tezo_ds.tasks.data import Example
 from tezo_ds.tasks.encoding import Encoded, candidates, collate, encode, first_tokens

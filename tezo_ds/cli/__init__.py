@@ -1,0 +1,79 @@
+"""The command line `tezo-ds`: a file a command; `main` turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+import tezo_ds
+from tezo_ds.cli import doctor, evaluate, export, plan, replay, train
+from tezo_ds.errors import TezoError
+from tezo_ds.repeatable import ask_mkl
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Forward-only fine-tuning of language models whose weights are sharded.",
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"tezo-ds {tezo_ds.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def launched(
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Takes the flag that the deepspeed launcher puts first; LOCAL_RANK says the same."""
+
+
+app.command(help=train.TRAIN_HELP)(train.train)
+app.command(help=evaluate.EVALUATE_HELP)(evaluate.evaluate)
+app.command(help=export.EXPORT_HELP)(export.export)
+app.command(help=replay.REPLAY_HELP)(replay.replay)
+app.command(help=doctor.DOCTOR_HELP, context_settings=doctor.CONTEXT)(doctor.doctor)
+app.command(help=plan.PLAN_HELP)(plan.plan)
+
+
+def main() -> None:
+    """Entry point: errors of the user's in one line, exit code 2; signals 130."""
+    ask_mkl()
+    from tezo_ds.training.interrupts import Interrupted
+
+    joins = "RANK" in os.environ and not _in_world()  # a launcher's world
+    # On every node once: an error that one rank meets, its neighbours meet as well.
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        app()
+    except TezoError as error:
+        if speaks if error.speaks is None else error.speaks:
+            print(f"tezo-ds: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as signalled:
+        if speaks:
+            print(f"tezo-ds: {signalled}; {signalled.left}", file=sys.stderr)
+        sys.exit(130)
+    except SystemExit as ended:
+        # Threads of a backend that outlive the interpreter abort the process at times. After an error
+        # other ranks may hang, and to leave would be to wait for them.
+        if joins and not ended.code and _in_world():
+            sys.modules["torch.distributed"].destroy_process_group()
+        raise
+
+
+def _in_world() -> bool:
+    """Whether there is a process group, without importing torch, which --help need not wait for."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and bool(distributed.is_initialized())

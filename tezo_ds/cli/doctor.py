@@ -1,0 +1,116 @@
+"""`tezo-ds doctor`."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tezo_ds.cli.train import train
+from tezo_ds.config import TezoConfig
+
+if TYPE_CHECKING:
+    from tezo_ds.doctor.plan import Plan
+
+DOCTOR_HELP = """Check a machine or a cluster before a long run.
+
+Takes all flags of `tezo-ds train`, none of which it needs: start it as the run will be started, with the word
+`train` replaced. Rank 0 prints a row for each check; the exit code is 1 where one failed, and 0
+otherwise. What the ranks found is collected through the launcher's store, so a connection that does
+not work is a row and not a hang.
+
+```
+tezo-ds doctor
+
+tezo-ds doctor --hostfile hosts --model meta-llama/Llama-3.1-8B --output runs/sst2
+
+deepspeed --hostfile hosts --module -- tezo_ds doctor --deepspeed ds_configs/zero3_bf16.json \\
+    --model meta-llama/Llama-3.1-8B --output /shared/runs/sst2
+
+torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+    -m -- tezo_ds doctor --fsdp --fsdp-replicas 2 --model ./my-model
+```
+"""
+CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+def doctor(
+    context: typer.Context,
+    hostfile: Annotated[
+        Path | None,
+        typer.Option(help="lines 'host slots=N' of the run: read, and its hosts asked by ssh"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    wait: Annotated[
+        float, typer.Option(min=1, help="seconds that a rank which does not answer is waited for")
+    ] = 120,
+) -> None:
+    """See DOCTOR_HELP."""
+    plan = _plan(_flags_of_train(context.args), hostfile)
+    from tezo_ds.doctor import meeting as meetings
+    from tezo_ds.doctor.checks import examine
+    from tezo_ds.doctor.report import exit_code, show
+    from tezo_ds.errors import ShardingError
+    from tezo_ds.training.display import quieten
+
+    quieten()
+    try:
+        meeting = meetings.meet(wait)
+        rows = examine(plan, meeting)
+        if meeting.rank == 0:
+            show(rows, as_json)
+        code = meeting.tell("verdict", exit_code(rows))
+        meeting.leave()
+    except ShardingError as error:  # of this rank; others are told by rank 0
+        print(f"tezo-ds: error: {error}", file=sys.stderr)
+        code = 1
+    if meetings.hung():  # a collective that never ends would keep the process
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _flags_of_train(arguments: list[str]) -> dict[str, Any]:
+    """What `tezo-ds train` would be called with.
+
+    Raises:
+        An error of usage, where it would refuse them.
+    """
+
+    @functools.wraps(train)
+    def given(**flags: Any) -> dict[str, Any]:
+        return flags
+
+    reader = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    reader.command()(given)
+    found: dict[str, Any] = reader(arguments, prog_name="tezo-ds doctor", standalone_mode=False)
+    return found
+
+
+def _plan(given: dict[str, Any], hostfile: Path | None) -> Plan:
+    from tezo_ds.cli import accelerate
+    from tezo_ds.cli.options import refuse_idle, settings_from
+    from tezo_ds.doctor.plan import Plan
+    from tezo_ds.methods import in_coefficients
+    from tezo_ds.training import session
+
+    launched = accelerate.launched()
+    settings = settings_from(given, {"model": "", "task": "", **launched.settings})
+    refuse_idle(settings.fsdp, settings.model_dump())
+    config, deepspeed = session.read_config(
+        given["deepspeed"] or launched.deepspeed,
+        {name: given[name] for name in TezoConfig.model_fields},
+        {"total_steps": given["steps"]},
+        settings.fsdp,
+    )
+    merged = given["save_model"]
+    return Plan(
+        settings, config, deepspeed, given["output"], hostfile,
+        given["snapshots"] if given["snapshot_every"] else 0,
+        not in_coefficients(config) if merged is None else merged,
+    )  # fmt: skip

@@ -1,0 +1,116 @@
+"""`tezo-ds evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tezo_ds.cli.options import (
+    ComputeDtype,
+    Data,
+    DataSeed,
+    DeepSpeed,
+    Dtype,
+    EvalBatch,
+    Fsdp,
+    FsdpOffloadParams,
+    FsdpReplicas,
+    LabelField,
+    MaxLength,
+    Model,
+    Objective,
+    Task,
+    Template,
+    TestData,
+    TestExamples,
+    TestFraction,
+    Verbalizers,
+    refuse_idle,
+    settings_from,
+)
+from tezo_ds.errors import ConfigError
+
+EVALUATE_HELP = """Accuracy and loss of a run's result, or of a bare model, on a task's test examples.
+
+What a run put into the weights is taken from its merged model; where there is none, as after an
+interrupt, the run's steps are replayed from the base model, without forward passes.
+
+Started by a launcher, the ranks shard a run's model as the run did; started plainly, one process holds
+it whole.
+
+```
+tezo-ds evaluate --run runs/sst2
+
+tezo-ds evaluate --model ./SmolLM2 --task trec --data ./trec
+```
+"""
+
+
+def evaluate(
+    run: Annotated[Path | None, typer.Option(help="run folder: its model, task and result")] = None,
+    model: Model = None,
+    deepspeed: DeepSpeed = None,
+    dtype: Dtype = None,
+    fsdp: Fsdp = None,
+    fsdp_replicas: FsdpReplicas = None,
+    fsdp_offload_params: FsdpOffloadParams = None,
+    compute_dtype: ComputeDtype = None,
+    task: Task = None,
+    data: Data = None,
+    test_data: TestData = None,
+    template: Template = None,
+    verbalizers: Verbalizers = None,
+    label_field: LabelField = None,
+    objective: Objective = None,
+    test_fraction: TestFraction = None,
+    test_examples: TestExamples = None,
+    data_seed: DataSeed = None,
+    max_length: MaxLength = None,
+    eval_batch_size: EvalBatch = None,
+) -> None:
+    """See EVALUATE_HELP."""
+    given = dict(locals())
+    import torch  # imported late, as --help need not wait for it
+
+    from tezo_ds.cli import accelerate
+    from tezo_ds.files.text import to_json
+    from tezo_ds.run import results
+    from tezo_ds.training import session
+    from tezo_ds.training.display import Display, quieten
+
+    launched = accelerate.launched()
+    deepspeed = deepspeed or launched.deepspeed
+    source: Path | dict[str, Any] | None = deepspeed
+    before: dict[str, Any] = {}
+    ran, result = None, results.Result()
+    if run is not None:
+        asked = fsdp if fsdp is not None else launched.settings.get("fsdp")
+        finished = session.open_result(run, deepspeed, asked, on_base=model is not None)
+        source, ran, result = finished.deepspeed, finished.config, finished.result
+        before = finished.settings.model_dump()
+    settings = settings_from(given, {**before, **launched.settings})
+    refuse_idle(settings.fsdp, given)
+    # FSDP2 would gather the weights in another dtype than its shards have, in which those are written.
+    gathered = settings.compute_dtype if dtype is None and not settings.fsdp else None
+    if gathered and not result.writes:
+        settings.dtype = gathered
+    config, deepspeed_config = session.resolve_config(source, {"rank": 1}, fsdp=settings.fsdp)
+    quieten()
+    opened = session.open_session(settings, ran or config, deepspeed_config, result.ranks)
+    sharding = opened.engine.sharding
+    display = Display(sharding.rank, sharding.world_size, log_every=1, stderr=True)
+    result.give(opened.engine, display)
+    if gathered and result.writes and deepspeed_config is None:
+        results.gathered_in(opened.engine, getattr(torch, gathered))
+    evaluator = opened.evaluator()
+    if evaluator is None:
+        raise ConfigError(
+            "there are no test examples; pass --test-data or a --test-fraction above 0"
+        )
+    with display.evaluation(f"evaluating {evaluator.examples} test examples") as progress:
+        score = evaluator(progress)
+    if sharding.rank == 0:
+        found = {"accuracy": score.accuracy, "loss": score.loss, "test_examples": score.examples}
+        print(to_json(found))

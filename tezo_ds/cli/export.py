@@ -1,0 +1,132 @@
+"""`tezo-ds export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tezo_ds.cli.options import Fsdp
+from tezo_ds.errors import ConfigError
+
+if TYPE_CHECKING:  # what takes seconds to import is imported late, as --help need not wait for it
+    from tezo_ds.engine.engine import Engine
+    from tezo_ds.training.display import Display
+
+EXPORT_HELP = """Write a run's result as a whole merged model, or as a LoRA adapter, for other tools.
+
+The merged model is written while it is gathered, tensor by tensor. Started by a launcher, the ranks
+shard it as the run did and none holds more than its shard and two layers; started plainly, one process
+holds the whole model.
+
+```
+tezo-ds export --run runs/sst2 --merged models/sst2
+
+deepspeed --num_gpus 8 --module -- tezo_ds export --run runs/sst2 --merged models/sst2 --dtype float32
+
+tezo-ds export --run runs/sst2 --adapter models/sst2-lora
+```
+"""
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def export(
+    run: Annotated[Path | None, typer.Option(help="run folder")] = None,
+    merged: Annotated[
+        Path | None, typer.Option(help="folder to write for transformers' from_pretrained")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="folder to write for peft's from_pretrained")
+    ] = None,
+    deepspeed: Annotated[
+        Path | None,
+        typer.Option(help="DeepSpeed JSON with a tezo block, to shard in another way"),
+    ] = None,
+    fsdp: Fsdp = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="of the merged weights: float32, bfloat16 or float16; the run's own by default. "
+            "float32 keeps what bfloat16 would round away of a small update"
+        ),
+    ] = None,
+) -> None:
+    """See EXPORT_HELP."""
+    from tezo_ds.cli import accelerate
+    from tezo_ds.export.adapter import no_adapter_because, not_low_rank
+    from tezo_ds.export.merged import refuse_filled
+    from tezo_ds.run.card import model_card
+    from tezo_ds.run.results import journal_of
+    from tezo_ds.training import session
+    from tezo_ds.training.display import Display, quieten
+
+    if run is None:
+        raise ConfigError("--run is missing; name the folder of a run, e.g. runs/first")
+    if merged is None and adapter is None:
+        raise ConfigError("--merged or --adapter is missing; name a folder to write")
+    if merged == adapter:
+        raise ConfigError(f"--merged and --adapter both name {merged}; choose two folders")
+    if dtype not in (None, *DTYPES):
+        raise ConfigError(f"--dtype: must be one of {', '.join(DTYPES)} (got {dtype!r})")
+    for folder in filter(None, (merged, adapter)):
+        refuse_filled(folder)
+    launched = accelerate.launched()
+    if fsdp is None:
+        fsdp = launched.settings.get("fsdp")
+    finished = session.open_result(run, deepspeed or launched.deepspeed, fsdp)
+    settings, config, result = finished.settings, finished.config, finished.result
+    if adapter is not None and (reason := not_low_rank(config)):
+        raise ConfigError(reason)
+    steps = len(journal_of(run, config).steps)
+    settings.fsdp_replicas = 1  # all ranks share the one copy
+    _, deepspeed_config = session.resolve_config(finished.deepspeed, fsdp=settings.fsdp)
+    quieten()
+    engine = session.open_engine(settings, config, deepspeed_config, result.ranks)
+    sharding = engine.sharding
+    display = Display(sharding.rank, sharding.world_size, log_every=1)
+    kind = type(sharding).__name__
+    display.note(f"weights       {kind} on {sharding.world_size} rank(s), {sharding.device}")
+    result.give(engine, display)
+    if adapter is not None:
+        if reason := no_adapter_because(engine):
+            raise ConfigError(reason)
+        card = model_card(run, steps, adapter=True)
+        _export_adapter(engine, adapter, finished.base_model, card, display)
+    if merged is not None:
+        card = model_card(run, steps, adapter=False)
+        export_merged(engine, merged, finished.base_model, dtype, card, display)
+
+
+def _export_adapter(
+    engine: Engine, folder: Path, base_model: str, card: str, display: Display
+) -> None:
+    from tezo_ds.export.adapter import save_adapter
+    from tezo_ds.files.text import writing
+
+    if engine.sharding.rank == 0:
+        with writing(folder):
+            save_adapter(engine, folder, base_model, card)
+    display.note(f"adapter       {folder}")
+
+
+def export_merged(
+    engine: Engine, folder: Path, base_model: str, dtype: str | None, card: str, display: Display
+) -> None:
+    """Writes a merged model and says so; all ranks call it."""
+    import torch
+
+    from tezo_ds.export.merged import save_merged
+    from tezo_ds.models.loading import load_tokenizer
+    from tezo_ds.training.interrupts import Interrupted, turned_into_exceptions
+
+    tokenizer = load_tokenizer(base_model, pad=False)
+    written = None if dtype is None else getattr(torch, dtype)
+    try:
+        with turned_into_exceptions(), display.evaluation(f"writing {folder}") as progress:
+            save_merged(engine, folder, tokenizer, written, progress, card)
+    except Interrupted as signalled:
+        signalled.left = f"nothing is left in {folder}"
+        raise
+    display.note(f"merged model  {folder}")

@@ -1,0 +1,148 @@
+"""`tezo-ds plan`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tezo_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tezo_ds.plan.hardware import Gpu
+    from tezo_ds.plan.job import Job
+
+PLAN_HELP = """Predict memory, traffic and time of a run that is too large to try.
+
+Needs neither GPUs nor weights, only shapes. Beside this engine stand MeZO-style in-place and first-order
+Adam, both under ZeRO-3. `--dry-run` then runs the engine's own step with tensors that have no values,
+and exits with 1 where what it counts is not what was predicted.
+
+```
+tezo-ds plan --model llama-30b --world 64 --per-node 8 --gpu h100-80g --batch 256 --sharding fsdp2 --dry-run
+
+tezo-ds plan --model ./my-model --world 16 --gpu a100-40g --length 2048 --queries 4 --sharding zero3-hpz
+```
+"""
+HARDWARE = "Overrides of --gpu and of what is assumed"
+
+
+def _hardware(text: str) -> Any:
+    return typer.Option(help=text, rich_help_panel=HARDWARE)
+
+
+def plan(
+    model: Annotated[
+        str, typer.Option(help="built-in name (opt-30b, llama-65b …), or folder or config.json")
+    ],
+    world: Annotated[int, typer.Option(min=1, help="ranks, a GPU each")] = 8,
+    per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node")] = 8,
+    gpu: Annotated[str, typer.Option(help="such as h100-80g or a100-40g")] = "h100-80g",
+    sharding: Annotated[
+        str,
+        typer.Option(help="zero3, zero3-hpz, fsdp2, fsdp2-hybrid (a copy a node) or replicated"),
+    ] = "zero3",
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="examples a step, over all ranks (4 a rank)")
+    ] = None,
+    length: Annotated[int, typer.Option(min=2, help="tokens of each, with padding")] = 512,
+    labels: Annotated[int, typer.Option(min=1, help="labelled tokens of each")] = 1,
+    method: Annotated[str, typer.Option(help="as of train")] = "tezo",
+    rank: Annotated[int | None, typer.Option(help="as of train")] = None,
+    queries: Annotated[int, typer.Option(min=1, help="directions a step, as of train")] = 1,
+    placement: Annotated[str, typer.Option(help="shared or per_rank, as of train")] = "shared",
+    probe: Annotated[str, typer.Option(help="auto, fused or inplace")] = "auto",
+    branch_chunk: Annotated[int, typer.Option(min=0, help="as of train")] = 0,
+    micro_batch: Annotated[int, typer.Option(min=0, help="as of train")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32")] = "auto",
+    memory: Annotated[float | None, _hardware("GiB of a GPU")] = None,
+    flops: Annotated[float | None, _hardware("dense TFLOP/s of a GPU")] = None,
+    hbm: Annotated[float | None, _hardware("GB/s of a GPU's own memory")] = None,
+    nvlink: Annotated[float | None, _hardware("GB/s into a GPU from others of its node")] = None,
+    link_gbit: Annotated[
+        float, _hardware("Gbit/s into a node from others, all its adapters together")
+    ] = 400,
+    efficiency: Annotated[
+        float,
+        typer.Option(
+            min=0.01, max=1, help="share of --flops that is reached", rich_help_panel=HARDWARE
+        ),
+    ] = 0.5,
+    reserved: Annotated[
+        float, _hardware("GiB of CUDA's context, NCCL's buffers and fragments")
+    ] = 2,
+    overlap: Annotated[
+        bool,
+        typer.Option(
+            "--overlap/--no-overlap", help="gathers run beside arithmetic", rich_help_panel=HARDWARE
+        ),
+    ] = True,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="count gathers, bytes and tensors of the engine's own step"),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """See PLAN_HELP."""
+    given = dict(locals())
+    from tezo_ds.training.display import quieten
+
+    quieten()
+    from tezo_ds.plan import columns as plans
+    from tezo_ds.plan import report
+
+    job = _job(given)
+    found = plans.columns(job, overlap)
+    warnings = plans.advice(job, found[0])
+    lines = None
+    if not as_json:
+        report.show(job, found, f"{model} on {world} x {gpu}", warnings)
+    if dry_run:
+        from tezo_ds.plan.dry_run import count
+
+        lines = report.compared(job, count(job))
+        if not as_json:
+            report.show_counted(lines)
+    if as_json:
+        print(report.as_json(job, found, warnings, lines))
+    sys.exit(int(lines is not None and not all(fine for *_, fine in lines)))
+
+
+def _job(given: dict[str, Any]) -> Job:
+    from tezo_ds.config import resolve
+    from tezo_ds.plan.hardware import GIB, Cluster
+    from tezo_ds.plan.job import SHARDINGS, Job
+    from tezo_ds.plan.shapes import skeleton
+
+    if given["sharding"] not in SHARDINGS:
+        raise ConfigError(f"--sharding {given['sharding']}: must be one of {', '.join(SHARDINGS)}")
+    if given["dtype"] not in ("auto", "bfloat16", "float16", "float32"):
+        raise ConfigError(f"--dtype {given['dtype']}: must be auto, bfloat16, float16 or float32")
+    if given["labels"] >= given["length"]:
+        raise ConfigError(f"--labels {given['labels']}: must be below --length {given['length']}")
+    names = ("method", "queries", "placement", "probe", "branch_chunk", "micro_batch")
+    block = {name: given[name] for name in names}
+    if given["rank"] is not None:
+        block["rank"] = given["rank"]
+    config, _ = resolve(block)
+    cluster = Cluster(
+        _gpu(given), given["world"], given["per_node"], given["link_gbit"] * 1e9 / 8,
+        given["efficiency"], reserved=int(given["reserved"] * GIB),
+    )  # fmt: skip
+    batch = given["batch"] or 4 * given["world"]
+    return Job(
+        skeleton(given["model"], given["dtype"]), config, given["sharding"], cluster,
+        -(-batch // given["world"]), given["length"], given["labels"],
+    )  # fmt: skip
+
+
+def _gpu(given: dict[str, Any]) -> Gpu:
+    from tezo_ds.plan.hardware import GIB, gpu
+
+    units = {"memory": GIB, "flops": 1e12, "hbm": 1e9, "nvlink": 1e9}
+    asked = {name: given[name] * unit for name, unit in units.items() if given[name]}
+    if "memory" in asked:
+        asked["memory"] = int(asked["memory"])
+    return replace(gpu(given["gpu"]), **asked)

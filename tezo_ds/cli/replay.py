@@ -1,0 +1,125 @@
+"""`tezo-ds replay`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tezo_ds.errors import ConfigError, StorageError
+
+if TYPE_CHECKING:  # what takes seconds to import is imported late, as --help need not wait for it
+    from tezo_ds.engine.engine import Engine
+    from tezo_ds.training.display import Display
+
+REPLAY_HELP = """Make a run's result again from its journal, in one process, without forward passes.
+
+Coefficients follow from the journal and the model's shapes alone; what a run wrote into weights takes the
+base model, too. --verify compares with the digests that the run left in its journal every --check-every
+steps: of what is equal on all ranks, which for tezo, tezo-m and tezo-adam-coef is the whole result.
+
+```
+tezo-ds replay runs/sst2 --verify
+
+tezo-ds replay runs/sst2 --to-step 1000 --coefficients after-1000.safetensors
+
+tezo-ds replay runs/sst2 --to-step 1000 --merged models/sst2-1000
+```
+"""
+
+
+def replay(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    to_step: Annotated[
+        int | None,
+        typer.Option(min=0, help="steps to make; all that are in the journal by default"),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="compare with the run's digests")
+    ] = False,
+    coefficients: Annotated[
+        Path | None, typer.Option(help="safetensors file to write the coefficients to")
+    ] = None,
+    merged: Annotated[
+        Path | None, typer.Option(help="folder to write for transformers' from_pretrained")
+    ] = None,
+) -> None:
+    """See REPLAY_HELP."""
+    from tezo_ds.cli.export import export_merged
+    from tezo_ds.export.merged import refuse_filled
+    from tezo_ds.methods import in_coefficients
+    from tezo_ds.models.loading import load_skeleton
+    from tezo_ds.run.about import read_run
+    from tezo_ds.run.card import model_card
+    from tezo_ds.run.folder import JOURNAL
+    from tezo_ds.run.results import journal_of, ranks_of
+    from tezo_ds.sharding import sharding_of
+    from tezo_ds.training import session
+    from tezo_ds.training.display import Display, quieten
+
+    if not verify and coefficients is None and merged is None:
+        raise ConfigError("nothing to do: add --verify, --coefficients FILE or --merged FOLDER")
+    if merged is not None:
+        refuse_filled(merged)
+    settings, config = read_run(run)
+    settings.fsdp = False  # one process holds it whole
+    if coefficients is not None and not in_coefficients(config):
+        raise ConfigError(f"--coefficients: {config.method} learns weights; use --merged FOLDER")
+    contents = journal_of(run, config)
+    if to_step is not None and to_step > len(contents.steps):
+        raise ConfigError(f"--to-step {to_step}: {run / JOURNAL} has {len(contents.steps)} steps")
+    steps = contents.steps[:to_step]
+    quieten()
+    display = Display(0, 1, log_every=1)
+    if contents.torn:
+        display.note(f"{JOURNAL}: {contents.torn}; left out")
+    writes = merged is not None or config.refresh_every or not in_coefficients(config)
+    if writes:
+        engine = session.open_engine(settings, config, None, ranks_of(run, config))
+    else:
+        model = load_skeleton(settings.model, settings.dtype)
+        engine = session.engine_for(settings, config, sharding_of(model), ranks_of(run, config))
+    _replay(engine, steps, verify, run, display)
+    if coefficients is not None:
+        _save(engine, coefficients, display)
+    if merged is not None:
+        card = model_card(run, engine.step_index, adapter=False)
+        export_merged(engine, merged, settings.model, None, card, display)
+
+
+def _replay(
+    engine: Engine, steps: list[dict[str, Any]], verify: bool, run: Path, display: Display
+) -> None:
+    from tezo_ds.engine.state import take
+    from tezo_ds.files.tensors import digest
+    from tezo_ds.run.folder import JOURNAL
+    from tezo_ds.run.results import replay
+
+    compared = 0
+
+    def compare(line: dict[str, Any]) -> None:
+        nonlocal compared
+        if verify and "state" in line:
+            if digest(take(engine)) != line["state"]:
+                raise StorageError(
+                    f"{run / JOURNAL}: after step {line['step']} the replay is not what the run had; it is "
+                    "of another model, or of another version of tezo_ds"
+                )
+            compared += 1
+
+    replay(engine, steps, display, compare)
+    if verify and not compared:
+        raise ConfigError(
+            f"{run / JOURNAL} has no digest in these {len(steps)} steps; the run makes them every "
+            f"--check-every steps ({engine.config.check_every})"
+        )
+    if verify:
+        display.note(f"{compared} digests agree")
+
+
+def _save(engine: Engine, path: Path, display: Display) -> None:
+    from tezo_ds.export.adapter import save_coefficients
+
+    save_coefficients(engine.coefficients(), path, engine.config.identity)
+    display.note(f"coefficients  {path}")

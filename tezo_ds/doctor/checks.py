@@ -1,0 +1,266 @@
+"""All checks, one after the other. Every rank goes through the same ones and rank 0 judges; what needs
+ranks to reach each other comes last, and only if they do."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tezo_ds import repeatable
+from tezo_ds.doctor import machine, network, resources, selftest, verdicts
+from tezo_ds.doctor.hostfile import check_hostfile
+from tezo_ds.doctor.meeting import Meeting, within
+from tezo_ds.doctor.network import Address, Reached
+from tezo_ds.doctor.plan import Plan
+from tezo_ds.doctor.report import Failed, Row, attempt, row_of
+from tezo_ds.doctor.verdicts import Asked, Who, settled
+from tezo_ds.errors import ShardingError
+from tezo_ds.plan.needs import Needs
+from tezo_ds.sharding.world import join_world, local_device
+
+
+def examine(plan: Plan, meeting: Meeting) -> list[Row]:
+    """The rows, on rank 0; nothing on the others. Leaves nothing on disk.
+
+    Raises:
+        ShardingError: rank 0 is gone.
+    """
+    return Examination(plan, meeting).rows
+
+
+class Examination:
+    """See `examine`; its rows are there when it is made."""
+
+    def __init__(self, plan: Plan, meeting: Meeting) -> None:
+        self._plan, self._meeting = plan, meeting
+        self._first = meeting.rank == 0
+        self._local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.rows: list[Row] = []
+        self._need: Needs | None = None
+        self._layout, self._backend = plan.layout(meeting.world_size), plan.backend
+        with ExitStack() as stack:
+            self._gather_ranks(stack)
+            self._look_at_machines()
+            self._judge("hostfile", lambda: check_hostfile(plan.hostfile, meeting.world_size))
+            self._look_at_folder()
+            self._try_network()
+        self._work_together()
+
+    def _judge(self, check: str, judge: Callable[[], Row]) -> None:
+        if self._first:
+            self.rows.append(row_of(check, judge))
+
+    def _gather_ranks(self, stack: ExitStack) -> None:
+        """Who takes part, and where each listens until the stack is left."""
+        meeting = self._meeting
+
+        def listen() -> Address:
+            host = network.own_address(self._backend) if meeting.world_size > 1 else "127.0.0.1"
+            return stack.enter_context(network.Listener(meeting.rank, host)).address
+
+        me = Who(socket.gethostname(), self._local_rank), attempt(listen)
+        come = meeting.tell("come", meeting.gather("who", me))
+        if meeting.rank not in come:
+            raise ShardingError(
+                f"rank {meeting.rank} came too late, after {meeting.wait:.0f} s; raise --wait"
+            )
+        meeting.present = sorted(come)
+        self._asked = Asked({rank: who for rank, (who, _) in come.items()})
+        self._addresses = {rank: address for rank, (_, address) in come.items()}
+        self._judge("ranks", lambda: verdicts.ranks(self._asked, meeting.world_size))
+
+    def _look_at_machines(self) -> None:
+        plan, asked, world_size = self._plan, self._asked, self._meeting.world_size
+        skeleton = attempt(plan.skeleton) if plan.settings.model else None
+        found = {
+            "versions": attempt(machine.versions),
+            "accelerators": attempt(
+                lambda: machine.accelerator(self._local_rank, plan.deepspeed is not None)
+            ),
+            "backend": attempt(lambda: dist.is_backend_available(self._backend)),
+            "memory": attempt(machine.memory),
+            "products": attempt(repeatable.products),
+            "shared memory": attempt(machine.shared_memory),
+            "open files": attempt(machine.open_files),
+            "model": attempt(lambda: plan.seen(skeleton)),
+        }
+        gathered = self._meeting.gather("machine", found)
+        if not self._first:
+            return
+
+        def of(check: str) -> dict[int, Any]:
+            return {rank: facts[check] for rank, facts in gathered.items()}
+
+        def judge(check: str, rule: Callable[[dict[int, Any]], Row]) -> None:
+            self._judge(check, lambda: settled(check, asked, of(check), rule))
+
+        judge("versions", lambda held: verdicts.versions(asked, held))
+        bfloat16 = "bfloat16" in (plan.settings.compute_dtype, plan.dtype)
+        judge("accelerators", lambda held: verdicts.accelerators(asked, held, bfloat16))
+        judge("products", lambda held: verdicts.products(asked, held))
+        judge("backend", lambda held: verdicts.backend(self._backend, all(held.values())))
+        judge(
+            "shared memory",
+            lambda held: verdicts.shared_memory(asked, held, "nccl" in self._backend),
+        )
+        judge("open files", lambda held: verdicts.open_files(asked, held, world_size))
+        if skeleton is None:
+            self.rows += [Row(check, "unchecked", "no --model") for check in ("model", "memory")]
+            return
+        judge("model", lambda held: resources.model(asked, held))
+
+        def memory(held: dict[int, Any]) -> Row:
+            if isinstance(skeleton, Failed):
+                return Row("memory", "unchecked", "see model")
+            self._need = plan.needs(skeleton, world_size)
+            accelerators = of("accelerators")
+            if any(isinstance(one, Failed) for one in accelerators.values()):
+                return Row("memory", "unchecked", "see accelerators")
+            return resources.memory(asked, self._need, self._layout, accelerators, held)
+
+        judge("memory", memory)
+
+    def _look_at_folder(self) -> None:
+        output, meeting = self._plan.output, self._meeting
+        if output is None:
+            self._judge("run folder", lambda: Row("run folder", "unchecked", "no --output"))
+            return
+        with _token(output, self._first) as left:
+            token = meeting.tell("token", left)
+            seen = meeting.gather("seen", attempt(lambda: _sees(token)))
+
+            def judge(held: dict[int, bool]) -> Row:
+                space, writes = machine.disk(output), self._plan.writes
+                needed = self._need.disk if self._need else None
+                return resources.disk(self._asked, space, held, output, needed, writes)
+
+            self._judge("run folder", lambda: settled("run folder", self._asked, seen, judge))
+
+    def _try_network(self) -> None:
+        asked, meeting = self._asked, self._meeting
+        peers = {r: a for r, a in self._addresses.items() if not isinstance(a, Failed)}
+        mute = {
+            r: a for r, a in self._addresses.items() if isinstance(a, Failed) and r != meeting.rank
+        }
+        tried: dict[int, Reached | Failed] = {**network.reach_all(meeting.rank, peers), **mute}
+        reached = meeting.gather("reached", attempt(lambda: tried))
+        meeting.tell("tried", None)  # all of it, before links are filled
+        leaders = [ranks[0] for ranks in asked.hosts.values()]
+        rate: tuple[int, float | Failed] | None = None
+        if meeting.rank in leaders and len(leaders) > 1:
+            peer = leaders[(leaders.index(meeting.rank) + 1) % len(leaders)]
+            rate = peer, attempt(lambda: network.rate(peer, peers[peer]))
+        rates = meeting.gather("rates", rate)
+        meeting.tell("rated", None)
+        if not self._first:
+            return
+        loopback = [rank for rank, address in peers.items() if address.host.startswith("127.")]
+
+        def ways(held: dict[int, Any]) -> Row:
+            return verdicts.reachability(asked, held, loopback)
+
+        self._judge("reachability", lambda: settled("reachability", asked, reached, ways))
+        if self.rows[-1].status == "red":  # what is not reached would only be red again
+            self.rows += [Row(c, "unchecked", "see reachability") for c in ("bandwidth", "clocks")]
+            return
+        found = {rank: rate for rank, rate in rates.items() if rate is not None}
+        self._judge("bandwidth", lambda: verdicts.bandwidth(asked, found, self._sent()))
+        self._judge("clocks", lambda: verdicts.clocks(asked, tried))
+
+    def _sent(self) -> int | None:
+        """Bytes of weights that a forward brings to each host from others at least."""
+        hosts = self._asked.hosts
+        spread = self._layout.second or self._layout.shards
+        if self._need is None or spread <= min(len(held) for held in hosts.values()):
+            return None
+        return self._need.sent * (len(hosts) - 1) // len(hosts)
+
+    def _work_together(self) -> None:
+        """What hangs where ranks do not reach each other, so each has an end."""
+        plan, meeting = self._plan, self._meeting
+        lame = [row.check for row in self.rows if row.status == "red"]
+        why = next((c for c in ("ranks", "reachability", "backend", "versions") if c in lame), None)
+        if why := meeting.tell("not together", why):
+            self._skip("collectives", why)
+            self._skip(selftest.CHECK, why)
+            return
+        seconds = meeting.gather(
+            "joined", attempt(lambda: within(meeting.wait, lambda: _joined(plan)))
+        )
+        self._judge(
+            "collectives", lambda: settled("collectives", self._asked, seconds, self._collectives)
+        )
+        if meeting.tell("apart", self._first and self.rows[-1].status == "red"):
+            self._skip(selftest.CHECK, "collectives")
+            return
+        found = meeting.gather(
+            selftest.CHECK,
+            attempt(
+                lambda: within(
+                    meeting.wait,
+                    lambda: selftest.run(plan.settings, plan.deepspeed, meeting.world_size),
+                )
+            ),
+        )
+        self._judge(
+            selftest.CHECK,
+            lambda: selftest.judge(
+                {rank: found.get(rank, Failed("no answer in time")) for rank in self._asked.ranks},
+                selftest.expected(meeting.world_size), plan.how,
+            ),
+        )  # fmt: skip
+
+    def _collectives(self, seconds: dict[int, float]) -> Row:
+        if len(seconds) == 1:
+            return Row("collectives", "unchecked", "there is one rank")
+        text = f"all-reduce by {self._backend} in {1000 * max(seconds.values()):.1f} ms"
+        return Row("collectives", "green", text)
+
+    def _skip(self, check: str, why: str) -> None:
+        self._judge(check, lambda: Row(check, "unchecked", f"see {why}"))
+
+
+@contextmanager
+def _token(output: Path, first: bool) -> Iterator[resources.Token | Failed | None]:
+    token = attempt(lambda: resources.leave_token(output)) if first else None
+    try:
+        yield token
+    finally:
+        if isinstance(token, resources.Token):
+            with suppress(OSError):
+                token.path.unlink()
+
+
+def _sees(token: resources.Token | Failed | None) -> bool:
+    if not isinstance(token, resources.Token):
+        raise ShardingError(token.why if token else "no token")
+    return resources.sees(token)
+
+
+def _joined(plan: Plan) -> float:
+    """Seconds of an all-reduce in the run's own world.
+
+    Raises:
+        ShardingError: it sums wrongly.
+    """
+    join_world(plan.deepspeed is not None, plan.settings.fsdp)
+    if not dist.is_initialized():
+        return 0.0
+    size, taken = dist.get_world_size(), 0.0
+    for _ in range(2):  # the first makes connections
+        numbers = torch.full((1024,), dist.get_rank() + 1, dtype=torch.int64, device=local_device())
+        start = time.perf_counter()
+        dist.all_reduce(numbers)
+        found = set(numbers.tolist())
+        taken = time.perf_counter() - start
+        if found != {size * (size + 1) // 2}:
+            raise ShardingError(f"an all-reduce of 1 to {size} gave {min(found)} to {max(found)}")
+    return taken

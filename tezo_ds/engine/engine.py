@@ -1,0 +1,330 @@
+"""One step of training: draw directions, probe, reduce scalars, update."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tezo_ds.config import TezoConfig, resolve
+from tezo_ds.directions.space import CoefficientSpace, as_rows, by_name
+from tezo_ds.engine.measuring import Measuring
+from tezo_ds.engine.merging import merged_tensors
+from tezo_ds.engine.radius import Radius
+from tezo_ds.engine.replicas import Watch, require_same_start
+from tezo_ds.engine.report import StepReport
+from tezo_ds.engine.selection import Selection, select
+from tezo_ds.engine.slopes import Clip, quality, slopes_of
+from tezo_ds.errors import ConfigError, ShardingError
+from tezo_ds.losses.objective import LossFn, Objective
+from tezo_ds.methods import Method, Write, make_method
+from tezo_ds.methods.tezo import Tezo
+from tezo_ds.probes import InplaceProbe, make_probe
+from tezo_ds.sharding import Sharding, sharding_of
+
+SHARED_FROM = 1 << 20  # numbers of τ
+
+
+def sums_are_shared(method: Method, space: CoefficientSpace, others: int) -> bool:
+    """Whether each rank sums κτ of its own directions and g is reduced: where g is of use, and to draw τ, D
+    numbers, of so many directions of other ranks takes longer than a message of D numbers."""
+    return bool(method.in_tau or space.vectors) and others * space.numel > SHARED_FROM
+
+
+@contextmanager
+def _without_grad() -> Iterator[None]:
+    """`torch.no_grad`, also within a caller's inference mode: tensors made in that, sharded weights
+    among them, would fail in every later step outside of it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+class Engine:
+    """Forward-only training of a model whose weights may be sharded. Made by `initialize`."""
+
+    def __init__(
+        self,
+        sharding: Sharding,
+        config: TezoConfig,
+        loss_fn: LossFn | None,
+        factors_dtype: torch.dtype | None = None,
+        ranks: Mapping[str, int] | None = None,
+    ) -> None:
+        require_same_start(sharding, config)
+        self.config, self.sharding = config, sharding
+        self.selection: Selection = select(sharding, config, factors_dtype, ranks)
+        chosen = self.selection
+        self.space = CoefficientSpace(chosen.matrices, config.seed, chosen.vectors)
+        self.method = make_method(config, self.space, sharding.device)
+        if self.method.writes:
+            self._refuse_quantised(f"method {config.method} writes weights")
+        self.probe = make_probe(config, sharding, self.space.slices.keys(), self.method.factors)
+        self.objective = Objective(sharding, loss_fn)
+        self.step_index = 0
+        self.objective.micro_batch = config.micro_batch
+        self.measuring = Measuring(config, sharding, self.method, self.probe, self.objective)
+        self.clip = Clip(config.clip_kappa)
+        self._watch = Watch(sharding, self.space)
+        if sharding.filled_apart:
+            self._watch.check(self.method.state, 0, weights=True)
+
+    @_without_grad()
+    def step(self, batch: Mapping[str, Any]) -> StepReport:
+        """Measures L(W ± ρZ) along `queries` directions on every rank's batch and descends.
+
+        κ = (L⁺ - L⁻) / 2ρ; L is the loss sum over all ranks divided by the count over all ranks.
+
+        Args:
+            batch: this rank's examples, tensors whose first dim is the examples. All ranks must
+                call in step; a rank without examples passes one whose labels are all -100.
+
+        Raises:
+            ProbeError: no position carries a label, no branch differs, or directions failed (a loss was
+                not finite) in several steps in a row; before that they are left out.
+            ShardingError: replicas differ; looked for before every `check_every`-th step.
+        """
+        start = time.perf_counter()
+        every = self.config.check_every
+        if every and self.step_index and self.step_index % every == 0:
+            self.check()
+        step, lr = self.step_index, self.config.lr_at(self.step_index)
+        self._write(self.method.begin(step))
+        measuring = self.measuring
+        if math.isnan(measuring.rho):
+            measuring.choose_rho(batch, step)
+        losses = measuring.losses(batch, step)  # (groups, branches)
+        found = measuring.kappas(losses)
+        measuring.check(losses, found, step)
+        kappa = self.clip(found)
+        gradient = self._finish(step, kappa, lr, measuring.own(step))
+        finite = losses[losses.isfinite()]
+        return StepReport(
+            step, finite.mean().item() if len(finite) else math.nan, tuple(found.tolist()),
+            measuring.rho, lr, time.perf_counter() - start, _tokens(batch), int(found.isnan().sum()),
+            quality(kappa, gradient if self.method.in_tau else None), measuring.stopping,
+        )  # fmt: skip
+
+    def ask_to_stop(self) -> None:
+        """Has the reports of all ranks say `stopping` from their next step on, all from the same one:
+        the request travels with that step's losses. May be called on any rank, from a signal
+        handler too."""
+        self.measuring.asked = True
+
+    @property
+    def radius(self) -> Radius | None:
+        """How `rho: auto` chose; None before the first step, and where ρ was given."""
+        return self.measuring.radius
+
+    def _finish(self, step: int, kappa: Tensor, lr: float, own: range) -> Tensor:
+        """The update from κ, (Q,) with NaN for what failed; gives g = Σκτ/Q, (D,).
+
+        Args:
+            step: this one.
+            kappa: of all directions.
+            lr: η.
+            own: the directions that this rank is to sum, if not all.
+        """
+        slopes, everything = slopes_of(kappa), range(len(kappa))
+        if sums_are_shared(self.method, self.space, len(kappa) - len(own)):
+            total = self.space.weighted(step, slopes, own).to(self.sharding.device)
+            total = self.sharding.all_reduce(total).cpu()
+        elif self.method.in_tau or self.space.vectors:
+            total = self.space.weighted(step, slopes, everything)
+        else:
+            total = torch.zeros(self.space.numel, dtype=torch.int64)
+        gradient = self.space.unweighted(total, slopes)
+        self.step_index += 1
+        if bool(slopes.any()):
+            self._write(self.method.update(step, slopes, gradient, lr))
+        return gradient
+
+    @_without_grad()
+    def replay(self, step: int, kappa: Sequence[float | None], lr: float, rho: float) -> None:
+        """A step that was measured before: all that `step` does to the run, without its forwards.
+
+        Args:
+            step: which; steps are replayed in order, from the first on.
+            kappa: its slopes, as in its `StepReport`; None or NaN for directions that failed.
+            lr: its learning rate.
+            rho: its ρ.
+
+        Raises:
+            ConfigError: it is not the next step.
+        """
+        if step != self.step_index:
+            raise ConfigError(f"step {step} cannot be replayed after {self.step_index} steps")
+        self.measuring.rho = rho
+        self._write(self.method.begin(step))
+        measured = torch.tensor([math.nan if k is None else k for k in kappa], dtype=torch.float64)
+        if isinstance(self.probe, InplaceProbe):
+            for ask in self.measuring.asks(step, range(len(kappa)), self.config.branch_chunk):
+                self.probe.retrace(self.method.branches(ask))
+        self.measuring.count(measured)
+        self._finish(step, self.clip(measured), lr, range(len(kappa)))
+
+    def _write(self, write: Write | None) -> None:
+        """To every shard, what a method wants written."""
+        if write is not None:
+            self.sharding.each_shard(self.space.slices.keys(), write)
+
+    @_without_grad()
+    def loss(self, batch: Mapping[str, Any]) -> float:
+        """Unperturbed mean loss of a batch over all ranks at the current coefficients."""
+        return self.measuring.loss(batch, self.step_index)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within it, plain forwards of the model see the current coefficients."""
+        self.sharding.module.eval()
+        with _without_grad(), self.probe.held(self.method.kept_aside()):
+            yield
+
+    def coefficients(self) -> dict[str, Tensor]:
+        """What is learnt by parameter name, see `coefficients.by_name`: copies, on the CPU."""
+        rows = [*self.method.finished, self.method.coefficients]
+        return by_name(self.space, torch.stack(rows))
+
+    @_without_grad()
+    def load_coefficients(self, coefficients: Mapping[str, Tensor]) -> None:
+        """Sets a, e.g. from a run's coefficients.safetensors, and writes periods that have ended into
+        the weights as the run did.
+
+        Raises:
+            ConfigError: names, ranks or periods are not those of this engine; it has ended periods.
+            ShardingError: there are ended periods, and weights that cannot be written.
+        """
+        *ended, current = as_rows(self.space, coefficients)
+        self.go_to_period(len(ended), ended, written=False)
+        self.method.coefficients.copy_(current)
+
+    @_without_grad()
+    def go_to_period(self, period: int, finished: Sequence[Tensor], written: bool) -> None:
+        """Takes an engine that is as `initialize` leaves it to a later period of its run.
+
+        Args:
+            period: how many came before it.
+            finished: coefficients of each, (D,), where a method has them.
+            written: the shards hold already what these wrote; otherwise it is written now.
+
+        Raises:
+            ConfigError: the engine is not new, or its method has no such periods.
+            ShardingError: weights would be written, and cannot be.
+        """
+        if finished and not written:
+            self._refuse_quantised("coefficients of several periods")
+        if self.method.period or (finished and not isinstance(self.method, Tezo)):
+            raise ConfigError(
+                "coefficients of this run cannot be loaded here: they are for an engine that is as "
+                f"initialize leaves it, of method tezo (got {self.config.method})"
+            )
+        for row in finished:
+            assert isinstance(self.method, Tezo)
+            self.method.coefficients.copy_(row)
+            write = self.method.refresh()
+            self._write(None if written else write)
+        while self.method.factors is not None and self.method.period < period:
+            self.method.factors.advance()
+
+    def check(self) -> None:
+        """Compares over all ranks what must be equal on them: coefficients, and the weights that
+        several ranks hold if the probe writes them. All ranks must call it.
+
+        Raises:
+            ShardingError: something differs; names the first parameter and the ranks.
+        """
+        weights = self.method.writes or self.probe.name == "inplace"
+        self._watch.check(self.method.state, self.step_index, weights)
+
+    @_without_grad()
+    def merge(self) -> None:
+        """W ← W + what is kept aside (U diag(a) Vᵀ) in the shards themselves, rounded to their dtype to
+        the nearest; nothing is kept aside then.
+
+        All ranks must call it: it begins and ends with a `check`.
+
+        Raises:
+            ShardingError: the weights are quantised on their way to the forward; replicas differ.
+        """
+        self._refuse_quantised("merge")
+        self.check()
+        kept = self.method.kept_aside()
+        self._write(lambda view: kept.move_(view, None, 0))
+        self.method.merged()
+        self._watch.check(self.method.state, self.step_index, weights=True)
+
+    def merged_tensors(
+        self, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[list[str], Tensor | None]]:
+        """Full merged weights, one at a time: all names of each and a copy on the CPU of rank 0
+        (None elsewhere). The model and its coefficients stay as they are.
+
+        All ranks must run it to its end, since each tensor is gathered when its turn comes.
+
+        Args:
+            dtype: of the copies of floating-point tensors, rounded to it after the update was
+                added; None keeps the weights' own, in which small updates of bfloat16 weights
+                round away.
+
+        Raises:
+            ShardingError: the weights are quantised on their way to the forward.
+        """
+        self._refuse_quantised("merged weights")
+        return merged_tensors(self.sharding, self.space, self.method.kept_aside(), dtype)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All of `merged_tensors` at once, in the order of the model's own state_dict: on the CPU of
+        rank 0, {} elsewhere.
+
+        Raises:
+            ShardingError: the weights are quantised on their way to the forward.
+        """
+        merged: dict[str, Tensor] = {}
+        for names, tensor in self.merged_tensors():
+            if tensor is not None:
+                merged.update(dict.fromkeys(names, tensor))
+        return {name: merged[name] for name in self.sharding.module.state_dict()} if merged else {}
+
+    def _refuse_quantised(self, what: str) -> None:
+        if self.sharding.quantised:
+            raise ShardingError(
+                f"{what}: weights are stored or gathered quantised ({self.sharding.quantised}); "
+                "turn it off, or keep to tezo, tezo-m or tezo-adam-coef, and export an adapter"
+            )
+
+
+def _tokens(batch: Mapping[str, Any]) -> int:
+    for key in ("attention_mask", "input_ids"):
+        if isinstance(batch.get(key), Tensor):
+            return int(batch[key].sum() if key == "attention_mask" else batch[key].numel())
+    return 0
+
+
+def initialize(
+    model: nn.Module,
+    config: TezoConfig | dict[str, Any] | str | Path,
+    loss_fn: LossFn | None = None,
+) -> Engine:
+    """An engine for `model`.
+
+    Args:
+        model: any module, or a DeepSpeed ZeRO-3 engine made without an optimizer. It is put in eval
+            mode and never written to, but by `Engine.merge` and, for the time of a step, the
+            in-place probe.
+        config: a TezoConfig; a dict of its fields; a DeepSpeed config (dict, or path to its JSON)
+            with a "tezo" block, by whose zero_optimization a plain module is then partitioned.
+        loss_fn: (outputs, batch) -> (loss_sum per example, count per example). The default is
+            cross-entropy on batch["labels"] (-100 ignored), next-token for causal models.
+
+    Raises:
+        ConfigError, ProbeError, ShardingError: one line that says what to change.
+    """
+    resolved, deepspeed_config = resolve(config)
+    engine = Engine(sharding_of(model, deepspeed_config), resolved, loss_fn)
+    engine.sharding.module.eval()
+    return engine

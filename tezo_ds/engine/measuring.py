@@ -1,0 +1,245 @@
+"""The losses of a step: which branches this rank runs, in how many forwards, and what all ranks found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tezo_ds.config import TezoConfig
+from tezo_ds.directions.branches import Ask, Branches
+from tezo_ds.engine.live_bytes import LiveBytes
+from tezo_ds.engine.radius import Radius, choose_rho
+from tezo_ds.engine.slopes import PATIENCE, kappas
+from tezo_ds.errors import ConfigError, ProbeError
+from tezo_ds.losses.objective import Objective
+from tezo_ds.methods import Method
+from tezo_ds.probes import InplaceProbe, Probe
+from tezo_ds.sharding import Sharding
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Memory of a forward. A run measures it once: it says how many branches go at once, and so the shapes
+    of products, and must not depend on which batch a process that goes on begins with.
+
+    Attributes:
+        fixed: bytes of tensors, whatever the branches.
+        each: bytes of tensors for each token of each branch.
+        where: the sharding and the ranks for which that holds.
+    """
+
+    fixed: float
+    each: float
+    where: str
+
+
+class Measuring:
+    """Measures what a method asks for by a probe.
+
+    Attributes:
+        groups: ranks that measure directions of their own; 1: all measure the same ones.
+        rho: ρ; NaN until it is chosen, where the config leaves that open.
+        radius: that choice.
+        failed: steps in a row in which directions failed.
+        cost: memory of a forward; None before it is measured, and without a `memory_budget`.
+        asked: whether this rank was asked to stop; told to the others with the next step's losses.
+        stopping: whether any rank had been, as of the last step's; the same on all ranks.
+
+    Raises:
+        ConfigError: ranks cannot have directions of their own; a schedule lacks a number.
+    """
+
+    def __init__(
+        self, config: TezoConfig, sharding: Sharding, method: Method, probe: Probe,
+        objective: Objective,
+    ) -> None:  # fmt: skip
+        if config.placement == "per_rank" and probe.name != "fused":
+            raise ConfigError(
+                "placement per_rank needs the fused probe, as ranks share the weights; exclude what it "
+                "cannot reach, or set placement to shared"
+            )
+        config.queries_at(0)
+        self._config, self._sharding = config, sharding
+        self._method, self._probe, self._objective = method, probe, objective
+        self.cost: Cost | None = None
+        self._where = f"{type(sharding).__name__} on {sharding.everyone} rank(s)"
+        self.failed = 0
+        self.asked = self.stopping = False
+        self.groups = sharding.world_size if config.placement == "per_rank" else 1
+        self.rho = math.nan if config.rho == "auto" else config.rho
+        self.radius: Radius | None = None
+
+    def own(self, step: int) -> range:
+        """The directions that this rank measures."""
+        count = self._config.queries_at(step)
+        group = self._sharding.rank if self.groups > 1 else 0
+        return range(group * count, (group + 1) * count)
+
+    def asks(self, step: int, directions: range, at_once: int) -> list[Ask]:
+        """All branches of some directions, an item for each forward of so many; 0: one forward."""
+        return list(Ask.of(step, directions, self.rho, self._central).parts(at_once))
+
+    @property
+    def _central(self) -> bool:
+        return self._config.difference == "central"
+
+    def _at_once(self, batch: Mapping[str, Any], step: int) -> int:
+        """Branches in one forward, the same on all ranks."""
+        if self._config.memory_budget is None:
+            return self._config.branch_chunk
+        examples, length = _size(batch)
+        if self._config.micro_batch:
+            examples = min(examples, self._config.micro_batch)
+        (tokens,) = self._sharding.maxima([examples * length])
+        if self.cost is None or self.cost.where != self._where:
+            self.cost = Cost(*self._measure_cost(batch, step, tokens), self._where)
+        fixed, each = self.cost.fixed, self.cost.each
+        fits = (self._config.memory_budget * 2**30 - fixed) / (each * tokens)
+        if fits < 1:
+            raise ConfigError(
+                f"memory_budget {self._config.memory_budget} GiB: one branch of {tokens} tokens takes "
+                f"{(fixed + each * tokens) / 2**30:.3g} GiB; raise it, or lower micro_batch (or the "
+                "batch size)"
+            )
+        return int(fits)
+
+    def _measure_cost(
+        self, batch: Mapping[str, Any], step: int, tokens: int
+    ) -> tuple[float, float]:
+        """Bytes of tensors of a forward, whatever its branches, and bytes for each token of each branch:
+        from the peaks of forwards of two and of four branches; the most of any rank."""
+        if isinstance(
+            self._probe, InplaceProbe
+        ):  # a branch a forward, and no move that leaves errors
+            self._objective(batch, 1)
+            with LiveBytes() as live:
+                self._objective(batch, 1)
+            (peak,) = self._sharding.maxima([live.peak])
+            return 0.0, peak / tokens
+        peaks = []
+        for count in (2, 4):
+            ask = Ask(step, self.rho, tuple((q, 1) for q in range(count)))
+            self._sums(batch, self._method.branches(ask))  # what a first forward makes is made
+            with LiveBytes() as live:
+                self._sums(batch, self._method.branches(ask))
+            peaks.append(live.peak)
+        two, four = self._sharding.maxima(peaks)
+        each = max(four - two, 1) / 2
+        return max(two - 2 * each, 0.0), each / tokens
+
+    def choose_rho(self, batch: Mapping[str, Any], step: int) -> None:
+        """Sets ρ where the config leaves that open; weights and run are afterwards as before. The
+        in-place probe needs a copy of the trained weights for it, also where its steps need none.
+
+        Raises:
+            ProbeError: slopes are noise at every radius; no position carries a label.
+        """
+        self.rho = 1.0  # for what a forward costs
+        # As many at once as a step has, if not fewer: no more memory than a step takes.
+        asked = len(self.asks(step, range(self._config.queries_at(step)), 0)[0])
+        at_once = min(self._at_once(batch, step) or asked, asked)
+
+        def losses(ask: Ask) -> Tensor:
+            return self._over_ranks(self._ours(batch, ask.parts(at_once)), step)
+
+        parameters = self._sharding.module.parameters()
+        dtypes = {self._sharding.compute_dtype(p) for p in parameters if p.is_floating_point()}
+        coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        exactly = self._probe.exactly() if isinstance(self._probe, InplaceProbe) else nullcontext()
+        with exactly:
+            self.radius = choose_rho(losses, coarsest, self._central)
+        self.rho = self.radius.rho
+
+    def losses(self, batch: Mapping[str, Any], step: int) -> Tensor:
+        """Loss of each branch over the ranks that measured it: float64 (groups, branches) on the CPU.
+        Sets `stopping`.
+
+        Raises:
+            ProbeError: no position carries a label.
+        """
+        own = self._ours(batch, self.asks(step, self.own(step), self._at_once(batch, step)))
+        sums = own.new_zeros(2, self.groups, own.shape[1])
+        sums[:, self._sharding.rank if self.groups > 1 else 0] = own
+        asked = self.asked  # a signal may set it at any time
+        message = torch.cat([sums.flatten(), sums.new_tensor([asked])])
+        message = self._sharding.all_reduce(message).cpu()
+        self.stopping = bool(message[-1])
+        if self._sharding.everyone > self._sharding.world_size:
+            # Ranks that share examples by tensor parallelism reduced in groups of their own.
+            self.stopping = bool(self._sharding.maxima([asked])[0])
+        return self._means(message[:-1].view_as(sums), step)
+
+    def loss(self, batch: Mapping[str, Any], step: int) -> float:
+        """Unperturbed, over all ranks, whose examples may differ."""
+        return self._over_ranks(self._sums(batch, self._method.kept_aside()), step).item()
+
+    def kappas(self, losses: Tensor) -> Tensor:
+        """κ of all directions from `losses`: float64 (Q,) on the CPU, NaN for those that failed."""
+        return kappas(losses, self.rho, self._central).flatten()
+
+    def _ours(self, batch: Mapping[str, Any], asks: Iterable[Ask]) -> Tensor:
+        """Loss sums and counts of this rank's batch, a forward for each ask: float64 (2, branches)."""
+        return torch.cat([self._sums(batch, self._method.branches(ask)) for ask in asks], dim=1)
+
+    def _sums(self, batch: Mapping[str, Any], branches: Branches) -> Tensor:
+        """Loss sums and counts of this rank's batch: float64 (2, branches)."""
+        if any(m.training for m in self._sharding.module.modules()):  # dropout differs by branch
+            self._sharding.module.eval()
+        return self._probe.measure(self._objective, batch, branches)
+
+    def _over_ranks(self, sums: Tensor, step: int) -> Tensor:
+        """Losses (…) of each rank's sums and counts (2, …)."""
+        return self._means(self._sharding.all_reduce(sums).cpu(), step)
+
+    def _means(self, sums: Tensor, step: int) -> Tensor:
+        """Losses (…) of all ranks' sums and counts (2, …)."""
+        loss_sum, count = sums
+        if not bool(count.all()):
+            raise ProbeError(
+                f"step {step}: no position of the batch carries a label on "
+                f"{'any' if self.groups == 1 else 'some'} rank; check the labels (-100 means none) and "
+                "the truncation length"
+            )
+        return loss_sum / count
+
+    def count(self, kappa: Tensor) -> None:
+        """Takes note of whether directions failed in a step."""
+        self.failed = self.failed + 1 if bool(kappa.isnan().any()) else 0
+
+    def check(self, losses: Tensor, kappa: Tensor, step: int) -> None:
+        """Refuses what measured nothing.
+
+        Args:
+            losses: of `losses`.
+            kappa: of all directions, NaN for those that failed.
+            step: of both.
+
+        Raises:
+            ProbeError: no branch differs; or directions failed in too many steps in a row.
+        """
+        failed = bool(kappa.isnan().any())
+        if not failed and not bool(kappa.any()):
+            raise ProbeError(
+                f"step {step}: all {losses.numel()} branches give the same loss {losses[0, 0]:.6g}, so "
+                "nothing was measured; raise rho, or check that the chosen parameters act on the loss"
+            )
+        self.count(kappa)
+        if self.failed >= PATIENCE:
+            odd = losses[~losses.isfinite()]
+            raise ProbeError(
+                f"step {step}: loss is {odd[0].item()} in {len(odd)} of {losses.numel()} branches, the "
+                f"{PATIENCE}th step in a row with such; lower lr or rho, and check the data and the "
+                "dtype"
+            )
+
+
+def _size(batch: Mapping[str, Any]) -> tuple[int, int]:
+    """Examples and padded length of a batch, by its largest tensor of two dims."""
+    tensors = [v for v in batch.values() if isinstance(v, Tensor) and v.dim() > 1]
+    return max(((len(v), v.shape[1]) for v in tensors), key=math.prod, default=(1, 1))

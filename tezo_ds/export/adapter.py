@@ -1,0 +1,190 @@
+"""Results in formats that others load: a run whose result is its coefficients is exactly a LoRA adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tezo_ds.config import TezoConfig
+from tezo_ds.directions.lowrank import FixedFactors
+from tezo_ds.engine.engine import Engine
+from tezo_ds.errors import ConfigError
+from tezo_ds.files.tensors import digest
+from tezo_ds.files.text import writing
+from tezo_ds.methods import in_coefficients
+from tezo_ds.models.structure import is_masked_lm, kind_of, uncovered, users
+
+CHECKSUMS = "SHA256SUMS"
+INSTEAD = "write the merged model (tezo-ds export --merged)"
+
+
+def lora_tensors(engine: Engine) -> dict[str, Tensor]:
+    """PEFT's tensors: B = U diag(a), A = Vᵀ for a Linear; A = (U diag(a))ᵀ, B = V for what is used the
+    other way round, an Embedding or GPT-2's Conv1D. U, V and a of several periods lie side by side.
+
+    No communication: U and V come from the seed. A tied matrix gives one pair for each module that
+    uses it, so the adapter is for adding on the side: peft's own merge would add both into one weight.
+
+    Raises:
+        ConfigError: what was learnt has no place in an adapter.
+    """
+    if reason := no_adapter_because(engine):
+        raise ConfigError(reason)
+    module = engine.sharding.module
+    parameters = dict(module.named_parameters())
+    coefficients, owners = engine.coefficients(), _owners(module)
+    tensors: dict[str, Tensor] = {}
+    for matrix in engine.space.matrices:
+        a = coefficients[matrix.name].view(-1, matrix.rank)  # (periods, rank)
+        make = (FixedFactors(engine.space, period) for period in range(len(a)))
+        pairs = [factors.of(matrix.name) for factors in make]
+        scaled = torch.cat([U.double() * c for (U, _), c in zip(pairs, a, strict=True)], dim=1)
+        scaled = scaled.float()  # (m, periods * rank)
+        V = torch.cat([V.float() for _, V in pairs], dim=1)  # (n, periods * rank)
+        for path, kind in owners[id(parameters[matrix.name])]:
+            prefix = f"base_model.model.{path}.lora_"
+            if kind == "embedding":
+                tensors[f"{prefix}embedding_A"] = scaled.t().contiguous()
+                tensors[f"{prefix}embedding_B"] = V.clone()
+            else:
+                inner, outer = (scaled, V) if kind == "conv1d" else (V, scaled)
+                tensors[f"{prefix}A.weight"] = inner.t().contiguous()
+                tensors[f"{prefix}B.weight"] = outer.clone()
+    return tensors
+
+
+def not_low_rank(config: TezoConfig) -> str | None:
+    """What stands against an adapter of any run of this method, in one line; None if nothing does."""
+    if in_coefficients(config):
+        return None
+    return f"what {config.method} learns is no low-rank change, as a LoRA adapter is; {INSTEAD}"
+
+
+def no_adapter_because(engine: Engine) -> str | None:
+    """What stands against an adapter of this run, in one line; None if nothing does."""
+    module, vectors = engine.sharding.module, engine.space.vectors
+    if reason := not_low_rank(engine.config):
+        return reason
+    if vectors:
+        return (
+            f"{vectors[0].name} ({len(vectors)} such) is a vector, which has no place in a LoRA "
+            f"adapter; leave train_vectors off, or {INSTEAD}"
+        )
+    names = {matrix.name for matrix in engine.space.matrices}
+    gaps = {**uncovered(module, names), **_offset_embeddings(module, names)}
+    if not gaps:
+        return None
+    name, where = next(iter(gaps.items()))
+    return f"{name} ({where}) has no place in a LoRA adapter; exclude it, or {INSTEAD}"
+
+
+def _offset_embeddings(module: nn.Module, names: set[str]) -> dict[str, str]:
+    """Embeddings that do not look up their first argument (OPT's positions), as peft would. It
+    knows of those that scale what they looked up."""
+    return {
+        name: f"weight of {type(owner).__name__}"
+        for name, owner, _ in users(module, names)
+        if isinstance(owner, nn.Embedding)
+        and type(owner).forward is not nn.Embedding.forward
+        and not hasattr(owner, "embed_scale")
+    }
+
+
+def _owners(module: nn.Module) -> dict[int, list[tuple[str, str]]]:
+    """(path, kind) of the modules that use each weight, by the weight's id."""
+    owners: dict[int, list[tuple[str, str]]] = {}
+    for path, owner in module.named_modules():
+        if kind := kind_of(owner):
+            owners.setdefault(id(owner.weight), []).append((path, kind))
+    return owners
+
+
+def lora_config(engine: Engine, base_model: str) -> dict[str, Any]:
+    """adapter_config.json: scaling lora_alpha / r = 1, module paths in full."""
+    owners, coefficients = _owners(engine.sharding.module), engine.coefficients()
+    parameters = dict(engine.sharding.module.named_parameters())
+    ranks: dict[str, int] = {}  # by path
+    conv1d = False
+    for matrix in engine.space.matrices:
+        for path, kind in owners[id(parameters[matrix.name])]:
+            ranks[path] = coefficients[matrix.name].numel()
+            conv1d |= kind == "conv1d"
+    rank = max(ranks.values())
+    others = {f"^{path}": r for path, r in ranks.items() if r != rank}
+    return {
+        "peft_type": "LORA",
+        "task_type": None if is_masked_lm(engine.sharding.module) else "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "fan_in_fan_out": conv1d,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(ranks),
+        "inference_mode": True,
+    }
+
+
+def save_adapter(engine: Engine, folder: Path, base_model: str, card: str = "") -> None:
+    """Writes a folder that `peft.PeftModel.from_pretrained` loads. For one rank; replaces the folder
+    whole or not at all. peft takes changed weights for good ones: `sha256sum -c SHA256SUMS` tells.
+
+    Args:
+        engine: after training.
+        folder: to write.
+        base_model: name or path of the model that the adapter is for.
+        card: for its README.md.
+
+    Raises:
+        ConfigError: see `lora_tensors`.
+        StorageError: it cannot be written.
+    """
+    tensors, config = lora_tensors(engine), lora_config(engine, base_model)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        with writing(folder):
+            partial.mkdir(parents=True)
+            save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+            (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+            if card:
+                (partial / "README.md").write_text(card)
+            _write_checksums(partial)
+            if folder.exists():
+                shutil.rmtree(folder)
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_checksums(folder: Path) -> None:
+    """In the format of sha256sum, for small files."""
+    hashed = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+    (folder / CHECKSUMS).write_text("".join(f"{h}  {name}\n" for name, h in hashed.items()))
+
+
+def save_coefficients(coefficients: dict[str, Tensor], path: Path, run: str = "") -> None:
+    """Writes what `Engine.coefficients` gives as safetensors, in float64, with a digest and by way of a
+    temporary name; `run` is the identity of its config.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with writing(path):
+            tensors = {k: v.to(torch.float64) for k, v in coefficients.items()}
+            about = {"digest": digest(tensors), **({"run": run} if run else {})}
+            save_file(tensors, partial, metadata=about)
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Files: text and JSON, safetensors with digests."""

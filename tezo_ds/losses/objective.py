@@ -1,0 +1,194 @@
+"""What a branch is judged by: the loss sum and count of each example of a batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tezo_ds.errors import DataError
+from tezo_ds.losses.head import Head
+from tezo_ds.models.structure import is_masked_lm
+from tezo_ds.sharding.base import Sharding
+
+IGNORE = -100  # the label of a position that has none, as in transformers
+
+LossFn = Callable[[Any, Mapping[str, Any]], tuple[Tensor, Tensor]]
+
+
+def targets(module: nn.Module, labels: Tensor) -> Tensor:
+    """Labels moved to the positions that predict them, IGNORE where there is none: (B, T)."""
+    if is_masked_lm(module):
+        return labels
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
+
+def repeat(batch: Mapping[str, Any], times: int) -> dict[str, Any]:
+    """Every tensor of a batch `times` over along its first dim, copy after copy."""
+    if times == 1:
+        return dict(batch)
+    return {
+        key: value.repeat(times, *[1] * (value.dim() - 1))
+        if isinstance(value, Tensor) and value.dim()
+        else value
+        for key, value in batch.items()
+    }
+
+
+class Objective:
+    """Runs the model on a batch and gives loss sums and counts, branch by branch.
+
+    Attributes:
+        choices: int64 (words,), or None. With it the default loss is over these tokens alone: the
+            cross-entropy of picking the right one of them, not of predicting it among all.
+
+        micro_batch: examples of this rank in one forward; 0: all of a batch.
+
+    Args:
+        sharding: of the model.
+        loss_fn: (outputs, batch) -> (loss_sum, count), each (examples,). None: cross-entropy on
+            batch["labels"], next-token for causal models, in place for masked ones.
+    """
+
+    def __init__(self, sharding: Sharding, loss_fn: LossFn | None) -> None:
+        self._sharding = sharding
+        self._loss_fn = loss_fn
+        self._parameters = inspect.signature(sharding.module.forward).parameters
+        self._head = Head(sharding) if loss_fn is None else None
+        self.choices: Tensor | None = None
+        self.micro_batch = 0
+
+    def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a batch the model's forward takes, on its device; labels stay with us."""
+        takes_any = all(p.kind.name.startswith("VAR_") for p in self._parameters.values())
+        chosen = {
+            key: value.to(self._sharding.device) if isinstance(value, Tensor) else value
+            for key, value in batch.items()
+            if key != "labels" and (takes_any or key in self._parameters)
+        }
+        if "use_cache" in self._parameters:
+            chosen["use_cache"] = False  # keys and values of a forward that is never continued
+        return chosen
+
+    @torch.no_grad()
+    def __call__(self, batch: Mapping[str, Any], branches: int) -> Tensor:
+        """Loss sums and counts, float64 (2, branches) on the model's device; over several forwards where
+        the batch has more examples than `micro_batch`, as many on every rank.
+
+        Args:
+            batch: of this rank; its first dim is the examples.
+            branches: how many copies ride through the forward, the first copy first.
+
+        Raises:
+            DataError: no "labels" and no loss_fn.
+        """
+        if not self.micro_batch:
+            return self._sums(batch, branches)
+        parts = list(_micro_batches(batch, self.micro_batch))
+        most = self._sharding.maxima([len(parts)])[0]
+        parts += [_without_labels(parts[-1])] * (most - len(parts))
+        return torch.stack([self._sums(part, branches) for part in parts]).sum(dim=0)
+
+    def _sums(self, batch: Mapping[str, Any], branches: int) -> Tensor:
+        """In one forward."""
+        if self._head is not None:
+            return self._token_losses(self._head, batch, branches)
+        assert self._loss_fn is not None
+        repeated = repeat(batch, branches)
+        device = self._sharding.device
+        repeated = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in repeated.items()}
+        outputs = self._sharding.forward(**self.inputs(repeated))
+        both = torch.stack([torch.as_tensor(t).double() for t in self._loss_fn(outputs, repeated)])
+        return both.view(2, branches, -1).sum(dim=2)
+
+    def _token_losses(self, head: Head, batch: Mapping[str, Any], branches: int) -> Tensor:
+        positions, tokens = self._labelled(batch)
+
+        def losses(logits: Tensor, part: slice) -> Tensor:
+            flat = logits.flatten(0, 1)  # (branches * j, vocabulary)
+            return self._cross_entropy(flat, tokens[part].repeat(branches)).view(branches, -1)
+
+        inputs = self.inputs(repeat(batch, branches))
+        sums = head(inputs, positions, branches, losses).double().sum(dim=1)
+        return torch.stack([sums, torch.full_like(sums, positions.numel())])
+
+    def _labelled(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Flat positions (k,) that predict a label; those labels, as places among the choices where
+        there are any: (k,)."""
+        if "labels" not in batch:
+            raise DataError('batch has no "labels"; add them (-100 where none), or pass a loss_fn')
+        wanted = targets(self._sharding.module, batch["labels"]).reshape(-1)  # (B * T,)
+        positions = (wanted != IGNORE).nonzero()[:, 0]
+        tokens = wanted[positions].to(self._sharding.device)
+        if self.choices is None:
+            return positions, tokens
+        self.choices = self.choices.to(tokens.device)
+        return positions, _index_in(self.choices, tokens)
+
+    def _cross_entropy(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """Of each row of logits (rows, vocabulary), float32 or wider (rows,)."""
+        if self.choices is not None:
+            logits = logits[:, self.choices]
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(wide), tokens, reduction="none")
+
+    @torch.no_grad()
+    def score(
+        self, batch: Mapping[str, Any], candidates: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What a plain forward says of each labelled position, in the order of the flat batch.
+
+        Args:
+            batch: with "labels".
+            candidates: int64 (words,), token ids to compare.
+
+        Returns:
+            On the CPU: the example that each position belongs to, int64 (k,); the cross-entropy
+            of its label, float32 (k,); the candidates' logits, float32 (k, words).
+        """
+        assert self._head is not None, "scores need the default loss"
+        positions, tokens = self._labelled(batch)
+        ids = torch.empty(0, dtype=torch.int64) if candidates is None else candidates
+        ids = ids.to(self._sharding.device)
+
+        def both(logits: Tensor, part: slice) -> Tensor:
+            loss = self._cross_entropy(logits[0], tokens[part])
+            return torch.cat([loss[None, :, None], logits[..., ids].float()], dim=-1)
+
+        result = self._head(self.inputs(batch), positions, 1, both)[0].cpu()  # (k, 1 + words)
+        rows = positions.cpu() // batch["labels"].shape[1]
+        return rows, result[:, 0], result[:, 1:]
+
+
+def _micro_batches(batch: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
+    """A batch cut along the first dim of its tensors, which is that of the largest."""
+    count = max(len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim())
+    for start in range(0, count, size):
+        yield {
+            key: value[start : start + size]
+            if isinstance(value, Tensor) and value.dim() and len(value) == count
+            else value
+            for key, value in batch.items()
+        }
+
+
+def _without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The same inputs, of which nothing counts: for a rank that has fewer examples than others."""
+    return {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
+
+
+def _index_in(choices: Tensor, tokens: Tensor) -> Tensor:
+    """Place of each token among the choices: (k,).
+
+    Raises:
+        DataError: one is none of them.
+    """
+    same = tokens[:, None] == choices
+    if not bool(same.any(dim=1).all()):
+        stranger = tokens[~same.any(dim=1)][0].item()
+        raise DataError(f"label token {stranger} is none of the choices {choices.tolist()}")
+    return same.int().argmax(dim=1)

@@ -1,0 +1,1 @@
+"""Models as users bring them: how they load, and what their modules are."""

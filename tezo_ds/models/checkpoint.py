@@ -1,0 +1,42 @@
+"""What a checkpoint has of a model: missing, misshapen and left-over weights."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+log = logging.getLogger(__name__)
+
+
+def misfit_of(report: Mapping[str, Any]) -> str | None:
+    """What transformers' report of a loading says is missing or of another shape; None if nothing is."""
+    different = sorted(name for name, *_ in report["mismatched_keys"])
+    for names, what in ((sorted(report["missing_keys"]), "no"), (different, "another shape of")):
+        if names:
+            return (
+                f"it has {what} {names[0]} ({len(names)} such); is it whole, and does config.json "
+                "fit it?"
+            )
+    return None
+
+
+def note_left_over(report: Mapping[str, Any]) -> None:
+    """Says on one rank what the checkpoint has and the model does not."""
+    if (left := sorted(report["unexpected_keys"])) and os.environ.get("RANK", "0") == "0":
+        log.warning("left over in the checkpoint: %s (%d such)", left[0], len(left))
+
+
+@contextmanager
+def without_tables() -> Iterator[None]:
+    """Keeps transformers from printing on all ranks what it thinks of the checkpoint."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)

@@ -1,0 +1,166 @@
+"""Models, tokenizers and the launcher's world, as the command line needs them."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import nn
+
+from tezo_ds.errors import ConfigError, TezoError
+from tezo_ds.models.checkpoint import misfit_of, note_left_over, without_tables
+from tezo_ds.sharding.world import local_device
+
+if TYPE_CHECKING:  # what only some ways of sharding need is imported where it is used
+    from tezo_ds.models.fsdp import FsdpPlan
+
+
+_zero_configs: list[Any] = []  # transformers partitions while it loads only as long as one is alive
+
+
+def load_tokenizer(name: str, pad: bool = True) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub name.
+
+    Args:
+        name: folder or hub name.
+        pad: give it a pad token where it has none.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    with _damage_explained("tokenizer", name):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    if pad and tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masked out, so any token would do
+    return tokenizer
+
+
+def load_model(
+    name: str,
+    dtype: str = "auto",
+    deepspeed_config: dict[str, Any] | None = None,
+    fsdp: FsdpPlan | None = None,
+) -> nn.Module:
+    """A causal or masked language model, by `from_pretrained`.
+
+    Args:
+        name: folder or hub name.
+        dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16". Under DeepSpeed its
+            bf16 and fp16 blocks decide.
+        deepspeed_config: with zero_optimization, each rank keeps its partition only: the model is
+            partitioned while it is built and filled.
+        fsdp: each rank reads and keeps its shards only; not with a `deepspeed_config`.
+
+    Raises:
+        ConfigError: no such model; the DeepSpeed config contradicts `dtype`, or has buffers that are
+            too small for the model; `fsdp` does not fit the world or the model.
+    """
+    if deepspeed_config is not None and "zero_optimization" in deepspeed_config:
+        from transformers.integrations import HfDeepSpeedConfig
+
+        from tezo_ds.sharding import zero3
+
+        prepared = zero3.prepare(deepspeed_config)
+        dtype = deepspeed_dtype(prepared, dtype)
+        _zero_configs[:] = [HfDeepSpeedConfig(prepared)]
+        with zero3.buffers_explained():
+            return _from_pretrained(name, dtype)
+    _zero_configs.clear()
+    model = _from_pretrained(name, dtype, fsdp)
+    return model.to(local_device()) if fsdp is None else model
+
+
+def load_skeleton(name: str, dtype: str) -> nn.Module:
+    """A model without its weights: names, shapes and a dtype ("auto": its config's), on the meta device.
+
+    Raises:
+        ConfigError: no such model.
+    """
+    with _damage_explained("model", name), torch.device("meta"):
+        config, loader = _kind(name)
+        chosen = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
+        model: nn.Module = loader.from_config(config, **chosen)
+    return model
+
+
+def _kind(name: str) -> tuple[Any, Any]:
+    """A model's config, and the class of transformers that loads it."""
+    config = transformers.AutoConfig.from_pretrained(name)
+    masked = any(a.endswith("ForMaskedLM") for a in config.architectures or [])
+    return config, (
+        transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+    )
+
+
+def _from_pretrained(name: str, dtype: str, fsdp: FsdpPlan | None = None) -> nn.Module:
+    with _damage_explained("model", name):
+        config, loader = _kind(name)
+        wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+        if fsdp is None:
+            return _load_whole(loader, name, wanted)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError("its weights are quantised, which --fsdp does not shard")
+        from tezo_ds.models.fsdp import load_sharded
+
+        return load_sharded(loader, name, wanted, local_device(), fsdp)
+
+
+def _load_whole(loader: Any, name: str, dtype: torch.dtype | str) -> nn.Module:
+    """Raises ValueError where transformers would make up weights that the checkpoint lacks."""
+    with without_tables():
+        model, report = loader.from_pretrained(
+            name, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    if misfit := misfit_of(report):
+        raise ValueError(misfit)
+    note_left_over(report)
+    loaded: nn.Module = model
+    return loaded
+
+
+@contextmanager
+def _damage_explained(what: str, name: str) -> Iterator[None]:
+    """Within it, what is raised over a folder's files is a ConfigError that names the folder. A ValueError's
+    or OSError's words are for users; transformers, tokenizers and safetensors raise much else over damaged
+    files, with no common base."""
+    try:
+        yield
+    except (TezoError, AssertionError, dist.DistError, torch.OutOfMemoryError):
+        raise  # not of the files
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_loaded(what, name, str(error).split("\n")[0])) from None
+    except Exception as error:
+        cause = error.__cause__ or error
+        reason = textwrap.shorten(f"{type(cause).__name__}: {cause}", 300, placeholder=" …")
+        raise ConfigError(_not_loaded(what, name, f"its files are damaged ({reason})")) from error
+
+
+def deepspeed_dtype(config: dict[str, Any], asked: str) -> str:
+    """What a DeepSpeed config makes of the weights.
+
+    Raises:
+        ConfigError: another dtype was asked for.
+    """
+    enabled = {
+        name
+        for block, name in (("bf16", "bfloat16"), ("fp16", "float16"))
+        if config.get(block, {}).get("enabled")
+    }
+    dtype = enabled.pop() if enabled else "float32"
+    if asked not in ("auto", dtype):
+        raise ConfigError(
+            f"--dtype {asked} contradicts the DeepSpeed config, which means {dtype}; "
+            'change its "bf16" or "fp16" block, or leave --dtype out'
+        )
+    return dtype
+
+
+def _not_loaded(what: str, name: str, reason: str) -> str:
+    hint = "" if os.path.isdir(name) else "; give a folder made by save_pretrained, or a hub name"
+    return f"cannot load a {what} from {name!r}: {reason}{hint}"

@@ -1,0 +1,89 @@
+"""A model's modules: kinds of linear maps, who uses a parameter, transformer blocks, numbered layers."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from tezo_ds.errors import ConfigError
+
+KINDS: dict[type[nn.Module], str] = {nn.Linear: "linear", nn.Embedding: "embedding"}
+PLAIN = (nn.Linear.forward, nn.Embedding.forward)
+_NUMBERED = re.compile(r"(.*?\.)?\d+(?=\.)")  # up to a name's first number, as in model.layers.3
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """ "linear" (y = x Wᵀ), "conv1d" (y = x W, of GPT-2), "embedding", or None for a module that the
+    fused probe does not know."""
+    if (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        return "conv1d"
+    return next((name for base, name in KINDS.items() if isinstance(module, base)), None)
+
+
+def users(module: nn.Module, names: set[str]) -> Iterator[tuple[str, nn.Module, str]]:
+    """(parameter name, module, its attribute) of each use of the named parameters in a model."""
+    by_id = {id(p): name for name, p in module.named_parameters() if name in names}
+    for owner in module.modules():
+        for attribute, parameter in owner.named_parameters(recurse=False):
+            if name := by_id.get(id(parameter)):
+                yield name, owner, attribute
+
+
+def uncovered(module: nn.Module, names: set[str]) -> dict[str, str]:
+    """Those of the named parameters that act elsewhere than as a Linear's or Embedding's weight,
+    and where that is."""
+    gaps: dict[str, str] = {}
+    for name, owner, attribute in users(module, names):
+        if kind_of(owner) is None or attribute != "weight":
+            gaps[name] = f"{attribute} of {type(owner).__name__}"
+        elif getattr(owner, "max_norm", None) is not None:
+            gaps[name] = "Embedding with max_norm, which rewrites its weight in every forward"
+    return gaps
+
+
+def blocks(model: nn.Module, layers: Sequence[str] | None = None) -> list[nn.Module]:
+    """The modules that are gathered one at a time: outermost ones of the named classes, by default
+    of those that the model says not to split; the children of its ModuleLists where it says nothing.
+
+    Those that share a weight with the rest are left to the group of the whole model, in which the weight
+    is gathered whenever one of its users runs.
+
+    Raises:
+        ConfigError: the model has no module of a named class.
+    """
+    names = set(layers or getattr(model, "_no_split_modules", None) or ())
+    modules = list(model.modules())
+    if layers and (unknown := names - {type(module).__name__ for module in modules}):
+        raise ConfigError(
+            f"fsdp_transformer_layer_cls_to_wrap: {type(model).__name__} has no {min(unknown)}"
+        )
+    if names:
+        found = [module for module in modules if type(module).__name__ in names]
+    else:
+        found = [child for m in modules if isinstance(m, nn.ModuleList) for child in m]
+    inner = {id(module) for block in found for module in block.modules() if module is not block}
+    uses = _uses(model)
+    return [
+        block
+        for block in found
+        if id(block) not in inner and all(uses[key] == n for key, n in _uses(block).items())
+    ]
+
+
+def _uses(module: nn.Module) -> Counter[int]:
+    """How many modules hold each parameter, by its id."""
+    return Counter(id(p) for m in module.modules() for p in m.parameters(recurse=False))
+
+
+def numbered_module(name: str) -> str | None:
+    """The outermost numbered module that a parameter is in, as model.layers.3; None outside of any."""
+    found = _NUMBERED.match(name)
+    return found[0] if found else None
+
+
+def is_masked_lm(module: nn.Module) -> bool:
+    """True where labels belong to the position they stand at instead of the one before."""
+    return getattr(module, "loss_type", None) == "ForMaskedLM"

@@ -1,0 +1,212 @@
+"""What a run needs, from its model's shapes alone: bytes of memory on a rank, on disk and on the wire.
+
+A lower bound that is meant to be close. Activations of a forward, which grow with the batch, and what
+libraries keep for themselves come on top.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tezo_ds.config import TezoConfig
+from tezo_ds.directions.space import CoefficientSpace, Matrix
+from tezo_ds.engine.selection import select
+from tezo_ds.methods import Method, in_coefficients, make_method
+from tezo_ds.probes import fused_serves, keeps_copies
+from tezo_ds.sharding.replicated import alone
+
+GIB = 1 << 30
+RECORDS = 64 << 20  # journal, metrics and curve of a long run
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run's weights are spread.
+
+    Attributes:
+        shards: ranks over which one copy is.
+        by_rows: whole rows (FSDP2), and not elements (ZeRO-3).
+        second: ranks over which hpZ's second copy is; 0: there is none.
+        gathers: whether a forward gathers weights at all.
+        offloaded: shards lie in the host's memory, or in files.
+    """
+
+    shards: int = 1
+    by_rows: bool = False
+    second: int = 0
+    gathers: bool = False
+    offloaded: bool = False
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes.
+
+    Attributes:
+        shard: of a rank's shards of all weights: for each Σ ⌈rows / shards⌉ columns, or ⌈numel / shards⌉,
+            and as much for a second copy.
+        gathered: of weights that are whole at once: those outside of blocks, and two of the largest block;
+            under FSDP2, where that is more, twice the former and a block.
+        probe: U and V of the fused probe, r(m + n) numbers a matrix (LOZO r((1 + Q)m + n)); of the in-place
+            probe its copy of the trained shards, and of a low-rank method U and V beside it.
+        state: the method's, with moments that lie beside the shards.
+        disk: in the run folder at the most: snapshots, one more while it is written, and the merged model.
+        sent: of weights that one forward gathers.
+    """
+
+    shard: int
+    gathered: int
+    probe: int
+    state: int
+    disk: int
+    sent: int
+
+    @property
+    def device(self) -> int:
+        """Where forwards run, if all is there."""
+        return self.shard + self.gathered + self.probe + self.state
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A run whose model has no weights.
+
+    Attributes:
+        module: of `loading.load_skeleton`.
+        config: of the run.
+        space: of what it learns.
+        method: at its start.
+        fused: whether it has the fused probe.
+    """
+
+    module: nn.Module
+    config: TezoConfig
+    space: CoefficientSpace
+    method: Method
+    fused: bool
+
+
+def on_skeleton(module: nn.Module, config: TezoConfig) -> Skeleton:
+    """Draws nothing and sends nothing. With `rank: auto`, which weights decide, each matrix has the most
+    that it may get.
+
+    Args:
+        module: of `loading.load_skeleton`.
+        config: of the run.
+
+    Raises:
+        ConfigError, ProbeError: as for the run.
+    """
+    sharding, ranks = alone(module), None
+    if config.rank == "auto":
+        chosen = select(sharding, config.model_copy(update={"rank": 1}))
+        ranks = {m.name: min(config.rank_max, *m.shape) for m in chosen.matrices}
+    chosen = select(sharding, config, ranks=ranks)
+    space = CoefficientSpace(chosen.matrices, config.seed, chosen.vectors)
+    method = make_method(config, space, sharding.device)
+    factors = method.factors
+    fused = factors is not None and fused_serves(config, sharding, space.slices.keys(), factors)
+    return Skeleton(module, config, space, method, fused)
+
+
+def needs(
+    run: Skeleton, layout: Layout, compute: torch.dtype | None, snapshots: int, model: bool
+) -> Needs:
+    """Of a run.
+
+    Args:
+        run: of `on_skeleton`.
+        layout: how its weights are to be spread.
+        compute: dtype in which weights are gathered; None: their own.
+        snapshots: that are kept; 0: none is made.
+        model: whether the merged model is written.
+    """
+    module, config = run.module, run.config
+    parameters = dict(module.named_parameters())
+    shard = sum(_held(p, layout) * p.itemsize for p in parameters.values())
+    trained = {name: parameters[name] for name in run.space.slices}
+    numel = sum(_held(p, layout) for p in trained.values())
+    dense = {"mezo-m": 1, "mezo-adam": 2}.get(config.method, 0)  # moments, float32 beside 16 bits
+    equal = sum(part.data.nbytes for part in run.method.state.values())
+    whole = sum(p.numel() * _itemsize(p, compute) for p in parameters.values())
+    weights = sum(p.numel() * (p.itemsize + 4 * dense) for p in trained.values())
+    factors = factor_numel(run.method, config, run.space.matrices)
+    disk = RECORDS + (snapshots + 1) * equal + 4 * factors
+    disk += (snapshots + 1) * weights if writes(config) and snapshots else 0
+    disk += sum(p.nbytes for p in parameters.values()) if model else 0
+    return Needs(
+        shard=shard,
+        gathered=_gathered(module, layout, compute),
+        probe=_of_probe(run, trained, layout, compute),
+        state=equal + 4 * dense * numel,
+        disk=disk,
+        sent=whole if layout.gathers else 0,
+    )
+
+
+def writes(config: TezoConfig) -> bool:
+    """Whether a run changes the weights that it has, and so keeps them in its snapshots."""
+    return not in_coefficients(config) or config.refresh_every > 0
+
+
+def factor_numel(method: Method, config: TezoConfig, matrices: Iterable[Matrix]) -> int:
+    """Numbers of U and V of all matrices, as a forward of the fused probe uses them."""
+    if method.factors is None:
+        return 0
+    lefts = 1 + config.queries if config.method.startswith("lozo") else 1
+    return sum(m.rank * (lefts * m.shape[0] + m.shape[1]) for m in matrices)
+
+
+def _of_probe(
+    run: Skeleton, trained: dict[str, Any], layout: Layout, compute: torch.dtype | None
+) -> int:
+    itemsize = max((_itemsize(p, compute) for p in trained.values()), default=0)
+    held = factor_numel(run.method, run.config, run.space.matrices) * itemsize
+    if not run.fused and keeps_copies(run.config, run.method.factors):
+        held += sum(_held(p, layout) * p.itemsize for p in trained.values())
+    return held
+
+
+def _held(parameter: nn.Parameter, layout: Layout) -> int:
+    """Elements of the rank that has most."""
+    if layout.by_rows:
+        rows = parameter.shape[0] if parameter.dim() else 1
+        return math.ceil(rows / layout.shards) * (parameter.numel() // max(rows, 1))
+    second = math.ceil(parameter.numel() / layout.second) if layout.second else 0
+    return math.ceil(parameter.numel() / layout.shards) + second
+
+
+def gathered_groups(module: nn.Module, compute: torch.dtype | None) -> tuple[int, int]:
+    """Bytes of the weights outside of blocks, and of the largest block.
+
+    Args:
+        module: the model.
+        compute: dtype in which weights are gathered; None: their own.
+    """
+    from tezo_ds.models.structure import blocks
+
+    sizes = [_bytes(block, compute) for block in blocks(module)]
+    return _bytes(module, compute) - sum(sizes), max(sizes, default=0)
+
+
+def _gathered(module: nn.Module, layout: Layout, compute: torch.dtype | None) -> int:
+    if not layout.gathers:
+        return 0
+    outside, block = gathered_groups(module, compute)
+    # FSDP2 lets go of a gathered message when the next one is used, so at first the one of what is outside
+    # of blocks lies beside those weights.
+    return outside + block + (max(outside, block) if layout.by_rows else block)
+
+
+def _bytes(module: nn.Module, compute: torch.dtype | None) -> int:
+    return sum(p.numel() * _itemsize(p, compute) for p in module.parameters())
+
+
+def _itemsize(parameter: nn.Parameter, compute: torch.dtype | None) -> int:
+    return (compute or parameter.dtype).itemsize

@@ -1,0 +1,1 @@
+"""Counter-based random numbers: pure functions of (seed, name, purpose, index), equal on every device."""

@@ -1,0 +1,110 @@
+"""config.json of a run folder: what was asked for, what came of it, how to do it again."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tezo_ds.config import BLOCK, TezoConfig, build
+from tezo_ds.engine.engine import Engine
+from tezo_ds.errors import ConfigError
+from tezo_ds.files.text import read_json
+from tezo_ds.run.folder import CONFIG
+from tezo_ds.settings import Dtype, Settings
+
+
+class _About(BaseModel):
+    """Of config.json what is read again; the rest is for people."""
+
+    model_config = ConfigDict(strict=True)
+
+    tezo: dict[str, Any]
+    settings: Settings
+    weights_dtype: Dtype
+    factors_dtype: Dtype | None = None
+    batch_size: int
+    deepspeed: dict[str, Any] | None = None
+    ranks: dict[str, Annotated[int, Field(ge=1)]] | None = None
+    versions: dict[str, str]
+
+
+def describe(settings: Settings, config: TezoConfig) -> dict[str, Any]:
+    """Of config.json what is known before a model is loaded."""
+    return {BLOCK: config.model_dump(mode="json"), "settings": settings.model_dump(mode="json")}
+
+
+def describe_run(settings: Settings, engine: Engine, extra: dict[str, Any]) -> dict[str, Any]:
+    """config.json: all it takes to evaluate or repeat the run."""
+    config, matrices = engine.config, engine.space.matrices
+    chosen = {"ranks": {m.name: m.rank for m in matrices}} if config.rank == "auto" else {}
+    return {
+        **describe(settings, config),
+        "weights_dtype": _name(next(engine.sharding.module.parameters()).dtype),
+        "factors_dtype": _name(matrices[0].rounding) if matrices else None,
+        "world_size": engine.sharding.world_size,
+        **extra,
+        **chosen,
+        "versions": {name: version(name) for name in ("tezo_ds", "torch", "transformers")},
+    }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def read_run(folder: Path) -> tuple[Settings, TezoConfig]:
+    """Settings and config of a run folder; the dtypes are those that the run really had.
+
+    Raises:
+        ConfigError: it is no run folder.
+    """
+    content = read_about(folder)
+    weights = content["weights_dtype"]
+    dtypes = {"dtype": weights, "factors_dtype": content.get("factors_dtype", weights)}
+    return Settings(**{**content["settings"], **dtypes}), TezoConfig(**content[BLOCK])
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """config.json of a run folder, in which all that is ever read again is there and of its type.
+
+    Raises:
+        ConfigError: it is no run folder, or the file is damaged; names the fields.
+    """
+    path = folder / CONFIG
+    content = read_json(path)
+    if BLOCK not in content or "settings" not in content:
+        raise ConfigError(f'{path}: no "{BLOCK}" and "settings"; is it a run folder?')
+    try:
+        settings = _About(**content).settings
+    except ValidationError as error:
+        fields = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
+        raise ConfigError(f"{path}: missing or malformed: {fields}") from None
+    config = build(content[BLOCK], f'{path}: "{BLOCK}" block')
+    return {**content, **describe(settings, config)}
+
+
+def sharded_as(
+    folder: Path, deepspeed: Path | None, fsdp: bool | None
+) -> tuple[Path | dict[str, Any] | None, bool]:
+    """How to shard a run's model: as asked, and where nothing is, as the run did; but a process that
+    is alone then holds it whole.
+
+    Args:
+        folder: of the run.
+        deepspeed: the DeepSpeed JSON that was asked for.
+        fsdp: whether FSDP2 was; None: nothing was said.
+
+    Returns:
+        The DeepSpeed config (the run's with an empty tezo block), and whether to use FSDP2.
+    """
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if deepspeed is not None or fsdp is not None or alone:
+        return deepspeed, bool(fsdp)
+    content = read_about(folder)
+    ran = content.get("deepspeed")
+    return {**ran, BLOCK: {}} if ran else None, bool(content["settings"].get("fsdp"))

@@ -1,0 +1,77 @@
+"""The model card of what a run made: README.md of an adapter or a merged model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from tezo_ds.config import BLOCK
+from tezo_ds.run.about import read_about
+from tezo_ds.run.folder import METRICS, read_metrics
+
+_TOLD = (
+    "method",
+    "rank",
+    "rho",
+    "lr",
+    "schedule",
+    "queries",
+    "placement",
+    "seed",
+    "include",
+    "exclude",
+)
+
+
+def model_card(run: Path, steps: int, adapter: bool) -> str:
+    """Markdown with the metadata that hubs read: base model, method, seed, steps, data, accuracy.
+
+    Args:
+        run: folder of the run.
+        steps: after which the result is taken.
+        adapter: a LoRA adapter, or else a whole model.
+
+    Raises:
+        ConfigError: the folder has no config.json, or it is damaged.
+    """
+    content = read_about(run)
+    settings, block = content["settings"], content[BLOCK]
+    data = ModelCardData(
+        base_model=settings["model"],
+        library_name="peft" if adapter else "transformers",
+        tags=["tezo_ds", "zeroth-order", block["method"], *(["lora"] if adapter else [])],
+    )
+    rows = {
+        "base model": settings["model"],
+        "task": settings["task"],
+        "data": settings["data"] or "the task's own",
+        "steps": steps,
+        "examples a step": content["batch_size"],
+        **{name: block[name] for name in _TOLD},
+        "accuracy": _accuracy(run, steps),
+        "made by": ", ".join(f"{name} {at}" for name, at in content["versions"].items()),
+    }
+    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items() if value != "")
+    kind = "LoRA adapter" if adapter else "model"
+    return (
+        f"---\n{data.to_yaml()}\n---\n\n# {Path(settings['model']).name}, fine-tuned on "
+        f"{Path(settings['task']).name}\n\nA {kind} that was trained without backpropagation, by "
+        f"zeroth-order steps (`{block['method']}`).\n\n| | |\n|---|---|\n{table}\n"
+    )
+
+
+def _accuracy(run: Path, steps: int) -> str:
+    """On the run's test examples, if it was evaluated there."""
+    scores = read_metrics(run / METRICS)[1] if (run / METRICS).exists() else []
+    at = {line["step"]: line for line in scores if line["test_accuracy"] is not None}
+    if steps not in at:
+        return ""
+    before = f", {at[0]['test_accuracy']:.1%} before training" if 0 in at and steps else ""
+    line = at[steps]
+    return f"{line['test_accuracy']:.1%} of {line['test_examples']} test examples{before}"
+
+
+def _cell(value: object) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ") or "none"

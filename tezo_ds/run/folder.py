@@ -1,0 +1,248 @@
+"""What a run leaves on disk; rank 0 alone writes, and one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from tezo_ds.engine.report import StepReport
+from tezo_ds.errors import ConfigError, StorageError
+from tezo_ds.files.text import to_json
+from tezo_ds.run.journal import Contents, Journal, read_journal
+
+CONFIG, METRICS, SUMMARY, JOURNAL = "config.json", "metrics.jsonl", "summary.json", "journal.jsonl"
+COEFFICIENTS, ADAPTER, CURVE = "coefficients.safetensors", "adapter", "curve.png"
+MODEL, SNAPSHOTS, LOCK = "model", "snapshots", ".lock"
+
+
+class RunFolder:
+    """The files of one run, that begins or goes on.
+
+    Attributes:
+        path: of the folder.
+        contents: of its journal, as it was found; None for a run that begins.
+
+    Raises:
+        StorageError: the folder cannot be made or read, another process trains in it, or its journal is
+            damaged.
+        ConfigError: it holds something that is no journal of a run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._journal: Journal | None = None
+        self._metrics: FileIO | None = None
+        self._made = not os.path.exists(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = (path / LOCK).open("a+")
+            self._take_lock()
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be written ({error.strerror})") from None
+        self.contents: Contents | None = None
+        if (path / JOURNAL).exists():
+            found = read_journal(path / JOURNAL)
+            self.contents = found if found.header else None
+        elif (path / METRICS).exists():
+            raise ConfigError(
+                f"{path} holds a run without {JOURNAL}, so it cannot go on; choose another --output, or "
+                "remove it"
+            )
+
+    def _take_lock(self) -> None:
+        """The system lets go of it when this process ends, however it ends."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            raise StorageError(
+                f"{self.path}: {holder} trains in it; wait for it to end, or choose another --output"
+            ) from None
+        self._lock.truncate(0)
+        note = f"process {os.getpid()} on {socket.gethostname()}"
+        try:
+            os.write(self._lock.fileno(), note.encode())
+        except OSError:
+            self._lock.close()
+            raise
+
+    def open(self, config: Mapping[str, Any], header: Mapping[str, Any]) -> None:
+        """From here on steps are written, after those that are there.
+
+        Args:
+            config: for config.json.
+            header: of a new journal.
+
+        Raises:
+            StorageError: something cannot be written.
+        """
+        self.write_json(CONFIG, config)
+        self._clear()
+        done = len(self.contents.steps) if self.contents else 0
+        # First, as metrics without a journal are those of a run that cannot go on.
+        self._journal = Journal(self.path / JOURNAL, header, self.contents)
+        self._keep_metrics(done, config.get("steps"))
+
+    def _clear(self) -> None:
+        """Away with results that are those of fewer steps, and with what a run that was killed did not
+        rename."""
+        for name in (SUMMARY, COEFFICIENTS, CURVE):
+            try:
+                (self.path / name).unlink(missing_ok=True)
+            except OSError as error:  # a folder of that name, a disk that can only be read
+                raise StorageError(
+                    f"{self.path / name}: cannot be removed ({error.strerror})"
+                ) from None
+        for path in (self.path / ADAPTER, self.path / MODEL, *self.path.glob(f".{ADAPTER}.*")):
+            shutil.rmtree(path, ignore_errors=True)
+        for name in (CONFIG, METRICS, SUMMARY, COEFFICIENTS):
+            for path in self.path.glob(f".{name}.*"):
+                path.unlink()
+
+    def _keep_metrics(self, done: int, steps: int | None) -> None:
+        """Of metrics.jsonl what belongs to the steps that are done: its lines come before the journal's,
+        and a run that was killed may have left half of one. The evaluation at the end is made again."""
+        path = self.path / METRICS
+        try:
+            texts = path.read_text(errors="replace").splitlines() if path.exists() else []
+            lines = [line for line in map(_parsed, texts) if line and _done(line, done, steps)]
+            partial = path.with_name(f".{METRICS}.{os.getpid()}")
+            partial.write_text("".join(f"{to_json(line)}\n" for line in lines))
+            partial.replace(path)
+            # Unbuffered: a line is on its way at once, and one that found no room is not tried again.
+            self._metrics = path.open("ab", buffering=0)
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be written ({error.strerror})") from None
+
+    @property
+    def sum(self) -> str:
+        """Of the journal's last line."""
+        assert self._journal is not None, "opened before"
+        return self._journal.sum
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Writes a JSON file by way of a temporary name, so that it is never half there.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        partial = self.path / f".{name}.{os.getpid()}"
+        try:
+            with partial.open("w") as file:
+                file.write(to_json(content, indent=2) + "\n")
+                file.flush()
+                os.fsync(
+                    file.fileno()
+                )  # else power that fails could leave the name without content
+            partial.replace(self.path / name)
+        except OSError as error:
+            with suppress(OSError):  # a disk that can only be read
+                partial.unlink(missing_ok=True)
+            raise StorageError(
+                f"{self.path / name}: cannot be written ({error.strerror}); make room, then start the "
+                "same command to go on"
+            ) from None
+
+    def log_step(
+        self, report: StepReport, seen: int, more: Mapping[str, Any] | None = None
+    ) -> None:
+        """A step's lines: in metrics.jsonl, and in the journal, on disk when this returns. The step counts
+        by the latter; one that does not is made again, with both its lines.
+
+        Args:
+            report: of the step.
+            seen: examples that the run has trained on since it began, over all ranks.
+            more: for the journal alone: "state", a digest of what is equal on all ranks after the step, and
+                "cost", that of a forward.
+
+        Raises:
+            StorageError: a line cannot be written.
+        """
+        found, journal = report.quality, self._journal
+        assert journal is not None, "opened before"
+        slopes = {"step": report.step, "kappa": report.kappa, "rho": report.rho, "lr": report.lr}
+        self._log({
+            **slopes, "loss": report.loss, "seconds": round(report.seconds, 4), "tokens": report.tokens,
+            "dropped": report.dropped, "kappa_mean": found.mean, "kappa_spread": found.spread,
+            "gradient_norm": found.gradient_norm, "snr": found.snr,
+        })  # fmt: skip
+        journal.append({**slopes, "loss": report.loss, "seen": seen, **(more or {})})
+
+    def log_score(self, step: int, accuracy: float | None, loss: float, examples: int) -> None:
+        """One line for an evaluation after `step` steps."""
+        self._log(
+            {"step": step, "test_accuracy": accuracy, "test_loss": loss, "test_examples": examples}
+        )
+
+    def _log(self, line: dict[str, Any]) -> None:
+        assert self._metrics is not None, "opened before"
+        try:
+            text = f"{to_json(line)}\n".encode()
+            if self._metrics.write(text) < len(text):
+                raise OSError(28, "No space left on device")
+        except OSError as error:
+            raise StorageError(
+                f"{self.path / METRICS}: cannot be written ({error.strerror}); make room, then start the "
+                "same command to go on"
+            ) from None
+
+    def close(self) -> None:
+        """No more lines, and another process may go on. A folder in which no run began goes again."""
+        for file in (self._journal, self._metrics, self._lock):
+            if file is not None:
+                file.close()
+        self._journal = self._metrics = None
+        if self._made and [path.name for path in self.path.glob("*")] == [LOCK]:
+            with suppress(OSError):
+                (self.path / LOCK).unlink()
+                self.path.rmdir()
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    """A line; None where it is none, or something that is read of it is missing or no number."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict):
+        return None
+    score = "test_loss" in line
+    counts = [line.get(name) for name in (("step", "test_examples") if score else ("step",))]
+    numbers = [line.get(name) for name in ("loss", "test_loss", "test_accuracy")]
+    if score and "test_accuracy" not in line:
+        return None
+    if not all(isinstance(count, int) and 0 <= count < 2**53 for count in counts):
+        return None
+    # null where it was not finite, or there is none; far from where a plot's arithmetic ends
+    fine = (x is None or (isinstance(x, (int, float)) and abs(x) < 1e100) for x in numbers)
+    return line if all(fine) else None
+
+
+def _done(line: dict[str, Any], done: int, steps: int | None) -> bool:
+    """An evaluation counts the steps before it, a step's line those before the step."""
+    if "test_loss" in line:
+        return bool(line["step"] <= done and line["step"] != steps)
+    return bool(line["step"] < done)
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The step lines and the evaluation lines of a metrics.jsonl, less what is no whole line.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    try:
+        texts = path.read_text(errors="replace").splitlines()
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
+    lines = [line for line in map(_parsed, texts) if line]
+    return [x for x in lines if "loss" in x], [x for x in lines if "test_loss" in x]

@@ -1,0 +1,166 @@
+"""The journal of a run: one line a step, on disk before the step counts, from which all else follows.
+
+    {"journal":1,…,"sum":"0f3a…"}
+    {"step":0,"kappa":[…],"rho":…,"lr":…,"loss":…,"seen":…,"sum":"9c41…"}
+
+`sum` is a hash of its line's other text and of the line's before it, so a bit that flipped, a line that
+is missing and one too many all show. What a crash can leave is a last line that is not whole: it counts
+as not written. Damage above that is nobody's crash and is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tezo_ds.errors import StorageError
+from tezo_ds.files.text import _finite, sync_folder
+
+VERSION = 1
+_LINE = re.compile(rb'(\{.*),"sum":"([0-9a-f]{16})"\}')
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is in a journal.
+
+    Attributes:
+        header: of the run; None in a file without one whole line.
+        steps: their lines in order, from step 0 on, with `sum`.
+        size: bytes of it all; what the file has beyond them is torn.
+        torn: why the last line does not count; None if it does.
+    """
+
+    header: dict[str, Any] | None
+    steps: list[dict[str, Any]]
+    size: int
+    torn: str | None
+
+    @property
+    def sum(self) -> str:
+        """Of the last line."""
+        last = self.steps[-1] if self.steps else self.header
+        return str(last["sum"]) if last else ""
+
+
+def read_journal(path: Path) -> Contents:
+    """All whole lines.
+
+    Raises:
+        StorageError: it cannot be read, is of a later version, or a line that is not the last is damaged.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot be read ({error.strerror}); has the run begun?"
+        ) from None
+    lines: list[dict[str, Any]] = []
+    size, before, torn = 0, "", None
+    texts = io.BytesIO(content).readlines()  # at \n alone
+    for number, text in enumerate(texts, start=1):
+        line, reason = _parse(text, before, number)
+        if line is None:
+            if number < len(texts):
+                raise StorageError(
+                    f"{path}: line {number} is damaged ({reason}); take the file from a copy"
+                )
+            torn = f"line {number} {reason}"
+            break
+        lines.append(line)
+        size, before = size + len(text), line["sum"]
+    if lines and lines[0]["journal"] > VERSION:
+        raise StorageError(
+            f"{path}: is of version {lines[0]['journal']}, this tezo_ds reads up to {VERSION}; update it"
+        )
+    return Contents(lines[0] if lines else None, lines[1:], size, torn)
+
+
+def _parse(text: bytes, before: str, number: int) -> tuple[dict[str, Any] | None, str]:
+    """A line, or None and what is wrong with it."""
+    if not text.endswith(b"\n"):
+        return None, "was not written to its end"
+    found = _LINE.fullmatch(text[:-1])
+    if found is None or _sum(before, found[1]) != found[2].decode():
+        return None, "does not have its checksum"
+    try:
+        line = json.loads(text)
+    except ValueError as error:  # bytes that are not UTF-8 are a ValueError, too
+        return None, f"is no JSON: {error}"
+    place = number - 2
+    if not isinstance(line, dict) or (
+        line.get("step") != place if place >= 0 else "journal" not in line
+    ):
+        return None, f"is not of step {place}" if place >= 0 else "is no header"
+    return line, ""
+
+
+def _sum(before: str, text: bytes) -> str:
+    return hashlib.blake2b(before.encode() + text, digest_size=8).hexdigest()
+
+
+class Journal:
+    """A journal to append to. One process at a time.
+
+    Args:
+        path: of the file; made, or continued after `contents`, whose torn rest is cut off.
+        header: of a new one.
+        contents: of one that is there.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+
+    def __init__(
+        self, path: Path, header: Mapping[str, Any], contents: Contents | None = None
+    ) -> None:
+        self._path = path
+        begun = contents is not None and contents.header is not None
+        self.sum = contents.sum if contents is not None and begun else ""
+        self._size = contents.size if contents is not None and begun else 0
+        try:
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            os.ftruncate(self._file, self._size)
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be written ({error.strerror})") from None
+        if not begun:
+            self._append({"journal": VERSION, **header}, "its first line")
+            sync_folder(path.parent)
+
+    def append(self, step: Mapping[str, Any]) -> None:
+        """A step's line, on disk when this returns.
+
+        Args:
+            step: at least "step", the next one.
+
+        Raises:
+            StorageError: it cannot be written; the file is then as before.
+        """
+        self._append(step, f"step {step['step']}")
+
+    def _append(self, line: Mapping[str, Any], what: str) -> None:
+        text = json.dumps(_finite(line), separators=(",", ":"), allow_nan=False)[:-1].encode()
+        made = _sum(self.sum, text)
+        whole = text + f',"sum":"{made}"}}\n'.encode()
+        try:
+            if os.write(self._file, whole) < len(whole):
+                raise OSError(28, "No space left on device")
+            os.fsync(self._file)
+        except OSError as error:
+            os.ftruncate(self._file, self._size)
+            raise StorageError(
+                f"{self._path}: {what} cannot be written ({error.strerror}); make room, then start the "
+                "same command to go on"
+            ) from None
+        self.sum, self._size = made, self._size + len(whole)
+
+    def close(self) -> None:
+        """No more lines."""
+        os.close(self._file)

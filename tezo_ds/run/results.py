@@ -1,0 +1,174 @@
+"""What a run's folder holds of its result, and how an engine gets there: by loading coefficients, by
+starting from the merged model, or by replaying the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tezo_ds.config import TezoConfig
+from tezo_ds.engine.engine import Engine
+from tezo_ds.errors import ConfigError, StorageError
+from tezo_ds.export.merged import is_complete
+from tezo_ds.files.tensors import digest, read
+from tezo_ds.files.text import read_json
+from tezo_ds.methods import in_coefficients
+from tezo_ds.run.folder import COEFFICIENTS, CONFIG, JOURNAL, MODEL, SUMMARY
+from tezo_ds.run.journal import Contents, read_journal
+
+
+class Display(Protocol):
+    """Where notices and progress go: `training.display.Display`, or a stand-in of a test or benchmark."""
+
+    def note(self, text: str) -> None:
+        """A line for the user."""
+
+    def evaluation(self, label: str) -> AbstractContextManager[Callable[[float], None] | None]:
+        """Context manager: gives a function that takes the fraction done, or None where none is shown."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One of the three, and what an engine has to be made with.
+
+    Attributes:
+        coefficients: by parameter name, as of `Engine.coefficients`.
+        model: folder of the merged model, to be loaded in place of the base model; then nothing is left
+            to do.
+        steps: lines of the journal, from the first step on.
+        ranks: of each matrix, where the run chose them itself.
+    """
+
+    coefficients: dict[str, Tensor] = field(default_factory=dict)
+    model: Path | None = None
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    ranks: dict[str, int] | None = None
+
+    @property
+    def writes(self) -> bool:
+        """Whether `give` writes weights; they then have to be of the dtype that the run's shards had."""
+        return bool(self.steps) or any(part.dim() == 2 for part in self.coefficients.values())
+
+    def give(self, engine: Engine, display: Display) -> None:
+        """Takes an engine that was just made to the result. All ranks must call it.
+
+        Raises:
+            TezoError: the result is of another model.
+        """
+        if self.coefficients:
+            engine.load_coefficients(self.coefficients)
+        if not self.steps:
+            return
+        replay(engine, self.steps, display)
+        engine.check()  # ranks may have read the file of a run that still goes on
+
+
+def replay(
+    engine: Engine, steps: Sequence[dict[str, Any]], display: Display,
+    after: Callable[[dict[str, Any]], None] | None = None,
+) -> None:  # fmt: skip
+    """Takes an engine through the lines of a journal; `after` is called after each."""
+    display.note(f"replaying {len(steps)} steps of {JOURNAL}")
+    with display.evaluation("replaying") as progress:
+        for done, line in enumerate(steps, start=1):
+            engine.replay(line["step"], line["kappa"], line["lr"], line["rho"])
+            if after is not None:
+                after(line)
+            if progress is not None:
+                progress(done / len(steps))
+
+
+def read_result(folder: Path, config: TezoConfig, base: bool = False) -> Result:
+    """The result of a run, in the most exact form that its folder has.
+
+    Args:
+        folder: of the run.
+        config: of the run.
+        base: the run's own model is not to be used; the result is put on the base model.
+
+    Raises:
+        ConfigError: there is none. StorageError: its file is damaged, or another run's.
+    """
+    ranks = ranks_of(folder, config)
+    path = folder / COEFFICIENTS
+    if in_coefficients(config) and path.exists():
+        return Result(coefficients=_coefficients(path, config), ranks=ranks)
+    if is_complete(folder / MODEL) and not base:
+        return Result(model=folder / MODEL, ranks=ranks)
+    if not (folder / JOURNAL).exists():
+        raise ConfigError(f"{path} does not exist, and no {JOURNAL} either; is it a run folder?")
+    return Result(steps=_steps(folder, config), ranks=ranks)
+
+
+def _coefficients(path: Path, config: TezoConfig) -> dict[str, Tensor]:
+    tensors, about = read(path)
+    refuse_foreign(path, about, config)
+    if "digest" in about and about["digest"] != digest(tensors):
+        raise StorageError(f"{path}: does not have its checksum; take it from a copy")
+    return tensors
+
+
+def refuse_foreign(path: Path, about: Mapping[str, Any], config: TezoConfig) -> None:
+    """Raises StorageError if what a file says of itself is not of a run with this config."""
+    if about.get("run", config.identity) != config.identity:
+        raise StorageError(
+            f"{path}: is of a run that was configured otherwise than {CONFIG} says; take both from a copy"
+        )
+
+
+def journal_of(folder: Path, config: TezoConfig) -> Contents:
+    """The journal of a run folder, see `read_journal`.
+
+    Raises:
+        StorageError: it is damaged, or of a run with another config.
+    """
+    contents = read_journal(folder / JOURNAL)
+    refuse_foreign(folder / JOURNAL, contents.header or {}, config)
+    return contents
+
+
+def _steps(folder: Path, config: TezoConfig) -> list[dict[str, Any]]:
+    """The journal's, if they are as many as the run says it had; one that is killed does not say."""
+    path = folder / JOURNAL
+    steps = journal_of(folder, config).steps
+    summary = read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else {}
+    # A run that failed did so in the middle of a step that has no line, perhaps.
+    had = len(steps) if summary.get("status") == "failed" else summary.get("steps", len(steps))
+    if not isinstance(had, int):
+        raise StorageError(f"{folder / SUMMARY}: steps is {had!r}; take the file from a copy")
+    if len(steps) < had:
+        raise StorageError(
+            f"{path}: has {len(steps)} whole steps, and the run had {had}; take the file from a copy"
+        )
+    return steps
+
+
+def ranks_of(folder: Path, config: TezoConfig) -> dict[str, int] | None:
+    """Of each matrix, where a run chose them itself.
+
+    Raises:
+        ConfigError: its config.json does not have them.
+    """
+    if config.rank != "auto":
+        return None
+    ranks = read_json(folder / CONFIG).get("ranks")
+    if not isinstance(ranks, dict) or not all(isinstance(r, int) and r > 0 for r in ranks.values()):
+        raise ConfigError(
+            f'{folder / CONFIG}: "ranks" of a run of rank auto is missing or malformed'
+        )
+    return ranks
+
+
+@torch.no_grad()
+def gathered_in(engine: Engine, dtype: torch.dtype) -> None:
+    """Rounds the weights of one process to what a run in mixed precision gathered from its shards, and
+    before that adds what is kept aside."""
+    engine.merge()
+    for parameter in engine.sharding.module.parameters():
+        parameter.data = parameter.data.to(dtype)

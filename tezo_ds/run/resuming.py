@@ -1,0 +1,292 @@
+"""Going on with a run: what its folder has of it, agreed on by all ranks, and an engine taken there."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tezo_ds.config import BLOCK, FREE, TezoConfig
+from tezo_ds.engine import state as states
+from tezo_ds.engine.engine import Engine
+from tezo_ds.engine.measuring import Cost
+from tezo_ds.errors import ConfigError, StorageError
+from tezo_ds.files.tensors import load, save
+from tezo_ds.files.text import read_json
+from tezo_ds.methods import in_coefficients
+from tezo_ds.run.about import describe_run, read_about
+from tezo_ds.run.folder import JOURNAL, METRICS, SNAPSHOTS, SUMMARY, RunFolder, read_metrics
+from tezo_ds.run.results import Display, refuse_foreign, replay
+from tezo_ds.run.snapshots import checked_shards, save_shards
+from tezo_ds.settings import Settings
+from tezo_ds.sharding.world import agreed
+from tezo_ds.tasks.encoding import Encoded
+
+# Likewise of the settings, as config.FREE of the block.
+_FREE_SETTINGS = {
+    "dtype", "compute_dtype", "eval_batch_size", "fsdp", "fsdp_replicas", "fsdp_offload_params",
+    "fsdp_layers",
+}  # fmt: skip
+_OTHERS = ("batch_size", "weights_dtype", "factors_dtype", "examples", "data", "ranks")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where a run once was.
+
+    Attributes:
+        after: steps.
+        state: see `state.take`.
+        shards: folder of what ranks held of the weights, where a method writes them.
+    """
+
+    after: int
+    state: dict[str, Tensor]
+    shards: Path | None
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a folder has of a run; every rank has the same.
+
+    Attributes:
+        path: of the folder.
+        config: its config.json.
+        header: of its journal.
+        snapshots: the newest first.
+        steps: lines of the journal.
+        scores: lines of metrics.jsonl of evaluations, by the steps before them.
+        finished: the run came to its end.
+        notices: what its user should know.
+    """
+
+    path: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    header: dict[str, Any] = field(default_factory=dict)
+    snapshots: tuple[Snapshot, ...] = ()
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    scores: dict[int, dict[str, Any]] = field(default_factory=dict)
+    finished: bool = False
+    notices: tuple[str, ...] = ()
+
+    @property
+    def done(self) -> int:
+        """Steps."""
+        return len(self.steps)
+
+    @property
+    def ranks(self) -> dict[str, int] | None:
+        """Of each matrix, where the run chose them itself."""
+        return self.config.get("ranks")
+
+
+@contextmanager
+def begun(
+    path: Path, resume: bool | None, asked: Mapping[str, Any]
+) -> Iterator[tuple[RunFolder | None, Begun]]:
+    """Takes a run folder for as long as it lasts: it, on rank 0, and what it has of the run, on all.
+    All ranks of the world must call it; see `look`."""
+    folder: RunFolder | None = None
+
+    def take() -> Begun:
+        nonlocal folder
+        folder = RunFolder(path)
+        return look(folder, resume, asked)
+
+    try:
+        found = agreed(take)
+        yield folder, found
+    finally:
+        if folder is not None:
+            folder.close()
+
+
+def look(folder: RunFolder, resume: bool | None, about: Mapping[str, Any]) -> Begun:
+    """What a folder has of the run that is to be made in it.
+
+    Args:
+        folder: just taken.
+        resume: whether a run is to go on; None: if there is one.
+        about: as for config.json, as far as it is known before a model is loaded.
+
+    Raises:
+        ConfigError: there is a run and none is wanted, or the other way round, or it is another one.
+        StorageError: what it has is damaged.
+    """
+    contents, path = folder.contents, folder.path
+    if contents is None or contents.header is None:
+        if resume:
+            raise ConfigError(f"--resume: {path} holds no run that has begun; leave --resume out")
+        return Begun(path)
+    if resume is False:
+        raise ConfigError(f"{path} holds a run already; choose another --output, or remove it")
+    config = read_about(path)
+    refuse_other(path, config, about)
+    refuse_foreign(path / JOURNAL, contents.header, TezoConfig(**config[BLOCK]))
+    notices = [f"{path} goes on after {len(contents.steps)} steps"]
+    if contents.torn:
+        notices.append(f"{JOURNAL}: {contents.torn}; dropped")
+    snapshots = tuple(_snapshots(path, contents.steps, config, notices))
+    scores = read_metrics(path / METRICS)[1] if (path / METRICS).exists() else []
+    summary = read_json(path / SUMMARY) if (path / SUMMARY).exists() else {}
+    return Begun(
+        path, config, contents.header, snapshots, contents.steps,
+        scores={line["step"]: line for line in scores},
+        finished=summary.get("status") == "finished", notices=tuple(notices),
+    )  # fmt: skip
+
+
+def _snapshots(
+    path: Path, steps: Sequence[Mapping[str, Any]], config: Mapping[str, Any], notices: list[str]
+) -> Iterator[Snapshot]:
+    """Those of this journal that are whole, the newest first; of shards that is not known yet."""
+    writes = not in_coefficients(TezoConfig.model_validate(config[BLOCK]))
+    for file in sorted((path / SNAPSHOTS).glob("step-*.safetensors"), reverse=True):
+        try:
+            state, about = load(file)
+        except StorageError as error:
+            notices.append(f"{error}; going on without it")
+            continue
+        after, shards = int(about["step"]), file.with_suffix("")
+        of_this = after <= len(steps) and steps[after - 1]["sum"] == about["sum"]
+        if of_this and (shards.exists() or not writes):
+            yield Snapshot(after, state, shards if writes else None)
+
+
+def refuse_other(path: Path, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises ConfigError if a folder's config.json is not of the run that is asked for; names what."""
+    for part, free in ((BLOCK, _free(stored)), ("settings", _FREE_SETTINGS), ("", frozenset())):
+        was, asked = (content.get(part, {}) if part else content for content in (stored, now))
+        names = asked.keys() - free if part else asked.keys() & set(_OTHERS)
+        for name in sorted(names):
+            unsaid = name == "steps_per_epoch" and asked[name] is None  # by the examples, later on
+            if was.get(name) != asked[name] and not unsaid:
+                raise ConfigError(
+                    f"{path} holds a run of {name} {was.get(name)!r}, not {asked[name]!r}; use the same "
+                    "to go on, or choose another --output"
+                )
+
+
+def _free(stored: Mapping[str, Any]) -> frozenset[str]:
+    """Also the number of steps, unless those that were made depend on how many there are to be."""
+    block = stored.get(BLOCK, {})
+    depends = block.get("schedule") != "constant" or block.get("query_schedule") == "adaptive"
+    return FREE | (set() if depends else {"total_steps"})
+
+
+def fingerprint(examples: Sequence[Encoded]) -> str:
+    """Of the training examples, in their order."""
+    return _hash((example.input_ids, example.label_start) for example in examples)
+
+
+def _hash(things: Iterable[object]) -> str:
+    hashed = hashlib.blake2b(digest_size=8)
+    for thing in things:
+        hashed.update(repr(thing).encode())
+    return hashed.hexdigest()
+
+
+def go_on(
+    settings: Settings, engine: Engine, examples: Sequence[Encoded], folder: RunFolder | None, found: Begun,
+    about: Mapping[str, Any], display: Display,
+) -> None:  # fmt: skip
+    """Takes an engine that was just made to where the run is, and has the folder take further steps.
+    All ranks must call it; `folder` is rank 0's.
+
+    Args:
+        settings: of the run.
+        engine: to train.
+        examples: to train on.
+        folder: of the run.
+        found: in it.
+        about: of config.json what neither settings nor engine know.
+        display: for notices and progress.
+
+    Raises:
+        ConfigError: the model or the examples are not the run's.
+        TezoError: a snapshot is damaged, or something cannot be written.
+    """
+    config = describe_run(settings, engine, dict(about))
+    header = {"examples": len(examples), "data": fingerprint(examples)}
+    header["run"] = engine.config.identity
+    if "ranks" in config:  # chosen by the run, and read from config.json when it goes on
+        header["ranks"] = _hash(sorted(config["ranks"].items()))
+    if found.header:
+        refuse_other(found.path, {**found.config, **found.header}, {**config, **header})
+    for notice in found.notices:
+        display.note(notice)
+    restore(engine, found, display)
+    if folder is not None:
+        folder.open(config, header)
+
+
+def restore(engine: Engine, found: Begun, display: Display) -> None:
+    """Takes an engine that was just made to where the run was. All ranks must call it.
+
+    Raises:
+        TezoError: it is of another model, or a snapshot is damaged.
+    """
+    steps = found.steps
+    if costs := [line["cost"] for line in steps if "cost" in line]:
+        engine.measuring.cost = Cost(**costs[-1])
+    for snapshot in found.snapshots:
+        if snapshot.shards is not None:
+            try:
+                fill = checked_shards(engine, snapshot.shards)
+            except StorageError as error:
+                display.note(f"{error}; going on without it")
+                continue
+            fill()
+        states.give(engine, snapshot.state, written=snapshot.shards is not None)
+        steps = steps[snapshot.after :]
+        break
+    if steps:
+        replay(engine, steps, display)
+    engine.check()
+
+
+def snapshot(engine: Engine, path: Path, folder: RunFolder | None, kept: int) -> None:
+    """Saves where the run is: what is equal on all ranks, and of a method that writes weights the
+    shards. All ranks must call it; `folder` is rank 0's.
+
+    Args:
+        engine: after a step that is in the journal.
+        path: of the run folder; every rank must be able to write there if weights are written.
+        folder: the same, of rank 0.
+        kept: snapshots that stay; older ones go.
+
+    Raises:
+        TezoError: something cannot be written.
+    """
+    name = path / SNAPSHOTS / f"step-{engine.step_index:08d}"
+    if folder is not None:  # away with what a run that was killed in here has left
+        name.with_suffix(".safetensors").unlink(missing_ok=True)
+        for left in (name, *(path / SNAPSHOTS).glob(".step-*")):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(
+                missing_ok=True
+            )
+    if not in_coefficients(engine.config):
+        engine.sharding.maxima([0])  # all see that it is gone
+        save_shards(engine, name)
+    if folder is not None:
+        about = {"step": str(engine.step_index), "sum": folder.sum}
+        save(states.take(engine), name.with_suffix(".safetensors"), about)
+        _remove_others(path / SNAPSHOTS, name.with_suffix(".safetensors"), kept)
+
+
+def _remove_others(folder: Path, newest: Path, kept: int) -> None:
+    """Away with snapshots that are too many, or of steps that are to be made again, and with shards of
+    which a run that was killed has left no state."""
+    found = sorted(folder.glob("step-*.safetensors"))
+    count = found.index(newest) + 1
+    for state in (*found[: max(count - kept, 0)], *found[count:]):
+        state.unlink()
+    for shards in folder.glob("step-*"):
+        if shards.is_dir() and not shards.with_suffix(".safetensors").exists():
+            shutil.rmtree(shards, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""A run as a command sees it: the session, the loop, what it shows, how it is stopped."""

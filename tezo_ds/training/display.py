@@ -1,0 +1,212 @@
+"""What a run shows on rank 0's terminal: the parameter summary, progress, scores, the end."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from tezo_ds.engine.engine import Engine
+from tezo_ds.engine.report import StepReport
+from tezo_ds.methods import in_coefficients
+from tezo_ds.probes import InplaceProbe
+from tezo_ds.run.folder import COEFFICIENTS, JOURNAL
+from tezo_ds.tasks import TaskData
+from tezo_ds.tasks.evaluation import Score
+
+WINDOW = 20  # steps that shown figures are medians of
+
+
+def quieten() -> None:
+    """Leaves the terminal to our own lines; to be called once DeepSpeed is imported, if it is."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed's calls of names that torch is about to drop.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
+    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
+class Display:
+    """Live on a terminal, plain lines every so often in a log file, silent on other ranks."""
+
+    def __init__(self, rank: int, world_size: int, log_every: int, stderr: bool = False) -> None:
+        self._silent = rank != 0
+        self._world_size, self._log_every = world_size, log_every
+        self.console = Console(
+            quiet=self._silent, highlight=False, markup=False, emoji=False, stderr=stderr
+        )
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._total = 0
+        self._recent: deque[StepReport] = deque(maxlen=WINDOW)
+        self._start = 0.0
+
+    def summary(self, engine: Engine) -> None:
+        """What trains, what is frozen and why, and what the learnt state weighs."""
+        selection, config = engine.selection, engine.config
+        table = Table(show_header=False, box=None, padding=(0, 2))
+        what = [f"{len(selection.matrices)} matrices"] if selection.matrices else []
+        what += [f"{len(selection.vectors)} vectors"] if selection.vectors else []
+        table.add_row("trains", f"{', '.join(what)}, {selection.trainable_numel:,} weights")
+        for reason, count in selection.frozen.items():
+            table.add_row("frozen", f"{count} parameters: {reason}")
+        table.add_row("frozen weights", f"{selection.frozen_numel:,}")
+        table.add_row(
+            "method", f"{config.method}, {engine.probe.name} probe, {_directions(engine)}"
+        )
+        for name, value in _of_method(engine):
+            table.add_row(name, value)
+        kind = type(engine.sharding).__name__
+        table.add_row("weights", f"{kind} on {self._world_size} rank(s), {engine.sharding.device}")
+        self.console.print(table)
+        if _drifts(engine):
+            self.note(
+                "warning: 16-bit weights train in place with restore: subtract, so rounding drifts the "
+                "weights every step; set restore: copy"
+            )
+
+    def data(self, task: TaskData, truncated: int, max_length: int) -> None:
+        """What there is to learn from, and what of it was left out."""
+        self.note(
+            f"{task.spec.name}: {len(task.train)} training and {len(task.test)} test examples"
+        )
+        if task.duplicates or task.leaked:
+            self.note(
+                f"left out: {task.duplicates} repeats, {task.leaked} that are test prompts too"
+            )
+        if truncated:
+            self.note(f"{truncated} training prompts cut to {max_length} tokens; see --max-length")
+
+    def end(self, summary: dict[str, Any], folder: Path) -> None:
+        """The result, in one place."""
+        table = Table(show_header=False, box=None, padding=(0, 2))
+        before, after = summary.get("accuracy_before"), summary.get("accuracy_after")
+        if before is not None and after is not None:
+            table.add_row("accuracy before", f"{before:.1%}")
+            table.add_row("accuracy after", f"{after:.1%} ({100 * (after - before):+.1f} points)")
+            table.add_row("test examples", f"{summary['test_examples']}")
+        elif "test_loss_after" in summary:
+            losses = f"{summary['test_loss_before']:.4f} → {summary['test_loss_after']:.4f}"
+            table.add_row("test loss", losses)
+        table.add_row("steps", f"{summary['steps']} in {summary['seconds_training']:.0f} s")
+        if "adapter" in summary:
+            table.add_row("no adapter", summary["adapter"])
+        if "merged_model" not in summary and not (folder / COEFFICIENTS).exists():
+            table.add_row("result", f"in {JOURNAL}, which evaluate and export replay")
+        self.console.print(table)
+        if "merged_model" in summary:
+            self.note(f"  model              {folder / summary['merged_model']}")
+        self.note(f"  run folder         {folder}")
+
+    def note(self, text: str) -> None:
+        """One line, however long."""
+        self.console.print(text, soft_wrap=True)
+
+    @contextmanager
+    def steps(self, total: int) -> Iterator[None]:
+        """Around the training steps."""
+        self._total, self._start = total, time.perf_counter()
+        if self._silent or not self.console.is_terminal:
+            yield
+            return
+        columns = (
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20),
+            TextColumn("{task.fields[line]}"), TextColumn("eta"), TimeRemainingColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=self.console) as self._bar:
+            self._task = self._bar.add_task("", total=total, line="")
+            try:
+                yield
+            finally:
+                self._bar = None
+
+    def step(self, report: StepReport) -> None:
+        """After each step."""
+        if self._silent:
+            return
+        self._recent.append(report)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=report.step + 1, line=self._line())
+        elif (report.step + 1) % self._log_every == 0 or report.step + 1 == self._total:
+            left = self._total - report.step - 1
+            eta = statistics.median(r.seconds for r in self._recent) * left
+            self.note(f"step {report.step + 1}/{self._total}  {self._line()}  eta {eta:.0f} s")
+
+    def _line(self) -> str:
+        recent = self._recent
+        loss = statistics.median(r.loss for r in recent)
+        slopes = [abs(k) for r in recent for k in r.kappa if not math.isnan(k)]
+        kappa = statistics.median(slopes) if slopes else math.nan
+        failed = sum(r.dropped for r in recent)
+        dropped = f"  {failed} directions failed" if failed else ""
+        speed = sum(r.tokens for r in recent) / sum(r.seconds for r in recent)
+        return f"loss {loss:.4f}  |κ| {kappa:.2f}  {speed:,.0f} tokens/s/rank{dropped}"
+
+    @contextmanager
+    def evaluation(self, label: str) -> Iterator[Callable[[float], None] | None]:
+        """Around an evaluation or an export; gives what to call with the fraction done."""
+        if self._silent or not self.console.is_terminal or self._bar is not None:
+            yield None
+            return
+        with Progress(console=self.console, transient=True) as bar:
+            task = bar.add_task(label, total=1.0)
+            yield lambda fraction: bar.update(task, completed=fraction)
+
+    def score(self, step: int, score: Score) -> None:
+        """The result of an evaluation."""
+        accuracy = "" if score.accuracy is None else f"accuracy {score.accuracy:.1%}, "
+        self.note(
+            f"after {step} steps: {accuracy}loss {score.loss:.4f} on {score.examples} test examples"
+        )
+
+
+def _directions(engine: Engine) -> str:
+    """How many a step, and whose."""
+    config, ranks = engine.config, engine.sharding.world_size
+    growing = config.query_schedule != "constant"
+    count = f"{config.query_schedule}, at most {config.queries_max}" if growing else config.queries
+    own = f" on each of {ranks} rank(s)" if config.placement == "per_rank" else ""
+    return f"Q = {count}{own}"
+
+
+def _of_method(engine: Engine) -> Iterator[tuple[str, str]]:
+    """Rows of the summary that depend on the method and on what it is told."""
+    config, ranks = engine.config, sorted(matrix.rank for matrix in engine.space.matrices)
+    if ranks and config.rank == "auto":
+        found = f"{ranks[0]}-{ranks[-1]}, median {statistics.median_low(ranks)}"
+        yield "rank", f"auto: {found} (rank_threshold {config.rank_threshold})"
+    elif ranks and engine.method.factors is not None:
+        yield "rank", f"{config.rank}"
+    if config.method.startswith("lozo"):
+        yield "ν", f"{config.nu} steps until V is new"
+    if config.refresh_every:
+        yield "refresh", f"every {config.refresh_every} steps"
+    if isinstance(engine.probe, InplaceProbe):
+        yield "restore", "copy" if engine.probe.copies else "subtract"
+    size = sum(part.data.nbytes for part in engine.method.state.values())
+    moments = {"mezo-m": "one moment", "mezo-adam": "two moments"}.get(config.method)
+    beside = f", and {moments} of each weight on its rank" if moments else ""
+    learnt = f"{engine.space.numel:,} coefficients, " if in_coefficients(config) else ""
+    yield "state", f"{learnt}{size:,} bytes{beside}"
+
+
+def _drifts(engine: Engine) -> bool:
+    """Whether each step leaves rounding errors of 16 bits in the weights."""
+    if not isinstance(engine.probe, InplaceProbe) or engine.probe.copies:
+        return False
+    parameters = dict(engine.sharding.module.named_parameters())
+    return any(parameters[name].dtype.itemsize < 4 for name in engine.space.slices)

@@ -1,0 +1,277 @@
+"""The loop of `tezo-ds train`: batches, steps, evaluations, and a run folder that is always whole."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tezo_ds.engine.engine import Engine
+from tezo_ds.engine.report import StepReport
+from tezo_ds.engine.state import take
+from tezo_ds.errors import ConfigError, StorageError
+from tezo_ds.export.adapter import save_adapter, save_coefficients
+from tezo_ds.export.merged import save_merged
+from tezo_ds.files.tensors import digest
+from tezo_ds.files.text import writing
+from tezo_ds.methods import in_coefficients
+from tezo_ds.models.loading import load_tokenizer
+from tezo_ds.run.card import model_card
+from tezo_ds.run.curve import draw_curve
+from tezo_ds.run.folder import (
+    ADAPTER,
+    COEFFICIENTS,
+    CURVE,
+    JOURNAL,
+    METRICS,
+    MODEL,
+    SUMMARY,
+    RunFolder,
+)
+from tezo_ds.run.resuming import snapshot
+from tezo_ds.tasks.batches import batch_indices
+from tezo_ds.tasks.encoding import Encoded, collate
+from tezo_ds.tasks.evaluation import Score
+from tezo_ds.training.display import Display
+from tezo_ds.training.interrupts import Interrupted, deaf, turned_into_exceptions
+from tezo_ds.training.liveness import Liveness
+from tezo_ds.training.session import Session
+
+REPLAYED = f"the steps so far from {JOURNAL} in the run folder"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and on what to run, beyond the engine's own config."""
+
+    steps: int
+    batch_size: int  # examples a step over all ranks
+    eval_every: int  # steps; 0: before and after only
+    snapshot_every: int  # steps; 0: never
+    snapshots: int  # that are kept
+    folder: Path  # of the run
+    timeout: float  # seconds that a collective waits for the slowest rank
+    save_model: bool = False  # write the merged model at the end
+
+
+def train(
+    session: Session,
+    plan: Plan,
+    examples: Sequence[Encoded],
+    folder: RunFolder | None,
+    display: Display,
+    scores: Mapping[int, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Runs a plan, from the engine's next step on. Every rank calls it; `folder` is rank 0's, None elsewhere.
+
+    On an error or a signal rank 0 still writes coefficients, adapter, curve and summary as of the
+    last whole step, which takes no other rank. The merged model, which takes all, is then not written;
+    what a method put into the weights can be replayed from the journal. A SIGTERM on any rank ends the
+    run after the step that all are in, likewise, and without its last evaluation.
+
+    Args:
+        scores: of a run that goes on, the lines of its evaluations, by the steps before them.
+
+    Returns:
+        The summary, as in summary.json.
+
+    Raises:
+        TezoError: as the engine does. Interrupted: a signal came.
+    """
+    return _Training(session, plan, examples, folder, display, scores or {}).run()
+
+
+class _Training:
+    """What `train` does, with the arguments of that."""
+
+    def __init__(
+        self, session: Session, plan: Plan, examples: Sequence[Encoded], folder: RunFolder | None,
+        display: Display, scores: Mapping[int, Mapping[str, Any]],
+    ) -> None:  # fmt: skip
+        self._session, self._plan, self._examples = session, plan, examples
+        self._folder, self._display, self._scored = folder, display, scores
+        self._engine = engine = session.engine
+        self._evaluator = session.evaluator()
+        self._logged = self._state
+        self._summary: dict[str, Any] = {
+            "status": "running", "model": session.settings.model, "task": session.task.spec.name,
+            "method": engine.config.method, "probe": engine.probe.name,
+            "world_size": engine.sharding.world_size, "train_examples": len(examples),
+        }  # fmt: skip
+
+    @property
+    def _state(self) -> tuple[int, int]:
+        """What a step changes: a step may end a period before it counts as begun."""
+        return self._engine.step_index, len(self._engine.method.finished)
+
+    def _halfway(self) -> bool:
+        """Between what a step changes and its line in the journal, which have to agree."""
+        return self._state != self._logged
+
+    def run(self) -> dict[str, Any]:
+        """Gives the summary."""
+        summary, start = self._summary, time.perf_counter()
+        try:
+            with (
+                turned_into_exceptions(
+                    self._halfway, self._engine.ask_to_stop, lambda: self._engine.measuring.stopping
+                ) as raise_waiting,
+                Liveness(self._engine.sharding, self._plan.timeout) as alive,
+            ):
+                self._before()
+                trained = time.perf_counter()
+                with self._display.steps(self._plan.steps):
+                    for report in self._steps(alive):
+                        self._log(report)
+                        raise_waiting()
+                        if report.stopping:
+                            break
+                        self._between(report.step + 1, alive)
+                alive.at("the end of the run")
+                self._engine.check()
+                summary["seconds_training"] = round(time.perf_counter() - trained, 2)
+                self._after()
+        except Interrupted as signalled:
+            summary |= {"status": "interrupted", "error": str(signalled)}
+            if not in_coefficients(self._engine.config):
+                signalled.left = (
+                    f"evaluate and export replay {REPLAYED}, and the same command goes on"
+                )
+            raise
+        except BaseException as error:
+            summary |= {"status": "failed", "error": str(error) or type(error).__name__}
+            if not in_coefficients(self._engine.config):
+                self._display.note(f"failed; evaluate and export replay {REPLAYED}")
+            raise
+        finally:
+            seconds = round(time.perf_counter() - start, 2)
+            summary |= {"steps": self._engine.step_index, "seconds": seconds}
+            self._leave()
+        return summary
+
+    def _before(self) -> None:
+        """The evaluations that are missing: before all steps, and one that a kill has cut short."""
+        if 0 in self._scored:
+            self._summary |= _scores("before", self._scored[0])
+        else:
+            self._evaluate("before")
+        done = self._engine.step_index
+        if self._due(done) and done not in self._scored:
+            self._evaluate(None)
+
+    def _steps(self, alive: Liveness) -> Iterator[StepReport]:
+        engine, plan = self._engine, self._plan
+        rank, world_size = engine.sharding.rank, engine.sharding.world_size
+        for step in range(engine.step_index, plan.steps):
+            alive.at(f"the batch of step {step}")
+            chosen = batch_indices(
+                len(self._examples), plan.batch_size, step, engine.config.seed, rank, world_size
+            )
+            batch = [self._examples[i] for i in chosen]
+            collated = collate(batch, self._session.pad_id, filler=self._examples[0])
+            alive.at(f"step {step}")
+            yield engine.step(collated)
+
+    def _log(self, report: StepReport) -> None:
+        """With its line in the journal the step counts."""
+        engine, every = self._engine, self._engine.config.check_every
+        if self._folder is not None:
+            more: dict[str, Any] = {}
+            if every and engine.step_index % every == 0:
+                more["state"] = digest(take(engine))
+            if engine.measuring.cost is not None:
+                more["cost"] = asdict(engine.measuring.cost)
+            self._folder.log_step(report, engine.step_index * self._plan.batch_size, more)
+        if not report.step and engine.radius is not None:
+            self._display.note(str(engine.radius))
+        self._display.step(report)
+        self._logged = self._state
+
+    def _between(self, done: int, alive: Liveness) -> None:
+        """What is due after so many steps."""
+        plan = self._plan
+        if plan.snapshot_every and done % plan.snapshot_every == 0:
+            alive.at(f"the snapshot after {done} steps")
+            snapshot(self._engine, plan.folder, self._folder, plan.snapshots)
+        if self._due(done):
+            alive.at(f"the evaluation after {done} steps")
+            self._evaluate(None)
+
+    def _due(self, done: int) -> bool:
+        """Whether an evaluation follows so many steps; those before and after all steps are not counted."""
+        every = self._plan.eval_every
+        return every > 0 and done % every == 0 and 0 < done < self._plan.steps
+
+    def _after(self) -> None:
+        """The end of all steps, or of those that there were until a stop."""
+        if self._engine.measuring.stopping:
+            self._display.note(
+                f"stopped by SIGTERM after step {self._engine.step_index}; the same command goes on from "
+                "there"
+            )
+            self._summary["status"] = "stopped"
+            return
+        self._evaluate("after")
+        if self._plan.save_model:
+            self._save_model(self._plan.folder / MODEL)
+            self._summary["merged_model"] = MODEL
+        self._summary["status"] = "finished"
+
+    def _save_model(self, path: Path) -> None:
+        tokenizer = load_tokenizer(self._session.settings.model, pad=False)
+        card = model_card(path.parent, self._engine.step_index, adapter=False)
+        with self._display.evaluation(f"writing {path}") as progress:
+            save_merged(self._engine, path, tokenizer, progress=progress, card=card)
+
+    def _evaluate(self, when: str | None) -> None:
+        evaluator, step = self._evaluator, self._engine.step_index
+        if evaluator is None:
+            return
+        label = f"evaluating {evaluator.examples} test examples"
+        with self._display.evaluation(label) as progress:
+            score: Score = evaluator(progress)
+        if self._folder is not None:
+            self._folder.log_score(step, score.accuracy, score.loss, score.examples)
+        self._display.score(step, score)
+        if when is not None:
+            line = {"test_accuracy": score.accuracy, "test_loss": score.loss}
+            self._summary |= _scores(when, {**line, "test_examples": score.examples})
+
+    def _leave(self) -> None:
+        """Rank 0 writes what there is, whatever ended the run; that is said by its own error."""
+        if self._folder is None:
+            return
+        with deaf():
+            try:
+                _write_results(
+                    self._engine, self._session.settings.model, self._folder, self._summary
+                )
+            except StorageError as error:
+                if self._summary["status"] in ("finished", "stopped"):
+                    raise
+                self._display.note(str(error))
+
+
+def _scores(when: str, line: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the summary, by an evaluation's line in metrics.jsonl."""
+    return {
+        f"accuracy_{when}": line["test_accuracy"], f"test_loss_{when}": line["test_loss"],
+        "test_examples": line["test_examples"],
+    }  # fmt: skip
+
+
+def _write_results(engine: Engine, model: str, folder: RunFolder, summary: dict[str, Any]) -> None:
+    folder.close()
+    if in_coefficients(engine.config):
+        save_coefficients(engine.coefficients(), folder.path / COEFFICIENTS, engine.config.identity)
+        try:
+            card = model_card(folder.path, engine.step_index, adapter=True)
+            save_adapter(engine, folder.path / ADAPTER, model, card)
+        except ConfigError as error:  # trained something that LoRA has no place for
+            summary["adapter"] = str(error)
+    if engine.step_index:
+        with writing(folder.path / CURVE):
+            draw_curve(folder.path / METRICS, folder.path / CURVE)
+    folder.write_json(SUMMARY, summary)  # last, as a run that has it may count as finished

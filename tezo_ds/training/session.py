@@ -1,0 +1,218 @@
+"""From settings to something that can train or be evaluated: model, data, engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from tezo_ds.config import BLOCK, TezoConfig, resolve
+from tezo_ds.engine.engine import Engine
+from tezo_ds.errors import ConfigError
+from tezo_ds.models.loading import load_model, load_tokenizer
+from tezo_ds.run.about import read_run, sharded_as
+from tezo_ds.run.results import Result, read_result
+from tezo_ds.settings import Settings
+from tezo_ds.sharding import Sharding, sharding_of
+from tezo_ds.sharding.world import TIMEOUT, join_world
+from tezo_ds.tasks import TaskData, first_tokens, load_task
+from tezo_ds.tasks.evaluation import Evaluator
+
+
+@dataclass
+class Session:
+    """A model with its engine and its task's examples."""
+
+    settings: Settings
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    task: TaskData
+
+    @property
+    def pad_id(self) -> int:
+        """The token that pads a batch; masked out wherever it does, so 0 will do for one without."""
+        return int(self.tokenizer.pad_token_id or 0)
+
+    def evaluator(self) -> Evaluator | None:
+        """Of the test examples; None where there are none."""
+        if not self.task.test:
+            return None
+        s = self.settings
+        return Evaluator(
+            self.engine,
+            self.tokenizer,
+            self.task.spec,
+            self.task.test,
+            s.eval_batch_size,
+            s.max_length,
+        )
+
+
+def open_session(
+    settings: Settings,
+    config: TezoConfig,
+    deepspeed_config: dict[str, Any] | None,
+    ranks: Mapping[str, int] | None = None,
+    batch_size: int | None = None,
+) -> Session:
+    """Loads data first (its errors come at once), then the model, sharded as the config says.
+
+    Args:
+        settings: model and data.
+        config: the tezo block.
+        deepspeed_config: that shards the weights; None: none does.
+        ranks: of each matrix, where an earlier run chose them itself.
+        batch_size: examples a step over all ranks, of a run that trains.
+
+    Raises:
+        TezoError: one line that says what to change.
+    """
+    s = settings
+    task = load_task(
+        s.task, data=s.data, test_data=s.test_data, template=s.template, verbalizers=s.verbalizers,
+        label_field=s.label_field, test_fraction=s.test_fraction, train_examples=s.train_examples,
+        test_examples=s.test_examples, seed=s.data_seed,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(s.model)
+    if batch_size and config.query_schedule != "constant" and config.steps_per_epoch is None:
+        steps = math.ceil(len(task.train) / batch_size)
+        config = config.model_copy(update={"steps_per_epoch": steps})
+    engine = open_engine(s, config, deepspeed_config, ranks)
+    if s.objective == "choices":
+        engine.objective.choices = _choices(tokenizer, task)
+    return Session(settings, engine, tokenizer, task)
+
+
+def open_engine(
+    settings: Settings,
+    config: TezoConfig,
+    deepspeed_config: dict[str, Any] | None,
+    ranks: Mapping[str, int] | None = None,
+) -> Engine:
+    """Loads the model, sharded as the settings or the DeepSpeed config say; see `open_session`.
+
+    Raises:
+        TezoError: one line that says what to change.
+    """
+    s, plan = settings, None
+    if s.fsdp:
+        from tezo_ds.models.fsdp import FsdpPlan
+
+        compute_dtype = None if s.compute_dtype is None else getattr(torch, s.compute_dtype)
+        plan = FsdpPlan(s.fsdp_replicas, compute_dtype, s.fsdp_offload_params, s.fsdp_layers)
+    model = load_model(s.model, s.dtype, deepspeed_config, plan)
+    sharding = sharding_of(model, deepspeed_config)
+    sharding.filled_apart |= s.fsdp  # copies on different nodes come from different files
+    return engine_for(s, config, sharding, ranks)
+
+
+def engine_for(
+    settings: Settings, config: TezoConfig, sharding: Sharding, ranks: Mapping[str, int] | None
+) -> Engine:
+    """An engine of a model that is loaded already; see `open_session`."""
+    name = settings.factors_dtype
+    return Engine(sharding, config, None, None if name is None else getattr(torch, name), ranks)
+
+
+@dataclass
+class Finished:
+    """A run that ended, as its folder has it.
+
+    Attributes:
+        settings: of the run; `model` is the merged one where that is the result, and `fsdp` is how it is
+            to be sharded now.
+        config: the tezo block.
+        result: how an engine gets to the run's result.
+        base_model: that the run started from.
+        deepspeed: config to shard by, if any.
+    """
+
+    settings: Settings
+    config: TezoConfig
+    result: Result
+    base_model: str
+    deepspeed: Path | dict[str, Any] | None
+
+
+def open_result(
+    folder: Path, deepspeed: Path | None = None, fsdp: bool | None = None, on_base: bool = False
+) -> Finished:
+    """Reads what a run left, for the processes that there are now.
+
+    Args:
+        folder: of the run.
+        deepspeed: DeepSpeed JSON to shard by, in another way than the run did.
+        fsdp: whether to shard by FSDP2; None: as the run did, see `sharded_as`.
+        on_base: the merged model is not to be used, as the result goes onto another base model.
+
+    Raises:
+        ConfigError: there is no result. StorageError: it is damaged, or another run's.
+    """
+    settings, config = read_run(folder)
+    source, settings.fsdp = sharded_as(folder, deepspeed, fsdp)
+    result, base_model = read_result(folder, config, on_base), settings.model
+    settings.model = str(result.model or base_model)
+    return Finished(settings, config, result, base_model, source)
+
+
+def _choices(tokenizer: PreTrainedTokenizerBase, task: TaskData) -> Tensor:
+    """The token of each verbaliser's word.
+
+    Raises:
+        ConfigError: one token does not tell them apart.
+    """
+    words = list((task.spec.verbalizers or {}).values())
+    prompts = [example.prompt for example in [*task.train, *task.test]]
+    tokens = first_tokens(tokenizer, words, prompts) if words else None
+    if tokens is None:
+        raise ConfigError(
+            f"--objective choices needs words of one token each, all different; {words} are not "
+            "for this tokenizer: choose others, or use --objective lm"
+        )
+    return torch.tensor(tokens)
+
+
+def resolve_config(
+    deepspeed: Path | dict[str, Any] | None,
+    overrides: dict[str, Any] | None = None,
+    defaults: dict[str, Any] | None = None,
+    fsdp: bool = False,
+    timeout: float = TIMEOUT,
+) -> tuple[TezoConfig, dict[str, Any] | None]:
+    """As `read_config`; joins the launcher's world, as sharding needs one before the model is built."""
+    config, deepspeed_config = read_config(deepspeed, overrides, defaults, fsdp)
+    join_world(deepspeed_config is not None, fsdp, timeout)
+    return config, deepspeed_config
+
+
+def read_config(
+    deepspeed: Path | dict[str, Any] | None,
+    overrides: dict[str, Any] | None = None,
+    defaults: dict[str, Any] | None = None,
+    fsdp: bool = False,
+) -> tuple[TezoConfig, dict[str, Any] | None]:
+    """The tezo block with the command line's overrides, and the DeepSpeed config if there is one.
+
+    Raises:
+        ConfigError: see `config.resolve`; a stage other than 3; with `fsdp` anything but a tezo block.
+    """
+    source: Path | dict[str, Any] = {} if deepspeed is None else deepspeed
+    config, deepspeed_config = resolve(source, overrides, defaults)
+    if fsdp and deepspeed_config:
+        raise ConfigError(
+            f"--fsdp and --deepspeed both shard: {deepspeed} has {', '.join(deepspeed_config)}; with "
+            f'--fsdp only its "{BLOCK}" block could be used, so give one of the two'
+        )
+    if fsdp:
+        deepspeed_config = None
+    elif deepspeed_config is not None:
+        from tezo_ds.sharding import zero3
+
+        deepspeed_config = zero3.prepare(deepspeed_config)
+    return config, deepspeed_config
