@@ -59,7 +59,12 @@ class RanksInTurn(Measuring):
 
     def __init__(self, engine: tezo_ds.Engine, ranks: int) -> None:
         super().__init__(
-            engine.config, engine.sharding, engine.method, engine.probe, engine.objective
+            engine.config,
+            engine.sharding,
+            engine.method,
+            engine.probe,
+            engine.objective,
+            engine.run_state,
         )
         self._ranks = ranks
         self._rank: int | None = None  # whose turn it is

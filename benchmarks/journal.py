@@ -25,7 +25,6 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from tezo_ds.config import TezoConfig
 from tezo_ds.engine.engine import Engine
-from tezo_ds.engine.state import take
 from tezo_ds.files.tensors import load, save
 from tezo_ds.run.journal import Journal, read_journal
 from tezo_ds.run.resuming import Begun, Snapshot, restore
@@ -91,7 +90,7 @@ def main() -> None:
         table.add_row(f"a full replay, D = {engine.space.numel}", f"{seconds:.1f} s, {each}")
         state = Path(folder) / "state.safetensors"
         start = time.perf_counter()
-        save(take(engine), state, {"step": str(until)})
+        save(engine.state(), state, {"step": str(until)})
         taken = f"{1e3 * (time.perf_counter() - start):.1f} ms, {state.stat().st_size / 1e3:.0f} kB"
         table.add_row("a snapshot", taken)
         engine = opt_30b(args.queries)

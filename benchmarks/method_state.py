@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from tezo_ds.config import MethodName, TezoConfig
+from tezo_ds.config import TezoConfig
+from tezo_ds.config.registry import METHODS
 from tezo_ds.directions.space import CoefficientSpace, Matrix
 from tezo_ds.methods import make_method
 from tezo_ds.methods.descent import Adam, Descent, Momentum
@@ -88,7 +88,7 @@ def rows(shapes: Shapes, rank: int) -> list[tuple[str, ...]]:
     """By COLUMNS, of every method."""
     reference = bytes_of("mezo-adam", shapes).total
     made: list[tuple[str, ...]] = []
-    for method in get_args(MethodName):
+    for method in METHODS:
         found = bytes_of(method, shapes, rank)
         cells = (_readable(found.state), _readable(found.factors), _readable(found.total))
         made.append((method, *cells, f"{found.total / reference:.1%}"))

@@ -23,7 +23,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import get_args
 
 import methods_training
 import torch
@@ -46,13 +45,13 @@ from methods_training import LORA, Settings, Trainer, Weights
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tezo_ds.config import MethodName
+from tezo_ds.config.registry import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 ZERO_SHOT = "zero-shot"
 TUNING_SEED = 0  # the final ones are 1, 2, …
 AROUND_SECONDS, MEMORY_SECONDS = 2.0, 6.0  # guesses: of restoring weights; of a memory run
-FORWARD_ONLY: tuple[str, ...] = get_args(MethodName)
+FORWARD_ONLY: tuple[str, ...] = tuple(METHODS)
 
 # The scale of each method's rates. tezo's is the quickstart's; the others move the weights about as far a
 # step: a direction's entries have variance 16, 2 and 1, κ grows with their root (about 50 for tezo on

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from transformers.utils import logging
 
 from tezo_ds.engine.engine import Engine
-from tezo_ds.engine.state import take
 from tezo_ds.errors import TezoError
 from tezo_ds.export.adapter import CHECKSUMS
 from tezo_ds.files.tensors import digest
@@ -136,7 +135,7 @@ class Subject:
 
 def where(engine: Engine) -> str:
     """A digest of all that a step changes."""
-    tensors = dict(take(engine))
+    tensors = dict(engine.state())
     tensors |= {f"weight.{name}": p.data for name, p in engine.sharding.module.named_parameters()}
 
     def note(view: ShardView) -> None:

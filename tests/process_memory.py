@@ -6,15 +6,12 @@ import ctypes
 import gc
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
 
 import torch
 from torch import nn
 
-from tezo_ds.config import MethodName
 from tezo_ds.directions.lowrank import BLOCK_NUMEL
 
-METHODS = get_args(MethodName)
 RUNS = 2  # the second is the first that finds moments
 BLOCK = 4 * BLOCK_NUMEL  # bytes of a block in float32
 

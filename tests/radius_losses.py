@@ -8,7 +8,7 @@ from torch import Tensor
 import tezo_ds
 from tezo_ds.directions.branches import Ask
 from tezo_ds.engine.slopes import kappas
-from tezo_ds.probes import InplaceProbe
+from tezo_ds.probes.inplace import InplaceProbe
 
 
 class Losses:

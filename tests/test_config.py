@@ -40,7 +40,7 @@ def test_overrides_beat_the_block_which_beats_defaults() -> None:
         ({"rho": "automatic"}, "rho: "),
         ({"rho": float("nan")}, "rho: "),
         ({"momentum": 1.0}, "momentum: Input should be less than 1"),
-        ({"method": "adam"}, "method: Input should be 'tezo', 'tezo-m',"),
+        ({"method": "adam"}, "method: must be one of tezo, tezo-m,"),
         ({"schedule": "linear"}, "linear falls to 0 at total_steps, which is not set"),
         ({"warmup_steps": 9, "total_steps": 5}, "warmup_steps: 9 is more than total_steps 5"),
         ({"include": "*"}, "include: "),

@@ -14,7 +14,7 @@ import tezo_ds
 from tezo_ds.directions.branches import Ask
 from tezo_ds.directions.space import CoefficientSpace, Matrix, Vector
 from tezo_ds.engine.live_bytes import LiveBytes
-from tezo_ds.engine.slopes import WINDOW, Clip, kappas, quality, slopes_of
+from tezo_ds.engine.slopes import WINDOW, clip, kappas, quality, slopes_of
 
 FIELDS = {"rank": 3, "rho": 1e-2, "lr": 1e-3, "queries": 3, "seed": 5}
 
@@ -217,24 +217,26 @@ def test_slopes_are_a_mean_of_those_that_were_measured() -> None:
 
 
 def test_clipping_bounds_by_a_quantile_of_what_was_seen_before() -> None:
-    clip, generator = Clip(0.9), torch.Generator().manual_seed(0)
+    generator, window = torch.Generator().manual_seed(0), torch.empty(0, dtype=torch.float64)
     seen = torch.randn(WINDOW + 50, 2, generator=generator, dtype=torch.float64)
     for kappa in seen[:8]:
-        assert torch.equal(clip(kappa), kappa), "too few to say what is usual"
+        clipped, window = clip(kappa, 0.9, window)
+        assert torch.equal(clipped, kappa), "too few to say what is usual"
     for kappa in seen[8:]:
-        clip(kappa)
-    before = clip.window.clone()
+        _, window = clip(kappa, 0.9, window)
+    before = window
     assert torch.equal(before, seen.flatten().abs()[-WINDOW:])
     bound = torch.quantile(before, 0.9).item()
-    clipped = clip(torch.tensor([100.0, -100.0, 1e-3, math.nan]).double())
+    odd = torch.tensor([100.0, -100.0, 1e-3, math.nan]).double()
+    clipped, window = clip(odd, 0.9, before)
     expected = torch.tensor([bound, -bound, 1e-3, math.nan]).double()
     torch.testing.assert_close(clipped, expected, equal_nan=True)
-    assert clip.window.max() == 100, "the window has what was measured"
+    assert window.max() == 100, "the window has what was measured"
     engine = tezo_ds.initialize(tiny(), {**FIELDS, "clip_kappa": 0.5})
     for step in range(20):
         before = engine.method.coefficients.clone()
         report = engine.step(make_batch(3, seed=step))
-    bound = torch.quantile(engine.clip.window[:-3], 0.5).item()
+    bound = torch.quantile(engine.run_state.window[:-3], 0.5).item()
     kappa = torch.tensor(report.kappa, dtype=torch.float64)
     assert kappa.abs().max() > bound, "a report has what was measured"
     g = (kappa.clamp(-bound, bound)[:, None] * engine.space.taus(19, range(3))).mean(dim=0)

@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from process_memory import BLOCK, METHODS, may_take, process_peak
+from process_memory import BLOCK, may_take, process_peak
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
 
 import tezo_ds
+from tezo_ds.config.registry import METHODS
 from tezo_ds.losses.objective import Objective
 from tezo_ds.methods import tezo_adam
 from tezo_ds.sharding import sharding_of

@@ -107,8 +107,8 @@ def test_messages_name_the_minority_and_shorten_long_lists() -> None:
 # that rank 1 has failed, and to ask rank 0 to end.
 SPOILT = """
 import math, os, time
-from tezo_ds import training
 from tezo_ds.cli import main
+from tezo_ds.training import loop as training
 from tezo_ds.methods.tezo import Tezo
 
 update, write = Tezo.update, training._write_results

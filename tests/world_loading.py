@@ -31,7 +31,7 @@ from world_replicated import FIELDS
 from worlds import World, case
 
 import tezo_ds
-from tezo_ds.models import fsdp, loading
+from tezo_ds.models import checkpoint, fsdp
 from tezo_ds.models.fsdp import FsdpPlan
 from tezo_ds.models.loading import load_model
 from tezo_ds.sharding import sharding_of
@@ -158,7 +158,7 @@ def names_that_differ_from_the_models_are_understood(world: World) -> None:
         "more": lambda tensors: {**tensors, "model.layers.7.what": torch.ones(3)},
     }.items():
         path = variant(world, name, change, tied=True)
-        with mock.patch.object(loading.log, "warning") as said:
+        with mock.patch.object(checkpoint.log, "warning") as said:
             model = load_model(str(path), fsdp=FsdpPlan())
         assert torch.equal(logits(model), logits(whole(path))), name
         left = [call.args[1:] for call in said.call_args_list]

@@ -205,7 +205,7 @@ def ranks_that_were_started_otherwise_stop_at_once(world: World) -> None:
     )
 
     with (
-        mock.patch.object(tezo_ds.engine, "require_same_start"),
+        mock.patch.object(tezo_ds.engine.engine, "require_same_start"),
         mock.patch.object(replicas.Watch, "check"),
     ):
         for engine in (replicated(seed=seed), replicated(tiny(seed=int(bad)))):

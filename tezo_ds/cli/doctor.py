@@ -96,7 +96,6 @@ def _plan(given: dict[str, Any], hostfile: Path | None) -> Plan:
     from tezo_ds.cli import accelerate
     from tezo_ds.cli.options import refuse_idle, settings_from
     from tezo_ds.doctor.plan import Plan
-    from tezo_ds.methods import in_coefficients
     from tezo_ds.training import session
 
     launched = accelerate.launched()
@@ -112,5 +111,5 @@ def _plan(given: dict[str, Any], hostfile: Path | None) -> Plan:
     return Plan(
         settings, config, deepspeed, given["output"], hostfile,
         given["snapshots"] if given["snapshot_every"] else 0,
-        not in_coefficients(config) if merged is None else merged,
+        not config.facts.learns_coefficients if merged is None else merged,
     )  # fmt: skip

@@ -48,7 +48,6 @@ def replay(
     """See REPLAY_HELP."""
     from tezo_ds.cli.export import export_merged
     from tezo_ds.export.merged import refuse_filled
-    from tezo_ds.methods import in_coefficients
     from tezo_ds.models.loading import load_skeleton
     from tezo_ds.run.about import read_run
     from tezo_ds.run.card import model_card
@@ -64,7 +63,7 @@ def replay(
         refuse_filled(merged)
     settings, config = read_run(run)
     settings.fsdp = False  # one process holds it whole
-    if coefficients is not None and not in_coefficients(config):
+    if coefficients is not None and not config.facts.learns_coefficients:
         raise ConfigError(f"--coefficients: {config.method} learns weights; use --merged FOLDER")
     contents = journal_of(run, config)
     if to_step is not None and to_step > len(contents.steps):
@@ -74,7 +73,7 @@ def replay(
     display = Display(0, 1, log_every=1)
     if contents.torn:
         display.note(f"{JOURNAL}: {contents.torn}; left out")
-    writes = merged is not None or config.refresh_every or not in_coefficients(config)
+    writes = merged is not None or config.refresh_every or not config.facts.learns_coefficients
     if writes:
         engine = session.open_engine(settings, config, None, ranks_of(run, config))
     else:
@@ -91,7 +90,6 @@ def replay(
 def _replay(
     engine: Engine, steps: list[dict[str, Any]], verify: bool, run: Path, display: Display
 ) -> None:
-    from tezo_ds.engine.state import take
     from tezo_ds.files.tensors import digest
     from tezo_ds.run.folder import JOURNAL
     from tezo_ds.run.results import replay
@@ -101,7 +99,7 @@ def _replay(
     def compare(line: dict[str, Any]) -> None:
         nonlocal compared
         if verify and "state" in line:
-            if digest(take(engine)) != line["state"]:
+            if digest(engine.state()) != line["state"]:
                 raise StorageError(
                     f"{run / JOURNAL}: after step {line['step']} the replay is not what the run had; it is "
                     "of another model, or of another version of tezo_ds"

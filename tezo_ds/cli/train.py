@@ -167,7 +167,6 @@ def train(
     # Imported late, as transformers and DeepSpeed take seconds that --help need not wait for.
     from tezo_ds.cli import accelerate
     from tezo_ds.export import adapter
-    from tezo_ds.methods import in_coefficients
     from tezo_ds.run import resuming
     from tezo_ds.run.about import describe
     from tezo_ds.sharding.world import TIMEOUT
@@ -201,13 +200,15 @@ def train(
         display = Display(sharding.rank, sharding.world_size, log_every)
         display.summary(opened.engine)
         if save_model is None:
-            save_model = not in_coefficients(config)
+            save_model = not config.facts.learns_coefficients
         if save_model and sharding.quantised:
             raise ConfigError(
                 f"--save-model: weights are quantised ({sharding.quantised}); turn it off, or add "
                 "--no-save-model"
             )
-        if in_coefficients(config) and (reason := adapter.no_adapter_because(opened.engine)):
+        if config.facts.learns_coefficients and (
+            reason := adapter.no_adapter_because(opened.engine)
+        ):
             display.note(f"no adapter will be written: {reason}")
         examples = encode(opened.tokenizer, opened.task.train, settings.max_length)
         display.data(opened.task, truncations(examples), settings.max_length)

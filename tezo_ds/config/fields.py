@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from tezo_ds.config.registry import MethodFacts, facts_of
 from tezo_ds.config.schedules import LR_SCHEDULES, adaptive_queries, adazeta_queries
 from tezo_ds.errors import ConfigError
 
@@ -15,17 +17,13 @@ BLOCK = "tezo"
 # What may change when a run goes on, as the same steps follow from it, up to the rounding of losses.
 FREE = frozenset({"check_every", "branch_chunk", "memory_budget", "micro_batch"})
 
-MethodName = Literal[
-    "tezo", "tezo-m", "tezo-adam", "tezo-adam-coef", "lozo", "lozo-m", "mezo", "mezo-m", "mezo-adam"
-]
-
 
 class TezoConfig(BaseModel):
     """The `tezo` block. Every field has an override of the same name on the command line."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    method: MethodName = Field(
+    method: str = Field(
         "tezo",
         description="tezo, tezo-m (momentum), tezo-adam, tezo-adam-coef (Adam on the coefficients), "
         "lozo, lozo-m, mezo, mezo-m or mezo-adam",
@@ -120,16 +118,26 @@ class TezoConfig(BaseModel):
         100, ge=0, description="steps between checks that all ranks agree; 0: only at the end"
     )
 
+    @field_validator("method")
+    @classmethod
+    def _is_a_method(cls, name: str) -> str:
+        facts_of(name)
+        return name
+
     @model_validator(mode="before")
     @classmethod
-    def _rank_of_lozo(cls, fields: Any) -> Any:
-        if isinstance(fields, dict) and str(fields.get("method")).startswith("lozo"):
-            return {"rank": 2, **fields}
+    def _rank_of_method(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or "method" not in fields:
+            return fields
+        with suppress(ValueError):  # no method, which the field's own check says
+            rank = facts_of(str(fields["method"])).rank
+            if rank not in (None, cls.model_fields["rank"].default):
+                return {"rank": rank, **fields}
         return fields
 
     @model_validator(mode="after")
     def _method_takes(self) -> TezoConfig:
-        if not self.method.startswith("tezo"):
+        if not self.facts.fixed_factors:
             if self.refresh_every:
                 raise ValueError(f"refresh_every: is for tezo, not for method {self.method}")
             if self.rank == "auto":
@@ -159,6 +167,11 @@ class TezoConfig(BaseModel):
                 f"warmup_steps: {self.warmup_steps} is more than total_steps {self.total_steps}"
             )
         return self
+
+    @property
+    def facts(self) -> MethodFacts:
+        """What is known of `method`."""
+        return facts_of(self.method)
 
     @property
     def identity(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tezo_ds.config import TezoConfig
 from tezo_ds.directions.lowrank import Store
 from tezo_ds.rng.philox import derive_key, uniforms
 from tezo_ds.sharding.view import Piece
@@ -70,6 +71,11 @@ class Storing:
 
     def __init__(self, seed: int, stochastic: bool) -> None:
         self._seed, self._stochastic = seed, stochastic
+
+    @classmethod
+    def of(cls, config: TezoConfig) -> Storing:
+        """As a config says."""
+        return cls(config.seed, config.stochastic_rounding)
 
     def at(self, purpose: str, time: int) -> Store:
         """For one write of every shard; no other has the same purpose and time."""

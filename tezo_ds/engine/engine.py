@@ -20,12 +20,12 @@ from tezo_ds.engine.radius import Radius
 from tezo_ds.engine.replicas import Watch, require_same_start
 from tezo_ds.engine.report import StepReport
 from tezo_ds.engine.selection import Selection, select
-from tezo_ds.engine.slopes import Clip, quality, slopes_of
+from tezo_ds.engine.slopes import clip, quality, slopes_of
+from tezo_ds.engine.state import StepState, pack, refuse_unfit, unpack, unpack_method
 from tezo_ds.errors import ConfigError, ShardingError
 from tezo_ds.losses.objective import LossFn, Objective
 from tezo_ds.methods import Method, Write, make_method
-from tezo_ds.methods.tezo import Tezo
-from tezo_ds.probes import InplaceProbe, make_probe
+from tezo_ds.probes import make_probe
 from tezo_ds.sharding import Sharding, sharding_of
 
 SHARED_FROM = 1 << 20  # numbers of τ
@@ -66,10 +66,11 @@ class Engine:
             self._refuse_quantised(f"method {config.method} writes weights")
         self.probe = make_probe(config, sharding, self.space.slices.keys(), self.method.factors)
         self.objective = Objective(sharding, loss_fn)
-        self.step_index = 0
         self.objective.micro_batch = config.micro_batch
-        self.measuring = Measuring(config, sharding, self.method, self.probe, self.objective)
-        self.clip = Clip(config.clip_kappa)
+        self.run_state = StepState(math.nan if config.rho == "auto" else config.rho)
+        self.measuring = Measuring(
+            config, sharding, self.method, self.probe, self.objective, self.run_state
+        )
         self._watch = Watch(sharding, self.space)
         if sharding.filled_apart:
             self._watch.check(self.method.state, 0, weights=True)
@@ -96,18 +97,18 @@ class Engine:
         step, lr = self.step_index, self.config.lr_at(self.step_index)
         self._write(self.method.begin(step))
         measuring = self.measuring
-        if math.isnan(measuring.rho):
+        if math.isnan(self.run_state.rho):
             measuring.choose_rho(batch, step)
         losses = measuring.losses(batch, step)  # (groups, branches)
         found = measuring.kappas(losses)
         measuring.check(losses, found, step)
-        kappa = self.clip(found)
+        kappa = self._clip(found)
         gradient = self._finish(step, kappa, lr, measuring.own(step))
         finite = losses[losses.isfinite()]
         return StepReport(
             step, finite.mean().item() if len(finite) else math.nan, tuple(found.tolist()),
-            measuring.rho, lr, time.perf_counter() - start, _tokens(batch), int(found.isnan().sum()),
-            quality(kappa, gradient if self.method.in_tau else None), measuring.stopping,
+            self.run_state.rho, lr, time.perf_counter() - start, _tokens(batch), int(found.isnan().sum()),
+            quality(kappa, gradient if self.method.in_tau else None), self.run_state.stopping,
         )  # fmt: skip
 
     def ask_to_stop(self) -> None:
@@ -115,6 +116,20 @@ class Engine:
         the request travels with that step's losses. May be called on any rank, from a signal
         handler too."""
         self.measuring.asked = True
+
+    @property
+    def step_index(self) -> int:
+        """Index of the next step, from 0."""
+        return self.run_state.step
+
+    @step_index.setter
+    def step_index(self, step: int) -> None:
+        self.run_state.step = step
+
+    def _clip(self, kappa: Tensor) -> Tensor:
+        state = self.run_state
+        kappa, state.window = clip(kappa, self.config.clip_kappa, state.window)
+        return kappa
 
     @property
     def radius(self) -> Radius | None:
@@ -139,7 +154,7 @@ class Engine:
         else:
             total = torch.zeros(self.space.numel, dtype=torch.int64)
         gradient = self.space.unweighted(total, slopes)
-        self.step_index += 1
+        self.run_state.step += 1
         if bool(slopes.any()):
             self._write(self.method.update(step, slopes, gradient, lr))
         return gradient
@@ -159,14 +174,14 @@ class Engine:
         """
         if step != self.step_index:
             raise ConfigError(f"step {step} cannot be replayed after {self.step_index} steps")
-        self.measuring.rho = rho
+        self.run_state.rho = rho
         self._write(self.method.begin(step))
         measured = torch.tensor([math.nan if k is None else k for k in kappa], dtype=torch.float64)
-        if isinstance(self.probe, InplaceProbe):
+        if self.probe.writes:
             for ask in self.measuring.asks(step, range(len(kappa)), self.config.branch_chunk):
                 self.probe.retrace(self.method.branches(ask))
         self.measuring.count(measured)
-        self._finish(step, self.clip(measured), lr, range(len(kappa)))
+        self._finish(step, self._clip(measured), lr, range(len(kappa)))
 
     def _write(self, write: Write | None) -> None:
         """To every shard, what a method wants written."""
@@ -218,18 +233,38 @@ class Engine:
         """
         if finished and not written:
             self._refuse_quantised("coefficients of several periods")
-        if self.method.period or (finished and not isinstance(self.method, Tezo)):
+        if self.method.period or (finished and not self.config.facts.fixed_factors):
             raise ConfigError(
                 "coefficients of this run cannot be loaded here: they are for an engine that is as "
                 f"initialize leaves it, of method tezo (got {self.config.method})"
             )
         for row in finished:
-            assert isinstance(self.method, Tezo)
             self.method.coefficients.copy_(row)
             write = self.method.refresh()
             self._write(None if written else write)
         while self.method.factors is not None and self.method.period < period:
             self.method.factors.advance()
+
+    def state(self) -> dict[str, Tensor]:
+        """All that is equal on every rank and that the next step depends on: copies on the CPU, by name."""
+        return pack(self.run_state, self.method)
+
+    @_without_grad()
+    def load_state(self, tensors: Mapping[str, Tensor], written: bool) -> None:
+        """Takes a new engine to where `state` was called on one. All ranks must call it.
+
+        Args:
+            tensors: of `state`, of the same config, model and data.
+            written: the shards hold already what the run wrote into them; otherwise only what periods of
+                coefficients wrote can be made up for.
+
+        Raises:
+            StorageError: they are not of such an engine.
+        """
+        refuse_unfit(tensors, self.method, self.config.method)
+        period, finished = unpack(tensors, self.run_state)
+        self.go_to_period(period, finished, written)
+        unpack_method(tensors, self.method)
 
     def check(self) -> None:
         """Compares over all ranks what must be equal on them: coefficients, and the weights that
@@ -238,7 +273,7 @@ class Engine:
         Raises:
             ShardingError: something differs; names the first parameter and the ranks.
         """
-        weights = self.method.writes or self.probe.name == "inplace"
+        weights = self.method.writes or self.probe.writes
         self._watch.check(self.method.state, self.step_index, weights)
 
     @_without_grad()

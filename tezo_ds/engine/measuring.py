@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,27 +14,12 @@ from tezo_ds.directions.branches import Ask, Branches
 from tezo_ds.engine.live_bytes import LiveBytes
 from tezo_ds.engine.radius import Radius, choose_rho
 from tezo_ds.engine.slopes import PATIENCE, kappas
+from tezo_ds.engine.state import Cost, StepState
 from tezo_ds.errors import ConfigError, ProbeError
 from tezo_ds.losses.objective import Objective
 from tezo_ds.methods import Method
-from tezo_ds.probes import InplaceProbe, Probe
+from tezo_ds.probes import Probe
 from tezo_ds.sharding import Sharding
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Memory of a forward. A run measures it once: it says how many branches go at once, and so the shapes
-    of products, and must not depend on which batch a process that goes on begins with.
-
-    Attributes:
-        fixed: bytes of tensors, whatever the branches.
-        each: bytes of tensors for each token of each branch.
-        where: the sharding and the ranks for which that holds.
-    """
-
-    fixed: float
-    each: float
-    where: str
 
 
 class Measuring:
@@ -44,12 +27,8 @@ class Measuring:
 
     Attributes:
         groups: ranks that measure directions of their own; 1: all measure the same ones.
-        rho: ρ; NaN until it is chosen, where the config leaves that open.
-        radius: that choice.
-        failed: steps in a row in which directions failed.
-        cost: memory of a forward; None before it is measured, and without a `memory_budget`.
+        radius: how ρ was chosen, where the config leaves that open.
         asked: whether this rank was asked to stop; told to the others with the next step's losses.
-        stopping: whether any rank had been, as of the last step's; the same on all ranks.
 
     Raises:
         ConfigError: ranks cannot have directions of their own; a schedule lacks a number.
@@ -57,9 +36,9 @@ class Measuring:
 
     def __init__(
         self, config: TezoConfig, sharding: Sharding, method: Method, probe: Probe,
-        objective: Objective,
+        objective: Objective, state: StepState,
     ) -> None:  # fmt: skip
-        if config.placement == "per_rank" and probe.name != "fused":
+        if config.placement == "per_rank" and probe.writes:
             raise ConfigError(
                 "placement per_rank needs the fused probe, as ranks share the weights; exclude what it "
                 "cannot reach, or set placement to shared"
@@ -67,12 +46,10 @@ class Measuring:
         config.queries_at(0)
         self._config, self._sharding = config, sharding
         self._method, self._probe, self._objective = method, probe, objective
-        self.cost: Cost | None = None
+        self._state = state
         self._where = f"{type(sharding).__name__} on {sharding.everyone} rank(s)"
-        self.failed = 0
-        self.asked = self.stopping = False
+        self.asked = False
         self.groups = sharding.world_size if config.placement == "per_rank" else 1
-        self.rho = math.nan if config.rho == "auto" else config.rho
         self.radius: Radius | None = None
 
     def own(self, step: int) -> range:
@@ -83,7 +60,7 @@ class Measuring:
 
     def asks(self, step: int, directions: range, at_once: int) -> list[Ask]:
         """All branches of some directions, an item for each forward of so many; 0: one forward."""
-        return list(Ask.of(step, directions, self.rho, self._central).parts(at_once))
+        return list(Ask.of(step, directions, self._state.rho, self._central).parts(at_once))
 
     @property
     def _central(self) -> bool:
@@ -97,9 +74,9 @@ class Measuring:
         if self._config.micro_batch:
             examples = min(examples, self._config.micro_batch)
         (tokens,) = self._sharding.maxima([examples * length])
-        if self.cost is None or self.cost.where != self._where:
-            self.cost = Cost(*self._measure_cost(batch, step, tokens), self._where)
-        fixed, each = self.cost.fixed, self.cost.each
+        if self._state.cost is None or self._state.cost.where != self._where:
+            self._state.cost = Cost(*self._measure_cost(batch, step, tokens), self._where)
+        fixed, each = self._state.cost.fixed, self._state.cost.each
         fits = (self._config.memory_budget * 2**30 - fixed) / (each * tokens)
         if fits < 1:
             raise ConfigError(
@@ -114,9 +91,7 @@ class Measuring:
     ) -> tuple[float, float]:
         """Bytes of tensors of a forward, whatever its branches, and bytes for each token of each branch:
         from the peaks of forwards of two and of four branches; the most of any rank."""
-        if isinstance(
-            self._probe, InplaceProbe
-        ):  # a branch a forward, and no move that leaves errors
+        if self._probe.writes:  # a branch a forward, and no move that leaves errors
             self._objective(batch, 1)
             with LiveBytes() as live:
                 self._objective(batch, 1)
@@ -124,7 +99,7 @@ class Measuring:
             return 0.0, peak / tokens
         peaks = []
         for count in (2, 4):
-            ask = Ask(step, self.rho, tuple((q, 1) for q in range(count)))
+            ask = Ask(step, self._state.rho, tuple((q, 1) for q in range(count)))
             self._sums(batch, self._method.branches(ask))  # what a first forward makes is made
             with LiveBytes() as live:
                 self._sums(batch, self._method.branches(ask))
@@ -140,7 +115,7 @@ class Measuring:
         Raises:
             ProbeError: slopes are noise at every radius; no position carries a label.
         """
-        self.rho = 1.0  # for what a forward costs
+        self._state.rho = 1.0  # for what a forward costs
         # As many at once as a step has, if not fewer: no more memory than a step takes.
         asked = len(self.asks(step, range(self._config.queries_at(step)), 0)[0])
         at_once = min(self._at_once(batch, step) or asked, asked)
@@ -151,10 +126,9 @@ class Measuring:
         parameters = self._sharding.module.parameters()
         dtypes = {self._sharding.compute_dtype(p) for p in parameters if p.is_floating_point()}
         coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-        exactly = self._probe.exactly() if isinstance(self._probe, InplaceProbe) else nullcontext()
-        with exactly:
+        with self._probe.exactly():
             self.radius = choose_rho(losses, coarsest, self._central)
-        self.rho = self.radius.rho
+        self._state.rho = self.radius.rho
 
     def losses(self, batch: Mapping[str, Any], step: int) -> Tensor:
         """Loss of each branch over the ranks that measured it: float64 (groups, branches) on the CPU.
@@ -169,10 +143,10 @@ class Measuring:
         asked = self.asked  # a signal may set it at any time
         message = torch.cat([sums.flatten(), sums.new_tensor([asked])])
         message = self._sharding.all_reduce(message).cpu()
-        self.stopping = bool(message[-1])
+        self._state.stopping = bool(message[-1])
         if self._sharding.everyone > self._sharding.world_size:
             # Ranks that share examples by tensor parallelism reduced in groups of their own.
-            self.stopping = bool(self._sharding.maxima([asked])[0])
+            self._state.stopping = bool(self._sharding.maxima([asked])[0])
         return self._means(message[:-1].view_as(sums), step)
 
     def loss(self, batch: Mapping[str, Any], step: int) -> float:
@@ -181,7 +155,7 @@ class Measuring:
 
     def kappas(self, losses: Tensor) -> Tensor:
         """κ of all directions from `losses`: float64 (Q,) on the CPU, NaN for those that failed."""
-        return kappas(losses, self.rho, self._central).flatten()
+        return kappas(losses, self._state.rho, self._central).flatten()
 
     def _ours(self, batch: Mapping[str, Any], asks: Iterable[Ask]) -> Tensor:
         """Loss sums and counts of this rank's batch, a forward for each ask: float64 (2, branches)."""
@@ -210,7 +184,7 @@ class Measuring:
 
     def count(self, kappa: Tensor) -> None:
         """Takes note of whether directions failed in a step."""
-        self.failed = self.failed + 1 if bool(kappa.isnan().any()) else 0
+        self._state.failed = self._state.failed + 1 if bool(kappa.isnan().any()) else 0
 
     def check(self, losses: Tensor, kappa: Tensor, step: int) -> None:
         """Refuses what measured nothing.
@@ -230,7 +204,7 @@ class Measuring:
                 "nothing was measured; raise rho, or check that the chosen parameters act on the loss"
             )
         self.count(kappa)
-        if self.failed >= PATIENCE:
+        if self._state.failed >= PATIENCE:
             odd = losses[~losses.isfinite()]
             raise ProbeError(
                 f"step {step}: loss is {odd[0].item()} in {len(odd)} of {losses.numel()} branches, the "

@@ -97,7 +97,7 @@ def _check(chosen: Selection, config: TezoConfig) -> None:
             f"no parameter trains: include {list(config.include)} without exclude "
             f"{list(config.exclude)} matches no matrix of the model; see model.named_parameters()"
         )
-    if config.method.startswith("mezo"):
+    if config.facts.rank is None:
         return
     small = [matrix for matrix in chosen.matrices if matrix.rank > min(matrix.shape)]
     if small:

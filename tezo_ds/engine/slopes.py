@@ -36,27 +36,24 @@ def slopes_of(kappa: Tensor) -> Tensor:
     return torch.where(measured, kappa, 0.0) / max(1, int(measured.sum()))
 
 
-class Clip:
+def clip(kappa: Tensor, quantile: float | None, window: Tensor) -> tuple[Tensor, Tensor]:
     """Bounds |κ| by a quantile of those of the last steps, as they were before any bound.
 
     Args:
+        kappa: float64 (Q,), NaN for directions that failed.
         quantile: in (0, 1); None bounds nothing.
+        window: |κ| of the last steps.
+
+    Returns:
+        κ, each |κ| at most the bound, and the window with this step in it.
     """
-
-    def __init__(self, quantile: float | None) -> None:
-        self._quantile = quantile
-        self.window = torch.empty(0, dtype=torch.float64)
-
-    def __call__(self, kappa: Tensor) -> Tensor:
-        """κ, each |κ| at most the bound."""
-        if self._quantile is None:
-            return kappa
-        before = self.window
-        self.window = torch.cat([before, kappa[kappa.isfinite()].abs()])[-WINDOW:]
-        if len(before) < ENOUGH:
-            return kappa
-        bound = torch.quantile(before, self._quantile).item()
-        return kappa.clamp(-bound, bound)
+    if quantile is None:
+        return kappa, window
+    longer = torch.cat([window, kappa[kappa.isfinite()].abs()])[-WINDOW:]
+    if len(window) < ENOUGH:
+        return kappa, longer
+    bound = torch.quantile(window, quantile).item()
+    return kappa.clamp(-bound, bound), longer
 
 
 @dataclass(frozen=True)

@@ -1,57 +1,94 @@
-"""All that is equal on every rank and that the next step depends on, as tensors by name.
+"""Where a run stands: all that is equal on every rank and that the next step depends on, as tensors by name.
 
 For the methods whose result is their coefficients it is kilobytes, and all there is. For those that write
-weights the shards belong to it, see `snapshots`.
+weights the shards belong to it, see `run.snapshots`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import StorageError
+from tezo_ds.methods import Method
 
 _METHOD = "method."
 
 
-def take(engine: Engine) -> dict[str, Tensor]:
-    """Copies of it, on the CPU."""
-    method, measuring = engine.method, engine.measuring
+@dataclass(frozen=True)
+class Cost:
+    """Memory of a forward. A run measures it once: it says how many branches go at once, and so the shapes
+    of products, and must not depend on which batch a process that goes on begins with.
+
+    Attributes:
+        fixed: bytes of tensors, whatever the branches.
+        each: bytes of tensors for each token of each branch.
+        where: the sharding and the ranks for which that holds.
+    """
+
+    fixed: float
+    each: float
+    where: str
+
+
+def _empty() -> Tensor:
+    return torch.empty(0, dtype=torch.float64)
+
+
+@dataclass
+class StepState:
+    """What the next step depends on besides the method's own state.
+
+    Attributes:
+        rho: ρ; NaN until it is chosen, where the config leaves that open.
+        step: index of the next step, from 0.
+        failed: steps in a row in which directions failed.
+        window: |κ| of the last steps, float64, by a quantile of which `clip_kappa` bounds later ones.
+        cost: memory of a forward; None before it is measured, and without a `memory_budget`.
+        stopping: whether any rank was asked to stop, as of the last step's message.
+    """
+
+    rho: float
+    step: int = 0
+    failed: int = 0
+    window: Tensor = field(default_factory=_empty)
+    cost: Cost | None = None
+    stopping: bool = False
+
+
+def pack(state: StepState, method: Method) -> dict[str, Tensor]:
+    """Copies on the CPU of what a snapshot keeps and a digest compares."""
     tensors = {_METHOD + name: packed.data for name, packed in method.state.items()}
     if method.finished:
         tensors["finished"] = torch.stack(method.finished)  # (periods, D)
-    tensors["clip"] = engine.clip.window
-    tensors["counts"] = torch.tensor([engine.step_index, measuring.failed, method.period])
-    tensors["rho"] = torch.tensor(measuring.rho, dtype=torch.float64)
+    tensors["clip"] = state.window
+    tensors["counts"] = torch.tensor([state.step, state.failed, method.period])
+    tensors["rho"] = torch.tensor(state.rho, dtype=torch.float64)
     return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
 
-@torch.no_grad()
-def give(engine: Engine, tensors: Mapping[str, Tensor], written: bool) -> None:
-    """Takes an engine that was just made to where `take` was called on one. All ranks must call it.
-
-    Args:
-        engine: of the same config, model and data.
-        tensors: of `take`.
-        written: the shards already hold what the run wrote into them; otherwise only what periods of
-            coefficients wrote can be made up for.
-
-    Raises:
-        StorageError: they are not of such an engine.
-    """
-    own = take(engine)
-    expected = {name: own[name].shape for name in own if name.startswith(_METHOD)}
-    found = {name: part.shape for name, part in tensors.items() if name.startswith(_METHOD)}
+def refuse_unfit(tensors: Mapping[str, Tensor], method: Method, name: str) -> None:
+    """Raises StorageError unless tensors are of `pack` for such a method, whose name is `name`."""
+    expected = {_METHOD + key: packed.data.shape for key, packed in method.state.items()}
+    found = {key: part.shape for key, part in tensors.items() if key.startswith(_METHOD)}
     if expected != found or not {"clip", "counts", "rho"} <= tensors.keys():
         raise StorageError(
-            f"a snapshot does not fit method {engine.config.method} with {engine.space.numel} coefficients; "
-            "use the run's own config and model"
+            f"a snapshot does not fit method {name} with {method.space.numel} coefficients; use the run's "
+            "own config and model"
         )
-    engine.step_index, engine.measuring.failed, period = tensors["counts"].tolist()
-    engine.measuring.rho, engine.clip.window = tensors["rho"].item(), tensors["clip"].clone()
-    engine.go_to_period(period, list(tensors.get("finished", torch.empty(0, 0))), written)
-    for name, packed in engine.method.state.items():
+
+
+def unpack(tensors: Mapping[str, Tensor], state: StepState) -> tuple[int, list[Tensor]]:
+    """Sets a state from tensors of `pack`; gives the method's period and the coefficients of those before."""
+    state.step, state.failed, period = tensors["counts"].tolist()
+    state.rho, state.window = tensors["rho"].item(), tensors["clip"].clone()
+    return period, list(tensors.get("finished", torch.empty(0, 0)))
+
+
+def unpack_method(tensors: Mapping[str, Tensor], method: Method) -> None:
+    """Sets a method's own state from tensors of `pack`."""
+    for name, packed in method.state.items():
         packed.data.copy_(tensors[_METHOD + name])

@@ -19,7 +19,6 @@ from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError
 from tezo_ds.files.tensors import digest
 from tezo_ds.files.text import writing
-from tezo_ds.methods import in_coefficients
 from tezo_ds.models.structure import is_masked_lm, kind_of, uncovered, users
 
 CHECKSUMS = "SHA256SUMS"
@@ -63,7 +62,7 @@ def lora_tensors(engine: Engine) -> dict[str, Tensor]:
 
 def not_low_rank(config: TezoConfig) -> str | None:
     """What stands against an adapter of any run of this method, in one line; None if nothing does."""
-    if in_coefficients(config):
+    if config.facts.learns_coefficients:
         return None
     return f"what {config.method} learns is no low-rank change, as a LoRA adapter is; {INSTEAD}"
 

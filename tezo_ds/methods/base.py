@@ -56,6 +56,10 @@ class Method(ABC):
         """To be called, and its result applied, before a step's branches are asked for."""
         return None
 
+    def refresh(self) -> Write:
+        """Ends a period of coefficients, of a method whose factors are fixed for one."""
+        raise NotImplementedError(f"{type(self).__name__} has no periods of coefficients")
+
     @abstractmethod
     def branches(self, ask: Ask) -> Branches:
         """Δ = what is kept aside + ρ · sign · Z_q for each branch that is asked for."""

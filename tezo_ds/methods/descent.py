@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from tezo_ds.config import TezoConfig
+
 Count = Tensor | float
 
 
@@ -92,3 +94,12 @@ class Adam(Descent):
         first, second = self.corrections(count)
         root = (self.state["moment2"] * second).sqrt_().add_(self.eps)
         return (self.state["moment1"] * first).div_(root)
+
+
+def descent_of(config: TezoConfig, like: Tensor) -> Descent:
+    """The descent that a method's facts name, at its start, of numbers of the shape and dtype of `like`."""
+    if config.facts.descent == "momentum":
+        return Momentum(like, config.momentum)
+    if config.facts.descent == "adam":
+        return Adam(like, config.betas, config.eps, config.bias_correction)
+    return Sgd()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tezo_ds.config import TezoConfig
 from tezo_ds.directions.branches import Ask, LowRank
 from tezo_ds.directions.draws import fresh_left
 from tezo_ds.directions.lowrank import Factors
 from tezo_ds.directions.rounding import Storing
 from tezo_ds.directions.space import CoefficientSpace, Packed
 from tezo_ds.methods.base import Method, Write
-from tezo_ds.methods.descent import Descent
+from tezo_ds.methods.descent import Descent, descent_of
 from tezo_ds.sharding.view import ShardView
 
 
@@ -190,3 +191,12 @@ def lefts(space: CoefficientSpace, device: torch.device) -> Packed:
     for matrix in space.matrices:
         dtype = torch.promote_types(dtype, matrix.dtype)
     return Packed(torch.zeros(numel, device=device, dtype=dtype), slices)
+
+
+def make(config: TezoConfig, space: CoefficientSpace, device: torch.device) -> Lozo:
+    """LOZO from a config, at its start; the arguments are those of `make_method`."""
+    change, coefficients = lefts(space, device), torch.zeros(space.numel, dtype=torch.float64)
+    return Lozo(
+        space, change, descent_of(config, change.data), descent_of(config, coefficients), config.nu,
+        config.rank_scaling, Storing.of(config),
+    )  # fmt: skip

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from tezo_ds.config import TezoConfig
 from tezo_ds.directions.branches import Ask, Branches, add_vector_, between
 from tezo_ds.directions.draws import dense
 from tezo_ds.directions.lowrank import BLOCK_NUMEL
@@ -14,7 +16,7 @@ from tezo_ds.directions.rounding import Storing
 from tezo_ds.directions.space import CoefficientSpace, Packed
 from tezo_ds.errors import StorageError
 from tezo_ds.methods.base import Method, Write
-from tezo_ds.methods.descent import Descent
+from tezo_ds.methods.descent import Descent, descent_of
 from tezo_ds.sharding.view import Piece, ShardKey, ShardView
 
 
@@ -142,3 +144,8 @@ def of_piece(piece: Piece, seed: int, step: int, q: int) -> Tensor:
     """Z of one direction on a piece: (rows, columns) float32."""
     rows = torch.arange(piece.rows.start, piece.rows.stop, device=piece.values.device)
     return dense(piece.name, seed, step, q, rows, piece.columns)
+
+
+def make(config: TezoConfig, space: CoefficientSpace, device: torch.device) -> Mezo:
+    """MeZO from a config, at its start; the arguments are those of `make_method`."""
+    return Mezo(space, functools.partial(descent_of, config), Storing.of(config))

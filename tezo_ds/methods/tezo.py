@@ -7,12 +7,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tezo_ds.config import TezoConfig
 from tezo_ds.directions.branches import Ask, LowRank
 from tezo_ds.directions.lowrank import FixedFactors
 from tezo_ds.directions.rounding import Storing
 from tezo_ds.directions.space import CoefficientSpace, Packed
 from tezo_ds.methods.base import Method, Write
-from tezo_ds.methods.descent import Descent
+from tezo_ds.methods.descent import Descent, descent_of
 
 
 class Tezo(Method):
@@ -76,3 +77,9 @@ class Tezo(Method):
         self._age += 1
         self.coefficients -= lr * self.descent.step(gradient, self._age)
         return None
+
+
+def make(config: TezoConfig, space: CoefficientSpace, device: torch.device) -> Tezo:
+    """TeZO from a config, at its start; the arguments are those of `make_method`."""
+    descent = descent_of(config, torch.zeros(space.numel, dtype=torch.float64))
+    return Tezo(space, descent, config.refresh_every, Storing.of(config))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tezo_ds.config import TezoConfig
 from tezo_ds.directions.lowrank import BLOCK_NUMEL
 from tezo_ds.directions.rounding import Storing
 from tezo_ds.directions.space import CoefficientSpace
@@ -66,3 +67,10 @@ class TezoAdam(Tezo):
                 store(piece, quotient(piece).mul_(-lr).add_(piece.values))
 
         return write
+
+
+def make(config: TezoConfig, space: CoefficientSpace, device: torch.device) -> TezoAdam:
+    """TeZO-Adam from a config, at its start; the arguments are those of `make_method`."""
+    coefficients = torch.zeros(space.numel, dtype=torch.float64)
+    adam = Adam(coefficients, config.betas, config.eps, config.bias_correction)
+    return TezoAdam(space, adam, config.refresh_every, Storing.of(config))

@@ -17,8 +17,9 @@ from torch import nn
 from tezo_ds.config import TezoConfig
 from tezo_ds.directions.space import CoefficientSpace, Matrix
 from tezo_ds.engine.selection import select
-from tezo_ds.methods import Method, in_coefficients, make_method
-from tezo_ds.probes import fused_serves, keeps_copies
+from tezo_ds.methods import Method, make_method
+from tezo_ds.probes import choose_probe
+from tezo_ds.probes.inplace import keeps_copies
 from tezo_ds.sharding.replicated import alone
 
 GIB = 1 << 30
@@ -110,9 +111,8 @@ def on_skeleton(module: nn.Module, config: TezoConfig) -> Skeleton:
     chosen = select(sharding, config, ranks=ranks)
     space = CoefficientSpace(chosen.matrices, config.seed, chosen.vectors)
     method = make_method(config, space, sharding.device)
-    factors = method.factors
-    fused = factors is not None and fused_serves(config, sharding, space.slices.keys(), factors)
-    return Skeleton(module, config, space, method, fused)
+    probe = choose_probe(config, sharding, space.slices.keys(), method.factors)
+    return Skeleton(module, config, space, method, fused=not probe.writes)
 
 
 def needs(
@@ -132,7 +132,7 @@ def needs(
     shard = sum(_held(p, layout) * p.itemsize for p in parameters.values())
     trained = {name: parameters[name] for name in run.space.slices}
     numel = sum(_held(p, layout) for p in trained.values())
-    dense = {"mezo-m": 1, "mezo-adam": 2}.get(config.method, 0)  # moments, float32 beside 16 bits
+    dense = config.facts.dense_moments  # moments, float32 beside 16 bits
     equal = sum(part.data.nbytes for part in run.method.state.values())
     whole = sum(p.numel() * _itemsize(p, compute) for p in parameters.values())
     weights = sum(p.numel() * (p.itemsize + 4 * dense) for p in trained.values())
@@ -152,14 +152,14 @@ def needs(
 
 def writes(config: TezoConfig) -> bool:
     """Whether a run changes the weights that it has, and so keeps them in its snapshots."""
-    return not in_coefficients(config) or config.refresh_every > 0
+    return not config.facts.learns_coefficients or config.refresh_every > 0
 
 
 def factor_numel(method: Method, config: TezoConfig, matrices: Iterable[Matrix]) -> int:
     """Numbers of U and V of all matrices, as a forward of the fused probe uses them."""
     if method.factors is None:
         return 0
-    lefts = 1 + config.queries if config.method.startswith("lozo") else 1
+    lefts = 1 + config.queries if config.facts.fresh_left else 1
     return sum(m.rank * (lefts * m.shape[0] + m.shape[1]) for m in matrices)
 
 

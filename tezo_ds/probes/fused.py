@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
@@ -20,20 +20,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tezo_ds.config import TezoConfig
 from tezo_ds.directions.branches import Branches, LowRank
 from tezo_ds.directions.lowrank import Factors
 from tezo_ds.errors import ProbeError
 from tezo_ds.losses.objective import Objective
-from tezo_ds.models.structure import kind_of
+from tezo_ds.models.structure import kind_of, uncovered, users
+from tezo_ds.probes.base import Probe
 from tezo_ds.probes.shared_inputs import Hollow
 from tezo_ds.probes.sites import Group, Site, attached
-from tezo_ds.probes.vectors import VectorSite, attached_vectors, find_vector_sites
+from tezo_ds.probes.vectors import (
+    VectorSite,
+    attached_vectors,
+    find_vector_sites,
+    uncovered_vectors,
+)
 from tezo_ds.sharding.base import Sharding
 
 log = logging.getLogger(__name__)
 
 
-class FusedProbe:
+class FusedProbe(Probe):
     """Adds every branch's low-rank term on the activation side.
 
     Keeps U and V whole on every rank (under tensor parallelism those of its block), in the dtype of
@@ -57,6 +64,27 @@ class FusedProbe:
         self._hollow: Hollow | None = self._make_hollow()  # until it has shown who shares a product
         self._branches = self._examples = 1
         self._leads: set[int] = set()  # sizes of a leading dim that counts branch-major rows
+
+    @classmethod
+    def gaps(
+        cls, sharding: Sharding, names: Collection[str], factors: Factors | None
+    ) -> dict[str, str]:
+        """See `Probe`."""
+        if factors is None:
+            return {name: "dense directions" for name in names}
+        return {
+            **_split_embeddings(sharding, factors),
+            **uncovered(sharding.module, set(factors.matrices)),
+            **uncovered_vectors(sharding, set(names) - set(factors.matrices)),
+        }
+
+    @classmethod
+    def make(
+        cls, config: TezoConfig, sharding: Sharding, names: Collection[str], factors: Factors | None
+    ) -> FusedProbe:
+        """See `Probe`."""
+        assert factors is not None, "a gap"
+        return cls(sharding, factors)
 
     def measure(self, objective: Objective, batch: Mapping[str, Any], branches: Branches) -> Tensor:
         """See `Probe`.
@@ -261,3 +289,15 @@ def _find_sites(sharding: Sharding, factors: Factors) -> Iterator[Site]:
             name, block = names[id(module.weight)]
             whole = block.covers(factors.matrices[name].shape)
             yield Site(path, module, name, block, not whole)
+
+
+def _split_embeddings(sharding: Sharding, factors: Factors) -> dict[str, str]:
+    """A rank looks up nothing for the words of the others, in ways of torch's own."""
+    parameters = dict(sharding.module.named_parameters())
+    shapes = {name: matrix.shape for name, matrix in factors.matrices.items()}
+    return {
+        name: "Embedding split by tensor parallelism"
+        for name, owner, _ in users(sharding.module, set(shapes))
+        if kind_of(owner) == "embedding"
+        if not sharding.block(parameters[name]).covers(shapes[name])
+    }

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tezo_ds.config import TezoConfig
 from tezo_ds.directions.branches import Branches
+from tezo_ds.directions.lowrank import Factors
 from tezo_ds.errors import ShardingError
 from tezo_ds.losses.objective import Objective
+from tezo_ds.probes.base import Probe
 from tezo_ds.sharding.base import Sharding
 from tezo_ds.sharding.view import ShardKey, ShardView
 
 
-class InplaceProbe:
+class InplaceProbe(Probe):
     """Perturbs the shards themselves: 2Q gathers a step.
 
     With `copies` every branch starts from a kept copy of the trained shards and ends by copying it
@@ -28,6 +31,7 @@ class InplaceProbe:
     """
 
     name = "inplace"
+    writes = True
 
     def __init__(self, sharding: Sharding, names: Collection[str], copies: bool) -> None:
         if sharding.quantised:
@@ -37,6 +41,22 @@ class InplaceProbe:
             )
         self._sharding, self._names, self.copies = sharding, names, copies
         self._originals: dict[ShardKey, Tensor] = {}
+
+    @classmethod
+    def gaps(
+        cls, sharding: Sharding, names: Collection[str], factors: Factors | None
+    ) -> dict[str, str]:
+        """See `Probe`."""
+        return {}
+
+    @classmethod
+    def make(
+        cls, config: TezoConfig, sharding: Sharding, names: Collection[str], factors: Factors | None
+    ) -> InplaceProbe:
+        """See `Probe`."""
+        if factors is not None:
+            factors.keep = True
+        return cls(sharding, names, keeps_copies(config, factors))
 
     def measure(self, objective: Objective, batch: Mapping[str, Any], branches: Branches) -> Tensor:
         """See `Probe`."""
@@ -103,3 +123,8 @@ class InplaceProbe:
             yield move_to
         finally:
             move_to(None)
+
+
+def keeps_copies(config: TezoConfig, factors: Factors | None) -> bool:
+    """Whether trained weights are restored from copies, by `restore`."""
+    return factors is not None if config.restore == "auto" else config.restore == "copy"

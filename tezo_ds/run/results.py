@@ -18,7 +18,6 @@ from tezo_ds.errors import ConfigError, StorageError
 from tezo_ds.export.merged import is_complete
 from tezo_ds.files.tensors import digest, read
 from tezo_ds.files.text import read_json
-from tezo_ds.methods import in_coefficients
 from tezo_ds.run.folder import COEFFICIENTS, CONFIG, JOURNAL, MODEL, SUMMARY
 from tezo_ds.run.journal import Contents, read_journal
 
@@ -97,7 +96,7 @@ def read_result(folder: Path, config: TezoConfig, base: bool = False) -> Result:
     """
     ranks = ranks_of(folder, config)
     path = folder / COEFFICIENTS
-    if in_coefficients(config) and path.exists():
+    if config.facts.learns_coefficients and path.exists():
         return Result(coefficients=_coefficients(path, config), ranks=ranks)
     if is_complete(folder / MODEL) and not base:
         return Result(model=folder / MODEL, ranks=ranks)

@@ -13,13 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from tezo_ds.config import BLOCK, FREE, TezoConfig
-from tezo_ds.engine import state as states
 from tezo_ds.engine.engine import Engine
-from tezo_ds.engine.measuring import Cost
+from tezo_ds.engine.state import Cost
 from tezo_ds.errors import ConfigError, StorageError
 from tezo_ds.files.tensors import load, save
 from tezo_ds.files.text import read_json
-from tezo_ds.methods import in_coefficients
 from tezo_ds.run.about import describe_run, read_about
 from tezo_ds.run.folder import JOURNAL, METRICS, SNAPSHOTS, SUMMARY, RunFolder, read_metrics
 from tezo_ds.run.results import Display, refuse_foreign, replay
@@ -42,7 +40,7 @@ class Snapshot:
 
     Attributes:
         after: steps.
-        state: see `state.take`.
+        state: see `Engine.state`.
         shards: folder of what ranks held of the weights, where a method writes them.
     """
 
@@ -146,7 +144,7 @@ def _snapshots(
     path: Path, steps: Sequence[Mapping[str, Any]], config: Mapping[str, Any], notices: list[str]
 ) -> Iterator[Snapshot]:
     """Those of this journal that are whole, the newest first; of shards that is not known yet."""
-    writes = not in_coefficients(TezoConfig.model_validate(config[BLOCK]))
+    writes = not TezoConfig.model_validate(config[BLOCK]).facts.learns_coefficients
     for file in sorted((path / SNAPSHOTS).glob("step-*.safetensors"), reverse=True):
         try:
             state, about = load(file)
@@ -234,7 +232,7 @@ def restore(engine: Engine, found: Begun, display: Display) -> None:
     """
     steps = found.steps
     if costs := [line["cost"] for line in steps if "cost" in line]:
-        engine.measuring.cost = Cost(**costs[-1])
+        engine.run_state.cost = Cost(**costs[-1])
     for snapshot in found.snapshots:
         if snapshot.shards is not None:
             try:
@@ -243,7 +241,7 @@ def restore(engine: Engine, found: Begun, display: Display) -> None:
                 display.note(f"{error}; going on without it")
                 continue
             fill()
-        states.give(engine, snapshot.state, written=snapshot.shards is not None)
+        engine.load_state(snapshot.state, written=snapshot.shards is not None)
         steps = steps[snapshot.after :]
         break
     if steps:
@@ -271,12 +269,12 @@ def snapshot(engine: Engine, path: Path, folder: RunFolder | None, kept: int) ->
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(
                 missing_ok=True
             )
-    if not in_coefficients(engine.config):
+    if not engine.config.facts.learns_coefficients:
         engine.sharding.maxima([0])  # all see that it is gone
         save_shards(engine, name)
     if folder is not None:
         about = {"step": str(engine.step_index), "sum": folder.sum}
-        save(states.take(engine), name.with_suffix(".safetensors"), about)
+        save(engine.state(), name.with_suffix(".safetensors"), about)
         _remove_others(path / SNAPSHOTS, name.with_suffix(".safetensors"), kept)
 
 

@@ -22,8 +22,6 @@ from transformers.utils import logging as transformers_logging
 
 from tezo_ds.engine.engine import Engine
 from tezo_ds.engine.report import StepReport
-from tezo_ds.methods import in_coefficients
-from tezo_ds.probes import InplaceProbe
 from tezo_ds.run.folder import COEFFICIENTS, JOURNAL
 from tezo_ds.tasks import TaskData
 from tezo_ds.tasks.evaluation import Score
@@ -191,22 +189,22 @@ def _of_method(engine: Engine) -> Iterator[tuple[str, str]]:
         yield "rank", f"auto: {found} (rank_threshold {config.rank_threshold})"
     elif ranks and engine.method.factors is not None:
         yield "rank", f"{config.rank}"
-    if config.method.startswith("lozo"):
+    if config.facts.fresh_left:
         yield "ν", f"{config.nu} steps until V is new"
     if config.refresh_every:
         yield "refresh", f"every {config.refresh_every} steps"
-    if isinstance(engine.probe, InplaceProbe):
+    if engine.probe.writes:
         yield "restore", "copy" if engine.probe.copies else "subtract"
     size = sum(part.data.nbytes for part in engine.method.state.values())
-    moments = {"mezo-m": "one moment", "mezo-adam": "two moments"}.get(config.method)
+    moments = ("", "one moment", "two moments")[config.facts.dense_moments]
     beside = f", and {moments} of each weight on its rank" if moments else ""
-    learnt = f"{engine.space.numel:,} coefficients, " if in_coefficients(config) else ""
+    learnt = f"{engine.space.numel:,} coefficients, " if config.facts.learns_coefficients else ""
     yield "state", f"{learnt}{size:,} bytes{beside}"
 
 
 def _drifts(engine: Engine) -> bool:
     """Whether each step leaves rounding errors of 16 bits in the weights."""
-    if not isinstance(engine.probe, InplaceProbe) or engine.probe.copies:
+    if not engine.probe.writes or engine.probe.copies:
         return False
     parameters = dict(engine.sharding.module.named_parameters())
     return any(parameters[name].dtype.itemsize < 4 for name in engine.space.slices)

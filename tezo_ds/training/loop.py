@@ -10,13 +10,11 @@ from typing import Any
 
 from tezo_ds.engine.engine import Engine
 from tezo_ds.engine.report import StepReport
-from tezo_ds.engine.state import take
 from tezo_ds.errors import ConfigError, StorageError
 from tezo_ds.export.adapter import save_adapter, save_coefficients
 from tezo_ds.export.merged import save_merged
 from tezo_ds.files.tensors import digest
 from tezo_ds.files.text import writing
-from tezo_ds.methods import in_coefficients
 from tezo_ds.models.loading import load_tokenizer
 from tezo_ds.run.card import model_card
 from tezo_ds.run.curve import draw_curve
@@ -116,7 +114,7 @@ class _Training:
         try:
             with (
                 turned_into_exceptions(
-                    self._halfway, self._engine.ask_to_stop, lambda: self._engine.measuring.stopping
+                    self._halfway, self._engine.ask_to_stop, lambda: self._engine.run_state.stopping
                 ) as raise_waiting,
                 Liveness(self._engine.sharding, self._plan.timeout) as alive,
             ):
@@ -135,14 +133,14 @@ class _Training:
                 self._after()
         except Interrupted as signalled:
             summary |= {"status": "interrupted", "error": str(signalled)}
-            if not in_coefficients(self._engine.config):
+            if not self._engine.config.facts.learns_coefficients:
                 signalled.left = (
                     f"evaluate and export replay {REPLAYED}, and the same command goes on"
                 )
             raise
         except BaseException as error:
             summary |= {"status": "failed", "error": str(error) or type(error).__name__}
-            if not in_coefficients(self._engine.config):
+            if not self._engine.config.facts.learns_coefficients:
                 self._display.note(f"failed; evaluate and export replay {REPLAYED}")
             raise
         finally:
@@ -180,9 +178,9 @@ class _Training:
         if self._folder is not None:
             more: dict[str, Any] = {}
             if every and engine.step_index % every == 0:
-                more["state"] = digest(take(engine))
-            if engine.measuring.cost is not None:
-                more["cost"] = asdict(engine.measuring.cost)
+                more["state"] = digest(engine.state())
+            if engine.run_state.cost is not None:
+                more["cost"] = asdict(engine.run_state.cost)
             self._folder.log_step(report, engine.step_index * self._plan.batch_size, more)
         if not report.step and engine.radius is not None:
             self._display.note(str(engine.radius))
@@ -206,7 +204,7 @@ class _Training:
 
     def _after(self) -> None:
         """The end of all steps, or of those that there were until a stop."""
-        if self._engine.measuring.stopping:
+        if self._engine.run_state.stopping:
             self._display.note(
                 f"stopped by SIGTERM after step {self._engine.step_index}; the same command goes on from "
                 "there"
@@ -264,7 +262,7 @@ def _scores(when: str, line: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_results(engine: Engine, model: str, folder: RunFolder, summary: dict[str, Any]) -> None:
     folder.close()
-    if in_coefficients(engine.config):
+    if engine.config.facts.learns_coefficients:
         save_coefficients(engine.coefficients(), folder.path / COEFFICIENTS, engine.config.identity)
         try:
             card = model_card(folder.path, engine.step_index, adapter=True)

@@ -1,0 +1,69 @@
+"""What a probe is to the rest: losses at W + Δ_b, for many b."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from tezo_ds.config import TezoConfig
+from tezo_ds.directions.branches import Branches
+from tezo_ds.directions.lowrank import Factors
+from tezo_ds.losses.objective import Objective
+from tezo_ds.sharding.base import Sharding
+
+
+class Probe(ABC):
+    """Measures losses at W + Δ.
+
+    Attributes:
+        name: as `probe` in the config names it.
+        writes: whether it writes the shards for the time of a forward, a branch at a time.
+        copies: whether it then restores them from copies, to the bit.
+    """
+
+    name: ClassVar[str]
+    writes: ClassVar[bool] = False
+    copies = False
+
+    @classmethod
+    @abstractmethod
+    def gaps(
+        cls, sharding: Sharding, names: Collection[str], factors: Factors | None
+    ) -> dict[str, str]:
+        """Parameters out of the probe's reach, each with the reason.
+
+        Args:
+            sharding: the model.
+            names: of all parameters that train.
+            factors: of the directions; None if they are dense.
+        """
+
+    @classmethod
+    @abstractmethod
+    def make(
+        cls, config: TezoConfig, sharding: Sharding, names: Collection[str], factors: Factors | None
+    ) -> Probe:
+        """A probe of a model that has no gaps.
+
+        Raises:
+            ShardingError: the weights' sharding does not allow it.
+        """
+
+    @abstractmethod
+    def measure(self, objective: Objective, batch: Mapping[str, Any], branches: Branches) -> Tensor:
+        """Loss sums and counts at each branch: float64 (2, branches)."""
+
+    @abstractmethod
+    def held(self, branches: Branches) -> AbstractContextManager[None]:
+        """Context manager: plain forwards inside see the weights at the one branch there is."""
+
+    def exactly(self) -> AbstractContextManager[None]:
+        """Context manager: measuring inside leaves the weights as they were, to the bit."""
+        return nullcontext()
+
+    def retrace(self, branches: Branches) -> None:  # noqa: B027  # nothing, of a probe that only reads
+        """Leaves in the weights what `measure` would, without its forwards."""
