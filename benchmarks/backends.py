@@ -45,7 +45,7 @@ def _rank(
     torch.set_num_threads(threads)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed calls torch by older names
-    join_world(deepspeed=backend.startswith("zero3"))
+    join_world(deepspeed=backend.startswith("zero3"), fsdp=False, timeout=1800)
     run(rank, *args)
     dist.destroy_process_group()
 

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 from cli_fixtures import make_given  # noqa: E402
 from command_line import Given  # noqa: E402
 from fault_damage import Subject, adapter_case  # noqa: E402
@@ -274,7 +274,11 @@ def main() -> None:
     parser.add_argument("--kept", type=Path, help="of what went wrong; WORK/wrong")
     args = parser.parse_args()
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [
+        str(ROOT),
+        str(ROOT / "tests" / "helpers"),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     console, work = Console(), fresh(args.work)
     console.print(describe())

@@ -10,7 +10,7 @@ that are alive at once.
     MALLOC_MMAP_THRESHOLD_=131072 python benchmarks/peak_memory.py --hidden 2048 --shapes 4x32 --methods
 
 With --methods (all, or those named) each trains with the probe that it takes by default, and "bound" is
-what `tests/process_memory.py` allows it. glibc keeps freed blocks unless told at which size not to.
+what `tests/helpers/process_memory.py` allows it. glibc keeps freed blocks unless told at which size not to.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import tezo_ds
 from tezo_ds.losses.objective import Objective
 from tezo_ds.sharding import sharding_of
 
-sys.path.append(str(ROOT / "tests"))
+sys.path.append(str(ROOT / "tests" / "helpers"))
 from process_memory import METHODS, may_take, process_peak
 
 from tezo_ds.engine.live_bytes import LiveBytes

@@ -24,7 +24,7 @@ from scaling_measure import gathered
 from step_overhead import ROOT, random_llama
 from torch import Tensor, nn
 
-sys.path.append(str(ROOT / "tests"))
+sys.path.append(str(ROOT / "tests" / "helpers"))
 from process_memory import process_peak
 
 NO_RATE = 1e-12  # memory and pace are those of training, and nothing moves

@@ -104,7 +104,7 @@ def run_here(args: argparse.Namespace, console: Console) -> None:
 
 def run_launched(args: argparse.Namespace) -> None:
     """The launcher's world. Raises SystemExit where a sharding does not fit it."""
-    join_world(deepspeed=True)
+    join_world(deepspeed=True, fsdp=False, timeout=1800)
     use_device(args.threads)
     nodes = len(hosts(args.threads))
     for sharding in args.shardings:

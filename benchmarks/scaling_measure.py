@@ -28,7 +28,7 @@ from tezo_ds.models import loading
 from tezo_ds.models.fsdp import FsdpPlan
 from tezo_ds.sharding import Sharding, sharding_of
 
-sys.path.append(str(ROOT / "tests"))
+sys.path.append(str(ROOT / "tests" / "helpers"))
 from traffic import Collective, Traffic
 
 SHARDINGS = ("zero3", "zero3-hpz", "fsdp2", "fsdp2-hybrid")

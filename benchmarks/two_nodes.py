@@ -1,8 +1,8 @@
 """What crosses the link between two hosts, and how long a step takes: SmolLM2-135M in bfloat16 on TREC.
 
-Two hosts of two CPU ranks each, in network namespaces of this machine (tests/two_hosts.py), joined by a link
-of limited rate. Each way of sharding is launched once, by launch/hostfile.sh, and makes some steps at each
-rate. Bytes are what the counters of the link and of each connection grew by from one step's line in the
+Two hosts of two CPU ranks each, in network namespaces of this machine (tests/helpers/two_hosts.py), joined
+by a link of limited rate. Each way of sharding is launched once, by launch/hostfile.sh, and makes some steps
+at each rate. Bytes are what the counters of link and connections grew by from one step's line in the
 journal to a later one's.
 
     python benchmarks/two_nodes.py                     all, as root; what is finished is not repeated
@@ -32,7 +32,7 @@ from rich.console import Console
 from two_nodes_report import MARKERS, draw, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 from command_line import flags  # noqa: E402
 from fault_runs import done_in, fresh  # noqa: E402
 from two_hosts import TwoHosts, two_hosts  # noqa: E402

@@ -3,11 +3,11 @@
 #
 #   launch/test.sh                     all of it
 #   launch/test.sh --fast              the tests that take one process and no more than seconds
-#   launch/test.sh tests/test_rng.py   anything else goes to pytest
+#   launch/test.sh tests/rng/test_rng.py   anything else goes to pytest
 #
 # Two things at a time, as each is a pytest of its own and takes about a core: the tests that start real launchers,
 # which mostly import and wait; and beside them those that take one process, then the worlds of ranks
-# (tests/worlds.py). More at a time are slower on two cores, as they take turns at them.
+# (tests/helpers/worlds.py). More at a time are slower on two cores, as they take turns at them.
 set -euo pipefail
 
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

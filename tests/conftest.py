@@ -3,6 +3,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,12 +16,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Asked to end, we end what we have started, too.
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-sys.path.insert(0, str(Path(__file__).parent))
+TESTS = Path(__file__).resolve().parent
+PLACES = [
+    *map(str, (TESTS / "helpers", TESTS.parent / "benchmarks", TESTS.parent / "launch")),
+    *sorted({str(path.parent) for path in TESTS.glob("*/world_*.py")}),  # they import each other
+]
+sys.path[:0] = PLACES
+# Processes that tests start import helpers, too.
+os.environ["PYTHONPATH"] = os.pathsep.join([*PLACES, *filter(None, [os.environ.get("PYTHONPATH")])])
 
+import worlds  # noqa: E402
 from other_kernels import KINDS, VARIABLE, OtherKernels  # noqa: E402
-from worlds import Background  # noqa: E402
 
-BACKGROUND = pytest.StashKey[Background]()
+BACKGROUND = pytest.StashKey[worlds.Background]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,21 +42,51 @@ def pytest_configure(config: pytest.Config) -> None:
         OtherKernels(kernels).__enter__()  # until the process ends
     for line in (
         "launches: starts processes that take all cores",
-        "world: a case of tests/worlds.py",
+        "world: a case of tests/helpers/worlds.py",
         "slow: takes some seconds; launch/test.sh --fast leaves it out",
     ):
         config.addinivalue_line("markers", line)
 
 
-def _world_size(item: pytest.Item) -> int:
-    """0 where the test is not of tests/test_worlds.py."""
-    callspec = getattr(item, "callspec", None)
-    in_world = item.path.name == "test_worlds.py" and callspec is not None
-    return callspec.params["size"] if in_world else 0
+class WorldCase(pytest.Item):
+    """A case of tests/ROOM/world_*.py in a world of one size."""
+
+    def __init__(self, *, case: worlds.Case, size: int, **parts: Any) -> None:
+        super().__init__(**parts)
+        self.case, self.size = case, size
+        self.add_marker("world")
+
+    def runtest(self) -> None:
+        """Waits until the worlds have ended."""
+        errors = self.config.stash[BACKGROUND].results(self.size)[self.case.name]
+        if errors:
+            pytest.fail("\n".join(errors), pytrace=False)
+
+    def reportinfo(self) -> tuple[Path, None, str]:
+        return self.path, None, self.name
+
+
+class WorldFile(pytest.File):
+    """tests/ROOM/world_*.py."""
+
+    def collect(self) -> Iterator[WorldCase]:
+        """An item for each case and size."""
+        worlds.load(self.path)
+        for case in worlds.CASES:
+            if case.name.startswith(f"{self.path.stem}."):
+                for size in case.worlds:
+                    name = f"{case.name.partition('.')[2]}[{size}]"
+                    yield WorldCase.from_parent(self, name=name, case=case, size=size)
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    if file_path.match("world_*.py"):
+        return WorldFile.from_parent(parent, path=file_path)
+    return None
 
 
 def _turn(item: pytest.Item) -> int:
-    if _world_size(item):
+    if isinstance(item, WorldCase):
         return 2
     return 1 if item.get_closest_marker("launches") else 0
 
@@ -57,9 +95,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Worlds run while the other tests do, and are asked for their results last. First come the tests that
     leave them a core."""
     session.items.sort(key=_turn)
-    sizes = {_world_size(item) for item in session.items} - {0}
+    asked: dict[int, list[str]] = {}
+    for item in session.items:
+        if isinstance(item, WorldCase):
+            asked.setdefault(item.size, []).append(item.case.name)
     if not session.config.option.collectonly:
-        session.config.stash[BACKGROUND] = Background(sorted(sizes, reverse=True))
+        background = worlds.Background({size: asked[size] for size in sorted(asked, reverse=True)})
+        session.config.stash[BACKGROUND] = background
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -74,8 +116,3 @@ def other_kernels() -> Iterator[None]:
     with OtherKernels("shapes") as kernels:
         yield
     assert kernels.products
-
-
-@pytest.fixture
-def worlds_in_background(request: pytest.FixtureRequest) -> Background:
-    return request.config.stash[BACKGROUND]

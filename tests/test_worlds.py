@@ -1,4 +1,4 @@
-"""Runs the cases of tests/world_*.py in real worlds of 1 to 4 gloo ranks, one world per size."""
+"""The runner of worlds itself; see helpers/worlds.py."""
 
 from __future__ import annotations
 
@@ -10,17 +10,6 @@ import pytest
 from command_line import TIMEOUT
 from failing_cases import run
 from fault_runs import server
-from worlds import Background, load_cases
-
-
-@pytest.mark.world
-@pytest.mark.parametrize(
-    ("size", "name"),
-    sorted((size, case.name) for case in load_cases() for size in case.worlds),
-)
-def test_case(size: int, name: str, worlds_in_background: Background) -> None:
-    errors = worlds_in_background.results(size)[name]
-    assert not errors, "\n".join(errors)
 
 
 @pytest.mark.launches

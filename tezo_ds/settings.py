@@ -1,37 +1,153 @@
-"""What a command is asked for besides the `tezo` block: model, data, dtypes, sharding by FSDP2."""
+"""What a command is asked for besides the `tezo` block: model and data, sharding, how a run goes."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
+
+from tezo_ds.config.declared import declared
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+DATA, SHARDING = "Model and data", "Sharding and precision"
+TIMEOUT = 1800.0  # seconds that collectives wait for the slowest rank
 
 
 class Settings(BaseModel):
-    """What both commands need to know besides the `tezo` block; kept in a run's config.json."""
+    """Model, data and sharding of a run; kept in its config.json."""
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str
-    task: str
-    data: str | None = None
-    test_data: str | None = None
-    template: str | None = None
-    verbalizers: dict[str, str] | None = None
-    label_field: str | None = None
-    test_fraction: float = 0.2
-    train_examples: int | None = None
-    test_examples: int | None = None
-    data_seed: int = 0
-    max_length: int = Field(512, ge=2)
-    eval_batch_size: int = Field(32, ge=1)
-    dtype: Literal["auto", Dtype] = "auto"
-    compute_dtype: Dtype | None = None  # of a forward; None: of the weights
-    factors_dtype: Dtype | None = None  # to which the run rounded U and V; None: the compute dtype
-    fsdp: bool = False
-    fsdp_replicas: int = Field(1, ge=1)
-    fsdp_offload_params: bool = False
-    fsdp_layers: tuple[str, ...] | None = None
-    objective: Literal["lm", "choices"] = "lm"
+    model: str = declared(..., "model folder or hub name", group=DATA, example="./my-model")
+    task: str = declared(
+        ...,
+        "built-in task (trec, rotten-tomatoes, sst2, boolq, rte, cb), or a file of examples, which needs "
+        "--template",
+        group=DATA, example="reviews.jsonl",
+    )  # fmt: skip
+    data: str | None = declared(
+        None,
+        "local folder or file of a built-in task, in place of the hub",
+        group=DATA,
+        example="./trec",
+    )
+    test_data: str | None = declared(
+        None, "file of test examples", group=DATA, example="test.jsonl"
+    )
+    template: str | None = declared(
+        None,
+        'prompt with columns in braces, e.g. "{text} It was"',
+        group=DATA,
+        example="{text} It was",
+    )
+    verbalizers: dict[str, str] | None = declared(
+        None, 'word of each label, as JSON: {"0": "bad", "1": "good"}', group=DATA,
+        example={"0": "bad", "1": "good"},
+    )  # fmt: skip
+    label_field: str | None = declared(
+        None, "column that holds the label", group=DATA, example="sentiment"
+    )
+    objective: Literal["lm", "choices"] = declared(
+        "lm",
+        "loss of an answer: lm, among all tokens; choices, among the task's words alone",
+        group=DATA, example="choices",
+    )  # fmt: skip
+    test_fraction: float = declared(
+        0.2,
+        "share of the examples that is held out where there is no test file",
+        group=DATA,
+        example=0.1,
+    )
+    train_examples: int | None = declared(
+        None, "upper bound on training examples; unset: all", group=DATA, example=1000
+    )
+    test_examples: int | None = declared(
+        None, "upper bound on test examples; unset: all", group=DATA, example=400
+    )
+    data_seed: int = declared(
+        0, "seed of the held-out share and of the bounded subsets", group=DATA, example=1
+    )
+    max_length: int = declared(
+        512,
+        "tokens of an example; a longer prompt loses its beginning",
+        group=DATA,
+        example=2048,
+        ge=2,
+    )
+    eval_batch_size: int = declared(
+        32, "examples of a rank in one forward of an evaluation", group=DATA, example=8, ge=1
+    )
+    dtype: Literal["auto", Dtype] = declared(
+        "auto",
+        "dtype of the weights: auto (the checkpoint's), float32, bfloat16 or float16; a DeepSpeed config's "
+        "bf16 and fp16 blocks win",
+        group=SHARDING, example="bfloat16",
+    )  # fmt: skip
+    compute_dtype: Dtype | None = declared(
+        None,
+        "dtype to which --fsdp casts weights as they are gathered: float32, bfloat16 or float16; unset: "
+        "their own",
+        group=SHARDING, used_by="--fsdp", example="bfloat16",
+    )  # fmt: skip
+    factors_dtype: Dtype | None = declared(
+        None,
+        "dtype to which the run rounded U and V; unset: compute_dtype",
+        group=SHARDING,
+        flag=False,
+    )
+    fsdp: bool = declared(
+        False,
+        "shard the weights by FSDP2 over all ranks; each reads only its own shards from disk",
+        group=SHARDING, example=True,
+    )  # fmt: skip
+    fsdp_replicas: int = declared(
+        1,
+        "whole copies of the weights, e.g. one a node, between which only scalars travel",
+        group=SHARDING, used_by="--fsdp", example=2, ge=1,
+    )  # fmt: skip
+    fsdp_offload_params: bool = declared(
+        False, "keep the shards in CPU memory until they are gathered", group=SHARDING,
+        used_by="--fsdp", example=True,
+    )  # fmt: skip
+    fsdp_layers: tuple[str, ...] | None = declared(
+        None, "class names of the modules that FSDP2 gathers one at a time; unset: transformer blocks",
+        group=SHARDING, used_by="--fsdp", flag=False,
+    )  # fmt: skip
+
+
+class RunOptions(BaseModel):
+    """How long a run goes, and what it keeps and shows; the options that `train` alone has."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    output: Path = declared(..., "run folder to make or to go on with", example="runs/sst2")
+    steps: int = declared(1000, "training steps", example=5000, ge=1)
+    batch_size: int = declared(16, "examples of a step, over all ranks together", example=64, ge=1)
+    eval_every: int = declared(
+        0, "steps between evaluations; 0: before and after training only", example=500, ge=0
+    )
+    log_every: int = declared(
+        10, "steps between lines of progress where stdout is no terminal", example=100, ge=1
+    )
+    timeout: float = declared(
+        TIMEOUT,
+        "seconds that a step's collectives wait for the slowest rank before the run ends and names it",
+        example=600, ge=1,
+    )  # fmt: skip
+    resume: bool | None = declared(
+        None,
+        "go on with the run that --output holds, on any number of ranks; unset: go on where there is one of "
+        "the same configuration",
+        example=True,
+    )  # fmt: skip
+    snapshot_every: int = declared(
+        500, "steps between snapshots to go on from; 0: none", example=1000, ge=0
+    )
+    snapshots: int = declared(2, "newest snapshots that are kept", example=3, ge=1)
+    save_model: bool | None = declared(
+        None,
+        "write the whole merged model into the run folder at the end; unset: for methods that write weights "
+        "(tezo-adam, lozo…, mezo…)",
+        example=False,
+    )  # fmt: skip

@@ -12,6 +12,7 @@ import typer
 
 from tezo_ds.cli.train import train
 from tezo_ds.config import TezoConfig
+from tezo_ds.settings import RunOptions
 
 if TYPE_CHECKING:
     from tezo_ds.doctor.plan import Plan
@@ -42,14 +43,16 @@ def doctor(
     context: typer.Context,
     hostfile: Annotated[
         Path | None,
-        typer.Option(help="lines 'host slots=N' of the run: read, and its hosts asked by ssh"),
+        typer.Option(
+            help="file with lines 'host slots=N', of the run to come; its hosts are asked by ssh"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
     wait: Annotated[
-        float, typer.Option(min=1, help="seconds that a rank which does not answer is waited for")
+        float, typer.Option(min=1, help="seconds to wait for a rank that does not answer")
     ] = 120,
 ) -> None:
-    """See DOCTOR_HELP."""
+    """Examines a machine or a cluster; see DOCTOR_HELP."""
     plan = _plan(_flags_of_train(context.args), hostfile)
     from tezo_ds.doctor import meeting as meetings
     from tezo_ds.doctor.checks import examine
@@ -94,22 +97,23 @@ def _flags_of_train(arguments: list[str]) -> dict[str, Any]:
 
 def _plan(given: dict[str, Any], hostfile: Path | None) -> Plan:
     from tezo_ds.cli import accelerate
-    from tezo_ds.cli.options import refuse_idle, settings_from
+    from tezo_ds.cli.options import from_flags, refuse_idle, settings_from
     from tezo_ds.doctor.plan import Plan
     from tezo_ds.training import session
 
     launched = accelerate.launched()
     settings = settings_from(given, {"model": "", "task": "", **launched.settings})
     refuse_idle(settings.fsdp, settings.model_dump())
+    options = from_flags(RunOptions, given, {"output": "unsaid"})
     config, deepspeed = session.read_config(
         given["deepspeed"] or launched.deepspeed,
         {name: given[name] for name in TezoConfig.model_fields},
-        {"total_steps": given["steps"]},
+        {"total_steps": options.steps},
         settings.fsdp,
     )
-    merged = given["save_model"]
+    merged = options.save_model
     return Plan(
         settings, config, deepspeed, given["output"], hostfile,
-        given["snapshots"] if given["snapshot_every"] else 0,
+        options.snapshots if options.snapshot_every else 0,
         not config.facts.learns_coefficients if merged is None else merged,
     )  # fmt: skip

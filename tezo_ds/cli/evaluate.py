@@ -7,30 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from tezo_ds.cli.options import (
-    ComputeDtype,
-    Data,
-    DataSeed,
-    DeepSpeed,
-    Dtype,
-    EvalBatch,
-    Fsdp,
-    FsdpOffloadParams,
-    FsdpReplicas,
-    LabelField,
-    MaxLength,
-    Model,
-    Objective,
-    Task,
-    Template,
-    TestData,
-    TestExamples,
-    TestFraction,
-    Verbalizers,
-    refuse_idle,
-    settings_from,
-)
+from tezo_ds.cli.options import DeepSpeed, complete, refuse_idle, settings_from, takes
 from tezo_ds.errors import ConfigError
+from tezo_ds.settings import Settings
 
 EVALUATE_HELP = """Accuracy and loss of a run's result, or of a bare model, on a task's test examples.
 
@@ -48,30 +27,16 @@ tezo-ds evaluate --model ./SmolLM2 --task trec --data ./trec
 """
 
 
+@complete
+@takes(Settings, without=("train_examples",))
 def evaluate(
-    run: Annotated[Path | None, typer.Option(help="run folder: its model, task and result")] = None,
-    model: Model = None,
+    run: Annotated[
+        Path | None, typer.Option(help="run folder; its model, task and result are used")
+    ] = None,
     deepspeed: DeepSpeed = None,
-    dtype: Dtype = None,
-    fsdp: Fsdp = None,
-    fsdp_replicas: FsdpReplicas = None,
-    fsdp_offload_params: FsdpOffloadParams = None,
-    compute_dtype: ComputeDtype = None,
-    task: Task = None,
-    data: Data = None,
-    test_data: TestData = None,
-    template: Template = None,
-    verbalizers: Verbalizers = None,
-    label_field: LabelField = None,
-    objective: Objective = None,
-    test_fraction: TestFraction = None,
-    test_examples: TestExamples = None,
-    data_seed: DataSeed = None,
-    max_length: MaxLength = None,
-    eval_batch_size: EvalBatch = None,
+    **given: Any,
 ) -> None:
-    """See EVALUATE_HELP."""
-    given = dict(locals())
+    """Evaluates a run or a model; see EVALUATE_HELP."""
     import torch  # imported late, as --help need not wait for it
 
     from tezo_ds.cli import accelerate
@@ -86,14 +51,14 @@ def evaluate(
     before: dict[str, Any] = {}
     ran, result = None, results.Result()
     if run is not None:
-        asked = fsdp if fsdp is not None else launched.settings.get("fsdp")
-        finished = session.open_result(run, deepspeed, asked, on_base=model is not None)
+        asked = given["fsdp"] if given["fsdp"] is not None else launched.settings.get("fsdp")
+        finished = session.open_result(run, deepspeed, asked, on_base=given["model"] is not None)
         source, ran, result = finished.deepspeed, finished.config, finished.result
         before = finished.settings.model_dump()
     settings = settings_from(given, {**before, **launched.settings})
     refuse_idle(settings.fsdp, given)
     # FSDP2 would gather the weights in another dtype than its shards have, in which those are written.
-    gathered = settings.compute_dtype if dtype is None and not settings.fsdp else None
+    gathered = settings.compute_dtype if given["dtype"] is None and not settings.fsdp else None
     if gathered and not result.writes:
         settings.dtype = gathered
     config, deepspeed_config = session.resolve_config(source, {"rank": 1}, fsdp=settings.fsdp)

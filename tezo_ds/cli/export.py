@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tezo_ds.cli.options import Fsdp
+from tezo_ds.cli.options import complete, takes
 from tezo_ds.errors import ConfigError
+from tezo_ds.settings import Settings
 
 if TYPE_CHECKING:  # what takes seconds to import is imported late, as --help need not wait for it
     from tezo_ds.engine.engine import Engine
@@ -32,8 +33,10 @@ tezo-ds export --run runs/sst2 --adapter models/sst2-lora
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+@complete
+@takes(Settings, only=("fsdp",))
 def export(
-    run: Annotated[Path | None, typer.Option(help="run folder")] = None,
+    run: Annotated[Path | None, typer.Option(help="folder of the run")] = None,
     merged: Annotated[
         Path | None, typer.Option(help="folder to write for transformers' from_pretrained")
     ] = None,
@@ -42,18 +45,20 @@ def export(
     ] = None,
     deepspeed: Annotated[
         Path | None,
-        typer.Option(help="DeepSpeed JSON with a tezo block, to shard in another way"),
+        typer.Option(
+            help="DeepSpeed JSON with a tezo block, to shard in another way than the run did"
+        ),
     ] = None,
-    fsdp: Fsdp = None,
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="of the merged weights: float32, bfloat16 or float16; the run's own by default. "
-            "float32 keeps what bfloat16 would round away of a small update"
+            help="dtype of the merged weights: float32, bfloat16 or float16; unset: that of the run. float32 "
+            "keeps what bfloat16 would round away of a small update"
         ),
     ] = None,
+    **given: Any,
 ) -> None:
-    """See EXPORT_HELP."""
+    """Exports a run's result; see EXPORT_HELP."""
     from tezo_ds.cli import accelerate
     from tezo_ds.export.adapter import no_adapter_because, not_low_rank
     from tezo_ds.export.merged import refuse_filled
@@ -73,8 +78,7 @@ def export(
     for folder in filter(None, (merged, adapter)):
         refuse_filled(folder)
     launched = accelerate.launched()
-    if fsdp is None:
-        fsdp = launched.settings.get("fsdp")
+    fsdp = launched.settings.get("fsdp") if given["fsdp"] is None else given["fsdp"]
     finished = session.open_result(run, deepspeed or launched.deepspeed, fsdp)
     settings, config, result = finished.settings, finished.config, finished.result
     if adapter is not None and (reason := not_low_rank(config)):

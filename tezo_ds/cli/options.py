@@ -1,122 +1,140 @@
-"""Flags that several commands take; settings from flags."""
+"""Options of the commands, made from the fields that `config` declares; and settings from what was given."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import types
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import typer
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
+from tezo_ds.config.declared import extra_of, flags_of, shown_default
 from tezo_ds.errors import ConfigError
 from tezo_ds.files.text import from_json
+from tezo_ds.settings import SHARDING, Settings
 
-if TYPE_CHECKING:
-    from tezo_ds.settings import Settings
+Model = TypeVar("Model", bound=BaseModel)
+Command = Callable[..., None]
 
-DATA, PANEL = "Task and data", "FSDP2"
-
-
-def data_option(text: str) -> Any:
-    """An option about the task and its data."""
-    return typer.Option(help=text, rich_help_panel=DATA)
-
-
-Model = Annotated[str | None, typer.Option(help="model folder or hub name")]
 DeepSpeed = Annotated[
     Path | None,
-    typer.Option(help="DeepSpeed JSON with a tezo block; its ZeRO-3 shards the weights"),
-]
-Task = Annotated[str | None, data_option("built-in name, or a .jsonl/.csv file (needs --template)")]
-Data = Annotated[
-    str | None, data_option("local folder or file, in place of the hub, for a built-in task")
-]
-TestData = Annotated[str | None, data_option("test file")]
-Template = Annotated[str | None, data_option('prompt with columns in braces, e.g. "{text} It was"')]
-Verbalizers = Annotated[
-    str | None, data_option('label to word, as JSON: {"0": "bad", "1": "good"}')
-]
-Objective = Annotated[
-    str | None,
-    data_option("lm: the answer among all tokens (default); choices: among the task's words alone"),
-]
-LabelField = Annotated[str | None, data_option("column that holds the label")]
-TestFraction = Annotated[float | None, data_option("held out where there is no test file (0.2)")]
-TestExamples = Annotated[int | None, data_option("at most so many test examples")]
-DataSeed = Annotated[int | None, data_option("of the split and of subsets (0)")]
-MaxLength = Annotated[int | None, data_option("tokens; longer prompts lose their beginning (512)")]
-EvalBatch = Annotated[int | None, data_option("examples of a rank in one evaluation forward (32)")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(help="auto, float32, bfloat16 or float16; DeepSpeed's config decides where given"),
+    typer.Option(
+        help="DeepSpeed JSON with a tezo block; its ZeRO-3 shards the weights",
+        rich_help_panel=SHARDING,
+    ),
 ]
 
-Fsdp = Annotated[
-    bool | None,
-    typer.Option(
-        "--fsdp/--no-fsdp",
-        help="shard the weights by FSDP2 over all ranks; each reads only its shards from disk",
-        rich_help_panel=PANEL,
-    ),
-]
-FsdpReplicas = Annotated[
-    int | None,
-    typer.Option(
-        help="whole copies of the weights, e.g. one a node, between which only scalars travel (1)",
-        rich_help_panel=PANEL,
-    ),
-]
-FsdpOffloadParams = Annotated[
-    bool | None,
-    typer.Option(
-        "--fsdp-offload-params/--no-fsdp-offload-params",
-        help="keep the shards in CPU memory until they are gathered",
-        rich_help_panel=PANEL,
-    ),
-]
-ComputeDtype = Annotated[
-    str | None,
-    typer.Option(
-        help="bfloat16, float16 or float32: weights of --dtype are cast to it as they are gathered",
-        rich_help_panel=PANEL,
-    ),
-]
+
+def takes(
+    model: type[BaseModel], *, only: Collection[str] = (), without: Collection[str] = ()
+) -> Callable[[Command], Command]:
+    """Decorator: a command gets an option for each field of a model, and takes them as `**given`.
+
+    An option that was not given is None, so that a default is said in one place, the field's.
+
+    Args:
+        model: whose fields `declared` made.
+        only: names of its fields; none: all that have a flag.
+        without: names of those to leave out.
+    """
+
+    def decorate(command: Command) -> Command:
+        before = list(inspect.signature(command, eval_str=True).parameters.values())
+        fields = {
+            n: f for n, f in flags_of(model).items() if n in (only or [n]) and n not in without
+        }
+        own = [one for one in before if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        rest = [one for one in before if one.kind is inspect.Parameter.VAR_KEYWORD]
+        made = [_option(name, field) for name, field in fields.items()]
+        command.__signature__ = inspect.Signature([*own, *made, *rest])  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def complete(command: Command) -> Command:
+    """Decorator, the outermost: hides from typer the `**given` that `takes` has filled."""
+    parameters = inspect.signature(command).parameters.values()
+    named = [one for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    command.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in named}
+    return command
+
+
+def _option(name: str, field: FieldInfo) -> inspect.Parameter:
+    kind, flag = _kind(field.annotation), name.replace("_", "-")
+    names = (f"--{flag}/--no-{flag}",) if kind is bool else (f"--{flag}",)
+    option = typer.Option(*names, help=text_of(field), rich_help_panel=extra_of(field)["group"])
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, option],
+    )
+
+
+def text_of(field: FieldInfo) -> str:
+    """Sentence of a field, with its default."""
+    default = shown_default(field)
+    return f"{field.description} (default `{default}`)" if default else str(field.description)
+
+
+def _kind(annotation: Any) -> Any:
+    """Type that the command line parses a field as; pydantic judges the value afterwards."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        kinds = {_kind(one) for one in arguments if one is not type(None)}
+        return kinds.pop() if len(kinds) == 1 else str
+    if origin is Annotated:
+        return _kind(arguments[0])
+    if origin is tuple:
+        return list[str] if arguments[-1] is Ellipsis else tuple[tuple(map(_kind, arguments))]  # type: ignore[misc]
+    return annotation if annotation in (bool, int, float, Path) else str
 
 
 def refuse_idle(fsdp: bool, values: Mapping[str, Any]) -> None:
-    """Raises ConfigError if one of the flags is set where FSDP2 is not used."""
-    idle = {
-        "fsdp_replicas": (None, 1),
-        "fsdp_offload_params": (None, False),
-        "compute_dtype": (None,),
-    }
-    for name, unset in idle.items():
-        if not fsdp and values[name] not in unset:
+    """Raises ConfigError if an option that only FSDP2 looks at is set where it is not used."""
+    for name, field in Settings.model_fields.items():
+        idle = not fsdp and extra_of(field)["flag"] and extra_of(field)["used_by"] == "--fsdp"
+        if idle and values[name] not in (None, field.default):
             raise ConfigError(f"--{name.replace('_', '-')} needs --fsdp; add it, or leave both out")
 
 
-def settings_from(given: dict[str, Any], before: dict[str, Any]) -> Settings:
+def settings_from(given: Mapping[str, Any], before: Mapping[str, Any]) -> Settings:
     """Settings from flags, over those of an earlier run or of the launcher.
 
     Raises:
         ConfigError: --model or --task is missing, or a value is out of range.
     """
-    from tezo_ds.settings import Settings
+    if given.get("verbalizers") is not None:
+        given = {**given, "verbalizers": _json_object(given["verbalizers"])}
+    return from_flags(Settings, given, before)
 
-    chosen = {k: v for k, v in given.items() if k in Settings.model_fields and v is not None}
-    if "verbalizers" in chosen:
-        chosen["verbalizers"] = _json_object(chosen["verbalizers"])
-    merged = {**before, **chosen}
-    for name in ("model", "task"):
-        if name not in merged:
-            raise ConfigError(f"--{name} is missing; see --help for examples")
+
+def from_flags(
+    model: type[Model],
+    given: Mapping[str, Any],
+    before: Mapping[str, Any] = types.MappingProxyType({}),
+) -> Model:
+    """A model of the flags that were given, over other values of it.
+
+    Raises:
+        ConfigError: a required flag is missing, or a value is out of range.
+    """
+    chosen = {k: v for k, v in given.items() if k in model.model_fields and v is not None}
     try:
-        return Settings(**merged)
+        return model(**{**before, **chosen})
     except ValidationError as error:
         first = error.errors()[0]
-        flag = "--" + ".".join(map(str, first["loc"])).replace("_", "-")
-        raise ConfigError(f"{flag}: {first['msg']} (got {first['input']!r})") from None
+    flag = "--" + ".".join(map(str, first["loc"])).replace("_", "-")
+    if first["type"] == "missing":
+        example = extra_of(model.model_fields[str(first["loc"][0])])["example"]
+        raise ConfigError(f"{flag} is missing; add it, e.g. {flag} {example}")
+    raise ConfigError(f"{flag}: {first['msg']} (got {first['input']!r})")
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tezo_ds.cli.options import complete, takes
+from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ tezo-ds plan --model llama-30b --world 64 --per-node 8 --gpu h100-80g --batch 25
 tezo-ds plan --model ./my-model --world 16 --gpu a100-40g --length 2048 --queries 4 --sharding zero3-hpz
 ```
 """
+BLOCK = ("method", "rank", "queries", "placement", "probe", "branch_chunk", "micro_batch")
 HARDWARE = "Overrides of --gpu and of what is assumed"
 
 
@@ -33,36 +36,46 @@ def _hardware(text: str) -> Any:
     return typer.Option(help=text, rich_help_panel=HARDWARE)
 
 
+@complete
+@takes(TezoConfig, only=BLOCK)
 def plan(
     model: Annotated[
-        str, typer.Option(help="built-in name (opt-30b, llama-65b …), or folder or config.json")
+        str, typer.Option(help="built-in name (opt-30b, llama-65b, …), model folder or config.json")
     ],
-    world: Annotated[int, typer.Option(min=1, help="ranks, a GPU each")] = 8,
-    per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node")] = 8,
-    gpu: Annotated[str, typer.Option(help="such as h100-80g or a100-40g")] = "h100-80g",
+    world: Annotated[int, typer.Option(min=1, help="ranks, each with a GPU of its own")] = 8,
+    per_node: Annotated[int, typer.Option(min=1, help="GPUs in a node")] = 8,
+    gpu: Annotated[
+        str,
+        typer.Option(help="GPU: h100-80g, a100-40g, …; flags below override its numbers"),
+    ] = "h100-80g",
     sharding: Annotated[
         str,
-        typer.Option(help="zero3, zero3-hpz, fsdp2, fsdp2-hybrid (a copy a node) or replicated"),
+        typer.Option(
+            help="zero3, zero3-hpz, fsdp2, fsdp2-hybrid (a copy in each node) or replicated"
+        ),
     ] = "zero3",
     batch: Annotated[
-        int | None, typer.Option(min=1, help="examples a step, over all ranks (4 a rank)")
+        int | None,
+        typer.Option(min=1, help="examples of a step, over all ranks together; unset: 4 a rank"),
     ] = None,
-    length: Annotated[int, typer.Option(min=2, help="tokens of each, with padding")] = 512,
-    labels: Annotated[int, typer.Option(min=1, help="labelled tokens of each")] = 1,
-    method: Annotated[str, typer.Option(help="as of train")] = "tezo",
-    rank: Annotated[int | None, typer.Option(help="as of train")] = None,
-    queries: Annotated[int, typer.Option(min=1, help="directions a step, as of train")] = 1,
-    placement: Annotated[str, typer.Option(help="shared or per_rank, as of train")] = "shared",
-    probe: Annotated[str, typer.Option(help="auto, fused or inplace")] = "auto",
-    branch_chunk: Annotated[int, typer.Option(min=0, help="as of train")] = 0,
-    micro_batch: Annotated[int, typer.Option(min=0, help="as of train")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32")] = "auto",
-    memory: Annotated[float | None, _hardware("GiB of a GPU")] = None,
-    flops: Annotated[float | None, _hardware("dense TFLOP/s of a GPU")] = None,
-    hbm: Annotated[float | None, _hardware("GB/s of a GPU's own memory")] = None,
-    nvlink: Annotated[float | None, _hardware("GB/s into a GPU from others of its node")] = None,
+    length: Annotated[
+        int, typer.Option(min=2, help="tokens of an example, padding included")
+    ] = 512,
+    labels: Annotated[int, typer.Option(min=1, help="labelled tokens of an example")] = 1,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="dtype of the weights: auto (the config's), bfloat16, float16 or float32"
+        ),
+    ] = "auto",
+    memory: Annotated[float | None, _hardware("memory of a GPU in GiB")] = None,
+    flops: Annotated[float | None, _hardware("dense arithmetic of a GPU in TFLOP/s")] = None,
+    hbm: Annotated[float | None, _hardware("bandwidth of a GPU's own memory in GB/s")] = None,
+    nvlink: Annotated[
+        float | None, _hardware("bandwidth into a GPU from others of its node in GB/s")
+    ] = None,
     link_gbit: Annotated[
-        float, _hardware("Gbit/s into a node from others, all its adapters together")
+        float, _hardware("bandwidth into a node in Gbit/s, all its adapters together")
     ] = 400,
     efficiency: Annotated[
         float,
@@ -71,22 +84,28 @@ def plan(
         ),
     ] = 0.5,
     reserved: Annotated[
-        float, _hardware("GiB of CUDA's context, NCCL's buffers and fragments")
+        float, _hardware("GiB for CUDA's context, NCCL's buffers and fragments")
     ] = 2,
     overlap: Annotated[
         bool,
         typer.Option(
-            "--overlap/--no-overlap", help="gathers run beside arithmetic", rich_help_panel=HARDWARE
+            "--overlap/--no-overlap",
+            help="let gathers run beside arithmetic",
+            rich_help_panel=HARDWARE,
         ),
     ] = True,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="count gathers, bytes and tensors of the engine's own step"),
+        typer.Option(
+            "--dry-run",
+            help="count the engine's own step, too, on tensors without values",
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    **block: Any,
 ) -> None:
-    """See PLAN_HELP."""
-    given = dict(locals())
+    """Plans a run; see PLAN_HELP."""
+    given = {**locals(), **block}
     from tezo_ds.training.display import quieten
 
     quieten()
@@ -122,11 +141,7 @@ def _job(given: dict[str, Any]) -> Job:
         raise ConfigError(f"--dtype {given['dtype']}: must be auto, bfloat16, float16 or float32")
     if given["labels"] >= given["length"]:
         raise ConfigError(f"--labels {given['labels']}: must be below --length {given['length']}")
-    names = ("method", "queries", "placement", "probe", "branch_chunk", "micro_batch")
-    block = {name: given[name] for name in names}
-    if given["rank"] is not None:
-        block["rank"] = given["rank"]
-    config, _ = resolve(block)
+    config, _ = resolve({}, {name: given[name] for name in BLOCK})
     cluster = Cluster(
         _gpu(given), given["world"], given["per_node"], given["link_gbit"] * 1e9 / 8,
         given["efficiency"], reserved=int(given["reserved"] * GIB),

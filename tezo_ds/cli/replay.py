@@ -30,13 +30,14 @@ tezo-ds replay runs/sst2 --to-step 1000 --merged models/sst2-1000
 
 
 def replay(
-    run: Annotated[Path, typer.Argument(help="run folder")],
+    run: Annotated[Path, typer.Argument(help="folder of the run")],
     to_step: Annotated[
         int | None,
-        typer.Option(min=0, help="steps to make; all that are in the journal by default"),
+        typer.Option(min=0, help="step after which to stop; unset: the last one in the journal"),
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="compare with the run's digests")
+        bool,
+        typer.Option("--verify", help="compare with the digests that the run left in its journal"),
     ] = False,
     coefficients: Annotated[
         Path | None, typer.Option(help="safetensors file to write the coefficients to")
@@ -45,7 +46,7 @@ def replay(
         Path | None, typer.Option(help="folder to write for transformers' from_pretrained")
     ] = None,
 ) -> None:
-    """See REPLAY_HELP."""
+    """Rebuilds a run's result; see REPLAY_HELP."""
     from tezo_ds.cli.export import export_merged
     from tezo_ds.export.merged import refuse_filled
     from tezo_ds.models.loading import load_skeleton

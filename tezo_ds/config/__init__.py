@@ -1,6 +1,6 @@
 """What a run is: one validated object, from the `tezo` block of a DeepSpeed JSON, a dict, or flags."""
 
-from tezo_ds.config.fields import BLOCK, FREE, TezoConfig
+from tezo_ds.config.block import BLOCK, FREE, TezoConfig
 from tezo_ds.config.reading import build, resolve
 
 __all__ = ["BLOCK", "FREE", "TezoConfig", "build", "resolve"]

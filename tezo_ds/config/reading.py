@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tezo_ds.config.fields import BLOCK, TezoConfig
+from tezo_ds.config.block import BLOCK, TezoConfig
 from tezo_ds.errors import ConfigError
 from tezo_ds.files.text import read_json
 

@@ -24,6 +24,7 @@ from tezo_ds.doctor.report import Failed, Row, attempt, row_of
 from tezo_ds.doctor.verdicts import Asked, Who, settled
 from tezo_ds.errors import ShardingError
 from tezo_ds.plan.needs import Needs
+from tezo_ds.settings import TIMEOUT
 from tezo_ds.sharding.world import join_world, local_device
 
 
@@ -251,7 +252,7 @@ def _joined(plan: Plan) -> float:
     Raises:
         ShardingError: it sums wrongly.
     """
-    join_world(plan.deepspeed is not None, plan.settings.fsdp)
+    join_world(plan.deepspeed is not None, plan.settings.fsdp, TIMEOUT)
     if not dist.is_initialized():
         return 0.0
     size, taken = dist.get_world_size(), 0.0

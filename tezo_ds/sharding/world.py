@@ -13,18 +13,15 @@ import torch.distributed as dist
 from tezo_ds.errors import TezoError
 from tezo_ds.sharding.rendezvous import of_restart
 
-TIMEOUT = 1800.0  # seconds that collectives wait for the slowest rank
 
-
-def join_world(deepspeed: bool, fsdp: bool = False, timeout: float = TIMEOUT) -> None:
+def join_world(deepspeed: bool, fsdp: bool, timeout: float) -> None:
     """Joins the ranks that a launcher started; ZeRO-3 and FSDP2 need a world even if of one.
 
     Args:
         deepspeed, fsdp: what shards the weights.
-        timeout: seconds; collectives wait so long for the slowest rank, but `TIMEOUT` at least, as
-            ranks read a model at their own speed. `Liveness` shortens it for a training.
+        timeout: seconds that collectives wait for the slowest rank.
     """
-    limit = timedelta(seconds=max(timeout, TIMEOUT))
+    limit = timedelta(seconds=timeout)
     if deepspeed:
         from tezo_ds.sharding import zero3
 

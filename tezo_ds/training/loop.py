@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from tezo_ds.run.folder import (
     RunFolder,
 )
 from tezo_ds.run.resuming import snapshot
+from tezo_ds.settings import RunOptions
 from tezo_ds.tasks.batches import batch_indices
 from tezo_ds.tasks.encoding import Encoded, collate
 from tezo_ds.tasks.evaluation import Score
@@ -40,29 +41,15 @@ from tezo_ds.training.session import Session
 REPLAYED = f"the steps so far from {JOURNAL} in the run folder"
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How long and on what to run, beyond the engine's own config."""
-
-    steps: int
-    batch_size: int  # examples a step over all ranks
-    eval_every: int  # steps; 0: before and after only
-    snapshot_every: int  # steps; 0: never
-    snapshots: int  # that are kept
-    folder: Path  # of the run
-    timeout: float  # seconds that a collective waits for the slowest rank
-    save_model: bool = False  # write the merged model at the end
-
-
 def train(
     session: Session,
-    plan: Plan,
+    options: RunOptions,
     examples: Sequence[Encoded],
     folder: RunFolder | None,
     display: Display,
     scores: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Runs a plan, from the engine's next step on. Every rank calls it; `folder` is rank 0's, None elsewhere.
+    """Trains from the engine's next step on. Every rank calls it; `folder` is rank 0's, None elsewhere.
 
     On an error or a signal rank 0 still writes coefficients, adapter, curve and summary as of the
     last whole step, which takes no other rank. The merged model, which takes all, is then not written;
@@ -78,17 +65,17 @@ def train(
     Raises:
         TezoError: as the engine does. Interrupted: a signal came.
     """
-    return _Training(session, plan, examples, folder, display, scores or {}).run()
+    return _Training(session, options, examples, folder, display, scores or {}).run()
 
 
 class _Training:
     """What `train` does, with the arguments of that."""
 
     def __init__(
-        self, session: Session, plan: Plan, examples: Sequence[Encoded], folder: RunFolder | None,
+        self, session: Session, options: RunOptions, examples: Sequence[Encoded], folder: RunFolder | None,
         display: Display, scores: Mapping[int, Mapping[str, Any]],
     ) -> None:  # fmt: skip
-        self._session, self._plan, self._examples = session, plan, examples
+        self._session, self._options, self._examples = session, options, examples
         self._folder, self._display, self._scored = folder, display, scores
         self._engine = engine = session.engine
         self._evaluator = session.evaluator()
@@ -116,11 +103,11 @@ class _Training:
                 turned_into_exceptions(
                     self._halfway, self._engine.ask_to_stop, lambda: self._engine.run_state.stopping
                 ) as raise_waiting,
-                Liveness(self._engine.sharding, self._plan.timeout) as alive,
+                Liveness(self._engine.sharding, self._options.timeout) as alive,
             ):
                 self._before()
                 trained = time.perf_counter()
-                with self._display.steps(self._plan.steps):
+                with self._display.steps(self._options.steps):
                     for report in self._steps(alive):
                         self._log(report)
                         raise_waiting()
@@ -160,12 +147,12 @@ class _Training:
             self._evaluate(None)
 
     def _steps(self, alive: Liveness) -> Iterator[StepReport]:
-        engine, plan = self._engine, self._plan
+        engine, options = self._engine, self._options
         rank, world_size = engine.sharding.rank, engine.sharding.world_size
-        for step in range(engine.step_index, plan.steps):
+        for step in range(engine.step_index, options.steps):
             alive.at(f"the batch of step {step}")
             chosen = batch_indices(
-                len(self._examples), plan.batch_size, step, engine.config.seed, rank, world_size
+                len(self._examples), options.batch_size, step, engine.config.seed, rank, world_size
             )
             batch = [self._examples[i] for i in chosen]
             collated = collate(batch, self._session.pad_id, filler=self._examples[0])
@@ -181,7 +168,7 @@ class _Training:
                 more["state"] = digest(engine.state())
             if engine.run_state.cost is not None:
                 more["cost"] = asdict(engine.run_state.cost)
-            self._folder.log_step(report, engine.step_index * self._plan.batch_size, more)
+            self._folder.log_step(report, engine.step_index * self._options.batch_size, more)
         if not report.step and engine.radius is not None:
             self._display.note(str(engine.radius))
         self._display.step(report)
@@ -189,18 +176,18 @@ class _Training:
 
     def _between(self, done: int, alive: Liveness) -> None:
         """What is due after so many steps."""
-        plan = self._plan
-        if plan.snapshot_every and done % plan.snapshot_every == 0:
+        options = self._options
+        if options.snapshot_every and done % options.snapshot_every == 0:
             alive.at(f"the snapshot after {done} steps")
-            snapshot(self._engine, plan.folder, self._folder, plan.snapshots)
+            snapshot(self._engine, options.output, self._folder, options.snapshots)
         if self._due(done):
             alive.at(f"the evaluation after {done} steps")
             self._evaluate(None)
 
     def _due(self, done: int) -> bool:
         """Whether an evaluation follows so many steps; those before and after all steps are not counted."""
-        every = self._plan.eval_every
-        return every > 0 and done % every == 0 and 0 < done < self._plan.steps
+        every = self._options.eval_every
+        return every > 0 and done % every == 0 and 0 < done < self._options.steps
 
     def _after(self) -> None:
         """The end of all steps, or of those that there were until a stop."""
@@ -212,8 +199,8 @@ class _Training:
             self._summary["status"] = "stopped"
             return
         self._evaluate("after")
-        if self._plan.save_model:
-            self._save_model(self._plan.folder / MODEL)
+        if self._options.save_model:
+            self._save_model(self._options.output / MODEL)
             self._summary["merged_model"] = MODEL
         self._summary["status"] = "finished"
 

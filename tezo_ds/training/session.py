@@ -18,9 +18,9 @@ from tezo_ds.errors import ConfigError
 from tezo_ds.models.loading import load_model, load_tokenizer
 from tezo_ds.run.about import read_run, sharded_as
 from tezo_ds.run.results import Result, read_result
-from tezo_ds.settings import Settings
+from tezo_ds.settings import TIMEOUT, Settings
 from tezo_ds.sharding import Sharding, sharding_of
-from tezo_ds.sharding.world import TIMEOUT, join_world
+from tezo_ds.sharding.world import join_world
 from tezo_ds.tasks import TaskData, first_tokens, load_task
 from tezo_ds.tasks.evaluation import Evaluator
 
@@ -187,7 +187,8 @@ def resolve_config(
 ) -> tuple[TezoConfig, dict[str, Any] | None]:
     """As `read_config`; joins the launcher's world, as sharding needs one before the model is built."""
     config, deepspeed_config = read_config(deepspeed, overrides, defaults, fsdp)
-    join_world(deepspeed_config is not None, fsdp, timeout)
+    # Ranks read a model at their own speed, so not less than that; `Liveness` shortens it for the steps.
+    join_world(deepspeed_config is not None, fsdp, max(timeout, TIMEOUT))
     return config, deepspeed_config
 
 

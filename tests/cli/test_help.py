@@ -1,0 +1,77 @@
+"""What users read of options: `--help`, docs/configuration.md and README's table say the same, and enough."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import reference
+from pydantic import BaseModel
+
+import tezo_ds
+from tezo_ds.config import TezoConfig
+from tezo_ds.config.declared import extra_of, flags_of
+from tezo_ds.config.registry import METHODS
+from tezo_ds.config.schedules import LR_SCHEDULES
+from tezo_ds.settings import RunOptions, Settings
+from tezo_ds.tasks import BUILTIN_TASKS
+
+STALE = "run `python launch/reference.py`, look at what changed, and commit it"
+NAMED = {"method": METHODS, "schedule": LR_SCHEDULES, "task": BUILTIN_TASKS}  # by registries
+
+
+@pytest.mark.parametrize("command", reference.COMMANDS)
+def test_help_is_as_it_was_last_looked_at(command: str) -> None:
+    golden = reference.HELP / f"{command or 'tezo-ds'}.txt"
+    assert reference.help_of(command) == golden.read_text(), STALE
+
+
+def test_docs_and_readme_say_what_the_fields_say() -> None:
+    page = reference.REPO / "docs" / "configuration.md"
+    assert page.read_text() == reference.configuration(), STALE
+    readme = (reference.REPO / "README.md").read_text()
+    assert readme == reference.with_table(readme), STALE
+
+
+def values_of(annotation: Any) -> set[str]:
+    """All words that a field takes."""
+    if get_origin(annotation) is Literal:
+        return {str(value) for value in get_args(annotation)}
+    return set().union(*(values_of(one) for one in get_args(annotation)), set())
+
+
+@pytest.mark.parametrize("model", [TezoConfig, Settings, RunOptions])
+def test_each_text_names_its_values_and_shows_one_that_is_valid(model: type[BaseModel]) -> None:
+    for name, field in flags_of(model).items():
+        text = str(field.description)
+        values = values_of(field.annotation) | set(NAMED.get(name, ()))
+        assert not {value for value in values if value not in text}, f"{name} names not all values"
+        assert "  " not in text and not text.endswith("."), name
+        example = extra_of(field)["example"]
+        assert example is not None, f"{name} has no example"
+        together = {"query_schedule": {"queries_max": 9}, "warmup_steps": {"total_steps": 900}}
+        required = {"model": "m", "task": "t", "output": "o"}
+        given = {key: value for key, value in required.items() if key in model.model_fields}
+        for one in (example, *sorted(values if name not in NAMED else ())):
+            given |= {"total_steps": 9, name: one, **together.get(name, {})}
+            model(**{key: value for key, value in given.items() if key in model.model_fields})
+
+
+def test_help_is_quick_and_imports_no_torch() -> None:
+    code = "import sys; from tezo_ds import cli; assert 'torch' not in sys.modules; cli.main()"
+
+    def took(*arguments: str) -> float:
+        start = time.perf_counter()
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return time.perf_counter() - start
+
+    assert min(took("--help") for _ in range(5)) < 1.0  # 0.3 s alone; tests run beside this one
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"tezo-ds {tezo_ds.__version__}\n"

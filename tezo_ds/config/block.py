@@ -1,0 +1,304 @@
+"""Fields of the `tezo` block: types, defaults, bounds, and which go together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import suppress
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from tezo_ds.config.declared import declared
+from tezo_ds.config.registry import MethodFacts, facts_of
+from tezo_ds.config.schedules import LR_SCHEDULES, adaptive_queries, adazeta_queries
+from tezo_ds.errors import ConfigError
+
+BLOCK = "tezo"
+# What may change when a run goes on, as the same steps follow from it, up to the rounding of losses.
+FREE = frozenset({"check_every", "branch_chunk", "memory_budget", "micro_batch"})
+
+
+METHOD, STEP, DIRECTIONS = "Method", "Step size", "Directions"
+PROBE, TRAINS = "Probe, memory and checks", "What trains"
+ADAMS = "tezo-adam, tezo-adam-coef, mezo-adam"
+
+
+class TezoConfig(BaseModel):
+    """The `tezo` block. Every field has an override of the same name on the command line."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    method: str = declared(
+        "tezo",
+        "update rule: tezo, tezo-m (momentum), tezo-adam (as published), tezo-adam-coef (Adam on the "
+        "coefficients), lozo, lozo-m, mezo, mezo-m or mezo-adam",
+        group=METHOD, example="lozo",
+    )  # fmt: skip
+    rank: Annotated[int, Field(ge=1)] | Literal["auto"] = declared(
+        16,
+        'columns r of U and V of each matrix; "auto" chooses them by layer (tezo methods only); lozo takes '
+        "2 by default",
+        group=METHOD, used_by="tezo…, lozo…", example=4,
+    )  # fmt: skip
+    rank_threshold: float = declared(
+        0.25,
+        "share of a matrix's largest singular value above which a singular value counts, under rank auto",
+        group=METHOD, used_by="tezo…", example=0.5, gt=0, le=1,
+    )  # fmt: skip
+    rank_max: int = declared(
+        64, "largest rank that auto may choose", group=METHOD, used_by="tezo…", example=32, ge=1
+    )
+    refresh_every: int = declared(
+        0,
+        "steps after which what was learnt is written into the weights and U, V are drawn anew; 0: never",
+        group=METHOD, used_by="tezo…", example=500, ge=0,
+    )  # fmt: skip
+    nu: int = declared(
+        50, "ν, steps for which LOZO keeps its V", group=METHOD, used_by="lozo…", example=100, ge=1
+    )
+    rank_scaling: bool = declared(
+        False, "scale LOZO's updates by 1/rank, as its paper does and its code does not",
+        group=METHOD, used_by="lozo…", example=True,
+    )  # fmt: skip
+    momentum: float = declared(
+        0.9, "β₁ of the methods with momentum", group=METHOD, used_by="tezo-m, lozo-m, mezo-m",
+        example=0.95, ge=0, lt=1,
+    )  # fmt: skip
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        declared(
+            (0.9, 0.999), "β₁ and β₂ of Adam", group=METHOD, used_by=ADAMS, example=(0.9, 0.99)
+        )
+    )
+    eps: float = declared(
+        1e-8, "ε in the denominator of Adam", group=METHOD, used_by=ADAMS, example=1e-6, gt=0
+    )
+    bias_correction: bool = declared(
+        True,
+        "Adam bias correction (the TeZO paper omits it)",
+        group=METHOD,
+        used_by=ADAMS,
+        example=False,
+    )
+
+    rho: Annotated[float, Field(gt=0)] | Literal["auto"] = declared(
+        1e-3,
+        'perturbation radius ρ; "auto" chooses it on the first batch',
+        group=STEP,
+        example="auto",
+    )
+    lr: float = declared(1e-6, "peak learning rate η", group=STEP, example=2e-6, ge=0)
+    schedule: str = declared(
+        "constant",
+        "learning rate after the warm-up: constant, or falling to 0 at total_steps by linear or cosine",
+        group=STEP, example="cosine",
+    )  # fmt: skip
+    warmup_steps: int = declared(
+        0,
+        "steps over which the learning rate rises from 0",
+        group=STEP,
+        example=100,
+        ge=0,
+        le=2**53,
+    )
+    total_steps: int | None = declared(
+        None,
+        "length of the run in steps, which linear, cosine and adaptive need; the command line takes --steps",
+        group=STEP, example=5000, ge=1,
+    )  # fmt: skip
+    clip_kappa: float | None = declared(
+        None,
+        "quantile of |κ| over the last 256 slopes that bounds later slopes; unset: no bound",
+        group=STEP, example=0.95, gt=0, lt=1,
+    )  # fmt: skip
+
+    seed: int = declared(
+        0, "seed of U, V, τ and of the order of the data", group=DIRECTIONS, example=1, ge=0
+    )
+    queries: int = declared(
+        1, "directions Q measured in a step, two branches each", group=DIRECTIONS, example=8, ge=1
+    )
+    query_schedule: Literal["constant", "adaptive", "adazeta"] = declared(
+        "constant",
+        "directions in later epochs: constant, or growing as in TT-ZO (adaptive) or AdaZeta (adazeta)",
+        group=DIRECTIONS, example="adazeta",
+    )  # fmt: skip
+    queries_max: int | None = declared(
+        None,
+        "upper bound on queries under adaptive and adazeta",
+        group=DIRECTIONS,
+        example=16,
+        ge=1,
+    )
+    query_alpha: float = declared(
+        1.0, "α in AdaZeta's ⌊α epoch^β⌋ directions", group=DIRECTIONS, used_by="query_schedule adazeta",
+        example=2.0, gt=0,
+    )  # fmt: skip
+    query_beta: float = declared(
+        0.5, "β in AdaZeta's ⌊α epoch^β⌋ directions", group=DIRECTIONS,
+        used_by="query_schedule adazeta", example=1.0, ge=0,
+    )  # fmt: skip
+    steps_per_epoch: int | None = declared(
+        None,
+        "steps of an epoch, which adaptive and adazeta need; the command line takes examples over batch size",
+        group=DIRECTIONS, used_by="query_schedule adaptive, adazeta", example=50, ge=1,
+    )  # fmt: skip
+    placement: Literal["shared", "per_rank"] = declared(
+        "shared",
+        "shared: all ranks measure the same directions, each on its own examples; per_rank: each measures as "
+        "many of its own, for the same traffic",
+        group=DIRECTIONS, used_by="fused probe", example="per_rank",
+    )  # fmt: skip
+    difference: Literal["central", "forward"] = declared(
+        "central",
+        "slope of a direction: central, (L⁺ - L⁻) / 2ρ of two branches; forward, (L⁺ - L) / ρ of one branch "
+        "and one for all directions",
+        group=DIRECTIONS, example="forward",
+    )  # fmt: skip
+
+    probe: Literal["auto", "fused", "inplace"] = declared(
+        "auto",
+        "fused: all branches in one forward, weights only read; inplace: one forward a branch, weights "
+        "written and restored; auto: fused where it reaches all that trains",
+        group=PROBE, example="inplace",
+    )  # fmt: skip
+    restore: Literal["auto", "copy", "subtract"] = declared(
+        "auto",
+        "how the in-place probe restores weights: copy (exact, from a second copy of what trains), subtract "
+        "(no copy, rounding errors, as MeZO does) or auto (subtract for mezo, else copy)",
+        group=PROBE, used_by="in-place probe", example="copy",
+    )  # fmt: skip
+    branch_chunk: int = declared(
+        0, "branches in one forward; 0: all branches of a step", group=PROBE, used_by="fused probe",
+        example=4, ge=0,
+    )  # fmt: skip
+    memory_budget: float | None = declared(
+        None,
+        "GiB that the tensors of a forward may take on a rank, the weights beside; sets branch_chunk",
+        group=PROBE, used_by="fused probe", example=20.0, gt=0,
+    )  # fmt: skip
+    micro_batch: int = declared(
+        0, "examples of a rank in one forward; 0: all", group=PROBE, example=2, ge=0
+    )
+    stochastic_rounding: bool = declared(
+        True,
+        "round what is written into 16-bit weights at random, so that small updates count; off: to the "
+        "nearest",
+        group=PROBE, used_by="methods that write weights", example=False,
+    )  # fmt: skip
+    check_every: int = declared(
+        100, "steps between checks that all ranks hold the same bits; 0: only at the end", group=PROBE,
+        example=1000, ge=0,
+    )  # fmt: skip
+
+    include: tuple[str, ...] = declared(
+        ("*",), "glob pattern of parameter names that train; may be given several times", group=TRAINS,
+        example=("*.v_proj.*",),
+    )  # fmt: skip
+    exclude: tuple[str, ...] = declared(
+        (), "glob pattern of parameter names that stay frozen although included; may be given several times",
+        group=TRAINS, example=("*embed*",),
+    )  # fmt: skip
+    train_vectors: bool = declared(
+        False, "train biases and norm weights, too", group=TRAINS, example=True
+    )
+
+    @field_validator("method")
+    @classmethod
+    def _is_a_method(cls, name: str) -> str:
+        facts_of(name)
+        return name
+
+    @field_validator("schedule")
+    @classmethod
+    def _is_a_schedule(cls, name: str) -> str:
+        if name not in LR_SCHEDULES:
+            raise ValueError(f"must be one of {', '.join(LR_SCHEDULES)}")
+        return name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rank_of_method(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or "method" not in fields:
+            return fields
+        with suppress(ValueError):  # no method, which the field's own check says
+            rank = facts_of(str(fields["method"])).rank
+            if rank not in (None, cls.model_fields["rank"].default):
+                return {"rank": rank, **fields}
+        return fields
+
+    @model_validator(mode="after")
+    def _method_takes(self) -> TezoConfig:
+        if not self.facts.fixed_factors:
+            if self.refresh_every:
+                raise ValueError(f"refresh_every: is for tezo, not for method {self.method}")
+            if self.rank == "auto":
+                raise ValueError(f"rank: auto is for tezo, not for method {self.method}")
+        return self
+
+    @model_validator(mode="after")
+    def _queries_have_bounds(self) -> TezoConfig:
+        if self.query_schedule != "constant" and self.queries_max is None:
+            raise ValueError(f"query_schedule: {self.query_schedule} needs queries_max")
+        if self.query_schedule == "adaptive" and self.total_steps is None:
+            raise ValueError("query_schedule: adaptive needs total_steps, which is not set")
+        if self.memory_budget is not None and self.branch_chunk:
+            raise ValueError("memory_budget: sets branch_chunk by itself; leave one of them out")
+        if self.placement == "per_rank" and self.probe == "inplace":
+            raise ValueError("placement: per_rank needs the fused probe; ranks share the weights")
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_has_an_end(self) -> TezoConfig:
+        if self.schedule != "constant" and self.total_steps is None:
+            raise ValueError(
+                f"schedule: {self.schedule} falls to 0 at total_steps, which is not set"
+            )
+        if self.total_steps is not None and self.warmup_steps > self.total_steps:
+            raise ValueError(
+                f"warmup_steps: {self.warmup_steps} is more than total_steps {self.total_steps}"
+            )
+        return self
+
+    @property
+    def facts(self) -> MethodFacts:
+        """What is known of `method`."""
+        return facts_of(self.method)
+
+    @property
+    def identity(self) -> str:
+        """Of a run's files, by which those of a run that was configured otherwise are told apart: 64 bits,
+        as hex, of the fields that stay while a run goes on."""
+        fields = self.model_dump(mode="json", exclude_defaults=True, exclude={*FREE, "total_steps"})
+        text = json.dumps(fields, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate η of `step` (from 0): a linear warm-up, then the schedule."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        if self.total_steps is None:  # constant, by the config's own check
+            return self.lr
+        remaining = max(1, self.total_steps - self.warmup_steps)
+        return self.lr * LR_SCHEDULES[self.schedule](
+            min(1.0, (step - self.warmup_steps) / remaining)
+        )
+
+    def queries_at(self, step: int) -> int:
+        """Directions Q that `step` (from 0) measures; all steps of an epoch measure as many.
+
+        Raises:
+            ConfigError: `steps_per_epoch` is not set, and the schedule needs it.
+        """
+        if self.query_schedule == "constant":
+            return self.queries
+        if self.steps_per_epoch is None:
+            raise ConfigError(
+                f"query_schedule {self.query_schedule} needs steps_per_epoch: examples over batch size"
+            )
+        epoch, most = step // self.steps_per_epoch, self.queries_max
+        assert most is not None, "the config's own check"
+        if self.query_schedule == "adaptive":
+            assert self.total_steps is not None, "the config's own check"
+            return adaptive_queries(epoch, most, self.total_steps)
+        return adazeta_queries(epoch, most, self.query_alpha, self.query_beta)

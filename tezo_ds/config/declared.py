@@ -1,0 +1,50 @@
+"""How a field is declared: once, for the command line, the docs and the validation alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, Field
+from pydantic.fields import FieldInfo
+
+
+def declared(
+    default: Any, text: str, *, group: str | None = None, used_by: str = "all", example: Any = None,
+    flag: bool = True, **bounds: Any,
+) -> Any:  # fmt: skip
+    """A pydantic field with what its users read.
+
+    Args:
+        default: value where nobody says anything; `...`: it has to be said.
+        text: a sentence for `--help` and docs, which names values and unit.
+        group: heading under which `--help` and docs list it; None: that of the command itself.
+        used_by: methods or probes that look at it.
+        example: a value to show.
+        flag: whether the command line has an option for it.
+        bounds: of the value, as pydantic's `Field` takes them.
+    """
+    extra = {"group": group, "used_by": used_by, "example": example, "flag": flag}
+    return Field(default, description=text, json_schema_extra=extra, **bounds)
+
+
+def extra_of(field: FieldInfo) -> dict[str, Any]:
+    """What `declared` was told beyond pydantic's own."""
+    extra = field.json_schema_extra
+    assert isinstance(extra, dict), "a field that was not declared by `declared`"
+    return dict(extra)
+
+
+def shown_default(field: FieldInfo) -> str:
+    """Default as users would write it; "" where there is none."""
+    default = field.default
+    if field.is_required() or default is None or default == ():
+        return ""
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    values = default if isinstance(default, tuple) else (default,)
+    return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+
+
+def flags_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Fields of a model for which the command line has an option."""
+    return {name: f for name, f in model.model_fields.items() if extra_of(f)["flag"]}
