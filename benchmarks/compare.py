@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from methods_report import Record
+from parts.methods.report import Record
+from parts.scaling.report import KEYS, key, read
+from parts.scaling.split import PARTS
 from rich.console import Console
 from rich.table import Table
-from scaling_report import KEYS, key, read
-from scaling_split import PARTS
 
 SECONDS = tuple(f"{part}_s" for part in ("step", *PARTS))
 BYTES = ("peak_bytes", "gather_bytes", "gather_calls", "our_bytes", "our_calls")

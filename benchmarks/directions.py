@@ -27,16 +27,16 @@ from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
-import directions_report as report
-import methods_training
 import torch
-from directions_gradient import agreement, differentiable
-from directions_speed import add_arguments, overhead, update_cost
-from directions_training import CHUNK, Curves, Way, points_of
-from machine import describe
-from methods_data import load_splits
-from methods_report import Record, Results, best_rate, put_between_markers
-from methods_training import Settings, Weights, choice_loss
+from parts.common.machine import describe
+from parts.directions import report
+from parts.directions.gradient import agreement, differentiable
+from parts.directions.speed import add_arguments, overhead, update_cost
+from parts.directions.training import CHUNK, Curves, Way, points_of
+from parts.methods import training as methods_training
+from parts.methods.data import load_splits
+from parts.methods.report import Record, Results, best_rate, put_between_markers
+from parts.methods.training import Settings, Weights, choice_loss
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 

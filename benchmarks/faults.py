@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from machine import describe
+from parts.common.machine import describe
 from rich.console import Console
 from rich.table import Table
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from machine import describe
+from parts.common.machine import describe
 from rich.console import Console
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer

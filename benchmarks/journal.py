@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe
+from parts.common.machine import describe
 from rich.console import Console
 from rich.table import Table
 from transformers import OPTConfig, OPTForCausalLM

@@ -28,11 +28,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
-from directions_report import table
-from machine import describe
-from mapped_weights import extents, read_ahead
-from methods_report import put_between_markers
-from random_checkpoint import leave_cache, write_random
+from parts.common.machine import describe
+from parts.directions.report import table
+from parts.larger_than_memory.mapped_weights import extents, read_ahead
+from parts.larger_than_memory.random_checkpoint import leave_cache, write_random
+from parts.methods.report import put_between_markers
 from step_overhead import ROOT, make_batch
 from transformers import PreTrainedModel
 

@@ -24,11 +24,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import methods_training
 import torch
-from machine import describe
-from methods_data import TASKS, Splits, load_splits
-from methods_report import (
+from parts.common.machine import describe
+from parts.methods import training as methods_training
+from parts.methods.data import TASKS, Splits, load_splits
+from parts.methods.report import (
     BASE,
     MOST_SEEDS,
     Line,
@@ -41,7 +41,7 @@ from methods_report import (
     summarise,
     tables,
 )
-from methods_training import LORA, Settings, Trainer, Weights
+from parts.methods.training import LORA, Settings, Trainer, Weights
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

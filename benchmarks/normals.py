@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from machine import describe
+from parts.common.machine import describe
 from rich.console import Console
 from rich.table import Table
 

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from machine import describe
+from parts.common.machine import describe
 from rich.console import Console
 from rich.table import Table
 from step_overhead import ROOT, arguments, load, make_batch, random_llama
@@ -33,8 +33,9 @@ from tezo_ds.losses.objective import Objective
 from tezo_ds.sharding import sharding_of
 
 sys.path.append(str(ROOT / "tests" / "helpers"))
-from process_memory import METHODS, may_take, process_peak
+from process_memory import may_take, process_peak
 
+from tezo_ds.config.registry import METHODS
 from tezo_ds.engine.live_bytes import LiveBytes
 
 PLAIN, PROBES = "plain forward", ("fused", "inplace")
@@ -110,7 +111,7 @@ def table_of_methods(peaks: dict[str, dict[str, int]], title: str) -> Table:
 
 def main() -> None:
     parser = arguments(__doc__.split("\n")[0])
-    parser.add_argument("--methods", nargs="*", choices=METHODS, help="those named, or all")
+    parser.add_argument("--methods", nargs="*", choices=list(METHODS), help="those named, or all")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -118,7 +119,7 @@ def main() -> None:
         return
     console = Console()
     console.print(describe())
-    names = PROBES if args.methods is None else args.methods or METHODS
+    names = PROBES if args.methods is None else args.methods or list(METHODS)
     for shape in args.shapes:
         peaks = {name: measure(name, shape, sys.argv[1:]) for name in (PLAIN, *names)}
         table = table_of_probes if args.methods is None else table_of_methods

@@ -26,17 +26,17 @@ from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import methods_training
 import torch
-from backends import spawn
-from machine import describe
-from methods_data import load_splits
-from methods_report import Record, Results
-from methods_training import Settings, Trainer, Weights
-from peers_job import Job
-from peers_measure import RECORD, WEIGHTS, run
-from peers_report import report
-from peers_ways import WAYS
+from parts.common.backends import spawn
+from parts.common.machine import describe
+from parts.methods import training as methods_training
+from parts.methods.data import load_splits
+from parts.methods.report import Record, Results
+from parts.methods.training import Settings, Trainer, Weights
+from parts.peers.job import Job
+from parts.peers.measure import RECORD, WEIGHTS, run
+from parts.peers.report import report
+from parts.peers.ways import WAYS
 from rich.console import Console
 from safetensors.torch import load_file
 from step_overhead import ROOT

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from machine import describe
-from methods_data import load_splits
+from parts.common.machine import describe
+from parts.methods.data import load_splits
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn

@@ -27,12 +27,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from backends import spawn
-from machine import describe
-from methods_report import put_between_markers
+from parts.common.backends import spawn
+from parts.common.machine import describe
+from parts.methods.report import put_between_markers
+from parts.scaling.measure import SHARDINGS, hosts, measure, misfit
+from parts.scaling.report import MARKERS, draw, markdown, read, save
 from rich.console import Console
-from scaling_measure import SHARDINGS, hosts, measure, misfit
-from scaling_report import MARKERS, draw, markdown, read, save
 from step_overhead import ROOT, random_llama
 from transformers.utils.logging import disable_progress_bar
 

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from machine import describe
-from methods_report import put_between_markers
-from rich.console import Console
-from scaling_model_calibration import calibration
-from scaling_model_points import OURS, Point, job_at, points
-from scaling_model_report import (
+from parts.common.machine import describe
+from parts.methods.report import put_between_markers
+from parts.scaling.report import read
+from parts.scaling_model.calibration import calibration
+from parts.scaling_model.points import OURS, Point, job_at, points
+from parts.scaling_model.report import (
     MARKERS,
     constants,
     counted,
@@ -30,7 +30,7 @@ from scaling_model_report import (
     stops,
     words,
 )
-from scaling_report import read
+from rich.console import Console
 from step_overhead import ROOT
 
 from tezo_ds.plan.dry_run import count

@@ -26,8 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from backends import BACKENDS, place, settle, spawn
-from machine import describe
+from parts.common.backends import BACKENDS, place, settle, spawn
+from parts.common.machine import describe
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table

@@ -26,10 +26,10 @@ from pathlib import Path
 from subprocess import STDOUT, Popen
 from typing import Any
 
-from machine import describe
-from methods_report import Record, Results, put_between_markers
+from parts.common.machine import describe
+from parts.methods.report import Record, Results, put_between_markers
+from parts.two_nodes.report import MARKERS, draw, markdown
 from rich.console import Console
-from two_nodes_report import MARKERS, draw, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]

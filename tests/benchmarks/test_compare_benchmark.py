@@ -7,7 +7,7 @@ from typing import Any
 
 import compare
 import pytest
-from scaling_report import save
+from parts.scaling.report import save
 from scaling_rows import row
 
 

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import directions
-import directions_gradient
 import pytest
 import torch
-from directions_gradient import agreement, cosine, cosines, differentiable, expected_cosine
-from directions_report import MARKERS
-from directions_speed import update_cost
-from directions_training import Curves, RanksInTurn, Way, points_of
-from methods_data import read_splits
-from methods_report import Results
-from methods_training import choice_loss
+from parts.directions import gradient as directions_gradient
+from parts.directions.gradient import agreement, cosine, cosines, differentiable, expected_cosine
+from parts.directions.report import MARKERS
+from parts.directions.speed import update_cost
+from parts.directions.training import Curves, RanksInTurn, Way, points_of
+from parts.methods.data import read_splits
+from parts.methods.report import Results
+from parts.methods.training import choice_loss
 from rich.console import Console
 from task_files import WORDS, reviews, write
 from tiny import make_batch, part_of, tiny

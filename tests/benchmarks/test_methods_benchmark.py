@@ -10,12 +10,12 @@ from typing import Any
 
 import method_state
 import methods
-import methods_training
 import pytest
 import torch
-from methods_data import Splits, read_splits
-from methods_report import BEGIN, END, Results, best_rate, interval, put_between_markers
-from methods_training import LORA, Settings, Trainer, Weights
+from parts.methods import training as methods_training
+from parts.methods.data import Splits, read_splits
+from parts.methods.report import BEGIN, END, Results, best_rate, interval, put_between_markers
+from parts.methods.training import LORA, Settings, Trainer, Weights
 from task_files import WORDS, reviews, write
 from tiny import make_batch, tiny
 from tiny_tokenizer import save_tiny_llama

@@ -10,11 +10,11 @@ from typing import Any
 import peers
 import pytest
 import torch
-from methods_report import Record, Results
-from peers_loops import EggrollLoop, LozoLoop, MezoLoop, chosen
-from peers_measure import pace
-from peers_report import MARKERS, report, rows
-from peers_ways import ALL, VALUES, WAYS, Started, merged_lora
+from parts.methods.report import Record, Results
+from parts.peers.loops import EggrollLoop, LozoLoop, MezoLoop, chosen
+from parts.peers.measure import pace
+from parts.peers.report import MARKERS, report, rows
+from parts.peers.ways import ALL, VALUES, WAYS, Started, merged_lora
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from tiny import make_batch, tiny
@@ -184,8 +184,8 @@ class Counted(Started):
 def test_a_pace_leaves_the_first_of_each_turn_out(monkeypatch: pytest.MonkeyPatch) -> None:
     started = Counted()
     job: Any = type("Job", (), {"batch": lambda self, step, rank: {}})()
-    monkeypatch.setattr("peers_measure.time.perf_counter", lambda: started.now)
-    monkeypatch.setattr("peers_measure.gathered", lambda seconds: [seconds, seconds / 2])
+    monkeypatch.setattr("parts.peers.measure.time.perf_counter", lambda: started.now)
+    monkeypatch.setattr("parts.peers.measure.gathered", lambda seconds: [seconds, seconds / 2])
     found = pace(started, job, 0)
     assert (found["plain_seconds"], found["step_seconds"], found["ratio"]) == (3, 6, 2)
     assert started.seen == [1, 2] * 3

@@ -10,10 +10,10 @@ from unittest import mock
 
 import pytest
 import scaling
-from scaling_measure import copies, examples_of, misfit, summary
-from scaling_report import MARKERS, draw, markdown, rates, read, save
+from parts.scaling.measure import copies, examples_of, misfit, summary
+from parts.scaling.report import MARKERS, draw, markdown, rates, read, save
+from parts.scaling.split import PARTS, Split
 from scaling_rows import row
-from scaling_split import PARTS, Split
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,11 +13,20 @@ from unittest import mock
 import numpy as np
 import pytest
 import scaling_model
-from scaling_model_calibration import calibration
-from scaling_model_fit import FORMS, RING, Fit, fit, left_out, terms, typical, usable
-from scaling_model_points import OURS, Point, efficiency, hybrid, job_at, limit, line_of, points
-from scaling_model_report import MARKERS
-from scaling_report import save
+from parts.scaling.report import save
+from parts.scaling_model.calibration import calibration
+from parts.scaling_model.fit import FORMS, RING, Fit, fit, left_out, terms, typical, usable
+from parts.scaling_model.points import (
+    OURS,
+    Point,
+    efficiency,
+    hybrid,
+    job_at,
+    limit,
+    line_of,
+    points,
+)
+from parts.scaling_model.report import MARKERS
 from scaling_rows import row
 from transformers import OPTConfig
 

@@ -8,9 +8,9 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from parts.scaling.measure import SHARDINGS, gathered, load, measure, misfit, timed_steps
+from parts.scaling.split import PARTS, Split
 from scaling import random_model
-from scaling_measure import SHARDINGS, gathered, load, measure, misfit, timed_steps
-from scaling_split import PARTS, Split
 from step_overhead import make_batch, random_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import World, case

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from scaling_split import PARTS
+from parts.scaling.split import PARTS
 
 
 def row(**more: Any) -> dict[str, Any]:

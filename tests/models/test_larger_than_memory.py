@@ -10,13 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import larger_than_memory
-import mapped_weights
 import pytest
-import random_checkpoint
 import torch
 from larger_than_memory import markers, train
-from mapped_weights import extents, pages_of, read_ahead
-from random_checkpoint import write_random
+from parts.larger_than_memory import mapped_weights, random_checkpoint
+from parts.larger_than_memory.mapped_weights import extents, pages_of, read_ahead
+from parts.larger_than_memory.random_checkpoint import write_random
 from tiny import make_batch
 from torch import nn
 from transformers import LlamaConfig

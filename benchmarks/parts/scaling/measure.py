@@ -15,12 +15,12 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from backends import settle
-from machine import describe
-from methods_report import Record
-from scaling_split import PARTS, Split
 from step_overhead import ROOT, make_batch
 
+from parts.common.backends import settle
+from parts.common.machine import describe
+from parts.methods.report import Record
+from parts.scaling.split import PARTS, Split
 from tezo_ds.config import resolve
 from tezo_ds.engine.engine import Engine
 from tezo_ds.engine.live_bytes import LiveBytes

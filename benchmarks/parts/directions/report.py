@@ -7,10 +7,10 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
-from directions_gradient import expected_cosine
-from directions_training import Way
-from methods_report import Record
-from pictures import load_pyplot
+from parts.common.pictures import load_pyplot
+from parts.directions.gradient import expected_cosine
+from parts.directions.training import Way
+from parts.methods.report import Record
 
 MARKERS = ("<!-- benchmarks/directions.py: begin -->", "<!-- benchmarks/directions.py: end -->")
 

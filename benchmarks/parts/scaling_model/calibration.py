@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from directions_report import table
-from methods_report import Record
-from scaling_model_fit import FORMS, RING, Fit, LeftOut, fit, left_out, typical, usable
-from scaling_report import NAMES
+from parts.directions.report import table
+from parts.methods.report import Record
+from parts.scaling.report import NAMES
+from parts.scaling_model.fit import FORMS, RING, Fit, LeftOut, fit, left_out, typical, usable
 
 
 def calibration(records: Sequence[Record]) -> str:

@@ -6,11 +6,12 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from directions_report import table
-from methods_report import Record, put_between_markers
-from peers_ways import ALL, WAYS
-from pictures import load_pyplot
 from rich.console import Console
+
+from parts.common.pictures import load_pyplot
+from parts.directions.report import table
+from parts.methods.report import Record, put_between_markers
+from parts.peers.ways import ALL, WAYS
 
 MARKERS = ("<!-- benchmarks/peers.py: begin -->", "<!-- benchmarks/peers.py: end -->")
 COST = (

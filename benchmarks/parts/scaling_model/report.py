@@ -6,10 +6,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from directions_report import table
-from pictures import load_pyplot
-from scaling_model_points import OURS, WAYS, Limit, Point, efficiency, limit, line_of
-
+from parts.common.pictures import load_pyplot
+from parts.directions.report import table
+from parts.scaling_model.points import OURS, WAYS, Limit, Point, efficiency, limit, line_of
 from tezo_ds.plan import timing
 from tezo_ds.plan.hardware import Cluster, Gpu
 from tezo_ds.plan.needs import GIB

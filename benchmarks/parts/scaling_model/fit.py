@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from methods_report import Record
 from numpy.typing import NDArray
+
+from parts.methods.report import Record
 
 Array = NDArray[np.float64]
 

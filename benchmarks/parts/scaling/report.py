@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from directions_report import table
-from methods_report import Record
-from pictures import load_pyplot
-from scaling_split import PARTS
+from parts.common.pictures import load_pyplot
+from parts.directions.report import table
+from parts.methods.report import Record
+from parts.scaling.split import PARTS
 
 MARKERS = ("<!-- benchmarks/scaling.py: begin -->", "<!-- benchmarks/scaling.py: end -->")
 # What a row is of; two rows with the same are two measurements of one thing.

@@ -16,11 +16,11 @@ from typing import Any
 import peft
 import torch
 import torch.nn.functional as F
-from methods_data import Splits
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import tezo_ds
+from parts.methods.data import Splits
 from tezo_ds.engine.live_bytes import LiveBytes
 from tezo_ds.errors import ProbeError
 from tezo_ds.losses.objective import IGNORE, targets
@@ -105,7 +105,7 @@ def tezo_fields(method: str, lr: float, seed: int, settings: Settings) -> dict[s
 
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """What every benchmark on this data takes: examples, model, and files by the benchmark's name."""
-    root, add = Path(__file__).resolve().parent.parent, parser.add_argument
+    root, add = Path(__file__).resolve().parents[3], parser.add_argument
     add("--train-examples", type=int, default=800)
     add("--test-examples", type=int, default=200)
     add("--model", default=".cache/quickstart/SmolLM2-135M-Instruct")

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from methods_training import Settings
-from peers_loops import Batch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from parts.methods.training import Settings
+from parts.peers.loops import Batch
 from tezo_ds.losses.objective import Objective
 from tezo_ds.models import loading
 from tezo_ds.sharding import Sharding, sharding_of

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from backends import settle
-from methods_report import Record
-from peers_job import Job, inference
-from peers_loops import Batch
-from peers_ways import WAYS, Started
 from safetensors.torch import save_file
-from scaling_measure import gathered
 from step_overhead import ROOT, random_llama
 from torch import Tensor, nn
+
+from parts.common.backends import settle
+from parts.methods.report import Record
+from parts.peers.job import Job, inference
+from parts.peers.loops import Batch
+from parts.peers.ways import WAYS, Started
+from parts.scaling.measure import gathered
 
 sys.path.append(str(ROOT / "tests" / "helpers"))
 from process_memory import process_peak
