@@ -1,4 +1,4 @@
-"""Whether steps have become slower or larger: two CSVs of benchmarks/scaling.py, row by row.
+"""Comparison of two CSVs of benchmarks/scaling.py, row by row: have steps become slower or larger?
 
     python benchmarks/compare.py OLD.csv NEW.csv
 
@@ -29,11 +29,11 @@ SHORTEST = 1e-4  # seconds: parts that take less in both are not compared
 
 @dataclass(frozen=True)
 class Change:
-    """Of one number of one row.
+    """Change of one number of one row.
 
     Attributes:
-        row: by KEYS.
-        name: of the column.
+        row: the row's key, by KEYS.
+        name: name of the column.
         old, new: medians, or counts.
         verdict: "slower", "faster", "larger", "smaller"; "" within the spread.
     """
@@ -46,16 +46,16 @@ class Change:
 
     @property
     def worse(self) -> bool:
-        """Whether it is a regression."""
+        """Whether the change is a regression."""
         return self.verdict in ("slower", "larger")
 
 
 def changes(old: Record, new: Record, memory: float) -> Iterator[Change]:
-    """Of two measurements of one thing.
+    """Yields the changes between two measurements of one thing.
 
     Args:
         old, new: rows of the same key.
-        memory: of peak memory, the part by which it may differ.
+        memory: fraction by which peak memory may differ.
     """
     for name in SECONDS:
         if max(old[name], new[name]) < SHORTEST:
@@ -76,7 +76,7 @@ def changes(old: Record, new: Record, memory: float) -> Iterator[Change]:
 def compare(
     old: Sequence[Record], new: Sequence[Record], memory: float
 ) -> tuple[list[Change], list[tuple[Any, ...]], list[tuple[Any, ...]]]:
-    """Changes of the rows that both have; keys that only the old ones have, and only the new ones."""
+    """Returns changes of the rows that both have, keys that only `old` has, and keys that only `new` has."""
     before, after = {key(r): r for r in old}, {key(r): r for r in new}
     found = [
         change
@@ -89,7 +89,7 @@ def compare(
 
 
 def report(found: Sequence[Change], every: bool) -> Table:
-    """Steps of all rows, and of everything else what has changed."""
+    """Makes a table: steps of all rows, and of everything else what has changed."""
     table = Table("row", "what", "old", "new", "ratio", "")
     for change in found:
         if change.verdict or change.name == "step_s" or every:
@@ -102,7 +102,7 @@ def report(found: Sequence[Change], every: bool) -> Table:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The command line; gives the exit code."""
+    """Runs the command line; returns the exit code."""
     description, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=description, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -1,6 +1,6 @@
 """Many directions a step: what they see of the gradient, what they cost, and when they train faster.
 
-SmolLM2-135M-Instruct on TREC's questions (see methods_data.py). Sections, each by itself with --only:
+SmolLM2-135M-Instruct on TREC's questions (see parts/methods/data.py). Sections, each by itself with --only:
 
     gradient   cosine between the estimate and the true coefficient gradient, against Q
     update     drawing τ, summing κτ and the update at OPT-30B's shape, for one rank of 1, 16, 128
@@ -72,7 +72,7 @@ class Benchmark:
 
     @functools.cached_property
     def model(self) -> PreTrainedModel:
-        """In float32."""
+        """The model in float32."""
         return self._load("float32")
 
     def _load(self, dtype: str) -> PreTrainedModel:
@@ -83,7 +83,7 @@ class Benchmark:
         return model
 
     def trainer(self, settings: Settings) -> Curves:
-        """On the benchmark's model, in a dtype, and data."""
+        """Makes a trainer on the benchmark's data and model, in the dtype of the settings."""
         model = self.model if settings.dtype == "float32" else self._load(settings.dtype)
         importlib.import_module("tezo_ds.rng.compiled")  # compiles: not within a step's pace
         splits = load_splits(
@@ -99,7 +99,7 @@ class Benchmark:
         return self.trainer(self.settings)
 
     def key(self, section: str) -> Record:
-        """What all runs of a section have in common."""
+        """Returns the fields that all runs of a section have in common."""
         a, fields = self._args, self.settings.fields()
         if section == "gradient":
             return {
@@ -116,8 +116,8 @@ class Benchmark:
         return {"section": section, "model": a.model, "rates": a.rates, **fields}
 
     def wanted(self, section: str) -> list[Record]:
-        """Every record of a section as the fields that name it; of a final run the learning rate is None
-        until all were tried."""
+        """Returns every record of a section as the fields that name it; the learning rate of a final run is
+        None until all were tried."""
         a, key = self._args, self.key(section)
         if section == "gradient":
             return [{**key, "batch": batch} for batch in range(a.gradient_batches)]
@@ -140,7 +140,7 @@ class Benchmark:
         return runs
 
     def _rates(self, key: Record, way: Way) -> list[float]:
-        """Learning rates to try, as far as is known: beyond an end that was best there are more."""
+        """Returns learning rates to try, as far as is known: beyond an end that was best there are more."""
         a, of_way = self._args, {**key, "way": way.name}
         indices = list(range(a.rates))
         while True:
@@ -152,14 +152,14 @@ class Benchmark:
             indices.append(min(indices) - 1 if best == min(rates) else max(indices) + 1)
 
     def left(self) -> list[Record]:
-        """Of all sections, what is not finished."""
+        """Returns the runs of all sections that are not finished."""
         return [run for section in self._args.only for run in self._left(section)]
 
     def _left(self, section: str) -> list[Record]:
         return [run for run in self.wanted(section) if self._results.find(run) is None]
 
     def minutes_left(self) -> float:
-        """A guess: budgets and what judging and the other sections took on two cores."""
+        """Guesses the minutes left: budgets, and what judging and the other sections took on two cores."""
         seconds = 0.0
         for run in self.left():
             if run["section"] in self.ways:
@@ -172,7 +172,7 @@ class Benchmark:
         return seconds / 60
 
     def run(self) -> None:
-        """All that is left, in order."""
+        """Runs all that is left, in order."""
         makers: dict[str, Callable[[Record], Record]] = {
             "gradient": self._gradient, "update": self._update, "speed": self._speed,
             "training": self._training, "placement": self._training,
@@ -237,8 +237,8 @@ class Benchmark:
         return {"curve": curve, "least": least, **seconds}
 
     def _steps(self, section: str, way: Way) -> int:
-        """That fit into the budget. Of placement as many for both: on ranks of their own both take as long,
-        since each rank then runs as many sequences."""
+        """Returns how many steps fit into the budget. Both ways of placement get as many: on ranks of their
+        own both take as long, since each rank then runs as many sequences."""
         name = way.name if way.ranks == 1 else f"shared, q = {way.queries}"
         return max(1, round(self.settings.budget / self._pace(section, name)))
 
@@ -248,12 +248,12 @@ class Benchmark:
         return float(found["step_seconds"])
 
     def found(self, section: str, role: str = "final") -> list[Record]:
-        """Records of a section for its tables; of runs that train, those of one role."""
+        """Returns the records of a section for its tables; of runs that train, those of one role."""
         records = [self._results.find(run) for run in self.wanted(section)]
         return [r for r in records if r is not None and r.get("role", role) == role]
 
     def report(self, page: Path) -> None:
-        """Tables into the page, pictures beside it; of all sections, as far as they are finished."""
+        """Writes tables into the page and pictures beside it, of all sections as far as they are finished."""
         titles = {
             "gradient": "What a step sees of the gradient", "update": "The update's own cost",
             "speed": "Time of a step", "training": "Training",
@@ -285,13 +285,13 @@ class Benchmark:
 
 
 def _seeds(records: Sequence[Record]) -> str:
-    """What a command says of them, where it has to."""
+    """Returns what a command says of seeds, where it has to."""
     most = max(int(record.get("seed", 1)) for record in records)
     return f" --seeds {most}" if most > 1 else ""
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The command line."""
+    """Makes the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))

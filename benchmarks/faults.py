@@ -1,4 +1,4 @@
-"""Kills real runs at random moments and damages what they leave; counts what came of it.
+"""Fault injection: kills real runs at random moments, damages what they leave, and counts the outcomes.
 
     python benchmarks/faults.py --kills 8 --launched 1 --damage 1000
     python benchmarks/faults.py --kills 1000 --minutes 12
@@ -59,7 +59,7 @@ TRAINED_ON = 25  # of so many damaged runs one trains on to its end
 
 @dataclass
 class Tally:
-    """What came of it all."""
+    """Counts of kills and damage, by outcome."""
 
     kills: Counter[tuple[str, str]] = field(default_factory=Counter)  # by victim and phase
     launched: int = 0  # of the kills, under real launchers
@@ -74,15 +74,15 @@ class Tally:
 
 @dataclass
 class Faults:
-    """Everything that is tried.
+    """Kills and damage that are tried, and their outcomes.
 
     Attributes:
         given: model and data.
         work: folder for runs.
         kept: folder of what went wrong.
-        drawn: chooses moments, victims and damage.
+        drawn: random numbers that choose moments, victims and damage.
         until: Unix time to end at.
-        tally: so far.
+        tally: outcomes so far.
     """
 
     given: Given
@@ -94,7 +94,7 @@ class Faults:
     wholes: dict[tuple[str, str], tuple[Path, float]] = field(default_factory=dict)
 
     def whole(self, sharding: str, method: str) -> tuple[Path, float]:
-        """A run that was never killed, and its seconds."""
+        """Makes a run that is never killed, once; returns its folder and seconds."""
         if (sharding, method) not in self.wholes:
             run = fresh(self.work / f"{sharding}-{method}-whole")
             log, begun = run.with_suffix(".log"), time.time()
@@ -105,7 +105,7 @@ class Faults:
         return self.wholes[sharding, method]
 
     def fail(self, what: str, run: Path) -> None:
-        """Keeps a folder and its logs."""
+        """Notes what went wrong, and keeps a run's folder and logs."""
         kept = self.kept / f"{len(self.tally.wrong):03d}"
         fresh(kept)
         for path in run.parent.glob(f"{run.name}*"):
@@ -115,7 +115,7 @@ class Faults:
     def killed_until_done(
         self, sharding: str, method: str, kills: int, start: Callable[..., World], patient: float
     ) -> int:
-        """One run with at most so many kills; how many it were."""
+        """Makes one run to its end with at most `kills` kills; returns how many it took."""
         whole, seconds = self.whole(sharding, method)
         expected, way = left_by(whole), f"{sharding} {method}"
         run = fresh(self.work / f"{sharding}-{method}-killed")
@@ -150,8 +150,8 @@ class Faults:
         return killed
 
     def _ended(self, world: World, run: Path, seconds: float) -> bool:
-        """Waits for a random moment: of the time that a run takes, or of its steps, as others use this
-        machine as well. Whether the run has ended before."""
+        """Waits for a random moment of a run's time, or of its steps, as others use this machine as well;
+        returns whether the run has ended before."""
         if self.drawn.random() < 0.4:
             return world.wait(self.drawn.uniform(0, seconds))
         step, deadline = self.drawn.randint(0, STEPS), time.time() + HANGS
@@ -161,7 +161,7 @@ class Faults:
         return world.wait(self.drawn.uniform(0, 1.5 if step == STEPS else 0.3))
 
     def _check_killed(self, run: Path, log: Path, before: int, expected: list[object]) -> None:
-        """Nothing is lost, and nothing is there that a whole run has not."""
+        """Checks after a kill that no step is lost, and none is there that a whole run has not."""
         steps = read_journal(run / JOURNAL).steps if (run / JOURNAL).exists() else []
         if len(steps) < before or steps != expected[: len(steps)]:
             self.fail(f"{len(steps)} steps after a kill, {before} before; or others", run)
@@ -170,7 +170,7 @@ class Faults:
             self.fail(f"goes on, but not after {before} steps", run)
 
     def damage(self, methods: list[str], cases: int) -> None:
-        """Damaged copies of one run of each method."""
+        """Tries damaged copies of one run of each method."""
         each = cases // len(methods)
         for method in methods:
             runs = {}
@@ -203,7 +203,7 @@ class Faults:
         return arguments_of(self.given, run, "none", method, **short)
 
     def _trained_on(self, run: Path, method: str, whole: Path, came: str) -> str:
-        """What comes of the same command in a damaged folder."""
+        """Runs the same command in a damaged folder; returns what came of it."""
         log = run.with_suffix(".log")
         log.unlink(missing_ok=True)
         ranks = start_ranks(self._plain(run, method, 9), log, size=1)
@@ -222,7 +222,7 @@ class Faults:
 
 
 def _over(world: World, log: Path) -> bool:
-    """Waits for a run that nobody kills, as long as it goes on writing to its log. Whether it ended."""
+    """Waits for a run that nobody kills, as long as its log grows; returns whether the run ended."""
     written = -1
     while (size := log.stat().st_size) > written:
         written = size
@@ -232,7 +232,7 @@ def _over(world: World, log: Path) -> bool:
 
 
 def report(tally: Tally, console: Console) -> None:
-    """Prints it."""
+    """Prints a tally."""
     table = Table("killed", *PHASES, "all", title="kills by victim and by what the run was doing")
     for victim in VICTIMS:
         row = [tally.kills[victim, name] for name in PHASES]
@@ -298,7 +298,7 @@ def main() -> None:
 
 
 def kill_all(faults: Faults, args: argparse.Namespace, console: Console) -> None:
-    """Runs of all ways in turn, until each has had its kills."""
+    """Kills runs of all ways in turn, until each has had its kills."""
     ways = [(sharding, method) for sharding in args.sharding for method in args.methods]
     launchers = (("forked", Forked, args.kills, 0.0), ("launched", Launched, args.launched, 15.0))
     for name, start, kills, patient in launchers:

@@ -1,4 +1,4 @@
-"""What first-order fine-tuning reaches on the quickstart's task: the line to compare with.
+"""First-order fine-tuning on the quickstart's task: the accuracy to compare with.
 
 AdamW on all weights, one epoch, one process; accuracy on the same test questions, judged in the same
 way as the quickstart judges.

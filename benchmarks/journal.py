@@ -1,9 +1,9 @@
-"""What the journal costs: a line a step, its size, and going on from it at OPT-30B's shape.
+"""Costs of the journal: a line a step, its size, and resuming from it at OPT-30B's shape.
 
     python benchmarks/journal.py                  about two minutes, most of it the full replay
     python benchmarks/journal.py --steps 2000     a shorter journal
 
-The model has names and shapes but no weights, as none are read. Slopes are random numbers. Going on means
+The model has names and shapes but no weights, as none are read. Slopes are random numbers. Resuming means
 reading and checking the whole journal, loading the last snapshot and replaying what came after it.
 """
 
@@ -38,7 +38,7 @@ OPT_30B: dict[str, Any] = {
 
 
 def opt_30b(queries: int) -> Engine:
-    """An engine of OPT-30B's matrices, rank 64, with momentum."""
+    """Makes an engine of OPT-30B's matrices, rank 64, with momentum."""
     with torch.device("meta"):
         model = OPTForCausalLM(OPTConfig(**OPT_30B))
     fields = {"method": "tezo-m", "rank": 64, "lr": 1e-6, "queries": queries, "check_every": 0}
@@ -46,7 +46,7 @@ def opt_30b(queries: int) -> Engine:
 
 
 def write(path: Path, steps: int, queries: int) -> list[float]:
-    """A journal; gives the seconds of each line."""
+    """Writes a journal; returns the seconds of each line."""
     kappa = torch.randn(steps, queries, dtype=torch.float64) * 50
     journal, seconds = Journal(path, {"examples": 800, "data": "0" * 16}), []
     for step in range(steps):

@@ -60,8 +60,8 @@ Record = dict[str, Any]
 
 
 class Peaks:
-    """Within it, the most memory that this process has, by kind, in bytes: `anonymous` is what it needs,
-    `file` are pages of files, which the kernel can drop. Of looks every `EVERY` seconds; `total` is the
+    """Context manager: peak bytes of this process inside, by kind: `anonymous` is what the process needs,
+    `file` are pages of files, which the kernel can drop, both seen every `EVERY` seconds; `total` is the
     kernel's own and exact."""
 
     def __init__(self) -> None:
@@ -88,13 +88,13 @@ class Peaks:
 
 
 def train(folder: Path, pages: str, steps: int, shape: str, rank: int) -> Record:
-    """Some steps, each on a batch of its own.
+    """Trains some steps, each on a batch of its own.
 
     Args:
         folder: a checkpoint.
-        pages: of PAGES.
+        pages: one of PAGES.
         steps: how many.
-        shape: of a batch, B x T.
+        shape: shape of a batch, B x T.
         rank: r.
 
     Returns:
@@ -144,13 +144,13 @@ def _bytes_read() -> int:
 
 
 def _numbers(file: str, unit: int) -> dict[str, int]:
-    """Lines of a file of /proc that hold a number."""
+    """Reads the lines of a file of /proc that hold a number."""
     lines = (line.split() for line in Path(file).read_text().splitlines())
     return {line[0][:-1]: int(line[1]) * unit for line in lines if line[1:] and line[1].isdigit()}
 
 
 def in_new_process(args: argparse.Namespace, pages: str) -> Record:
-    """`train`, from a cold page cache."""
+    """Runs `train` in a new process, from a cold page cache."""
     for file in args.folder.glob("*.safetensors"):
         leave_cache(file)
     command = [sys.executable, __file__, *sys.argv[1:], "--one", pages]
@@ -161,7 +161,7 @@ def in_new_process(args: argparse.Namespace, pages: str) -> Record:
 
 
 def markdown(records: list[Record], command: str, setting: str) -> str:
-    """Two tables: peaks of each way, and its steps."""
+    """Makes two tables: peaks of each way, and its steps."""
     first = records[0]
     memory = _numbers("/proc/meminfo", 1024)
     peaks = [
@@ -187,7 +187,7 @@ def markdown(records: list[Record], command: str, setting: str) -> str:
 
 
 def markers(folder: Path) -> tuple[str, str]:
-    """The lines of a page between which the tables of that checkpoint stand."""
+    """Returns the lines of a page between which a checkpoint's tables stand."""
     line = f"<!-- benchmarks/larger_than_memory.py, {folder.name}: {{}} -->"
     return line.format("begin"), line.format("end")
 

@@ -1,4 +1,4 @@
-"""What each method keeps beside the weights of OPT-13B and LLaMA-30B, in bytes.
+"""Bytes that each method keeps beside the weights of OPT-13B and LLaMA-30B.
 
 No model is made: shapes are those of the public configs, all matrices train, weights are bfloat16, and
 the methods themselves are asked, MeZO's dense moments for tensors without storage.
@@ -34,17 +34,17 @@ MODELS = {
 
 
 def shapes_of(model: str) -> Shapes:
-    """Matrices of a built-in shape."""
+    """Returns the matrices of a built-in model, by name."""
     run = on_skeleton(skeleton(model, "bfloat16"), TezoConfig.model_validate({}))
     return {matrix.name: matrix.shape for matrix in run.space.matrices}
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """Of one method beside one model.
+    """Bytes of one method beside one model.
 
     Attributes:
-        weights: bfloat16.
+        weights: the bfloat16 weights.
         state: what the next step depends on besides weights and seed.
         factors: U and V, or V and the lefts of one direction, in bfloat16, which the fused probe holds; a
             function of the seed.
@@ -60,7 +60,7 @@ class Bytes:
 
 
 def bytes_of(method: str, shapes: Shapes, rank: int = 16) -> Bytes:
-    """Of a method (LOZO with its own rank of 2)."""
+    """Returns the bytes of a method (LOZO with its own rank of 2)."""
     fields = {"rank": rank} if method.startswith("tezo") else {}
     config = TezoConfig(method=method, **fields)  # type: ignore[arg-type]
     assert isinstance(config.rank, int)
@@ -75,7 +75,7 @@ def bytes_of(method: str, shapes: Shapes, rank: int = 16) -> Bytes:
 
 
 def _dense_moments(config: TezoConfig, numel: int) -> dict[str, torch.Tensor]:
-    """As MeZO makes them of a gradient estimate, which is float32 beside 16-bit weights."""
+    """Makes moments as MeZO does of a gradient estimate, which is float32 beside 16-bit weights."""
     like, kind = torch.empty(numel, device="meta"), config.method.partition("-")[2]
     rules: dict[str, Descent] = {
         "m": Momentum(like, config.momentum),
@@ -85,7 +85,7 @@ def _dense_moments(config: TezoConfig, numel: int) -> dict[str, torch.Tensor]:
 
 
 def rows(shapes: Shapes, rank: int) -> list[tuple[str, ...]]:
-    """By COLUMNS, of every method."""
+    """Returns a row by COLUMNS for every method."""
     reference = bytes_of("mezo-adam", shapes).total
     made: list[tuple[str, ...]] = []
     for method in METHODS:

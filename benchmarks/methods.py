@@ -1,6 +1,6 @@
 """All methods side by side on real data: accuracy after the same seconds of training.
 
-SmolLM2-135M-Instruct on two tasks (see methods_data.py). Each method makes as many steps as fit into
+SmolLM2-135M-Instruct on two tasks (see parts/methods/data.py). Each method makes as many steps as fit into
 the budget at its own pace, which is measured first, in turns, on a machine that should then be quiet;
 after that nothing depends on how busy it is. Each method tries as many learning rates, with one seed
 and the full budget, judged on validation examples; the best of them then trains from other
@@ -63,7 +63,7 @@ SCALE = {
 
 
 def rates_of(method: str, count: int) -> list[float]:
-    """Candidates: half a decade apart, down from half a decade above the method's scale."""
+    """Returns learning rates to try: half a decade apart, down from half a decade above the method's own."""
     exponents = (0.5 * (i - count + 2) for i in range(count))
     return [float(f"{SCALE[method] * 10**exponent:.2g}") for exponent in exponents]
 
@@ -79,12 +79,12 @@ class Benchmark:
         )  # fmt: skip
 
     def key(self, task: str, method: str) -> Record:
-        """What the runs of a task and method have in common."""
+        """Returns the fields that the runs of a task and method have in common."""
         return {"task": task, "method": method, "model": self._args.model, **self.settings.fields()}
 
     def wanted(self) -> Iterator[Record]:
-        """Every run as the fields that name it, methods in turn so that the machine is as fast or as
-        slow for all; a final one has its rate once all its candidates were tried, before that None."""
+        """Yields every run as the fields that name it, methods in turn so that the machine is as fast or as
+        slow for all; a final run has its rate once all its candidates were tried, before that None."""
         methods, tasks, count = self._args.methods, self._args.tasks, self._args.rates
         for task in tasks:
             yield {**self.key(task, ZERO_SHOT), "role": "final", "lr": None, "seed": None}
@@ -99,12 +99,12 @@ class Benchmark:
             yield {**key, "role": "final", "lr": best, "seed": TUNING_SEED + 1 + seed}
 
     def pace_key(self, task: str, method: str) -> Record:
-        """Of the seconds that a step takes, whatever the budget."""
+        """Returns the fields that name a pace: the seconds that a step takes, whatever the budget."""
         key = {**self.key(task, method), "role": "pace"}
         return {name: value for name, value in key.items() if name != "budget"}
 
     def measure_paces(self, trainers: dict[str, Trainer]) -> None:
-        """Of all methods of a task together, unless they are known."""
+        """Measures the paces of all methods of a task together, unless they are known."""
         for task, trainer in trainers.items():
             keys = {method: self.pace_key(task, method) for method in self._args.methods}
             if all(self._results.find(key) is not None for key in keys.values()):
@@ -115,11 +115,11 @@ class Benchmark:
                 self._console.print(f"{task} {method}: {seconds:.3f} s a step")
 
     def left(self) -> list[Record]:
-        """Of `wanted`, those that are not finished."""
+        """Returns the runs of `wanted` that are not finished."""
         return [run for run in self.wanted() if self._results.find(run) is None]
 
     def seconds_left(self) -> float:
-        """An estimate: budgets, and judging as fast as the untrained model was judged."""
+        """Estimates the seconds left: budgets, and judging as fast as the untrained model was judged."""
         total = 0.0
         for run in self.left():
             judged = self._results.find({**self.key(run["task"], ZERO_SHOT), "role": "final"})
@@ -134,7 +134,7 @@ class Benchmark:
         return total
 
     def run(self, trainers: dict[str, Trainer]) -> None:
-        """All that is left, in order."""
+        """Runs all that is left, in order."""
         machine = describe()
         self.measure_paces(trainers)
         for key in self.wanted():
@@ -167,7 +167,7 @@ class Benchmark:
         )
 
     def lines(self) -> list[Line]:
-        """What is finished, for the tables: no training first, backpropagation last."""
+        """Returns what is finished, for the tables: no training first, backpropagation last."""
         found = []
         for task, method in itertools.product(self._args.tasks, [ZERO_SHOT, *self._args.methods]):
             if runs := self._finished(task, method):
@@ -177,7 +177,7 @@ class Benchmark:
         return found
 
     def _finished(self, task: str, method: str) -> list[Record]:
-        """Final runs, by seed."""
+        """Returns the final runs that are finished, by seed."""
         asked = [
             run for run in self.wanted()
             if (run["task"], run["method"], run["role"]) == (task, method, "final")
@@ -186,7 +186,7 @@ class Benchmark:
         return [record for run in asked if (record := self._results.find(run)) is not None]
 
     def report(self, page: Path | None) -> None:
-        """Tables on the screen and, with a page, in it, and a picture beside it."""
+        """Prints tables and, with a page, writes them there, and a picture beside it."""
         lines = self.lines()
         for table in tables(lines):
             self._console.print(table)
@@ -211,7 +211,7 @@ class Benchmark:
 
 
 def command(args: argparse.Namespace) -> str:
-    """How to get the same runs again."""
+    """Returns the command that makes the same runs again."""
     parser = arguments()
     words = ["python benchmarks/methods.py"]
     for name in ("tasks", "methods", "budget", "seeds", "rates", "batch_size", "train_examples",
@@ -224,7 +224,7 @@ def command(args: argparse.Namespace) -> str:
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The command line."""
+    """Makes the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     everything = [*FORWARD_ONLY, LORA]
@@ -244,7 +244,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def trainers_of(args: argparse.Namespace, settings: Settings) -> dict[str, Trainer]:
-    """A trainer for each task; they share one model."""
+    """Makes a trainer for each task; all share one model."""
     importlib.import_module("tezo_ds.rng.compiled")  # compiles: not within a run's budget
     folder = str(ROOT / args.model)  # the path itself where it is absolute
     tokenizer = AutoTokenizer.from_pretrained(folder)

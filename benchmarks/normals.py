@@ -18,7 +18,7 @@ KEY = philox.derive_key(0, "benchmark", "Z")
 
 
 def rate(numbers: int, draw: Callable[[], object], rounds: int) -> float:
-    """Median over rounds, in millions a second."""
+    """Returns millions of numbers a second, as the median over rounds."""
     draw()
     seconds = []
     for _ in range(rounds):
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def measure(shape: str, rounds: int, compiled: Callable[..., None]) -> list[str]:
-    """One row of the table; widths are multiples of eight."""
+    """Measures one row of the table; widths are multiples of eight."""
     rows, columns = map(int, shape.split("x"))
     index = torch.arange(rows)
     normals, uniforms = torch.empty(rows, columns // 4, 4), torch.empty(rows, columns // 8, 8)

@@ -42,7 +42,7 @@ PLAIN, PROBES = "plain forward", ("fused", "inplace")
 
 
 def prepare(args: argparse.Namespace, name: str, model: PreTrainedModel) -> Callable[[], object]:
-    """What is to be run; a plain forward knows of no factors."""
+    """Returns the function to run: a step, or a plain forward, which knows of no factors."""
     batch = make_batch(args.shapes[0], model.config.vocab_size, args.labels)
     if name == PLAIN:
         objective = Objective(sharding_of(model.eval()), None)
@@ -56,7 +56,7 @@ def prepare(args: argparse.Namespace, name: str, model: PreTrainedModel) -> Call
 
 
 def peaks_of(args: argparse.Namespace, name: str) -> dict[str, int]:
-    """Bytes at the highest point of three runs, the model included: of the process, of tensors; and of
+    """Measures peak bytes of three runs, the model included, of the process and of tensors; and the bytes of
     the weights that train."""
     models: list[PreTrainedModel] = []
 
@@ -80,7 +80,7 @@ def peaks_of(args: argparse.Namespace, name: str) -> dict[str, int]:
 
 
 def measure(name: str, shape: str, arguments: list[str]) -> dict[str, int]:
-    """Peaks of one contestant in a fresh process."""
+    """Measures the peaks of one contestant in a fresh process."""
     command = [sys.executable, __file__, *arguments, "--shapes", shape, "--one", name]
     found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     peaks: dict[str, int] = json.loads(found.stdout.splitlines()[-1])
@@ -88,7 +88,7 @@ def measure(name: str, shape: str, arguments: list[str]) -> dict[str, int]:
 
 
 def table_of_probes(peaks: dict[str, dict[str, int]], title: str) -> Table:
-    """Process and tensors of a plain forward and of TeZO by both probes."""
+    """Makes a table of process and tensors of a plain forward and of TeZO by both probes."""
     columns = ("process MB", "÷ plain forward", "tensors MB", "÷ plain forward")
     table = Table("step", *columns, title=title)
     for name, peak in peaks.items():
@@ -99,7 +99,7 @@ def table_of_probes(peaks: dict[str, dict[str, int]], title: str) -> Table:
 
 
 def table_of_methods(peaks: dict[str, dict[str, int]], title: str) -> Table:
-    """Process of a plain forward and of each method."""
+    """Makes a table of the process of a plain forward and of each method."""
     table = Table("method", "process MB", "÷ plain forward", "bound", title=title)
     plain = peaks[PLAIN]["process"]
     for name, peak in peaks.items():

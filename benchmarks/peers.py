@@ -60,13 +60,13 @@ class Peers:
         )  # fmt: skip
 
     def _key(self, way: str, ranks: int, copies: int, lr: float, settings: Settings) -> Record:
-        """The fields that name a run."""
+        """Returns the fields that name a run."""
         named = {"way": way, "ranks": ranks, "copies": copies, "lr": lr, "seed": self._args.seed}
         return {**named, "task": TASK, "model": self._args.model, **settings.fields()}
 
     def wanted(self, names: Iterable[str]) -> Iterator[Record]:
-        """Every run of some ways: no training, plain inference of each kind, trainings, and what all weights
-        cost."""
+        """Yields every run of some ways: no training, plain inference of each kind, trainings, and what all
+        weights cost."""
         ways = {name: WAYS[name] for name in names}
         yield self._key("no training", 1, 1, 0, self._settings)
         for ranks, copies in sorted({(way.ranks, way.copies) for way in ways.values()}):
@@ -79,17 +79,17 @@ class Peers:
                     yield self._key(name, way.ranks, way.copies, self._args.lr[name], s)
 
     def left(self) -> list[Record]:
-        """Of what is asked for, the runs that are not finished."""
+        """Returns the runs that are asked for and not finished."""
         wanted = self.wanted(self._args.only)
         return [key for key in wanted if self._results.find(key) is None]
 
     def finished(self) -> list[Record]:
-        """Records of all ways with these settings, also of those that are not asked for now."""
+        """Returns the records of all ways with these settings, also of ways that are not asked for now."""
         found = [self._results.find(key) for key in self.wanted(WAYS)]
         return [record for record in found if record is not None]
 
     def run(self, console: Console) -> None:
-        """All that is left, in order."""
+        """Runs all that is left, in order."""
         bench = Bench(self._args, self._settings)
         for key in self.left():
             start = time.perf_counter()
@@ -105,7 +105,7 @@ class Peers:
 
 
 class Bench:
-    """What all runs share: the data, and the judge of trained weights."""
+    """The data and the judge of trained weights, which all runs share."""
 
     def __init__(self, args: argparse.Namespace, settings: Settings) -> None:
         self._args = args
@@ -128,13 +128,13 @@ class Bench:
         self._judge = Trainer(self._model, tokenizer, splits, whole, Weights(self._model))
 
     def judged(self) -> Record:
-        """By the weights as they are: accuracy, 0 where the loss is not finite."""
+        """Judges the weights as they are: accuracy, 0 where the loss is not finite."""
         outcome = asdict(self._judge.judge("final"))
         fields = {name: outcome[name] for name in ("accuracy", "loss", "n", "seconds_judging")}
         return fields if fields["loss"] is not None else {**fields, "accuracy": 0.0}
 
     def run(self, key: Record, settings: Settings) -> Record:
-        """One run in processes of its own, and its judgement if it trained."""
+        """Makes one run in processes of its own, and judges the weights if the run trained."""
         way = WAYS.get(key["way"])
         job = Job(
             key["way"] if way else None, key["ranks"], way is not None and way.backward,
@@ -163,7 +163,7 @@ class Bench:
 
 
 def rates(words: Sequence[str]) -> dict[str, float]:
-    """Learning rates by way, of which those given as WAY=RATE are another."""
+    """Returns learning rates by way, with those given as WAY=RATE in place of the ways' own."""
     found = {name: way.lr for name, way in WAYS.items()}
     for word in words:
         name, _, rate = word.rpartition("=")
@@ -174,7 +174,7 @@ def rates(words: Sequence[str]) -> dict[str, float]:
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The command line."""
+    """Makes the parser of the command line."""
     description, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=description, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -200,7 +200,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def checked(words: Sequence[str] | None, console: Console) -> argparse.Namespace:
-    """Arguments; a peer that is not installed is left out with a line that says so."""
+    """Parses arguments; a peer that is not installed is left out with a line that says so."""
     parser = arguments()
     args = parser.parse_args(words)
     try:

@@ -1,4 +1,4 @@
-"""How right the signs of κ are in bfloat16, at fixed ρ and at the one that `rho: auto` chooses.
+"""Accuracy of the signs of κ in bfloat16, at fixed ρ and at the one that `rho: auto` chooses.
 
     python benchmarks/radius.py --directions 40
 
@@ -38,12 +38,12 @@ AT_ONCE = 8  # branches in one forward
 
 @dataclass
 class Losses:
-    """Of a model in one dtype on one batch.
+    """Losses of a model in one dtype on one batch.
 
     Attributes:
-        engine: never steps.
+        engine: an engine that never steps.
         batch: real examples.
-        branches: how many were measured so far.
+        branches: how many branches were measured so far.
     """
 
     engine: Engine
@@ -52,7 +52,7 @@ class Losses:
 
     @torch.no_grad()
     def __call__(self, ask: Ask) -> Tensor:
-        """See `radius.Measure`."""
+        """Measures the losses of branches, as `radius.Measure` does."""
         engine = self.engine
         parts = [
             engine.probe.measure(engine.objective, self.batch, engine.method.branches(part)).cpu()
@@ -63,13 +63,14 @@ class Losses:
         return loss_sum / count
 
     def kappa(self, directions: int, rho: float) -> Tensor:
-        """Of the directions of step 0, (directions,)."""
+        """Measures κ of the directions of step 0, (directions,)."""
         return kappas(self(Ask.of(0, range(directions), rho))[None], rho, True)[0]
 
 
 @contextmanager
 def losses_in(args: argparse.Namespace, dtype: torch.dtype) -> Iterator[Losses]:
-    """The model's weights, rounded to bfloat16, in a dtype; directions as rounded in bfloat16."""
+    """Context manager: gives losses of the model's weights, rounded to bfloat16, in a dtype; directions are
+    as rounded in bfloat16."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     task = load_splits("trec", ROOT / ".cache/methods", 8, 8)
     batch = collate(encode(tokenizer, task.train[: args.batch_size], 64), tokenizer.pad_token_id)
@@ -81,7 +82,7 @@ def losses_in(args: argparse.Namespace, dtype: torch.dtype) -> Iterator[Losses]:
 
 
 def chosen(losses: Losses, dtype: torch.dtype) -> tuple[Radius, str]:
-    """The choice, and what it took."""
+    """Returns the ρ that `rho: auto` chooses, and a line on what choosing took."""
     start, before = time.perf_counter(), losses.branches
     radius = choose_rho(losses, dtype)
     seconds, branches = time.perf_counter() - start, losses.branches - before
@@ -114,7 +115,7 @@ def main() -> None:
 
 
 def table(losses: Losses, reference: Tensor, rhos: list[float]) -> Table:
-    """A row for each ρ, the last being the chosen one."""
+    """Makes a table with a row for each ρ, the last being the chosen one."""
     large = reference.abs() > reference.abs().median()
     made = Table("ρ", "signs agree", "error of κ", "seconds", title=f"{len(reference)} directions")
     for place, rho in enumerate(rhos):

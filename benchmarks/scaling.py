@@ -40,14 +40,14 @@ from tezo_ds.sharding.world import join_world
 
 
 def worlds_here() -> list[int]:
-    """1, 2, 4 … up to the accelerators, or twice the cores, where hybrids need four ranks."""
+    """Returns 1, 2, 4 … up to the accelerators, or the cores, but to 4 at least: hybrids need four ranks."""
     here = len(os.sched_getaffinity(0))
     most = torch.accelerator.device_count() if torch.accelerator.is_available() else max(4, here)
     return [2**i for i in range(most.bit_length())]
 
 
 def random_model(hidden: int, layers: int, dtype: str) -> str:
-    """A folder of this machine with a Llama of that size, of the same random weights everywhere."""
+    """Makes a folder on this machine with a Llama of this size, of the same random weights everywhere."""
     folder = Path(tempfile.gettempdir()) / f"tezo-ds-scaling-{os.getuid()}"
     made = folder / f"llama-{hidden}x{layers}-{dtype}"
     if not made.exists():
@@ -62,14 +62,14 @@ def random_model(hidden: int, layers: int, dtype: str) -> str:
 
 
 def quiet() -> None:
-    """Without what libraries say on every rank."""
+    """Silences what libraries say on every rank."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.simplefilter("ignore", FutureWarning)
     disable_progress_bar()
 
 
 def use_device(threads: int) -> None:
-    """This rank's accelerator; on the CPU as many threads as each rank is to have."""
+    """Selects this rank's accelerator; on the CPU sets the number of threads."""
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     else:
@@ -93,7 +93,7 @@ def run(rank: int, args: argparse.Namespace, shardings: Sequence[str]) -> None:
 
 
 def run_here(args: argparse.Namespace, console: Console) -> None:
-    """Every world of this machine, each way of sharding in new processes."""
+    """Measures every world of this machine, each way of sharding in new processes."""
     for world in args.worlds:
         for sharding in args.shardings:
             if reason := misfit(sharding, world):
@@ -103,7 +103,7 @@ def run_here(args: argparse.Namespace, console: Console) -> None:
 
 
 def run_launched(args: argparse.Namespace) -> None:
-    """The launcher's world. Raises SystemExit where a sharding does not fit it."""
+    """Measures in the launcher's world. Raises SystemExit where a sharding does not fit the world."""
     join_world(deepspeed=True, fsdp=False, timeout=1800)
     use_device(args.threads)
     nodes = len(hosts(args.threads))
@@ -115,7 +115,7 @@ def run_launched(args: argparse.Namespace) -> None:
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The command line."""
+    """Makes the parser of the command line."""
     description, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=description, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -158,7 +158,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def checked(words: Sequence[str] | None) -> argparse.Namespace:
-    """Arguments that fit each other and the world."""
+    """Parses arguments, which fit each other and the world."""
     parser = arguments()
     args = parser.parse_args(words)
     args.launched = "RANK" in os.environ and not args.report

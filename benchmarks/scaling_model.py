@@ -46,7 +46,7 @@ NOT_CALIBRATED = (
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The command line."""
+    """Makes the parser of the command line."""
     description, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=description, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -77,7 +77,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def checked(words: Sequence[str] | None) -> argparse.Namespace:
-    """Arguments that fit each other."""
+    """Parses arguments, which fit each other."""
     parser = arguments()
     args = parser.parse_args(words)
     args.worlds = sorted(set(args.worlds))
@@ -87,7 +87,7 @@ def checked(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def dry_runs(args: argparse.Namespace) -> list[tuple[str, list[Line]]]:
-    """The first model on up to 8 nodes, one copy; the last on all GPUs, a copy a node."""
+    """Dry-runs the first model on up to 8 nodes, one copy, and the last on all GPUs, a copy a node."""
     few = max(world for world in args.worlds if world <= max(8 * args.per_node, args.worlds[0]))
     runs: list[tuple[str, int, Sharded]] = [
         (args.models[0], few, "zero3"),
@@ -102,7 +102,7 @@ def dry_runs(args: argparse.Namespace) -> list[tuple[str, list[Line]]]:
 
 
 def page(args: argparse.Namespace, found: Sequence[Point]) -> str:
-    """What stands between the markers."""
+    """Returns the text between the page's markers."""
     chip = gpu(args.gpu)
     cluster = Cluster(chip, args.worlds[-1], args.per_node, efficiency=args.efficiency)
     ends = limits(found, chip.nvlink)

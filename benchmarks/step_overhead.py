@@ -1,4 +1,4 @@
-"""What a training step costs over the plain forward of the same sequences.
+"""Cost of a training step over the plain forward of the same sequences.
 
 Times, interleaved in one process: a plain no-grad forward of the same 2Q·B sequences, the fused TeZO
 step, the in-place TeZO step, and a MeZO-style step (dense normals, four in-place rewrites; written
@@ -41,7 +41,7 @@ SHAPES = ("16x64", "4x32")
 
 
 def make_batch(shape: str, vocabulary: int, labels: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random tokens, B x T, labelled at every position or, as in classification, at the last."""
+    """Draws random tokens, B x T, labelled at every position or, as in classification, at the last."""
     examples, length = map(int, shape.split("x"))
     ids = torch.randint(0, vocabulary, (examples, length), generator=torch.manual_seed(seed))
     wanted = ids.clone()
@@ -53,7 +53,7 @@ def make_batch(shape: str, vocabulary: int, labels: str, seed: int = 0) -> dict[
 def mezo_step(
     engine: tezo_ds.Engine, batch: dict[str, torch.Tensor], directions: int, rho: float, lr: float
 ) -> None:
-    """One MeZO-SGD step for each direction on the matrices that `engine` trains."""
+    """Makes one MeZO-SGD step for each direction on the matrices that `engine` trains."""
     parameters = dict(engine.sharding.module.named_parameters())
     weights = [parameters[matrix.name].data for matrix in engine.space.matrices]
 
@@ -76,7 +76,7 @@ def mezo_step(
 
 
 def random_llama(hidden: int, layers: int = 2) -> LlamaForCausalLM:
-    """Layers of Llama proportions and a small vocabulary, random weights."""
+    """Makes a Llama of random weights: layers of Llama's proportions, and a small vocabulary."""
     config = LlamaConfig(
         vocab_size=1024, hidden_size=hidden, intermediate_size=hidden * 11 // 4,
         num_hidden_layers=layers, num_attention_heads=hidden // 128, num_key_value_heads=hidden // 128,
@@ -85,7 +85,7 @@ def random_llama(hidden: int, layers: int = 2) -> LlamaForCausalLM:
 
 
 def load(args: argparse.Namespace) -> PreTrainedModel:
-    """The model that the arguments name; the same on all ranks."""
+    """Loads the model that the arguments name; the same on all ranks."""
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
     if args.hidden:
@@ -95,7 +95,7 @@ def load(args: argparse.Namespace) -> PreTrainedModel:
 
 
 def low_rank_share(engine: tezo_ds.Engine, vocabulary: int) -> str:
-    """Multiplications of the low-rank terms over those of the layers, embeddings aside."""
+    """Returns a line on the multiplications of low-rank terms over those of the layers, embeddings aside."""
     layers = [matrix for matrix in engine.space.matrices if matrix.shape[0] != vocabulary]
     extra = sum(matrix.rank * sum(matrix.shape) for matrix in layers)
     share = extra / sum(matrix.shape[0] * matrix.shape[1] for matrix in layers)
@@ -103,7 +103,7 @@ def low_rank_share(engine: tezo_ds.Engine, vocabulary: int) -> str:
 
 
 def contestants(args: argparse.Namespace, shape: str, rank: int) -> dict[str, Callable[[], object]]:
-    """The steps to time, by name; all on one model, which none of them changes for good."""
+    """Returns the steps to time, by name; all on one model, which none of them changes for good."""
     loaded = load(args)
     vocabulary = loaded.config.vocab_size
     model = place(loaded, args.sharding)
@@ -135,7 +135,7 @@ def contestants(args: argparse.Namespace, shape: str, rank: int) -> dict[str, Ca
 def measure(
     steps: dict[str, Callable[[], object]], rounds: int, label: str, quiet: bool
 ) -> dict[str, list[float]]:
-    """Seconds of each contestant, in turn within each round; two rounds of warm-up are dropped."""
+    """Times each contestant, in turn within each round; two rounds of warm-up are dropped."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in track(range(rounds + 2), label, console=Console(stderr=True, quiet=quiet)):
         for name, step in steps.items():
@@ -149,7 +149,7 @@ def measure(
 
 
 def report(seconds: dict[str, list[float]], title: str) -> Table:
-    """Medians, 10–90 % spread, and the median over rounds of the ratio to the plain forward."""
+    """Makes a table of medians, 10–90 % spread, and the ratio to the plain forward as median over rounds."""
     table = Table("step", "median ms", "10–90 % ms", "÷ plain forward", "10–90 %", title=title)
     plain = seconds["plain forward"]
     for name, values in seconds.items():
@@ -180,7 +180,7 @@ def run(rank: int, args: argparse.Namespace) -> None:
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """What names a model, a batch and a step."""
+    """Makes a parser of what names a model, a batch and a step."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", default=str(ROOT / ".cache/quickstart/SmolLM2-135M-Instruct"))
     parser.add_argument("--hidden", type=int, help="two random Llama layers of this size instead")

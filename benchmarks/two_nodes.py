@@ -1,4 +1,4 @@
-"""What crosses the link between two hosts, and how long a step takes: SmolLM2-135M in bfloat16 on TREC.
+"""Bytes over the link between two hosts, and seconds of a step: SmolLM2-135M in bfloat16 on TREC.
 
 Two hosts of two CPU ranks each, in network namespaces of this machine (tests/helpers/two_hosts.py), joined
 by a link of limited rate. Each way of sharding is launched once, by launch/hostfile.sh, and makes some steps
@@ -53,9 +53,9 @@ class Way:
     """One way of sharding and measuring.
 
     Attributes:
-        name: in tables.
-        options: of `tezo-ds train`.
-        zero: of DeepSpeed's zero_optimization block, on top of ds_configs/zero3_bf16.json; None: FSDP2.
+        name: name in tables.
+        options: options of `tezo-ds train`.
+        zero: DeepSpeed's zero_optimization block, on top of ds_configs/zero3_bf16.json; None: FSDP2.
     """
 
     name: str
@@ -78,7 +78,7 @@ WAYS = {
 
 
 class Benchmark:
-    """What the arguments ask for, and what of it is finished."""
+    """The measurements that the arguments ask for, and those that are finished."""
 
     def __init__(self, args: argparse.Namespace, results: Results, console: Console) -> None:
         self._args, self._results, self._console = args, results, console
@@ -102,7 +102,7 @@ class Benchmark:
                     )
 
     def _measure(self, hosts: TwoHosts, name: str, rates: Sequence[str]) -> Iterator[Record]:
-        """Launches one way, and gives a record for each rate once it is measured."""
+        """Launches one way, and yields a record for each rate once it is measured."""
         args, started = self._args, time.monotonic()
         folder = fresh(args.out / name)
         run, skipped = folder / "run", [DISCARDED[min(n, 1)] for n in range(len(rates))]
@@ -133,7 +133,7 @@ class Benchmark:
         self._console.print(f"{name}: {time.monotonic() - started:.0f} s in all")
 
     def _start(self, hosts: TwoHosts, way: Way, folder: Path, steps: int, log: Any) -> Popen[str]:
-        """The launcher, on the first host."""
+        """Starts the launcher, on the first host."""
         args = self._args
         options = {
             "model": args.model, "task": "trec", "data": args.data, "objective": "choices",
@@ -157,7 +157,7 @@ class Benchmark:
 
 
 def _reach(run: Path, steps: int, process: Popen[str]) -> None:
-    """Waits until so many steps are on disk. Raises RuntimeError if none comes."""
+    """Waits until `steps` steps are on disk. Raises RuntimeError if no further one comes."""
     deadline, done = time.monotonic() + PATIENCE, 0
     while done < steps:
         time.sleep(0.005)
@@ -168,7 +168,7 @@ def _reach(run: Path, steps: int, process: Popen[str]) -> None:
 
 
 def _crossed(hosts: TwoHosts) -> dict[str, int]:
-    """Bytes so far: on the wire, `sent` and `received` by the first host; and without headers, in both
+    """Counts bytes so far: on the wire, `sent` and `received` by the first host; and without headers, in both
     directions, those of its connections by what they are for."""
     received, sent = hosts.first.bytes()
     counts = {"sent": sent, "received": received, "ranks": 0, "store": 0, "ssh": 0}
@@ -182,7 +182,7 @@ def _crossed(hosts: TwoHosts) -> dict[str, int]:
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The command line."""
+    """Makes the parser of the command line."""
     description, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=description, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter

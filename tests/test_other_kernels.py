@@ -1,4 +1,4 @@
-"""The emulation of other kernels, and what asks MKL for products that do not depend on addresses."""
+"""The emulation of other kernels, and the setting that makes MKL's products independent of addresses."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def test_what_depends_on_addresses_is_noticed() -> None:
 
 
 def test_this_machines_products_do_not_depend_on_addresses() -> None:
-    """As conftest.py asks for; without MKL_CBWR, and with MKL on AMD's CPUs, there are several."""
+    """MKL's products do not depend on addresses with what conftest.py sets; without MKL_CBWR they do, with
+    MKL on AMD's CPUs."""
     found = repeatable.products()
     assert found.results == 1, found
 

@@ -1,4 +1,4 @@
-"""The runner of worlds itself; see helpers/worlds.py."""
+"""The runner of worlds in helpers/worlds.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from fault_runs import server
 
 @pytest.mark.launches
 def test_a_case_that_fails_on_one_rank_fails_at_once_on_all(tmp_path: Path) -> None:
-    """And the next case has a new world. gloo alone would wait a minute for each."""
+    """A failed case ends at once on all ranks, where gloo alone would wait a minute, and the next case has
+    a new world."""
     process, started = server().Process(target=run, args=(tmp_path,)), time.monotonic()
     process.start()
     process.join(TIMEOUT)

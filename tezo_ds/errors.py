@@ -5,31 +5,31 @@ class TezoError(ValueError):
     """Base of every error that the command line prints as one line.
 
     Attributes:
-        speaks: whether this rank prints it; None: as the first of its node, as others meet it as well.
+        speaks: whether this rank prints the error; None: only a node's first rank does, as all meet it.
     """
 
     speaks: bool | None = None
 
     def __str__(self) -> str:
-        """One line, whatever names and values are in it: what cannot be printed is escaped."""
+        """Returns the message as one line, with unprintable characters escaped."""
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
 
 
 class ConfigError(TezoError):
-    """The configuration is missing, malformed, or asks for something impossible."""
+    """A configuration that is missing, malformed, or asks for something impossible."""
 
 
 class DataError(TezoError):
-    """A task, data file or label is missing or malformed."""
+    """A task, data file or label that is missing or malformed."""
 
 
 class ProbeError(TezoError):
-    """A probe measured nothing, or cannot measure this model."""
+    """A probe that measured nothing, or cannot measure this model."""
 
 
 class ShardingError(TezoError):
-    """The weights are sharded in a way that the request cannot be served, or replicas differ."""
+    """Weights sharded in a way that cannot serve the request, or replicas that differ."""
 
 
 class StorageError(TezoError):
-    """What a run keeps on disk is damaged, is another run's, or cannot be written."""
+    """Files of a run that are damaged, another run's, or cannot be written."""

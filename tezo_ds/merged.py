@@ -1,4 +1,4 @@
-"""Merged models of runs: see `tezo_ds.export.merged`, whose public names are here."""
+"""Public names of `tezo_ds.export.merged`, and `writing`."""
 
 from tezo_ds.export.merged import is_complete, refuse_filled, save_merged
 from tezo_ds.files.text import writing

@@ -20,18 +20,18 @@ PLACES = 64
 
 
 def ask_mkl() -> None:
-    """Asks for that mode, unless the user chose one. Has no effect once MKL has multiplied."""
+    """Asks MKL for reproducible products, unless the user chose a mode. Too late once MKL has multiplied."""
     os.environ.setdefault(VARIABLE, MODE)
 
 
 @dataclass(frozen=True)
 class Products:
-    """How one process multiplies on its CPU.
+    """Products of one process on its CPU: their results, kernels and MKL mode.
 
     Attributes:
-        results: different results of one product, and of one attention, over `PLACES` placements; the more.
-        kernels: torch's instruction set, and its number of threads.
-        asked: of MKL.
+        results: how many results one product, or one attention if more, has over `PLACES` placements.
+        kernels: torch's instruction set and number of threads.
+        asked: the mode asked of MKL.
     """
 
     results: int
@@ -40,7 +40,7 @@ class Products:
 
 
 def products() -> Products:
-    """Tries it."""
+    """Tries one product and one attention at `PLACES` placements of their operands."""
     import torch
     import torch.nn.functional as F
 
@@ -64,7 +64,7 @@ def _bits(tensor: Tensor) -> bytes:
 
 
 def _moved(tensor: Tensor, place: int) -> Tensor:
-    """A copy that begins so many elements after a multiple of 64 bytes."""
+    """Returns a copy that begins `place` elements after a multiple of 64 bytes."""
     each = 64 // tensor.element_size()
     room = tensor.new_empty(tensor.numel() + 2 * each)
     start = -room.data_ptr() // tensor.element_size() % each + place % each

@@ -1,4 +1,4 @@
-"""What a command is asked for besides the `tezo` block: model and data, sharding, how a run goes."""
+"""Options besides the `tezo` block: model and data, sharding, how a run goes."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class Settings(BaseModel):
 
 
 class RunOptions(BaseModel):
-    """How long a run goes, and what it keeps and shows; the options that `train` alone has."""
+    """Options of `train` alone: the length of a run, and what a run keeps and shows."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -32,7 +32,7 @@ INCLUDE = ("*_proj*",)
 
 
 def at_some_coefficients(dtype: torch.dtype = torch.float64, **more: object) -> tezo_ds.Engine:
-    """An engine whose coefficients are not zero."""
+    """Makes an engine whose coefficients are not zero."""
     fields = {"rank": 3, "rho": 1e-4, "lr": 0.0, "include": INCLUDE, "seed": 3, **more}
     engine = tezo_ds.initialize(tiny().to(dtype), fields)
     engine.objective.choices = torch.arange(engine.sharding.module.config.vocab_size)
@@ -68,7 +68,7 @@ def test_the_gradient_is_that_of_finite_differences() -> None:
 
 
 def test_where_it_stands_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At a = 0 instead, or with U and V of another seed, the gradient would be another one."""
+    """The gradient would be another one at a = 0, or with U and V of another seed."""
     engine = at_some_coefficients()
     found = true_gradient(engine, BATCH)
     kept = engine.method.coefficients.clone()
@@ -118,7 +118,8 @@ def test_a_matrix_that_is_not_a_linear_layers_is_named() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_in_turn_find_what_each_would(ranks: int) -> None:
-    """As `world_directions.each_rank_measures_on_its_own_data` has it of real ranks."""
+    """Ranks measured in turn find what real ranks find in
+    `world_directions.each_rank_measures_on_its_own_data`."""
     queries, batch = 2, make_batch(7, seed=1)
     engine = at_some_coefficients(queries=queries, lr=1e-3)
     engine.measuring = RanksInTurn(engine, ranks)
@@ -183,7 +184,7 @@ def test_beyond_an_end_that_was_best_more_rates_are_tried(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with its tokenizer, and a task."""
+    """Makes a folder with a tiny model, its tokenizer, and a task."""
     made = tmp_path_factory.mktemp("benchmark")
     (made / TASK).mkdir()
     rows = reviews(60)
@@ -201,7 +202,7 @@ TASK = "rotten-tomatoes"
 def call(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., list[dict[str, Any]]]:
-    """Runs the benchmark on the tiny model; gives the lines of results.jsonl."""
+    """Returns a function that runs the benchmark on the tiny model and returns the lines of results.jsonl."""
     page, out = tmp_path / "page.md", tmp_path / "out"
     page.write_text("by hand\n{}\n{}\nalso by hand\n".format(*MARKERS))
     monkeypatch.setattr(directions, "TASK", TASK)

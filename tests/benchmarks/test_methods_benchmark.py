@@ -33,7 +33,7 @@ SETTINGS = Settings(0.01, 3, 20, 7, 11)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with its tokenizer, and films split in three that share some prompts."""
+    """Makes a folder with a tiny model, its tokenizer, and films split in three that share some prompts."""
     made = tmp_path_factory.mktemp("benchmark")
     rows = reviews(60)
     (made / TASK).mkdir()
@@ -186,7 +186,7 @@ def test_only_what_is_between_the_markers_changes(tmp_path: Path) -> None:
 
 @pytest.fixture
 def call(folder: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
-    """Runs the benchmark on the tiny model; gives the lines of results.jsonl."""
+    """Returns a function that runs the benchmark on the tiny model and returns the lines of results.jsonl."""
     page, out = tmp_path / "page.md", tmp_path / "out"
     page.write_text(f"by hand\n{BEGIN}\n{END}\n")
 

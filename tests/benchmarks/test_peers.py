@@ -43,8 +43,8 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def drawn(kind: str, parameters: dict[str, nn.Parameter], seed: int) -> dict[tuple[str, int], Any]:
-    """What torch's generator gives a loop, in the order that the algorithm draws: by name and step Z, or
-    U and V."""
+    """Draws Z, or U and V, of each name and step from torch's generator, in the order in which a loop
+    draws."""
     seeds, found, rights = random.Random(seed), {}, {}
     for step in range(STEPS):
         if kind == "lozo" and step % NU == 0:
@@ -65,8 +65,8 @@ def drawn(kind: str, parameters: dict[str, nn.Parameter], seed: int) -> dict[tup
 def test_a_loop_is_the_algorithm_with_torchs_normals(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Held against the oracle of ours, which is given the normals that the loop draws; vectors train,
-    too. Seven steps see V change twice."""
+    """A loop takes the steps of the oracle in `reference`, which is given the normals that the loop draws;
+    vectors train, too. Seven steps see V change twice."""
     model = tiny("opt").double()
     parameters = dict(chosen(model, ["*fc1*", "*v_proj*"]))
     assert {p.dim() for p in parameters.values()} == {1, 2}
@@ -114,7 +114,7 @@ def test_a_loop_restores_the_weights_up_to_rounding(kind: str) -> None:
 
 
 class ReleasedLozo(LozoLoop):
-    """Draws V within the walks that perturb, as the authors' trainer does."""
+    """A LOZO loop that draws V within the walks that perturb, as the authors' trainer does."""
 
     def _begin(self, step: int) -> None:
         self._renews, self._walks = step % self._nu == 0, 0
@@ -132,7 +132,7 @@ class ReleasedLozo(LozoLoop):
 
 @pytest.mark.parametrize("kind", [LozoLoop, ReleasedLozo])
 def test_lozo_on_a_linear_loss_moves_by_the_slope_that_it_measured(kind: type[LozoLoop]) -> None:
-    """⟨G, Δ⟩ = -ηκ² at every step; where V is drawn within a walk, not at those with a new V."""
+    """⟨G, Δ⟩ = -ηκ² at every step; where V is drawn within a walk, only at steps without a new V."""
     weight, gradient = nn.Parameter(torch.zeros(7, 5).double()), torch.randn(7, 5).double()
     loop = kind([weight], lambda _: (weight * gradient).sum(), LR, RHO, 0, rank=2, nu=2)
     for step in range(5):
@@ -165,7 +165,7 @@ def test_eggroll_es_moves_what_is_targeted() -> None:
 
 
 class Counted(Started):
-    """Takes 3 s for a plain forward and 6 s for a step, by a clock that only it moves."""
+    """A way that takes 3 s for a plain forward and 6 s for a step, by a clock that nothing else moves."""
 
     def __init__(self) -> None:
         self.now, self.seen = 0.0, []
@@ -192,7 +192,7 @@ def test_a_pace_leaves_the_first_of_each_turn_out(monkeypatch: pytest.MonkeyPatc
 
 
 def made_up(key: Record) -> Record:
-    """A record of a run."""
+    """Makes up the record of a run."""
     if key["way"] == "no training":
         return {**key, "accuracy": 0.24, "loss": 1.9, "n": 200, "machine": "made up"}
     found = {**key, "peak_bytes": 280_000_000 * key["copies"], "machine": "made up"}

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def clocked(*times: float) -> Split:
-    """A split whose clock shows these times, one after the other."""
+    """Makes a split whose clock shows these times, one after the other."""
     split = Split()
     vars(split).update(_accelerator=False, _mark=mock.Mock(side_effect=times))
     return split

@@ -41,13 +41,13 @@ TREE, ONE, OWN = FORMS[1:]
 
 
 def given(*words: str) -> argparse.Namespace:
-    """Arguments of 1, 2 and 8 nodes."""
+    """Parses arguments of 1, 2 and 8 nodes."""
     return scaling_model.checked(["--worlds", "8", "16", "64", *words])
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with the shapes of OPT-13B, but of three blocks."""
+    """Makes a folder with the shapes of OPT-13B, but of three blocks."""
     folder = tmp_path_factory.mktemp("opt")
     OPTConfig(
         vocab_size=50272, hidden_size=5120, word_embed_proj_dim=5120, ffn_dim=20480, num_hidden_layers=3,
@@ -58,17 +58,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def found(model: str) -> list[Point]:
-    """Every way on 1, 2 and 8 nodes."""
+    """Models every way of sharding on 1, 2 and 8 nodes."""
     return points(model, given())
 
 
 def gathers(ranks: int, **more: Any) -> dict[str, Any]:
-    """A row of one world on one machine, each rank with a processor of its own."""
+    """Makes a row of one world on one machine, each rank with a processor of its own."""
     return row(gather_ranks=ranks, world=ranks, workers=ranks, **more)
 
 
 def made(form: Any, alpha: float, beta: float, noise: float = 0.0) -> list[dict[str, Any]]:
-    """Rows of a machine of four processors whose constants are these."""
+    """Makes rows of a machine of four processors whose hop takes alpha and whose byte takes beta."""
     draw, rows = random.Random(0), []
     true = Fit(form, np.array([alpha, 0, beta, 0]))
     for sharding, calls in (("fsdp2", 31), ("zero3", 272)):
@@ -85,7 +85,7 @@ def made(form: Any, alpha: float, beta: float, noise: float = 0.0) -> list[dict[
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 def test_seconds_of_a_gather(form: Any) -> None:
-    """One rank: none. Many bytes: n / B. More ranks: never less."""
+    """A gather takes no time on one rank, n / B for many bytes, and never less on more ranks."""
     model = Fit(form, np.array([50e-6, 900e-6, 1 / 2e9, 1 / 1e8]))
     assert model.seconds(gathers(1)) == 0
     wide = replace(model, constants=np.array([0, 0, 1 / 2e9, 0]))
@@ -107,7 +107,7 @@ def test_processors_that_are_shared_take_turns() -> None:
 
 
 def test_the_form_is_the_planners(model: str) -> None:
-    """What is fitted to measurements is what steps are modelled by, but for `BASE` a collective."""
+    """Measurements are fitted to the form by which the planner models steps, but for `BASE` a collective."""
     args, module = given(), skeleton(model, "bfloat16")
     for world in (8, 64):
         job = replace(job_at(module, args, world, 400), sharding="fsdp2")
@@ -213,7 +213,7 @@ def test_what_would_hide_gathers_does(model: str, found: list[Point]) -> None:
 
 
 def stretched(point: Point, world: int, compute: float) -> Point:
-    """A step of so many ranks, with hops of 1 ms a rank of gathers and 0.1 ms of scalars."""
+    """Stretches a step to a world of ranks, with hops of 1 ms a rank in gathers and 0.1 ms in scalars."""
     hops = 1e-3 * world
     spent = replace(
         point.timing, compute=compute, gather=1 + hops, exposed=0.0, scalars=1e-4 * world

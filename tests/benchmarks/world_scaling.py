@@ -1,4 +1,4 @@
-"""The scaling benchmark on every way of sharding: what it counts, and that its parts are what they say."""
+"""The scaling benchmark on every way of sharding: what it counts, and what its parts measure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HIDDEN, LAYERS = 128, 1
 
 
 def settings(**more: object) -> Namespace:
-    """As of the command line; 30 tokens, so that nothing divides."""
+    """Returns settings like the command line's; 30 tokens, so that nothing divides."""
     given = {
         "model": random_model(HIDDEN, LAYERS, "float32"), "name": "tiny", "dtype": "float32",
         "length": 30, "queries": 2, "rank": 3, "steps": 2, "discard": 2, "threads": 1, "batch_size": 1,

@@ -1,4 +1,4 @@
-"""Whatever is wrong with the input: exit code 2 and one line that names the fix."""
+"""Wrong input of every kind: exit code 2 and one line that names the fix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ZERO3 = {"zero_optimization": {"stage": 3}}
 
 
 class Refusal:
-    """Calls the command line, which must refuse in one line of stderr."""
+    """A call of the command line, which must refuse in one line of stderr."""
 
     def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
         self._capfd = capfd
@@ -130,7 +130,7 @@ def test_a_folder_without_weights(given: Given, tmp_path: Path, refused: Refusal
 
 
 def times(folder: Path) -> dict[str, int]:
-    """When each file was written; but for the lock's, which holds a process's number."""
+    """Returns when each file was written, but for the lock file, which holds a process's number."""
     return {p.name: p.stat().st_mtime_ns for p in folder.iterdir() if p.name != LOCK}
 
 

@@ -1,4 +1,4 @@
-"""`tezo-ds train` and `tezo-ds evaluate`: plain and by hand agree."""
+"""`tezo-ds train` and `tezo-ds evaluate` in one process, held against a run by the public API."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ OVERRIDES: dict[str, Any] = {
 
 
 def by_hand(given: Given) -> tezo_ds.Engine:
-    """The run of the fixture `plain`, through the public API."""
+    """Trains the run of the fixture `plain` through the public API."""
     task = load_task(str(given.data), template=TEMPLATE, verbalizers=WORDS, test_fraction=0.4)
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     examples = encode(tokenizer, task.train, 512)

@@ -1,4 +1,4 @@
-"""What `accelerate launch` asks for, by real launches, and what is refused of that and of `--fsdp`;
+"""`--fsdp` and the configs of `accelerate launch`: real launches, and what is refused;
 tests/launch/test_launch_ends.py and tests/launch/test_elastic.py have `--fsdp` under torchrun."""
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Start:
 
 
 def starts() -> dict[str, Start]:
-    """Each config of accelerate's in ds_configs/."""
+    """Returns a start for each config of accelerate's in ds_configs/."""
 
     def accelerate(name: str, ranks: int) -> tuple[object, ...]:
         config = ("--config_file", ROOT / "ds_configs" / f"{name}.yaml", "--num_processes", ranks)

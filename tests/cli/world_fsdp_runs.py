@@ -33,7 +33,7 @@ MIXED = {"dtype": "float32", "compute_dtype": "bfloat16"}
 
 
 def given_to(world: World) -> Given:
-    """The model and data of the command line's tests."""
+    """Makes the model and data of the command line's tests."""
     folder = world.folder / "given-to-fsdp"
     if world.rank == 0 and not folder.exists():
         folder.mkdir()
@@ -43,7 +43,7 @@ def given_to(world: World) -> Given:
 
 
 def call(*arguments: object) -> str:
-    """What `tezo-ds ARGUMENTS` prints on this rank."""
+    """Runs `tezo-ds ARGUMENTS` and returns what this rank prints."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         cli.app([str(word) for word in arguments], standalone_mode=False)
@@ -52,21 +52,22 @@ def call(*arguments: object) -> str:
 
 
 def train(world: World, name: str, *switches: str, **options: Any) -> Run:
-    """A short run that both ranks shard by FSDP2."""
+    """Trains a short run that both ranks shard by FSDP2."""
     folder = world.folder / f"fsdp-{name}"
     call(*given_to(world).train(folder, steps=3, **options), "--fsdp", *switches)
     return Run(folder)
 
 
 def evaluated(run: Path, world: World, *switches: str, **options: Any) -> dict[str, Any]:
-    """The result that rank 0 prints."""
+    """Returns the result that `tezo-ds evaluate` prints on rank 0; {} on the other ranks."""
     out = call("evaluate", "--run", run, *switches, *flags(options))
     return dict(json.loads(out)) if world.rank == 0 else {}
 
 
 @case(worlds=(2,), bits=True)
 def hybrid_and_offloaded_runs_are_the_same(world: World) -> None:
-    """To the bit by the fused probe; in place up to rounding, as shards of other shapes are written."""
+    """Hybrid and offloaded runs equal a plain one to the bit by the fused probe, and up to rounding in
+    place, as shards of other shapes are written."""
     for probe in ("fused", "inplace"):
         plain = train(world, f"plain {probe}", probe=probe)
         options = {"probe": probe, "fsdp_replicas": 2}
@@ -97,8 +98,8 @@ def runs_in_mixed_precision_are_evaluated_as_they_were_trained(world: World) -> 
 
 @case(worlds=(2,), bits=True)
 def runs_that_write_weights_are_found_again(world: World) -> None:
-    """In the model that they leave, written in float32; without it, by a replay on float32 shards, which
-    one process rounds to bfloat16 afterwards."""
+    """A run is evaluated by the model in its folder, written in float32; without that, by a replay on
+    float32 shards, which one process rounds to bfloat16 afterwards."""
     run = train(world, "written", **MIXED, method="mezo", lr=1e-3)
     after = run.summary["accuracy_after"], run.summary["test_loss_after"]
     assert abs(after[1] - run.summary["test_loss_before"]) > 1e-3
@@ -116,7 +117,7 @@ def runs_that_write_weights_are_found_again(world: World) -> None:
 
 @case(worlds=(2,))
 def exports_add_the_factors_that_were_trained(world: World) -> None:
-    """Those of a run in mixed precision are rounded to bfloat16, its weights are not."""
+    """The factors of a run in mixed precision are rounded to bfloat16, its weights are not."""
     path = train(world, "merged", **MIXED, lr=0.01).path
     written: list[dict[str, Tensor]] = []
     for switch in ("--fsdp", "--no-fsdp"):

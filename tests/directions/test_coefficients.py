@@ -1,4 +1,4 @@
-"""What was learnt, by parameter name: saved after refreshes and loaded, it is the same weights again."""
+"""Coefficients by parameter name: saved after refreshes and loaded, they give the same weights again."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_slopes_alone_give_the_weights_again(more: dict) -> None:
 
 
 def test_rounding_errors_of_subtracting_are_part_of_a_result() -> None:
-    """Hazard: a replay that takes updates alone ends elsewhere than the run did."""
+    """Hazard: a replay that leaves out the rounding errors of subtracting ends elsewhere than the run did."""
     fields = {"method": "mezo", "lr": 3e-4, "rho": 1e-2}
     engine, exact = (tezo_ds.initialize(tiny().bfloat16(), fields) for _ in range(2))
     exact.probe.copies = True

@@ -1,4 +1,4 @@
-"""Counts of large singular values against LAPACK's, and what is done with matrices that are no use."""
+"""Counts of large singular values, held against LAPACK's, and matrices that are refused or left out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INDEX = torch.arange(N, dtype=torch.float64)
 
 
 def matrix(spectrum: Tensor, rows: int, seed: int = 0) -> Tensor:
-    """(rows, len(spectrum)) with these singular values."""
+    """Makes a matrix (rows, len(spectrum)) with these singular values."""
     generator = torch.Generator().manual_seed(seed)
     n = len(spectrum)
     U, V = (
@@ -33,12 +33,12 @@ def matrix(spectrum: Tensor, rows: int, seed: int = 0) -> Tensor:
 
 
 def parts(*parts: tuple[float, int]) -> Tensor:
-    """So many of each value, and then the last up to N."""
+    """Makes a spectrum of N values from (value, count) pairs; the last pair fills what is left."""
     return torch.cat([torch.full((count,), float(value)) for value, count in parts]).double()
 
 
 def of(weights: dict[str, Tensor], threshold: float = 0.25, cap: int = 64) -> dict[str, int]:
-    """auto_ranks of a module in this process that has these parameters."""
+    """Runs `auto_ranks` on a module in this process that has these parameters."""
     module = nn.Module()
     for name, weight in weights.items():
         *path, last = name.split(".")

@@ -21,7 +21,7 @@ kinds = pytest.mark.parametrize("dtype", KINDS)
 
 @kinds
 def test_representable_numbers_stay_themselves(dtype: torch.dtype) -> None:
-    """All bit patterns: subnormal, infinite, -0 and NaN among them."""
+    """Every bit pattern stays itself, subnormal, infinite, -0 and NaN among them."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
     for u in (0.0, 0.5, 65535 / 65536):
         for wide in (torch.float32, torch.float64):
@@ -32,7 +32,7 @@ def test_representable_numbers_stay_themselves(dtype: torch.dtype) -> None:
 
 
 def test_float32_would_round_up_what_is_representable() -> None:
-    """Why x/ulp + u is formed in float64."""
+    """Hazard: x/ulp + u formed in float32 rounds up numbers that need no rounding; float64 does not."""
     x = torch.tensor([1024 + 1.0], dtype=torch.float16)
     assert (x.float() + 65535 / 65536).floor() == 1026
     assert round_(x.float(), torch.float16, torch.tensor([65535 / 65536])) == 1025
@@ -105,7 +105,7 @@ SHAPE = (37, 53)
 
 
 def stored(values: Tensor, cuts: list[int], columns: range, numel: int, step: int) -> Tensor:
-    """Some columns of a matrix, written shard by shard and piece by piece."""
+    """Writes some columns of a matrix shard by shard and piece by piece."""
     weight = torch.zeros(SHAPE[0], len(columns), dtype=torch.bfloat16)
     flat = weight.view(-1)
     for start, stop in itertools.pairwise(cuts):
@@ -135,7 +135,8 @@ def test_same_bits_however_a_matrix_is_cut(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_uniforms_that_are_drawn_in_order_would_depend_on_the_cut() -> None:
-    """What two ranks would do with a generator of the same seed each."""
+    """Hazard: two ranks that draw from generators of the same seed each would round otherwise than one
+    process."""
     x, halves = torch.full((4, 100), 1.001), []
     whole = round_(
         x, torch.bfloat16, torch.rand(x.shape, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Layer-wise ranks are the same however the weights are sharded, and nobody holds a whole matrix."""
+"""Layer-wise ranks on every sharding: the same everywhere, though no rank holds a whole matrix."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ THRESHOLD, CAP, SEED = 0.25, 9, 5
 
 
 class Spread(world_everywhere.Model):
-    """Weights whose singular values fall by another factor in each matrix."""
+    """A model whose singular values fall by another factor in each matrix."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def of(sharding: Sharding) -> dict[str, int]:
 
 
 def expected() -> dict[str, int]:
-    """By LAPACK, of whole matrices."""
+    """Counts the ranks by LAPACK, from whole matrices."""
     least: dict[str, int] = {}
     weights = {name: p.detach() for name, p in Spread().named_parameters() if p.dim() > 1}
     for name, weight in weights.items():
@@ -69,7 +69,7 @@ def zero3(model: nn.Module) -> Sharding:
 
 
 def held(sharding: Sharding, matrix: Matrix) -> torch.Tensor:
-    """How often each element of a matrix is held, over the world."""
+    """Counts how often each element of a matrix is held, over all ranks."""
     times = torch.zeros(matrix.shape)
 
     def add(view: ShardView) -> None:
@@ -138,7 +138,8 @@ def what_is_not_finite_on_one_rank_stops_all(world: World) -> None:
 
 @case(worlds=(2,))
 def processors_that_round_otherwise_do_the_same(world: World) -> None:
-    """A rank that would go on, or that counts fewer, goes by what all decide."""
+    """A rank that would go on, or that counts fewer singular values, follows what all ranks decide
+    together."""
     judge, calls = auto_rank.judge, []
 
     def otherwise(*args: object) -> tuple[int, bool]:

@@ -1,5 +1,5 @@
-"""`tezo-ds doctor` on the hostfile, and on room for a run: every check is seen red, or as a warning where
-it is never more."""
+"""`tezo-ds doctor` on the hostfile, and on room for a run: every check is seen to fail, or to warn where
+it can only warn."""
 
 from __future__ import annotations
 

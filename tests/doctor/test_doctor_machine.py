@@ -1,5 +1,5 @@
-"""`tezo-ds doctor` on machines and the network between them: every check is seen red, or as a warning
-where it is never more."""
+"""`tezo-ds doctor` on machines and the network between them: every check is seen to fail, or to warn where
+it can only warn."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_memory_of_a_container_is_its_share(
 
 
 def reached(**others: Any) -> dict[int, dict[int, Any]]:
-    """Of four ranks all ways, but for those that are named: r0_3=…"""
+    """Makes reports in which four ranks reach each other, except for the ways named in `others`: r0_3=…"""
     fine = Reached(0.001, 0.0)
     return {a: {b: others.get(f"r{a}_{b}", fine) for b in range(4) if b != a} for a in range(4)}
 

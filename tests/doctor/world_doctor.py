@@ -1,4 +1,4 @@
-"""`tezo-ds doctor` on several ranks: content with what is sound, and red where one rank is not."""
+"""`tezo-ds doctor` on several ranks: content with a sound world, red where one rank is not."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ _numbers = itertools.count()
 
 
 def examined(world: World, model: str = "", wait: float = 60, **fields: Any) -> dict[str, Row]:
-    """Rows by check, on rank 0; each examination has a part of the store to itself."""
+    """Runs the checks and returns their rows by name, on rank 0; each examination has a part of the store
+    to itself."""
     settings = Settings(model=model, task="", fsdp=fields.pop("fsdp", False))
     plan = Plan(settings, TezoConfig(rank=3, **fields.pop("tezo", {})), **fields)
     store = dist.PrefixStore(f"doctor {next(_numbers)}", c10d._get_default_store())
@@ -157,7 +158,7 @@ def needs_are_what_shards_take(world: World) -> None:
 
 
 def _held(sharding: Sharding) -> int:
-    """Bytes of this rank's shards, without padding."""
+    """Counts the bytes of this rank's shards, without padding."""
     views: list[ShardView] = []
     sharding.each_shard({name for name, _ in sharding.module.named_parameters()}, views.append)
     return sum(view.local.nbytes for view in views)

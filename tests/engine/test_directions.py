@@ -1,4 +1,4 @@
-"""Many directions a step: how many, measured how, and what of them counts."""
+"""Many directions a step: how many there are, how they are measured, and which of them count."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FIELDS = {"rank": 3, "rho": 1e-2, "lr": 1e-3, "queries": 3, "seed": 5}
 
 
 def run(batches: list[dict], **more: object) -> tuple[list[tuple[float, ...]], torch.Tensor]:
-    """κ of each step, and the coefficients at the end."""
+    """Trains a tiny model and returns κ of each step and the coefficients at the end."""
     engine = tezo_ds.initialize(tiny(), {**FIELDS, **more})
     found = [engine.step(batch).kappa for batch in batches]
     state = engine.method.state

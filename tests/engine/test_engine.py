@@ -14,7 +14,7 @@ import tezo_ds
 
 
 class Net(nn.Module):
-    """Two layers in float64: x (B, 5) -> (B, 3)."""
+    """A model of two layers in float64: x (B, 5) -> (B, 3)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ RANK, RHO, LR, Q, SEED = 2, 1e-2, 5e-2, 2, 9
 
 
 def oracle(method: str, steps: int) -> tuple[dict[str, np.ndarray], list[float]]:
-    """TeZO and TeZO-m as the paper writes them, dense, in NumPy."""
+    """Runs TeZO and TeZO-m as the paper writes them, dense, in NumPy."""
     W = {name: tensor.numpy() for name, tensor in Net().state_dict().items()}
     UV = {
         k: [f.double().numpy() for f in tezo_ds.factors(k, s, RANK, SEED)]
@@ -95,7 +95,8 @@ def test_twenty_steps_are_those_of_the_numpy_oracle(method: str, probe: str) -> 
 @pytest.mark.parametrize("method", ["tezo", "tezo-m"])
 @pytest.mark.parametrize("probe", ["fused", "inplace"])
 def test_on_a_linear_loss_the_step_is_along_what_was_measured(probe: str, method: str) -> None:
-    """κ = ⟨G, Z⟩ and ⟨G, Δ⟩ = -η κ² every step; with momentum, of the first step's (1-β₁) share."""
+    """κ = ⟨G, Z⟩ and ⟨G, Δ⟩ = -η κ² at every step; with momentum, Δ is -η times the mean of κZ that β₁
+    gives."""
     model = nn.Linear(7, 5, bias=False, dtype=torch.float64)
     G = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
@@ -227,7 +228,7 @@ def test_coefficients_load_only_where_they_belong() -> None:
 
 
 def test_choices_make_the_loss_a_pick_among_words() -> None:
-    """Cross-entropy over the chosen tokens alone, in both probes and in scores."""
+    """Cross-entropy is taken over the words to choose from alone, in both probes and in scores."""
     batch = make_batch(4)
     choices = torch.tensor([7, 30, 11])
     labelled = batch["labels"] != -100

@@ -1,4 +1,4 @@
-"""`rho: auto`: the signs of slopes are right where it is chosen, and not far below or above."""
+"""`rho: auto`: the signs of slopes are right at the chosen ρ, and no longer far below or above it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WAYS = [
 
 
 def losses_in(dtype: torch.dtype, seed: int = 0, **fields: object) -> Losses:
-    """Of bfloat16's weights and directions, computed in a dtype."""
+    """Makes the losses of a model with bfloat16's weights and directions, computed in another dtype."""
     model = tiny("llama", seed=seed).bfloat16().to(dtype)
     config = TezoConfig.model_validate({"rank": 3, "seed": seed, **fields})
     engine = Engine(sharding_of(model, None), config, None, torch.bfloat16)
@@ -38,7 +38,7 @@ def losses_in(dtype: torch.dtype, seed: int = 0, **fields: object) -> Losses:
 
 
 def signs_that_agree(kappa: Tensor, reference: Tensor) -> float:
-    """Share of them where the reference's |κ| is above its median."""
+    """Returns the share of equal signs where the reference's |κ| is above its median."""
     large = reference.abs() > reference.abs().median()
     return (kappa.sign() == reference.sign())[large].double().mean().item()
 
@@ -90,7 +90,7 @@ def test_float32_takes_a_smaller_radius_and_is_nearly_exact() -> None:
 
 
 def of_function(along: Callable[[int, float], float]) -> Callable[[Ask], Tensor]:
-    """Losses of a function of (direction, signed ρ)."""
+    """Makes a function that returns losses from one of (direction, signed ρ)."""
     return lambda ask: torch.tensor(
         [along(q or 0, sign * ask.rho) for q, sign in ask.signs], dtype=torch.float64
     )
@@ -116,7 +116,8 @@ def test_known_noise_and_bend_give_the_best_radius(sigma: float, central: bool) 
 
 
 def test_weights_that_round_want_a_larger_radius() -> None:
-    """In place, W + ρZ itself is rounded; fused, it never is."""
+    """In place, W + ρZ itself is rounded, and the radius is larger; with the fused probe W is never
+    rounded."""
     generator = torch.Generator().manual_seed(0)
     W, G = torch.randn(2, 400, generator=generator).bfloat16().double()
     Z = torch.randn(DIRECTIONS, 400, generator=generator).double()

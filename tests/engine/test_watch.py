@@ -1,4 +1,4 @@
-"""Digests: what they notice, what they do not mind; and what a run leaves that was stopped by one."""
+"""Digests of replicas: which changes they show, which they must not show, and how messages name ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def values(dtype: torch.dtype, numel: int = NUMEL) -> torch.Tensor:
 
 @pytest.fixture(params=(replicas.CHUNK, 16))
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One chunk, and many."""
+    """Sets the chunk of a digest to its default, or to one so small that tensors take many."""
     monkeypatch.setattr(replicas, "CHUNK", request.param)
     replicas._multipliers.cache_clear()
     yield
@@ -51,7 +51,8 @@ def test_the_last_bit_of_any_element_shows(chunk: None, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_two_changes_of_sign_show(dtype: torch.dtype) -> None:
-    """Hazard: the top bit of a word times an odd number is the top bit again, so they would cancel."""
+    """Hazard: the top bit of a word times an odd number is the top bit again, so two changes of sign would
+    cancel."""
     x = values(dtype, numel=40)
     seen = {digest(x)}
     for pair in combinations(range(len(x)), 2):

@@ -1,4 +1,4 @@
-"""What a step sends: one model's worth of parameters whatever Q, and between whole copies scalars only."""
+"""Traffic of a step: one model's worth of parameters whatever Q, and between whole copies scalars only."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Losses = Callable[[Tensor, slice], Tensor]
 
 
 def partitioned(tied: bool = True, **zero: object) -> deepspeed.DeepSpeedEngine:
-    """A tiny Llama under ZeRO-3."""
+    """Makes a tiny Llama under ZeRO-3."""
     optimization = {**ZERO3["zero_optimization"], **zero}
     return zero3.wrap(tiny("llama", tied), {"zero_optimization": optimization})
 
@@ -45,7 +45,8 @@ def trainer(model: nn.Module, **fields: object) -> tezo_ds.Engine:
 
 
 def padded(parameters: Iterable[nn.Parameter], ranks: int) -> int:
-    """Elements with the padding to a multiple of the ranks: of all (ZeRO-3) or of rows (FSDP2)."""
+    """Counts elements with the padding to a multiple of the ranks: of the whole (ZeRO-3) or of rows
+    (FSDP2)."""
     total = 0
     for p in parameters:
         rows, width = (p.ds_numel, 1) if hasattr(p, "ds_numel") else (len(p), p.numel() // len(p))
@@ -54,12 +55,12 @@ def padded(parameters: Iterable[nn.Parameter], ranks: int) -> int:
 
 
 def mine(world: World) -> dict[str, Tensor]:
-    """This rank's examples; the ranks have unequally many labels."""
+    """Returns this rank's examples; the ranks have unequally many labels."""
     return part_of(make_batch(7), world.rank, world.size)
 
 
 def steps_of(engine: tezo_ds.Engine, batch: dict[str, Tensor]) -> list[Traffic]:
-    """Traffic of each of three steps."""
+    """Records the traffic of each of three steps."""
     seen = []
     for _ in range(3):
         with Traffic() as traffic:
@@ -69,8 +70,8 @@ def steps_of(engine: tezo_ds.Engine, batch: dict[str, Tensor]) -> list[Traffic]:
 
 
 def plain_forwards(model: nn.Module, world: World) -> list[Traffic]:
-    """Traffic of three forwards of the model by itself. In the first two, DeepSpeed learns the order of
-    its layers, and compares lists of them over the world."""
+    """Records the traffic of three forwards of the model by itself. In the first two, DeepSpeed learns the
+    order of its layers, and compares lists of them over the world."""
     trainer(model)  # or else FSDP2 keeps its root whole after the first
     ids, seen = mine(world)["input_ids"], []
     for _ in range(3):
@@ -83,7 +84,7 @@ def plain_forwards(model: nn.Module, world: World) -> list[Traffic]:
 def assert_steps_gather(
     numel: int, model: nn.Module, world: World, fused: tuple[int, ...], inplace: tuple[int, ...]
 ) -> None:
-    """`numel` elements with the fused probe, as often as there are branches with the in-place one.
+    """Asserts that a step gathers `numel` elements once with the fused probe, and once a branch in place.
 
     `fused` and `inplace` are the numbers of directions to try.
     """
@@ -142,7 +143,7 @@ def every_kind_of_collective_is_seen(world: World) -> None:
 
 
 class Wide(nn.Module):
-    """Parameters enough to drown gloo's headers; no size that a world divides."""
+    """A model with parameters enough to drown gloo's headers, of sizes that no world divides."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,7 +263,7 @@ def scalars_alone_cross_between_hpz_groups(world: World) -> None:
 
 
 def assert_little_crosses(engine: tezo_ds.Engine, world: World) -> None:
-    """By the kernel's count, a step sends the other group what its all-reduce does by itself."""
+    """Asserts, by the kernel's count, that a step sends the other group no more than its all-reduce takes."""
     wire, batch, own = Wire(), mine(world), HALVES[world.rank // 2]
 
     def other_group(call: Callable[[], object]) -> int:

@@ -34,8 +34,8 @@ def replicated(model: nn.Module | None = None, **fields: object) -> tezo_ds.Engi
 
 
 def odd_one(world: World) -> int:
-    """The rank to spoil: the first, which a majority outvotes; of two the second, as the first is
-    believed."""
+    """Returns the rank to spoil: the first of three, which a majority outvotes; the second of two, as the
+    first is believed."""
     return 1 if world.size == 2 else 0
 
 
@@ -50,7 +50,7 @@ def step(engine: tezo_ds.Engine, world: World) -> None:
 
 
 def bump(tensor: torch.Tensor, place: int) -> None:
-    """The next larger number in place of one element."""
+    """Puts the next larger number in place of one element."""
     tensor[place] = torch.nextafter(tensor[place], tensor.new_tensor(math.inf))
 
 
@@ -61,8 +61,8 @@ def all_equal(tensor: torch.Tensor) -> bool:
 
 
 def stopped_by(make: Callable[..., tezo_ds.Engine], spoil: Spoil, bad: int, world: World) -> str:
-    """What the check says of an engine that rank `bad` spoils after `EVERY` steps; the same engine
-    that does not check goes on, and is found out at the end."""
+    """Returns the check's message about an engine that rank `bad` spoils after `EVERY` steps; the same
+    engine without checks goes on, and is found out at the end."""
     engine, unwatched = make(check_every=EVERY), make(check_every=0)
     for each in (engine, unwatched):
         for _ in range(EVERY):
@@ -107,7 +107,8 @@ def one_bit_of_the_state_on_one_rank_stops_all(world: World) -> None:
 
 
 def spoil_weight(name: str) -> Spoil:
-    """One element of this rank's last shard of a weight, which under hpZ is the secondary copy."""
+    """Makes a function that changes one element of this rank's last shard of a weight, under hpZ the
+    secondary copy."""
 
     def spoil(engine: tezo_ds.Engine) -> None:
         bump([view for view in views_of(engine) if view.name == name][-1].local, 5)
@@ -160,7 +161,7 @@ def fsdp2_hybrid_replicas_are_watched(world: World) -> None:
 
 @case(worlds=(2,))
 def ranks_that_share_data_are_watched_as_well(world: World) -> None:
-    """Tensor parallelism alone: each rank is a data-parallel world of its own."""
+    """Under tensor parallelism alone each rank is a data-parallel world of its own, and is still checked."""
     name = "model.layers.0.mlp.gate_proj.weight"
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "model"))
     model = shard(tensor_parallel("llama", mesh["model"]), mesh["data"])
@@ -216,7 +217,8 @@ def ranks_that_were_started_otherwise_stop_at_once(world: World) -> None:
 
 @case(worlds=(2, 3))
 def a_check_sends_a_few_numbers(world: World) -> None:
-    """Three of 8 bytes; two more for each set of replicas where weights are written."""
+    """A check sends three numbers of 8 bytes, and two more for each set of replicas where weights are
+    written."""
     own, a_step = ("all_reduce", 3 * 8), ("all_reduce", STEP_BYTES)
 
     def wire(engine: tezo_ds.Engine) -> list[list[tuple[str, int]]]:
@@ -243,12 +245,13 @@ def a_check_sends_a_few_numbers(world: World) -> None:
 
 @case(worlds=(3,))
 def shards_that_move_are_found_again(world: World) -> None:
-    """As under hpZ, whose secondary copies come into being with the first forward."""
+    """Replicas are found again after shards moved, as under hpZ, whose secondary copies begin with the
+    first forward."""
     engine = replicated(probe="inplace")
     every = type(engine.sharding).each_shard
 
     def apart(self: Sharding, names: object, write: Callable[[ShardView], None]) -> None:
-        """Rank 0 holds the first 10 elements of each matrix; the others share the rest."""
+        """Gives rank 0 the first 10 elements of each matrix, and the other ranks the rest."""
 
         def part(view: ShardView) -> None:
             cut = slice(0, 10) if world.rank == 0 else slice(10, None)

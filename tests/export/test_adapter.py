@@ -1,4 +1,4 @@
-"""The adapter of a run is, to peft, the very model that the run reached."""
+"""The adapter of a run: loaded by peft, it is the very model that the run reached."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_masked_model_has_no_task_type(tmp_path: Path) -> None:
 
 
 def with_ranks(ranks: dict[str, int]) -> tezo_ds.Engine:
-    """An engine at a result, some matrices of which have ranks of their own."""
+    """Makes an engine at a result, some matrices of which have ranks of their own."""
     engine = tezo_ds.initialize(tiny(tied=False), {"rank": 1})
     chosen = {matrix.name: ranks.get(matrix.name, 2) for matrix in engine.space.matrices}
     config = tezo_ds.TezoConfig(rank="auto")
@@ -92,7 +92,7 @@ def test_each_matrix_has_its_rank(tmp_path: Path) -> None:
 
 
 def test_ended_periods_lie_side_by_side(tmp_path: Path) -> None:
-    """Hazard: the last period's factors alone, as if nothing had been learnt before."""
+    """Hazard: an adapter with the last period's factors alone would forget what earlier periods learnt."""
     fields = {"rank": 3, "lr": 3e-3, "refresh_every": 2, "seed": 5}
     engine = tezo_ds.initialize(tiny(), fields)
     for step in range(5):

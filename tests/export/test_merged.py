@@ -1,4 +1,4 @@
-"""An exported model is, to transformers, the very model that the run reached."""
+"""An exported model: loaded by transformers, it is the very model that the run reached."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ INDEX = "model.safetensors.index.json"
 
 
 def published(model: nn.Module, folder: Path) -> nn.Module:
-    """The model as from_pretrained gives it, from a folder as others publish it."""
+    """Saves a model as others publish it, and loads it by from_pretrained."""
     model.save_pretrained(folder)
     return type(model).from_pretrained(folder).eval()
 
 
 def reloaded(model: nn.Module, folder: Path) -> nn.Module:
-    """An export as from_pretrained loads it, every name of it known and none missing."""
+    """Loads an export by from_pretrained, every name of it known and none missing."""
     found, report = type(model).from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     return found.eval()
 
 
 def tensors_in(folder: Path) -> dict[str, Tensor]:
-    """All tensors of an export, found in the files where its index says they are."""
+    """Reads all tensors of an export from the files where its index says they are."""
     index = json.loads((folder / INDEX).read_text())
     files = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
     assert {(n, file) for file in files for n in files[file]} == set(index["weight_map"].items())
@@ -109,7 +109,8 @@ def mixtral() -> nn.Module:
 
 
 def test_experts_go_by_the_names_of_published_checkpoints(tmp_path: Path) -> None:
-    """transformers stacks them while loading; other programs read one tensor an expert."""
+    """An export has one tensor an expert, as other programs read; transformers stacks experts while
+    loading."""
     base = published(mixtral(), tmp_path / "base")
     assert "model.layers.1.mlp.experts.gate_up_proj" in base.state_dict()
     engine = trained(base)
@@ -145,7 +146,7 @@ def test_float32_keeps_what_bfloat16_rounds_away(tmp_path: Path) -> None:
         torch.testing.assert_close(half, tensor.half(), rtol=0, atol=0)  # rounded once
 
     def moved(dtype: torch.dtype | None) -> float:
-        """Of weights in matrices, those that the update moved."""
+        """Returns the share of weights in matrices that the update moved."""
         equal = [(written[dtype][m.name] == base.get_parameter(m.name)) for m in
                  engine.space.matrices]  # fmt: skip
         return 1 - torch.cat([part.flatten() for part in equal]).double().mean().item()
@@ -165,7 +166,7 @@ def test_a_file_holds_no_more_than_the_largest_layer() -> None:
 
 
 def broken_at(call_number: int, error: BaseException) -> Callable[..., None]:
-    """A save_file that fails half-way through one file."""
+    """Makes a save_file that fails half-way through one file."""
     calls = 0
 
     def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -198,7 +199,7 @@ def test_an_interrupted_export_leaves_nothing(
 def test_what_a_killed_export_leaves_is_no_model(
     at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed outright, it cannot clean up: all files may be there but for the index."""
+    """An export that is killed outright cannot clean up: all files may be there but for the index."""
     monkeypatch.setattr(merged, "save_file", broken_at(at, KeyboardInterrupt()))
     monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
     with pytest.raises(KeyboardInterrupt):
@@ -236,7 +237,8 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
 
 
 def test_settings_of_generation_that_transformers_would_not_save(tmp_path: Path) -> None:
-    """Many published models have such; they must not cost an hour's export."""
+    """Settings of generation that transformers would refuse to save, as many published models have, must
+    not cost an hour's export."""
     model = tiny()
     model.generation_config.temperature = 0.5  # without sampling
     with pytest.raises(ValueError, match="temperature"):
@@ -270,7 +272,7 @@ def test_a_run_exports_what_it_reached(
 def test_the_tokenizer_gets_no_pad_token_that_it_had_not(
     given: Given, plain: Run, tmp_path: Path
 ) -> None:
-    """Training pads with the end token where there is no other; that is none of the model's."""
+    """Training pads with the end token where there is no pad token; the exported tokenizer gets none."""
     shutil.copytree(given.model, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     tokenizer.pad_token = None

@@ -36,7 +36,7 @@ PERSISTENT = {"stage3_param_persistence_threshold": 100_000}
 
 
 def written(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each file."""
+    """Reads the tensors of each file."""
     return {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
@@ -83,13 +83,13 @@ def exports_of_shards_are_those_of_one_process(world: World) -> None:
 
 
 def stepped(engine: Engine, world: World, steps: int) -> list[StepReport]:
-    """Some steps over all ranks."""
+    """Takes some steps over all ranks."""
     batches = (part_of(make_batch(6, seed=step), world.rank, world.size) for step in range(steps))
     return [engine.step(batch) for batch in batches]
 
 
 def assert_same_result(ours: Engine, theirs: Engine, exactly: bool) -> None:
-    """Weights with all that is kept aside."""
+    """Compares the weights of two engines, updates that are kept aside included."""
     found, expected = ours.state_dict(), theirs.state_dict()
     for name, tensor in expected.items():
         if exactly:
@@ -140,7 +140,7 @@ def slopes_of_a_sharded_run_rebuild_it_anywhere(world: World) -> None:
 
 
 def deep() -> tuple[nn.Module, int, int]:
-    """A deep model, the bytes of its largest layer, and those of all."""
+    """Makes a deep model; returns it, the bytes of its largest layer, and the bytes of all its parameters."""
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=46, intermediate_size=121, num_hidden_layers=LAYERS,
         num_attention_heads=2, num_key_value_heads=1, head_dim=10, tie_word_embeddings=False,
@@ -179,7 +179,7 @@ def an_export_takes_a_shard_and_two_layers(world: World) -> None:
 
 @case(worlds=(3,))
 def layers_that_are_written_are_given_back(world: World) -> None:
-    """Two large embeddings in a row: the generator of one holds it while the next is gathered."""
+    """The first of two large embeddings in a row is let go of before the second is gathered."""
     torch.manual_seed(0)
     config = OPTConfig(
         vocab_size=999, max_position_embeddings=997, hidden_size=22, word_embed_proj_dim=22,
@@ -198,7 +198,7 @@ def layers_that_are_written_are_given_back(world: World) -> None:
 
 @case(worlds=(2,))
 def launched_ranks_shard_an_export_as_the_run_did(world: World) -> None:
-    """`tezo-ds export` on two ranks without --deepspeed, of a run that had one."""
+    """`tezo-ds export` without --deepspeed shards on two ranks as the run did, which had one."""
     model, run, folder = (world.folder / name for name in ("model", "run", "exported"))
     reference = alone("llama", True, {})
     reference.method.coefficients.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
@@ -221,7 +221,7 @@ def launched_ranks_shard_an_export_as_the_run_did(world: World) -> None:
 
 
 def make_run(model: Path, run: Path, coefficients: dict[str, Tensor]) -> None:
-    """What `tezo-ds train` leaves of a ZeRO-3 run of the tiny model, as far as an export reads it."""
+    """Writes what an export reads of a ZeRO-3 run of the tiny model."""
     tiny().save_pretrained(model)
     tiny_tokenizer(["a film"]).save_pretrained(model)
     run.mkdir()

@@ -1,4 +1,5 @@
-"""Random and damaged configs, of ours and of DeepSpeed: the right result, or one line that names what."""
+"""Random and damaged configs, of ours and of DeepSpeed: the right result, or one line that names what is
+wrong."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ DEEPSPEED = {"zero_optimization": ZERO, "bf16": {"enabled": True}}
 
 
 def used(config: TezoConfig) -> TezoConfig:
-    """Which survives a round trip, and has a rate and directions for any step."""
+    """Checks that a config survives a round trip, and has a rate and directions for any step."""
     assert build(config.model_dump(mode="json"), "again") == config
     config = config.model_copy(update={"steps_per_epoch": config.steps_per_epoch or 3})
     for step in (0, 7, 10**6):

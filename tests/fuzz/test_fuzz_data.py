@@ -37,7 +37,7 @@ ODD += [b"\xef\xbb\xbf" + LINES, LINES.replace(b"\n", b"\r"), LINES.replace(b"\n
 
 
 def read(path: Path, **options: Any) -> None:
-    """Examples, all of them well-formed."""
+    """Reads examples, and checks that all of them are well-formed."""
     task = load_task(str(path), **{"template": TEMPLATE, **options})
     for one in [*task.train, *task.test]:
         assert one.prompt.strip() and one.prompt.encode()

@@ -67,7 +67,7 @@ def test_damaged_model_files(given: Given, model: Path, data: st.DataObject) -> 
 
 @pytest.mark.parametrize("damage", ["shape", "missing", "index", "no map", "list"])
 def test_weights_that_do_not_fit(given: Given, model: Path, damage: str) -> None:
-    """transformers would make up what is missing, and go on."""
+    """Weights that do not fit are refused, where transformers would make up what is missing and go on."""
     weights = load_file(given.model / "model.safetensors")
     name = min(weights)
     if damage == "shape":

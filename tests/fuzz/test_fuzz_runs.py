@@ -30,7 +30,8 @@ PARTS = [CONFIG, METRICS, SUMMARY, COEFFICIENTS]
 
 @pytest.fixture(scope="module")
 def others(given: Given, plain: Run, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Runs of the same model: that begins anew every few steps, with ranks of its own."""
+    """Trains other runs of the same model: one that draws new factors every few steps, one with ranks of
+    its own."""
     folder = tmp_path_factory.mktemp("others")
     runs = [folder / "other", folder / "auto"]
     for run, options in zip(runs, ({"seed": 9, "refresh_every": 2}, {"rank": "auto"}), strict=True):
@@ -44,7 +45,7 @@ def copied(run: Path, tmp_path: Path) -> Path:
 
 
 def looked_at(run: Path, about: dict[str, Any]) -> None:
-    """All that reads a run's small files, one after the other."""
+    """Runs every reader of a run's small files, one after the other."""
     ways: list[Callable[[], Any]] = [
         lambda: read_result(run, read_run(run)[1]),
         lambda: model_card(run, 6, adapter=True),
@@ -128,7 +129,7 @@ def test_no_file_at_all(others: list[Path], tmp_path: Path, part: str, what: str
 def test_parts_of_another_run_are_refused(
     given: Given, others: list[Path], tmp_path: Path, part: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Two runs of the same shapes: without a check they would give a result of neither."""
+    """Parts of two runs of the same shapes are told apart: together they would give a result of neither."""
     out = tmp_path / "out"
     commands: dict[str, Callable[[Path], list[object]]] = {
         "evaluate": lambda run: ["evaluate", "--run", run],

@@ -13,7 +13,7 @@ from tiny_tokenizer import save_tiny_llama
 
 
 def make_given(folder: Path, **config: int) -> Given:
-    """A tiny Llama with its tokenizer, and 48 labelled films; config as of `save_tiny_llama`."""
+    """Makes a tiny Llama with its tokenizer, and 48 labelled films; config as of `save_tiny_llama`."""
     feelings = ("long", "dull", "slow", "fresh", "warm", "odd")
     rows = [
         {"text": f"film {i} felt {feelings[i % 6]}", "label": label}
@@ -27,25 +27,23 @@ def make_given(folder: Path, **config: int) -> Given:
 
 @pytest.fixture(scope="session")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
-    """See `make_given`."""
     return make_given(tmp_path_factory.mktemp("given"))
 
 
 def make_plain(given: Given, output: Path) -> Run:
-    """A finished run of one process."""
+    """Trains a finished run of one process."""
     assert call(*given.train(output, eval_every=4)) == 0
     return Run(output)
 
 
 @pytest.fixture(scope="session")
 def plain(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """See `make_plain`."""
     return make_plain(given, tmp_path_factory.mktemp("plain") / "run")
 
 
 @pytest.fixture
 def hearing_again() -> Iterator[None]:
-    """An interrupted command ignores signals; the tests go on."""
+    """Restores the signal handlers after a test, as an interrupted command ignores signals from then on."""
     before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     yield
     for name, handler in before.items():

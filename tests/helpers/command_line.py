@@ -1,4 +1,4 @@
-"""Ways to call the command line and to read what it leaves; cli_fixtures.py has the fixtures."""
+"""Calls of the command line, and readers of what it leaves; cli_fixtures.py has the fixtures."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ TIMEOUT = 120  # seconds, of a process
 
 @dataclass(frozen=True)
 class Given:
-    """What a user has before the first run."""
+    """What a user has before the first run: a model and data."""
 
     model: Path
     data: Path
 
     def task(self) -> list[str]:
-        """Options that name the model and the task."""
+        """Returns the options that name the model and the task."""
         words = json.dumps(WORDS)
         named = {"model": self.model, "task": self.data, "template": TEMPLATE, "verbalizers": words}
         return flags({**named, "test_fraction": 0.4})
 
     def train(self, output: Path, **options: Any) -> list[str]:
-        """A short run; `options` come on top of BLOCK, STEPS and BATCH."""
+        """Returns the arguments of a short run; `options` come on top of BLOCK, STEPS and BATCH."""
         chosen = {"output": output, "steps": STEPS, "batch_size": BATCH, **BLOCK, **options}
         return ["train", *self.task(), *flags(chosen)]
 
 
 def flags(options: dict[str, Any]) -> list[str]:
-    """`--name value` of each, `--name` or `--no-name` of a bool; None leaves one out."""
+    """Writes options as words: `--name value`, for a bool `--name` or `--no-name`; None leaves one out."""
     words: list[str] = []
     for key, value in options.items():
         name = key.replace("_", "-")
@@ -58,7 +58,7 @@ def flags(options: dict[str, Any]) -> list[str]:
 
 
 def call(*arguments: object) -> int:
-    """Exit code of `tezo-ds ARGUMENTS`, run in this process."""
+    """Runs `tezo-ds ARGUMENTS` in this process and returns its exit code."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(sys, "argv", ["tezo-ds", *map(str, arguments)])
         main()
@@ -68,7 +68,7 @@ def call(*arguments: object) -> int:
 
 
 def start(*command: object, **env: object) -> subprocess.Popen[str]:
-    """A process on the CPU with one thread, its output piped."""
+    """Starts a process on the CPU with one thread, its output piped."""
     quiet = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
         [str(word) for word in command],
@@ -78,7 +78,8 @@ def start(*command: object, **env: object) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a process, which is not left behind whatever happens."""
+    """Waits for a process and returns its exit code, stdout and stderr; ends it where it does not end by
+    itself."""
     try:
         out, err = process.communicate(timeout=TIMEOUT)
     finally:
@@ -94,7 +95,7 @@ def free_port() -> int:
 
 
 def strict_json(text: str) -> Any:
-    """JSON as other languages read it: without NaN and Infinity."""
+    """Reads JSON as other languages do: without NaN and Infinity."""
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no JSON")
@@ -122,7 +123,7 @@ class Run:
 
     @property
     def steps(self) -> list[dict[str, Any]]:
-        """The lines of steps alone."""
+        """The lines of metrics.jsonl that are of steps."""
         return read_metrics(self.path / METRICS)[0]
 
     @property
@@ -131,7 +132,7 @@ class Run:
 
 
 def assert_near(run: Run, other: Run) -> None:
-    """Equal coefficients, up to float32's rounding in the losses, which κ divides by ρ."""
+    """Asserts equal coefficients, up to float32's rounding in the losses, which κ divides by ρ."""
     found, expected = run.coefficients, other.coefficients
     assert found.keys() == expected.keys()
     largest = max(float(part.abs().max()) for part in expected.values())
@@ -140,7 +141,8 @@ def assert_near(run: Run, other: Run) -> None:
 
 
 def assert_stopped(run: Run, out: str) -> None:
-    """Everything is there as of one step, but what follows the last step of a run."""
+    """Asserts that a stopped run has all its files as of one step, but nothing that follows a run's last
+    step."""
     steps = run.summary["steps"]
     assert run.summary["status"] == "stopped"
     assert f"stopped by SIGTERM after step {steps}; the same command goes on from there" in out
@@ -150,7 +152,8 @@ def assert_stopped(run: Run, out: str) -> None:
 
 
 def assert_found_again(run: Run, capsys: pytest.CaptureFixture[str], tolerance: float) -> None:
-    """One process evaluates a result as the run itself did; a relative tolerance of the loss."""
+    """Asserts that one process evaluates a result as the run itself did, up to a relative tolerance of the
+    loss."""
     capsys.readouterr()
     assert call("evaluate", "--run", run.path) == 0
     result = json.loads(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""What the tests of `tezo-ds doctor` share: four ranks on two hosts, and how a row is held."""
+"""Helpers of the tests of `tezo-ds doctor`: four ranks on two hosts, and assertions about a row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NEEDS = Needs(shard=6 * GIB, gathered=GIB, probe=GIB, state=0, disk=5 * GIB, sen
 
 
 def all_four(value: Any, **others: Any) -> dict[int, Any]:
-    """The same on four ranks, but for those that are named: r1=…"""
+    """Gives four ranks the same value, except for those named in `others`: r1=…"""
     return {rank: others.get(f"r{rank}", value) for rank in range(4)}
 
 

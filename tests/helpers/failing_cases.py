@@ -32,7 +32,7 @@ def goes_well_again(world: World) -> None:
 
 
 def run(folder: Path) -> None:
-    """Leaves the errors of each case in FOLDER/errors.json."""
+    """Runs the cases and writes the errors of each to FOLDER/errors.json."""
     worlds.MODULES, worlds.GRACE = (), 1
     for each in (goes_well, fails_on_one_rank, hangs_on_the_other, goes_well_again):
         case(worlds=(2,))(each)  # not when imported, or the suite would have them

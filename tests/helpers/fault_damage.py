@@ -1,4 +1,4 @@
-"""Bits that flip and files that are cut: what a run that goes on makes of it, without training."""
+"""Damage to a run's files, flipped bits and cuts, and what resuming makes of it, without training."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PATTERNS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A file with damage.
+    """A damaged file.
 
     Attributes:
         part: a key of `PATTERNS`.
@@ -54,7 +54,7 @@ class Case:
 
 
 def damaged(run: Path, part: str, drawn: random.Random) -> Case | None:
-    """Cuts one file of a run or flips one to three of its bits; None where it has no such file."""
+    """Damages one file of a part of a run by `damage`; None where the run has no such file."""
     files = sorted(run.glob(PATTERNS[part]))
     if not files:
         return None
@@ -63,7 +63,7 @@ def damaged(run: Path, part: str, drawn: random.Random) -> Case | None:
 
 
 def damage(file: Path, drawn: random.Random) -> str:
-    """Cuts a file or flips one to three of its bits; says which."""
+    """Cuts a file or flips one to three of its bits; returns which."""
     content = bytearray(file.read_bytes())
     if drawn.random() < 0.4:
         size = drawn.randrange(len(content))
@@ -79,7 +79,7 @@ def damage(file: Path, drawn: random.Random) -> str:
 
 
 class Subject:
-    """A run of which copies are damaged, and where its engine is after each step.
+    """A run of which copies are damaged, and the state of its engine after each step.
 
     Args:
         run: a folder that is whole, of any sharding; one process without any goes on from it here.
@@ -103,7 +103,7 @@ class Subject:
         return open_engine(self._settings, self._config, None, self._about.get("ranks"))
 
     def goes_on(self, run: Path) -> str:
-        """What comes of a copy: "refused" in one line, "identical", or what is wrong."""
+        """Resumes from a copy of the run: "refused" in one line, "identical", or what is wrong."""
         folder = None
         try:
             folder = RunFolder(run)
@@ -122,11 +122,11 @@ class Subject:
         return "identical"
 
     def parts(self) -> list[str]:
-        """Of `PATTERNS`, what this run has."""
+        """Returns the keys of `PATTERNS` of which this run has files."""
         return [part for part, pattern in PATTERNS.items() if list(self.run.glob(pattern))]
 
     def try_one(self, part: str, drawn: random.Random, copy: Path) -> tuple[Case, str]:
-        """A damaged copy of the run, and what came of it."""
+        """Damages a copy of the run and resumes from it."""
         shutil.copytree(self.run, fresh(copy), dirs_exist_ok=True)
         case = damaged(copy, part, drawn)
         assert case is not None, f"{self.run} has no {part}"
@@ -134,7 +134,7 @@ class Subject:
 
 
 def where(engine: Engine) -> str:
-    """A digest of all that a step changes."""
+    """Returns a digest of all that a step changes."""
     tensors = dict(engine.state())
     tensors |= {f"weight.{name}": p.data for name, p in engine.sharding.module.named_parameters()}
 
@@ -147,7 +147,7 @@ def where(engine: Engine) -> str:
 
 
 def adapter_case(run: Path, drawn: random.Random, copy: Path) -> str:
-    """What safetensors and peft, which alone read it, and its checksums make of a damaged adapter."""
+    """Damages an adapter; returns what its checksums, safetensors and peft make of it."""
     from peft import PeftConfig
 
     shutil.copytree(run / ADAPTER, fresh(copy), dirs_exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a rank imports before it does anything; `fault_runs` has it imported once, in a server that forks."""
+"""The imports of a rank: `fault_runs` has them made once, in a server that forks."""
 
 import datasets  # noqa: F401
 import deepspeed.runtime.zero  # noqa: F401

@@ -17,7 +17,7 @@ VICTIMS = ("rank 0", "rank 1", "launcher")
 
 
 def ranks_of(launcher: psutil.Process) -> dict[int, psutil.Process]:
-    """Processes of a real launcher that run our module by now, by rank."""
+    """Finds the processes of a real launcher that run our module by now, by rank."""
     found = {}
     for process in launcher.children(recursive=True):
         try:
@@ -33,28 +33,26 @@ class World(Protocol):
     """Two ranks of a run."""
 
     def wait(self, seconds: float) -> bool:
-        """Whether the run has ended by itself in time."""
+        """Waits until the run has ended; whether it did so in time."""
 
     def kill(self, victim: str, patience: float) -> None:
-        """Kills one of `VICTIMS`, and ends what that leaves; returns when all is gone."""
+        """Kills one of `VICTIMS` and then whatever that leaves; returns when all is gone."""
 
     @property
     def code(self) -> int | None:
-        """The exit code, the largest of all ranks; None while it runs."""
+        """The exit code, the largest of all ranks; None while the run goes on."""
 
 
 class Forked:
-    """Of `fault_runs.start_ranks`."""
+    """Two ranks started by `fault_runs.start_ranks`."""
 
     def __init__(self, arguments: Sequence[str], log: Path) -> None:
         self._ranks: Ranks = start_ranks(arguments, log)
 
     def wait(self, seconds: float) -> bool:
-        """See `World`."""
         return self._ranks.wait(seconds)
 
     def kill(self, victim: str, patience: float) -> None:
-        """See `World`."""
         if victim == "launcher":  # then the cluster's manager kills them one after the other
             self._ranks.kill(0)
             time.sleep(patience / 20)
@@ -64,13 +62,12 @@ class Forked:
 
     @property
     def code(self) -> int | None:
-        """See `World`."""
         codes = [abs(code) for code in self._ranks.codes if code is not None]
         return max(codes) if len(codes) == 2 else None
 
 
 class Launched:
-    """Of the launcher that its way of sharding is meant for."""
+    """Two ranks under a real launcher: deepspeed for ZeRO-3, torchrun for FSDP2."""
 
     def __init__(self, arguments: Sequence[str], log: Path) -> None:
         folder = Path(sys.executable).parent
@@ -89,7 +86,6 @@ class Launched:
             )
 
     def wait(self, seconds: float) -> bool:
-        """See `World`."""
         try:
             self._launcher.wait(seconds)
         except psutil.TimeoutExpired:
@@ -97,7 +93,6 @@ class Launched:
         return True
 
     def kill(self, victim: str, patience: float) -> None:
-        """See `World`."""
         try:
             all_of_it = self._launcher.children(recursive=True)
             rank = (
@@ -117,6 +112,5 @@ class Launched:
 
     @property
     def code(self) -> int | None:
-        """See `World`."""
         code: int | None = self._launcher.poll()
         return None if code is None else abs(code)

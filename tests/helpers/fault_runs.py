@@ -1,4 +1,4 @@
-"""Real ranks to kill, and what there is to compare of the folders that they leave.
+"""Real ranks to kill, and comparisons of the folders that they leave.
 
 Importing torch, transformers and DeepSpeed costs ten seconds a process. So `start_ranks` forks them from
 a `server` that has imported all that; from there on they are what a launcher starts.
@@ -58,7 +58,7 @@ _WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
 
 
 def arguments_of(given: Given, run: Path, sharding: str, method: str, **more: Any) -> list[str]:
-    """Of `tezo-ds`, for a run of one method; `more` comes on top of `PLAN`."""
+    """Returns the arguments of `tezo-ds` for a run of one method; `more` comes on top of `PLAN`."""
     options = {"method": method, **PLAN, **METHODS[method], **more}
     if sharding == "zero3":
         config = given.model.parent / "zero3.json"
@@ -72,7 +72,7 @@ def arguments_of(given: Given, run: Path, sharding: str, method: str, **more: An
 
 @dataclass(frozen=True)
 class Ranks:
-    """Processes of one run.
+    """The processes of one run.
 
     Attributes:
         processes: by rank.
@@ -84,32 +84,32 @@ class Ranks:
 
     @property
     def codes(self) -> list[int | None]:
-        """Exit codes; None of one that runs, negative of one that a signal killed."""
+        """Exit codes; None of a rank that runs, negative of one that a signal killed."""
         return [process.exitcode for process in self.processes]
 
     def signal(self, number: signal.Signals) -> None:
-        """To all of them."""
+        """Sends a signal to all ranks."""
         for process in self.processes:
             assert process.pid is not None
             os.kill(process.pid, number)
 
     def kill(self, *ranks: int) -> None:
-        """By SIGKILL, one after the other; returns when they are gone."""
+        """Kills ranks by SIGKILL, one after the other; returns when they are gone."""
         for rank in ranks:
             self.processes[rank].kill()
         for rank in ranks:
             self.processes[rank].join()
 
     def wait(self, seconds: float) -> bool:
-        """Whether all have ended in time."""
+        """Waits until all ranks have ended; whether they did so in time."""
         deadline = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(deadline - time.monotonic(), 0.001))
         return None not in self.codes
 
     def end(self, patience: float) -> bool:
-        """What a launcher does when a rank has gone: SIGTERM to the others, and SIGKILL to those that
-        have not ended after some seconds. Whether none of those was there."""
+        """Ends the ranks as a launcher does when one has gone: SIGTERM, and SIGKILL after some seconds.
+        Returns whether none needed SIGKILL."""
         for process in self.processes:
             process.terminate()
         ended = self.wait(patience)
@@ -118,7 +118,8 @@ class Ranks:
 
 
 def server() -> ForkServerContext:
-    """Of multiprocessing: its processes are forks of one that has imported `fault_imports`."""
+    """Starts multiprocessing's fork server, whose processes are forks of one that has imported
+    `fault_imports`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fault_imports"])
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -130,7 +131,7 @@ def server() -> ForkServerContext:
 
 
 def start_ranks(arguments: Sequence[object], log: Path, size: int = 2) -> Ranks:
-    """`tezo-ds ARGUMENTS` on gloo ranks of this machine; their output is appended to `log`."""
+    """Starts `tezo-ds ARGUMENTS` on gloo ranks of this machine; their output is appended to `log`."""
     context, words, port = server(), [str(word) for word in arguments], free_port()
     log.touch()
     processes = [
@@ -158,7 +159,7 @@ def _rank(rank: int, size: int, port: int, arguments: list[str], log: Path) -> N
 
 
 def phase(run: Path, started: float) -> str:
-    """What a run was doing when it was killed, by the files that it left.
+    """Tells what a run was doing when it was killed, by the files that it left.
 
     Args:
         run: its folder.
@@ -187,12 +188,12 @@ def _snapshot(run: Path, step: int) -> Path:
 
 
 def done_in(run: Path) -> int:
-    """Steps that are on disk."""
+    """Counts the steps that are on disk."""
     return len(read_journal(run / JOURNAL).steps) if (run / JOURNAL).exists() else 0
 
 
 def left_by(run: Path) -> dict[str, Any]:
-    """All of a finished run that must not depend on how often it was killed."""
+    """Collects all of a finished run that must not depend on how often it was killed."""
     weights = sorted((run / MODEL).glob("*.safetensors"))
     steps, scores = read_metrics(run / METRICS)
     summary = json.loads((run / SUMMARY).read_text())
@@ -211,8 +212,8 @@ def left_by(run: Path) -> dict[str, Any]:
 
 
 def _snapshots(run: Path) -> list[str]:
-    """What is there besides whole snapshots, and how many these are: of which steps may differ, as a run
-    that was killed in one goes on without it."""
+    """Counts the whole snapshots, and names the other files beside them. The steps of snapshots may
+    differ, as a run that was killed while it wrote one goes on without it."""
     names = {path.name for path in (run / SNAPSHOTS).iterdir()}
     states = {name for name in names if name.startswith("step-") and name.endswith(".safetensors")}
     shards = {name.removesuffix(".safetensors") for name in states}
@@ -224,12 +225,12 @@ def _digest(path: Path) -> str | None:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """What of two runs, each as of `left_by`, is not the same."""
+    """Names the parts of two runs, each as of `left_by`, that differ."""
     return [name for name in one if one[name] != other[name]]
 
 
 def fresh(folder: Path) -> Path:
-    """A folder that is empty."""
+    """Empties a folder, or makes it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder

@@ -26,7 +26,8 @@ SWAPPABLE = (
 
 
 class FileHandle:
-    """Stands in for `aio_handle`: does nothing before `wait`, which is as late as the real one may be."""
+    """A stand-in for `aio_handle` that does nothing before `wait`, which is as late as the real one may
+    be."""
 
     def __init__(self, **options: object) -> None:
         self._pending: list[Callable[[], object]] = []
@@ -51,7 +52,7 @@ class FileHandle:
         return 0
 
     def wait(self) -> int:
-        """Number of reads and writes that it completed."""
+        """Makes the pending reads and writes; returns how many there were."""
         pending, self._pending = self._pending, []
         for run in pending:
             run()
@@ -65,14 +66,15 @@ def _bytes(buffer: Tensor) -> Tensor:
 
 
 class FileTraffic:
-    """Elements that went through files, those that fill up a block included."""
+    """Counts of the elements that went through files, those that fill up a block included."""
 
     read = written = 0
 
 
 @contextlib.contextmanager
 def toy_nvme() -> Iterator[FileTraffic]:
-    """Within it, offload to NVMe works at toy size; counts what goes to and fro."""
+    """Context manager: offload to NVMe works at toy size inside; yields counts of the elements read and
+    written."""
     traffic = FileTraffic()
     read, write = swapper.swap_in_tensors, swapper.swap_out_tensors
 

@@ -1,5 +1,5 @@
-"""Damaged and random input by hypothesis, and what may come of it: a result, or one line that names it.
-`pytest tests/test_fuzz_*.py --hypothesis-profile=long` looks further."""
+"""Damaged and random input by hypothesis, and its permitted outcomes: a result, or one line that names the
+fault. `pytest tests/fuzz --hypothesis-profile=long` tries fifty times as many examples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ settings.load_profile("long" if _named else "short")
 
 
 def examples(count: int) -> settings:
-    """So many of them; fifty times as many in the long profile."""
+    """Returns hypothesis settings for `count` examples; fifty times as many in the long profile."""
     return settings(max_examples=50 * count if _named else count)
 
 
@@ -43,7 +43,7 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
 
 
 def outcome(call: Callable[[], Thing], *naming: str) -> Thing | None:
-    """What a call gives; None where it refuses, as it may in one line that has one of `naming`."""
+    """Runs a call and returns its result; None where it refuses in one line that has one of `naming`."""
     try:
         return call()
     except TezoError as error:
@@ -52,7 +52,7 @@ def outcome(call: Callable[[], Thing], *naming: str) -> Thing | None:
 
 
 def assert_one_line(message: str, *naming: str) -> None:
-    """Of an error for a user, which holds one of `naming`."""
+    """Asserts that an error message for a user is one line, which holds one of `naming`."""
     assert len(message.splitlines()) == 1, repr(message)
     assert message.isprintable(), repr(message)
     assert not naming or any(name in message for name in naming), message
@@ -60,7 +60,7 @@ def assert_one_line(message: str, *naming: str) -> None:
 
 @st.composite
 def damaged(draw: st.DrawFn, content: bytes) -> bytes:
-    """Bytes that are cut, flipped in some bits, or have something else in place of a part."""
+    """Draws damaged bytes: cut, flipped in some bits, or with something else in place of a part."""
     kind = draw(st.sampled_from(["cut", "flip", "put"]))
     place = draw(st.integers(0, max(len(content) - 1, 0)))
     if kind == "cut":
@@ -80,7 +80,7 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
 
 @st.composite
 def changed(draw: st.DrawFn, content: dict[str, Any]) -> dict[str, Any]:
-    """A JSON object of which one field, or one of an object in it, is gone or has another value."""
+    """Draws a JSON object of which one field, at the top or one level down, is gone or has another value."""
     copy: dict[str, Any] = json.loads(json.dumps(content))
     objects = [copy, *(value for value in copy.values() if isinstance(value, dict) and value)]
     part = draw(st.sampled_from(objects))

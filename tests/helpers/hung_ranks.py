@@ -34,7 +34,7 @@ def get_into(trouble: str) -> None:
 
 
 def run_rank(rank: int, port: int, trouble: str, hung: int, step: int, folder: Path) -> None:
-    """Never returns."""
+    """Runs one rank, which gets into trouble if it is `hung`; never returns."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
@@ -93,8 +93,8 @@ def run_world(ends: Path, trouble: str, hung: int, step: int, arguments: list[st
 
 
 def main(runs: Sequence[Run], ends: Path) -> None:
-    """Each rank leaves a line of JSON in `ends`: its run's trouble and rank, its own rank, its exit code,
-    what it wrote to stderr, and the seconds from the trouble to its end."""
+    """Runs the worlds side by side. Each rank leaves a line of JSON in `ends`: its run's trouble and rank,
+    its own rank, its exit code, what it wrote to stderr, and the seconds from the trouble to its end."""
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     for run in runs:

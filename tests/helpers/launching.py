@@ -1,4 +1,4 @@
-"""Starting and ending the scripts in launch/ as a user does."""
+"""Calls that start and end the scripts in launch/ as a user does."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FIRST, SECOND = ({"NNODES": 2, "NODE_RANK": rank, "MASTER_ADDR": "10.0.0.1"} for
 
 
 def start(script: str, *flags: object, **env: object) -> subprocess.Popen[str]:
-    """A script, as a user without any of its variables starts it."""
+    """Starts a script as a user does, without any of its variables in the environment."""
     kept = {name: value for name, value in os.environ.items() if name not in READ}
     mine = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "RESTART_PAUSE": "0", **env}
     return subprocess.Popen(
@@ -42,7 +42,7 @@ def start(script: str, *flags: object, **env: object) -> subprocess.Popen[str]:
 
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr."""
+    """Waits for a process and returns its exit code, stdout and stderr."""
     try:
         out, err = process.communicate(timeout=PATIENCE)
     finally:
@@ -51,7 +51,8 @@ def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 def stop(process: subprocess.Popen[str]) -> None:
-    """Ends a script with all that it started: first as a cluster does, then as one in a hurry."""
+    """Ends a script with all that it started: SIGTERM as a cluster sends it, a second SIGTERM, and
+    SIGKILL."""
     for _ in range(2):
         if process.poll() is None:
             process.terminate()
@@ -61,7 +62,7 @@ def stop(process: subprocess.Popen[str]) -> None:
 
 
 def dry(script: str, *flags: object, **env: object) -> list[str]:
-    """The words of what a script would run, without the variables before them."""
+    """Returns the words of the command that a script would run, without the variables before them."""
     code, out, err = end(start(script, "--dry-run", *flags, **env))
     assert (code, err) == (0, "")
     words = shlex.split(out.splitlines()[-1])

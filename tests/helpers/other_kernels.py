@@ -33,7 +33,7 @@ WORDS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16:
 
 
 class OtherKernels(TorchDispatchMode):
-    """Within it, products are those of other kernels.
+    """A context in which products have the bits of other kernels.
 
     Attributes:
         products: how many there were.
@@ -65,7 +65,7 @@ class OtherKernels(TorchDispatchMode):
 
 
 def nudge(out: Tensor, key: int) -> None:
-    """Moves a quarter of the numbers up and a quarter down by one unit in the last place; of 16 bits, to
+    """Moves a quarter of the numbers up and a quarter down by one unit in the last place; in 16 bits, to
     which sums are rounded at the end, one in 64. Zeros stay."""
     words = out.detach().view(WORDS[out.dtype])
     move = moves(out.numel(), key, words.dtype).view(out.shape)
@@ -73,7 +73,7 @@ def nudge(out: Tensor, key: int) -> None:
 
 
 def moves(numel: int, key: int, dtype: torch.dtype) -> Tensor:
-    """1, -1 and 0, by place and key: (numel,)."""
+    """Returns 1, -1 and 0 for the places of a tensor, drawn by place and key: (numel,)."""
     return _kept(numel, key, dtype) if numel < 1 << 14 else _made(numel, key, dtype)
 
 

@@ -1,4 +1,4 @@
-"""The most memory that a real process takes while it trains, and what it may take by each method."""
+"""The most memory that a real process takes while it trains, and the bound of each method."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Prepare = Callable[[nn.Module], Callable[[], object]]
 
 
 def may_take(method: str, plain: int, weights: int) -> int:
-    """Bytes of a process that trains; where hidden sizes are 1,024 or more, as U and V of the fused
-    probe are r(m + n) numbers of a matrix's mn, and all in float32.
+    """Returns the bytes that a process may take which trains at hidden sizes of 1,024 or more in float32;
+    U and V of the fused probe are r(m + n) numbers beside a matrix's mn.
 
     Args:
         method: of the run, r its default.
@@ -37,7 +37,7 @@ def may_take(method: str, plain: int, weights: int) -> int:
 
 
 def process_peak(small: nn.Module, make: Callable[[], nn.Module], prepare: Prepare) -> int:
-    """Bytes at the highest point while a model is prepared and run, the model included.
+    """Measures the bytes at the highest point while a model is prepared and run, the model included.
 
     On an accelerator what torch allocated. On the CPU resident memory, less what the process had
     before: by then a small model was prepared and run, so code that is loaded or compiled on the way
@@ -65,7 +65,7 @@ def _run(run: Callable[[], object]) -> None:
 
 
 def _give_back() -> None:
-    """To the kernel what is free, or it would be used again unseen."""
+    """Gives free memory back to the kernel, as reused memory would not show as growth."""
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
@@ -74,6 +74,6 @@ def _give_back() -> None:
 
 
 def _status(field: str) -> int:
-    """Bytes of one line of /proc/self/status."""
+    """Reads one line of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024

@@ -12,7 +12,7 @@ from tezo_ds.probes.inplace import InplaceProbe
 
 
 class Losses:
-    """Of a batch, over all ranks, or with `own` of this rank alone; weights are restored exactly.
+    """Losses of a batch over all ranks, or with `own` of this rank alone; weights are restored exactly.
 
     Attributes:
         branches: how many were measured so far.
@@ -34,5 +34,5 @@ class Losses:
         return loss_sum / count
 
     def kappa(self, directions: int, rho: float) -> Tensor:
-        """Of the first directions of step 0: (directions,)."""
+        """Measures κ of the first directions of step 0: (directions,)."""
         return kappas(self(Ask.of(0, range(directions), rho))[None], rho, True)[0]

@@ -1,4 +1,4 @@
-"""What the tests of the oracles share: a problem, its draws, and what a run changed."""
+"""The problem of the oracles' tests, its draws, and what a run changed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ MATRIX, VECTOR = "conv", "bias"
 
 
 def remembered(draw: Callable[..., Any]) -> Callable[..., Any]:
-    """The same draw, made once: methods share many, and a draw costs more than a small step's algebra."""
+    """Remembers what a function draws: methods share many draws, and one costs more than a small step's
+    algebra."""
     known: dict[tuple[Any, ...], Any] = {}
 
     def recall(*args: Any) -> Any:
@@ -43,7 +44,7 @@ DRAWS = {"factors": factors, "tau": tau, "fresh_left": fresh_left, "dense": dens
 
 @pytest.fixture
 def quick_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oracles, too, draw the same numbers once."""
+    """Makes the oracles draw the same numbers once."""
     for name, draw in DRAWS.items():
         monkeypatch.setattr(reference, name, draw)
 
@@ -68,7 +69,7 @@ def curved(step: int, weights: dict[str, Tensor]) -> float:
 
 
 def draws(family: str, name: str, step: int, q: int) -> Tensor:
-    """Z of one direction by sums over r: the parameter's shape."""
+    """Forms Z of one direction by sums over r, in the parameter's shape."""
     shape = SHAPES[name]
     if len(shape) == 1:
         return tau(name, shape[0], SEED, step, q).double()
@@ -85,13 +86,13 @@ def draws(family: str, name: str, step: int, q: int) -> Tensor:
 
 
 def changes(records: list[Record], name: str) -> list[Tensor]:
-    """Δ of each step, of the parameter's shape."""
+    """Returns Δ of each step, in the parameter's shape."""
     path = [W0[name], *(record.weights[name] for record in records)]
     return [after - before for before, after in itertools.pairwise(path)]
 
 
 def gradients(records: list[Record], family: str, name: str) -> list[Tensor]:
-    """Mean over directions of κZ, for each step."""
+    """Returns the mean over directions of κZ, for each step."""
     return [
         sum(k * draws(family, name, record.step, q) for q, k in enumerate(record.kappas))
         / len(record.kappas)

@@ -8,7 +8,7 @@ from parts.scaling.split import PARTS
 
 
 def row(**more: Any) -> dict[str, Any]:
-    """A step of 2 s with 10 % of spread; it took a second to gather."""
+    """Makes the row of a step of 2 s with 10 % of spread, of which gathers take a second."""
     record: dict[str, Any] = {
         "model": "tiny", "dtype": "float32", "backend": "gloo", "length": 10, "queries": 1, "rank": 4,
         "mode": "weak", "sharding": "zero3", "probe": "fused", "nodes": 1, "world": 1, "examples": 2,

@@ -31,7 +31,8 @@ HEADS = {"num_attention_heads": 2, "max_position_embeddings": 64}
 
 
 def tiny(kind: str = "llama", tied: bool = True, seed: int = 0, mlp: int = 37) -> nn.Module:
-    """A randomly initialised model of some 10,000 parameters; large enough weights to have slopes."""
+    """Makes a randomly initialised model of some 10,000 parameters, with weights large enough to have
+    slopes."""
     torch.manual_seed(seed)
     shared = {**SIZES, **HEADS, "tie_word_embeddings": tied, "initializer_range": 0.1}
     if kind == "llama":
@@ -60,7 +61,7 @@ def tiny(kind: str = "llama", tied: bool = True, seed: int = 0, mlp: int = 37) -
 
 
 def make_batch(examples: int, seed: int = 0, length: int = 11) -> dict[str, torch.Tensor]:
-    """Random tokens with ragged ends and unequal label counts."""
+    """Makes a batch of random tokens with ragged ends and unequal label counts."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, VOCABULARY, (examples, length), generator=generator)
     mask, labels = torch.ones_like(ids), ids.clone()
@@ -73,14 +74,14 @@ def make_batch(examples: int, seed: int = 0, length: int = 11) -> dict[str, torc
 
 
 def part_of(batch: dict[str, torch.Tensor], rank: int, size: int) -> dict[str, torch.Tensor]:
-    """This rank's rows of a batch, as unequal as the sizes make them."""
+    """Returns this rank's rows of a batch, as unequal as the sizes make them."""
     return {key: value.tensor_split(size)[rank] for key, value in batch.items()}
 
 
 def losses_of_both_probes(
     make: Callable[[], nn.Module], head_mode: str, steps: int = 4
 ) -> tuple[list[float], list[float]]:
-    """Losses of a few steps on a fresh model each, fused and in-place."""
+    """Returns the losses of a few steps on a fresh model each, fused and in-place."""
     losses = []
     for probe in ("fused", "inplace"):
         config = {"rank": 3, "rho": 1e-2, "lr": 1e-5, "queries": 2, "probe": probe}

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 def tiny_tokenizer(
     texts: list[str], *, bos: bool = True, eos: bool = False, vocab_size: int = 400
 ) -> PreTrainedTokenizerFast:
-    """Train on `texts`; <s>, </s>, <pad> are ids 0, 1, 2, and any text at all can be encoded.
+    """Trains a tokenizer on `texts`; <s>, </s>, <pad> are ids 0, 1, 2, and any text at all can be encoded.
 
     `bos` and `eos` choose which of <s> and </s> are put around a text by default.
     """

@@ -1,4 +1,4 @@
-"""What goes over the wire: every collective with its bytes and ranks, and the kernel's own count of bytes.
+"""Traffic on the wire: every collective with its bytes and ranks, and the kernel's own count of bytes.
 
 torch.distributed, DeepSpeed's wrapper around it, FSDP2 and DTensor all reach a process group through
 operators of torch's dispatcher, where a `TorchDispatchMode` sees them. What bypasses the dispatcher
@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True)
 class Collective:
-    """One call, as this rank sees it.
+    """One collective call, as this rank sees it.
 
     Attributes:
         op: the operator, e.g. "_allgather_base_".
@@ -39,12 +39,12 @@ class Collective:
 
     @property
     def gathers(self) -> bool:
-        """Whether it is an all-gather of any kind."""
+        """Whether the call is an all-gather of any kind."""
         return "allgather" in self.op.replace("all_gather", "allgather")
 
 
 class Traffic(TorchDispatchMode):
-    """Records every collective of this process and thread that begins within it."""
+    """A record of every collective that this process and thread begins inside its context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Traffic(TorchDispatchMode):
         return sum(call.numel for call in self.calls if call.gathers)
 
     def across(self, groups: Iterable[Iterable[int]]) -> list[tuple[str, int]]:
-        """Name and bytes of the calls between ranks of different groups."""
+        """Returns the name and bytes of the calls between ranks of different groups."""
         insiders = [set(group) for group in groups]
         return [
             (call.op, call.nbytes)
@@ -86,7 +86,7 @@ def _nbytes(tensor: torch.Tensor) -> int:
 
 
 def _total(message: Any, size: Any) -> int:
-    """Over all tensors of an argument or result, however nested."""
+    """Adds up a size over all tensors of an argument or result, however nested."""
     return sum(size(leaf) for leaf in tree_leaves(message) if isinstance(leaf, torch.Tensor))
 
 
@@ -99,7 +99,7 @@ def _ranks(group: Any) -> tuple[int, ...]:
 
 
 class Wire:
-    """Bytes the kernel has sent over TCP from this rank to each other one of this machine.
+    """Counts of the bytes that the kernel has sent over TCP from this rank to each other one of this machine.
 
     For gloo on Linux. Made by all ranks at once, when all connections that matter are up.
     """
@@ -110,7 +110,7 @@ class Wire:
         self._rank_at = {port: rank for rank, some in enumerate(ports) for port in some}
 
     def sent_during(self, call: Callable[[], object]) -> dict[int, int]:
-        """Bytes that `call` sends, by the rank they go to; gloo's headers and a barrier included.
+        """Measures the bytes that `call` sends, by receiving rank; gloo's headers and a barrier included.
 
         All ranks call it at once.
         """
@@ -129,7 +129,7 @@ class Wire:
 
 
 def _bytes_sent() -> dict[tuple[int, int], int]:
-    """Of each open TCP connection: (own port, port of the peer) -> bytes sent so far."""
+    """Counts the bytes sent so far on each open TCP connection: (own port, port of the peer) -> bytes."""
     counts: dict[tuple[int, int], int] = {}
     for fd in os.listdir("/proc/self/fd"):
         try:

@@ -12,7 +12,7 @@ import tezo_ds
 
 
 def trained(model: nn.Module, exclude: Sequence[str] = ()) -> tezo_ds.Engine:
-    """An engine at coefficients that move the logits by about their own size."""
+    """Makes an engine at coefficients that move the logits by about their own size."""
     engine = tezo_ds.initialize(model, {"rank": 3, "exclude": tuple(exclude)})
     engine.method.coefficients.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
     return engine
@@ -26,11 +26,11 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def groups(engine: tezo_ds.Engine) -> list[list[str]]:
-    """Last parts of the paths of sites that take one product together, in order."""
+    """Returns the last parts of the paths of sites that take one product together, in order."""
     found = {id(site.group): site.group for site in engine.probe._sites}.values()
     return [[site.path.rsplit(".")[-1] for site in group.sites] for group in found]
 
 
 def shared(engine: tezo_ds.Engine) -> list[list[str]]:
-    """Those of `groups` with several sites."""
+    """Returns the groups of `groups` that have several sites."""
     return [names for names in groups(engine) if len(names) > 1]

@@ -58,14 +58,15 @@ LogLevel ERROR
 
 
 class Bytes(NamedTuple):
-    """What has crossed a host's end of the link since it was made, frames' headers included."""
+    """Counts of the bytes that crossed a host's end of the link since it was made, frames' headers
+    included."""
 
     received: int
     sent: int
 
 
 def why_not() -> str | None:
-    """Why there can be no two hosts here; None where there can."""
+    """Returns why there can be no two hosts on this machine; None where there can."""
     if sys.platform != "linux" or os.geteuid():
         return "two hosts need Linux and root"
     if missing := [name for name in TOOLS if shutil.which(name) is None]:
@@ -80,7 +81,7 @@ def why_not() -> str | None:
 
 @dataclass(frozen=True)
 class Host:
-    """One of the two.
+    """One of the two hosts.
 
     Attributes:
         name, address: on the link; the name is its hostname, too.
@@ -92,18 +93,19 @@ class Host:
     pid: int
 
     def words(self, *command: object) -> list[str]:
-        """A command of this machine's that runs one on this host, in this process's folder."""
+        """Returns the words that run a command on this host, in this process's folder."""
         enter = ["nsenter", f"--target={self.pid}", *NAMESPACES]
         return [*enter, "env", f"--chdir={Path.cwd()}", *map(str, command)]
 
     def start(self, *command: object, **options: Any) -> subprocess.Popen[str]:
-        """A command on this host, with options of `subprocess.Popen`; it leads a process group, to which
-        signals should go: alone it is what waits for the command."""
+        """Starts a command on this host, with options of `subprocess.Popen`. The command leads a process
+        group, to which signals should go: the process itself only waits for the command."""
         words = self.words(*command)
         return subprocess.Popen(words, text=True, start_new_session=True, **options)
 
     def run(self, *command: object) -> str:
-        """Stdout of a short command on this host. Raises RuntimeError with what it said, if it fails."""
+        """Runs a short command on this host and returns its stdout. Raises RuntimeError with the command's
+        stderr, if it fails."""
         words = self.words(*command)
         done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
         if done.returncode:
@@ -112,7 +114,7 @@ class Host:
         return done.stdout
 
     def bytes(self) -> Bytes:
-        """Of the link, so far."""
+        """Reads what has crossed this host's end of the link so far."""
         for line in Path(f"/proc/{self.pid}/net/dev").read_text().splitlines():
             name, _, counts = line.partition(":")
             if name.strip() == LINK:
@@ -127,7 +129,7 @@ class Host:
 
 
 class TwoHosts(NamedTuple):
-    """Joined by a link.
+    """Two hosts joined by a link.
 
     Attributes:
         first, second: the hosts; commands are typed on the first.
@@ -148,11 +150,11 @@ class TwoHosts(NamedTuple):
         self.second.run("ip", "link", "set", LINK, "down")
 
     def mend(self) -> None:
-        """Puts it back."""
+        """Puts the second host's cable back."""
         self.second.run("ip", "link", "set", LINK, "up")
 
     def hostfile(self, slots: int) -> Path:
-        """DeepSpeed's, with so many ranks a host."""
+        """Writes DeepSpeed's hostfile, with `slots` ranks a host."""
         path = self.folder / f"hostfile-{slots}"
         path.write_text("".join(f"{host.name} slots={slots}\n" for host in self[:2]))
         return path
@@ -160,7 +162,7 @@ class TwoHosts(NamedTuple):
 
 @contextmanager
 def two_hosts(rate: str = "1gbit") -> Iterator[TwoHosts]:
-    """Two hosts that are there within it, see the module. `rate` as tc writes it.
+    """Context manager: two hosts exist inside; the module says of what they are made. `rate` as tc writes it.
 
     Raises:
         RuntimeError: there can be none here, or one did not come up; says why.
@@ -182,7 +184,7 @@ def two_hosts(rate: str = "1gbit") -> Iterator[TwoHosts]:
 
 
 def _write_files(folder: Path) -> None:
-    """What the hosts find in /etc."""
+    """Writes the files that the hosts find in /etc."""
     ssh = folder / "ssh"
     ssh.mkdir(mode=0o700)
     make_key = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", str(ssh / "key")]
@@ -197,7 +199,8 @@ def _write_files(folder: Path) -> None:
 
 @contextmanager
 def _first_process(folder: Path, name: str) -> Iterator[int]:
-    """Of a host that lives within it: its id. Ctrl-C on a terminal must not reach it before us."""
+    """Context manager: a host's first process runs inside; yields its id. Ctrl-C on a terminal must not
+    reach it before us."""
     init = subprocess.Popen(
         ["unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc",
          "sh", "-c", INIT, "init", str(folder), name],
@@ -217,7 +220,8 @@ def _first_process(folder: Path, name: str) -> Iterator[int]:
 
 
 def _join(first: Host, second: Host) -> None:
-    """The link. It is made inside the first host's network, so its names cannot clash with others."""
+    """Makes the link between two hosts, inside the first host's network, so that its names cannot clash
+    with others."""
     peer = ("peer", "name", LINK, "netns", str(second.pid))
     create = ["nsenter", f"--target={first.pid}", "--net", "ip", "link", "add", LINK]
     subprocess.run([*create, "type", "veth", *peer], check=True)

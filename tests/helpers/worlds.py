@@ -36,7 +36,7 @@ GRACE = 10  # seconds for the other ranks, once one has failed
 
 @dataclass(frozen=True)
 class World:
-    """What a case knows of where it runs."""
+    """The rank, size and folder of the world in which a case runs."""
 
     rank: int
     size: int
@@ -57,8 +57,8 @@ CASES: list[Case] = []
 def case(
     worlds: tuple[int, ...], bits: bool = False
 ) -> Callable[[Callable[[World], None]], Callable[[World], None]]:
-    """Registers a case for these world sizes; `bits`: it is of a promise of equal bits, and runs with another
-    maker's kernels, see other_kernels.py."""
+    """Registers a case for these world sizes; with `bits` the case promises equal bits, and runs with the
+    kernels of other_kernels.py."""
 
     def register(run: Callable[[World], None]) -> Callable[[World], None]:
         CASES.append(Case(f"{run.__module__}.{run.__name__}", worlds, run, bits))
@@ -73,7 +73,7 @@ def load(module: Path) -> None:
 
 
 def cases_of(size: int, folder: Path) -> list[Case]:
-    """Those of one world size that are asked for in FOLDER/cases.json, in the order of the modules."""
+    """Returns the cases of one world size that FOLDER/cases.json asks for, in the order of the modules."""
     registry = importlib.import_module("worlds").CASES  # not __main__'s, when run as a script
     asked = set(json.loads((folder / "cases.json").read_text()))
     return [case for case in registry if size in case.worlds and case.name in asked]
@@ -83,7 +83,7 @@ class Background:
     """Worlds that run one after the other beside the single-process tests, which leave a core idle."""
 
     def __init__(self, asked: Mapping[int, Sequence[str]]) -> None:
-        """Starts them.
+        """Starts the worlds.
 
         Args:
             asked: names of cases by the size of their world; the first size runs first.
@@ -98,7 +98,7 @@ class Background:
             self._process = self._start()
 
     def results(self, size: int) -> dict[str, list[str]]:
-        """The errors of each case ([] where all ranks passed), once the worlds have ended."""
+        """Returns the errors of each case ([] where all ranks passed), once the worlds have ended."""
         assert self._process is not None
         self._process.wait()
         return _errors(size, self._folders[size])
@@ -141,8 +141,8 @@ def _last_line(text: str) -> str:
 
 
 def _rank_main(rank: int, size: int, folder: Path, port: int, first: int) -> None:
-    """Runs cases from the first on. Leaves at one that fails, without a goodbye: the others' connections
-    break, so that none waits for what does not come."""
+    """Runs cases from the first on. Leaves at a case that fails, without a goodbye: the others'
+    connections break, so that none waits for what does not come."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
@@ -178,7 +178,8 @@ def _rank_main(rank: int, size: int, folder: Path, port: int, first: int) -> Non
 
 
 def _run(size: int, folder: Path) -> None:
-    """All cases of one size: by one world, and another one after each case that failed, until `TIMEOUT`."""
+    """Runs all cases of one size by one world, and another one after each case that failed, until
+    `TIMEOUT`."""
     deadline, done = time.monotonic() + TIMEOUT, 0
     while done < len(cases_of(size, folder)):
         _one_world(size, folder, done, deadline)

@@ -1,5 +1,5 @@
-"""A run that goes on over other ranks and other sharding, started again by hand and by torchrun; and what
-SIGTERM does under real launchers: all ranks end after the same step, with whole files."""
+"""A run that resumes over other ranks and other sharding, restarted by hand and by torchrun; and SIGTERM
+under real launchers: all ranks end after the same step, with whole files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def torchrun(ranks: int, *options: object) -> tuple[object, ...]:
 
 
 def until(path: Path, steps: int, process: subprocess.Popen[str]) -> int:
-    """Waits until so many steps are on disk; how many are."""
+    """Waits until `steps` steps are on disk; returns how many are."""
     deadline, journal = time.monotonic() + TIMEOUT, path / JOURNAL
     while (done := len(read_journal(journal).steps) if journal.exists() else 0) < steps:
         assert process.poll() is None and time.monotonic() < deadline, finish(process)
@@ -41,9 +41,9 @@ def until(path: Path, steps: int, process: subprocess.Popen[str]) -> int:
 
 @pytest.mark.launches
 def test_zero3_on_two_then_fsdp2_on_three_then_one_process(given: Given, tmp_path: Path) -> None:
-    """Under deepspeed one rank is signalled. Four examples on three ranks are no equal shares, and one of
-    these is killed: torchrun's agent starts them again, without a hand. Then it is signalled itself: it
-    passes that on, and ends with an error of its own. Digests show that all had the same state."""
+    """Under deepspeed one rank is sent SIGTERM. Four examples on three ranks are unequal shares, and one
+    of these ranks is killed: torchrun restarts all of them. Then torchrun is sent SIGTERM, passes the
+    signal on, and ends with an error of its own. Digests show that all ranks had the same state."""
     run, whole = Run(tmp_path / "run"), tmp_path / "whole"
     config = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
     (tmp_path / "zero3.json").write_text(json.dumps({**config, "tezo": {}}))

@@ -1,4 +1,4 @@
-"""The scripts in launch/: what they would run, and mistakes in one line."""
+"""The scripts in launch/: the commands that they would run, and mistakes reported in one line."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_scripts_are_one_screen_and_say_what_they_are_for(script: str) -> None:
 
 
 def taken(command: list[str]) -> list[str]:
-    """What the launcher leaves to `tezo-ds`."""
+    """Returns the arguments that the launcher leaves to `tezo-ds`."""
     from deepspeed.launcher.runner import parse_args
     from torch.distributed.run import get_args_parser
 
@@ -125,7 +125,7 @@ def test_no_flag_is_taken_for_the_launchers_own(script: str) -> None:
 
 
 def remote(command: list[str]) -> list[str]:
-    """What the ranks of another host get as flags: what deepspeed makes of them, pdsh and a shell."""
+    """Returns the flags that the ranks of another host get, after deepspeed, pdsh and a shell."""
     from deepspeed.launcher.multinode_runner import PDSHRunner
     from deepspeed.launcher.runner import parse_args
 
@@ -138,7 +138,8 @@ def remote(command: list[str]) -> list[str]:
 
 
 def test_words_survive_pdsh(hosts: Path) -> None:
-    """deepspeed quotes only words with spaces, and in those neither $ nor a backslash; pdsh reads %."""
+    """Words survive although deepspeed quotes only those with spaces, leaves $ and backslashes in them,
+    and pdsh reads %."""
     odd = ['{text} It "was" $HOME, isn\'t it', '{"a":"b c"}', "100%h `x` \\n", "é;&", "*", ""]
     flags = [word for value in odd for word in ("--template", value)]
     sent = dry("hostfile.sh", "--output", "r", *flags, HOSTFILE=hosts)

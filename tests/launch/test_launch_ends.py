@@ -1,4 +1,4 @@
-"""How the scripts in launch/ end: exit codes, signals, starting again; by stand-ins and by real launchers."""
+"""The ends of the scripts in launch/: exit codes, signals, restarts; by stand-ins and by real launchers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Fakes:
         return start(script, "--output", self.run, PYTHON_BIN_DIR=self.bin, PATH=path, **env)
 
     def starts(self) -> int:
-        """Folders of logs."""
+        """Counts the folders of logs, one a start."""
         return len(list((self.run / "logs").iterdir()))
 
 
@@ -92,7 +92,8 @@ def test_elastic_starts_torchrun_again_until_the_run_has_finished(fakes: Fakes) 
 
 
 def test_elastic_gives_up(fakes: Fakes) -> None:
-    """After so many restarts; and at once, in the midst of torchrun's own, where none can help."""
+    """The elastic script gives up after `MAX_RESTARTS` restarts, and at once on an error that no restart
+    can help."""
     fakes.put("torchrun", "exit 5")
     code, _, err = end(fakes.start("elastic.sh", MAX_RESTARTS=2))
     assert (code, fakes.starts()) == (5, 3), err
@@ -109,7 +110,7 @@ RANK = 'trap "echo ended by TERM; touch $run/asked; exit 0" TERM; touch $run/up;
 
 
 def test_sigterm_goes_to_the_ranks(fakes: Fakes) -> None:
-    """The launcher, asked itself, would exit with 1."""
+    """SIGTERM goes to the ranks: the launcher, asked itself, would exit with 1."""
     fakes.put("rank", RANK)
     fakes.put("deepspeed", f"trap 'exit 1' TERM; RANK=0 {fakes.bin}/rank & wait $!")
     process = fakes.start("single_node.sh")
@@ -146,7 +147,7 @@ def test_slurm_queues_again_where_that_helps(
 
 
 def until(path: Path, lines: int = 0) -> None:
-    """Waits until a file is there, with so many lines."""
+    """Waits until a file is there, with at least `lines` lines."""
     deadline = time.monotonic() + PATIENCE
     while not path.exists() or path.read_text().count("\n") < lines:
         assert time.monotonic() < deadline, path
@@ -154,12 +155,12 @@ def until(path: Path, lines: int = 0) -> None:
 
 
 def logs(run: Path, pattern: str) -> list[str]:
-    """Of ranks, in the order of their names."""
+    """Reads the logs of ranks, in the order of their names."""
     return [path.read_text() for path in sorted((run / "logs").rglob(pattern))]
 
 
 def assert_halved(run: Run, plain: Run) -> None:
-    """Two ranks shared each batch of `plain` and reached the same."""
+    """Asserts that two ranks shared each batch of `plain` and reached the same coefficients."""
     assert run.config["world_size"] == run.summary["world_size"] == 2
     assert [2 * line["tokens"] for line in run.steps] == [line["tokens"] for line in plain.steps]
     assert_near(run, plain)
@@ -170,8 +171,8 @@ def assert_halved(run: Run, plain: Run) -> None:
 def test_real_launchers(
     given: Given, plain: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run is stopped under deepspeed and goes on under torchrun, in a folder that held logs alone; one
-    of two nodes; and one under accelerate, that Ctrl-C ends."""
+    """One run is stopped under deepspeed and resumes under torchrun, in a folder that held logs alone;
+    another has two nodes; a third, under accelerate, is ended by Ctrl-C."""
     config = tmp_path / "zero3.json"
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     block = {**BLOCK, "lr": 0.5}  # the flag wins

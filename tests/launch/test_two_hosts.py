@@ -1,4 +1,4 @@
-"""Two hosts with a slow link between them: real launchers across both; one goes away and comes back."""
+"""Two hosts with a slow link between them: real launchers across both; one host goes away and comes back."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
 
 @pytest.fixture(scope="module")
 def alone(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Of one process."""
+    """Trains the run of one process that the others are compared with."""
     run = Run(tmp_path_factory.mktemp("alone") / "run")
     assert call(*given.train(run.path, **PLAN)) == 0
     return run
@@ -59,7 +59,7 @@ def alone(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def launch(
     host: Host, script: str, arguments: list[str], log: Path, **own: object
 ) -> subprocess.Popen[str]:
-    """One of launch/ on a host, with variables of its own."""
+    """Starts a script of launch/ on a host, with variables of its own."""
     quiet = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": 1, "HF_HUB_OFFLINE": 1, **own}
     env = {**os.environ, **{key: str(value) for key, value in quiet.items()}}
     words = [ROOT / "launch" / script, *arguments[1:]]
@@ -103,7 +103,7 @@ def test_the_link_has_a_rate_and_counts(hosts: TwoHosts) -> None:
 
 
 def all_of(process: subprocess.Popen[bytes], names: set[str]) -> list[psutil.Process]:
-    """What a process has started, once these are among it."""
+    """Returns the processes that a process has started, once `names` are among them."""
     for _ in range(100):
         found = psutil.Process(process.pid).children(recursive=True)
         if names <= {each.name() for each in found}:
@@ -150,7 +150,7 @@ def test_deepspeed_with_a_hostfile(
 
 
 def until(happened: Callable[[], bool], log: Path, patience: float) -> None:
-    """Waits for something that shows in a log if it does not come."""
+    """Waits for an event; shows a log if the event does not come."""
     deadline = time.monotonic() + patience
     while not happened():
         assert time.monotonic() < deadline, log.read_text()
@@ -158,7 +158,7 @@ def until(happened: Callable[[], bool], log: Path, patience: float) -> None:
 
 
 def told(log: Path) -> re.Match[str] | None:
-    """Whom the ranks of a host miss."""
+    """Finds the line in which the ranks of a host name the rank that they miss."""
     line = (
         r"tezo-ds: error: rank (?P<rank>\d) \(host (?P<host>\S+), .*(for (?P<gone>\d+) s|no answer)"
     )
@@ -168,7 +168,7 @@ def told(log: Path) -> re.Match[str] | None:
 def test_a_host_that_goes_away_and_comes_back(
     hosts: TwoHosts, given: Given, alone: Run, tmp_path: Path
 ) -> None:
-    """What the ranks do while the link is cut is nothing, so a run without a cut has the processors."""
+    """Ranks do nothing while the link is cut, so a run without a cut has the processors meanwhile."""
     run, whole = Run(tmp_path / "run"), Run(tmp_path / "whole")
     plan = {**PLAN, "fsdp": True, "timeout": LIMIT, "check_every": 1}
     same = {"NNODES": "2:2", "NPROC_PER_NODE": 2, "MASTER_ADDR": "node1", "RESTART_PAUSE": 2}

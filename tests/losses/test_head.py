@@ -1,4 +1,4 @@
-"""Only labelled positions reach the vocabulary projection, and never all at once."""
+"""Rows at the vocabulary projection: labelled positions alone, and never all at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tezo_ds.losses import head
 
 
 def gemma() -> nn.Module:
-    """Caps its logits after the output layer."""
+    """Makes a model that caps its logits after the output layer."""
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=VOCABULARY, hidden_size=22, intermediate_size=37, num_hidden_layers=2,
@@ -27,7 +27,7 @@ def gemma() -> nn.Module:
 
 
 class Upside(nn.Module):
-    """Uses its output layer in a way of its own: the next step's logits, time first."""
+    """A model that uses its output layer in a way of its own: the next step's logits, time first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Upside(nn.Module):
 
 
 class Capped(nn.Module):
-    """Caps its logits, and looks up positions of shape (1, T) for all examples at once."""
+    """A model that caps its logits, and looks up positions of shape (1, T) for all examples at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Capped(nn.Module):
 
 
 def whole_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> float:
-    """The textbook loss from all logits."""
+    """Returns the textbook loss from all logits."""
     with torch.no_grad():
         out = model(input_ids=batch["input_ids"])
     logits = out.logits if hasattr(out, "logits") else out
@@ -69,7 +69,7 @@ def whole_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> float:
 
 
 def loss_and_rows(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[float, list[int], str]:
-    """The engine's loss, the rows of each use of the output layer, the mode it settled on."""
+    """Returns the engine's loss, the rows of each use of the output layer, and the mode chosen for it."""
     engine = tezo_ds.initialize(model, {"rank": 2})
     rows: list[int] = []
     project = F.linear

@@ -11,7 +11,7 @@ SAMPLES = 400_000
 
 
 def directions(m: int, n: int, r: int, samples: int) -> torch.Tensor:
-    """Z of many runs, (samples, m, n) float64, from the generator that the engine uses."""
+    """Draws Z of many runs, (samples, m, n) float64, from the generator that the engine uses."""
 
     def draw(purpose: str, width: int) -> torch.Tensor:
         key = derive_key(0, "estimator", purpose)

@@ -1,4 +1,4 @@
-"""Methods that write 16-bit weights: updates far below an ulp arrive, and by no other way."""
+"""Methods that write 16-bit weights: updates far below an ulp arrive by stochastic rounding alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ LR = {torch.bfloat16: 2e-5, torch.float16: 2e-6}  # far below half an ulp of 0.1
 
 
 def change(method: str, dtype: torch.dtype, lr: float, **more: object) -> torch.Tensor:
-    """Of all weights of 0.1 and more, by slopes that are given, so that dtypes differ by rounding alone."""
+    """Returns the change of all weights of 0.1 and more, by given slopes, so that dtypes differ by
+    rounding alone."""
     start = tiny("llama").half().to(dtype)  # values that every dtype has
     for parameter in start.parameters():
         parameter.data.copy_(parameter.data.bfloat16())

@@ -1,4 +1,4 @@
-"""What a real process takes at its highest point while it trains 100 million weights, by each method."""
+"""The peak memory of a real process that trains 100 million weights, by each method."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ENVIRONMENT = {
 
 
 def llama(hidden: int, layers: int) -> LlamaForCausalLM:
-    """Random weights of rank one, as these are made in no time."""
+    """Makes a Llama with random weights of rank one, as these are made in no time."""
     config = LlamaConfig(
         vocab_size=61, hidden_size=hidden, intermediate_size=hidden * 11 // 4,
         num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4,
@@ -54,7 +54,7 @@ def llama(hidden: int, layers: int) -> LlamaForCausalLM:
 
 
 def prepare(name: str, model: nn.Module) -> Callable[[], object]:
-    """What is run: steps, or plain forwards of as many sequences."""
+    """Prepares what is run: steps, or plain forwards of as many sequences."""
     ids = torch.randint(0, 61, (2, 8), generator=torch.manual_seed(0))
     batch = {"input_ids": ids, "labels": ids}
     if name == PLAIN:
@@ -65,7 +65,7 @@ def prepare(name: str, model: nn.Module) -> Callable[[], object]:
 
 
 def report(name: str) -> None:
-    """Prints name and peak."""
+    """Prints the name and the peak of one measurement."""
     if name == WHOLE:
         tezo_adam.BLOCK_NUMEL = 1 << 40
     peak = process_peak(llama(64, 1), lambda: llama(2048, 2), lambda model: prepare(name, model))
@@ -73,8 +73,8 @@ def report(name: str) -> None:
 
 
 def measure() -> dict[str, int]:
-    """Peak of each, in a process of its own that is forked from one, so that imports and compilation are
-    paid for once only."""
+    """Measures each peak in a process of its own that is forked from one, so that imports and compilation
+    are paid for once only."""
     process = subprocess.run(
         [sys.executable, __file__],
         env={**os.environ, **ENVIRONMENT}, stdout=subprocess.PIPE, text=True, timeout=300, check=True,
@@ -84,7 +84,7 @@ def measure() -> dict[str, int]:
 
 
 def run_lane(names: Sequence[str]) -> None:
-    """One after the other."""
+    """Runs the measurements named, one after the other."""
     for name in names:
         child = FORK.Process(target=report, args=(name,))
         child.start()

@@ -1,4 +1,4 @@
-"""The oracles: they apply what they measured, and descend."""
+"""The oracles: they apply the directions that they measured, and descend."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def test_slopes_are_those_of_the_directions(method: str) -> None:
 
 
 def descents(method: str, **fields: Any) -> list[float]:
-    """⟨G, Δ⟩ ÷ mean κ² of each step on the linear loss: how far it goes along what it measured."""
+    """Returns ⟨G, Δ⟩ ÷ mean κ² of each step on the linear loss: how far a step goes along what it
+    measured."""
     records = list(run(method, W0, linear, STEPS, LR, RHO, **{**FIELDS, **fields}))
     moved = {name: changes(records, name) for name in SHAPES}
     return [
@@ -68,7 +69,7 @@ def off_steps(method: str) -> list[int]:
 
 
 def applying(monkeypatch: pytest.MonkeyPatch, kind: Any, name: str, method: Any) -> None:
-    """Have updates, but not perturbations, of this kind of parameter use another method of that name."""
+    """Makes updates, but not perturbations, of this kind of parameter use another method of that name."""
     descent = kind.descent
 
     def mutated(self: Any, step: int, kappas: list[float]) -> Tensor:
@@ -80,7 +81,8 @@ def applying(monkeypatch: pytest.MonkeyPatch, kind: Any, name: str, method: Any)
 
 
 def test_a_direction_never_measured_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a public LOZO code, whose update draws another U than its perturbation at refresh steps."""
+    """An oracle is caught that draws another U for the update than for the perturbation at refresh steps,
+    as a public LOZO code does."""
     left = reference._Lozo.left
 
     def redrawn(self: Any, step: int, q: int) -> Tensor:
@@ -113,7 +115,8 @@ def test_rank_scaling_divides_by_the_rank() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_scale_of_the_loss(method: str) -> None:
-    """Adam does not see it; the others move as if the learning rate had it. Exact for a power of two."""
+    """Adam does not see the scale of the loss; the others move as if the learning rate had it. Exact for a
+    power of two."""
     fields = {"eps": 0.0, **FIELDS}
     lr = LR if "adam" in method else LR / 1024
     plain = run(method, W0, curved, STEPS, LR, RHO, **fields)

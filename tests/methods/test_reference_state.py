@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures(quick_draws.__name__)
 
 
 def torch_path(kind: str, name: str, gradient: list[Tensor]) -> Iterator[Tensor]:
-    """Weights after each step of torch's own optimizer."""
+    """Yields the weights after each step of torch's own optimizer."""
     weight = W0[name].clone().requires_grad_()
     optimizer: torch.optim.Optimizer = torch.optim.SGD([weight], LR)
     if kind == "m":
@@ -54,7 +54,7 @@ def torch_path(kind: str, name: str, gradient: list[Tensor]) -> Iterator[Tensor]
 
 @pytest.mark.parametrize("method", METHODS)
 def test_dense_rules_are_those_of_torch(method: str) -> None:
-    """Vectors under every method, refreshes or not, and MeZO's matrices."""
+    """Torch's rules hold for vectors under every method, refreshes or not, and for MeZO's matrices."""
     family, _, kind = method.partition("-")
     records = list(run(method, W0, curved, STEPS, LR, RHO, queries=2, **RULES, **FIELDS))
     for name in SHAPES if family == "mezo" else [VECTOR]:
@@ -76,7 +76,7 @@ def test_adam_without_bias_correction_starts_from_zero() -> None:
 def naive_tezo(
     kind: str, records: list[Record], corrected: bool, restart: bool, crossed: bool = False
 ) -> Iterator[Tensor]:
-    """Δ of MATRIX in loops over elements; `crossed` keeps the cross terms of TeZO-Adam's square."""
+    """Yields Δ of MATRIX in loops over elements; `crossed` keeps the cross terms of TeZO-Adam's square."""
     (m, n), r = (6, 4), RANKS[MATRIX]
     (b1, b2), b, eps = RULES["betas"], RULES["momentum"], RULES["eps"]
     t, M, V2 = 0, [0.0] * r, [0.0] * r
@@ -132,7 +132,8 @@ def test_state_of_tezo_is_that_of_naive_loops(method: str, corrected: bool) -> N
 
 
 def test_separable_second_moment_is_the_mean_square_over_signs() -> None:
-    """E over the signs of τ of (U diag(g) Vᵀ)² at each element: cross terms have mean zero."""
+    """The second moment is the mean over the signs of τ of (U diag(g) Vᵀ)², element by element: cross
+    terms have mean zero."""
     record = next(run("tezo-adam", W0, curved, 1, LR, RHO, eps=0.0, **FIELDS))
     U, V = (f.double() for f in factors("linear", (5, 7), 2, SEED))
     g = record.kappas[0] * tau("linear", 2, SEED, 0, 0).double()
@@ -145,7 +146,7 @@ def test_separable_second_moment_is_the_mean_square_over_signs() -> None:
 
 
 def naive_lozo_m(records: list[Record], project: bool) -> Iterator[Tensor]:
-    """Δ of MATRIX by a momentum that is a whole matrix, projected on each new V."""
+    """Yields Δ of MATRIX by a momentum that is a whole matrix, projected on each new V."""
     (m, n), r, b = (6, 4), RANKS[MATRIX], RULES["momentum"]
     N = torch.zeros(m, r, dtype=torch.float64)
     momentum = torch.zeros(m, n, dtype=torch.float64)

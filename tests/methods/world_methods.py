@@ -31,7 +31,7 @@ def batch_of(step: int) -> dict[str, torch.Tensor]:
 
 @functools.cache
 def oracle(method: str, vectors: bool, steps: int) -> reference.Record:
-    """The last record of the oracle, of a float32 model."""
+    """Returns the last record of the oracle, of a float32 model."""
     model = Model()
 
     def loss(step: int, weights: dict[str, torch.Tensor]) -> float:
@@ -108,14 +108,15 @@ def secondary_copies_hybrids_and_split_columns_are_the_oracle(world: World) -> N
 
 @case(worlds=(4,))
 def a_fused_write_meets_split_columns(world: World) -> None:
-    """Without vectors, as those of split layers are for the in-place probe."""
+    """Fused writes meet split columns without vectors, as the vectors of split layers are for the in-place
+    probe."""
     for method in ("tezo-adam", "lozo-m"):
         assert_the_oracle(world, method, "FSDP2 over tensor parallelism", "fused", vectors=False)
 
 
 @case(worlds=(2,))
 def other_weights_than_a_linears_train_as_on_one_process(world: World) -> None:
-    """GPT-2's Conv1D in the fused probe; experts in one weight of three dims, in place."""
+    """GPT-2's Conv1D trains by the fused probe; experts in one weight of three dims, in place."""
     for kind, method in (
         ("gpt2", "tezo-m"), ("gpt2", "lozo"), ("mixtral", "tezo-adam"), ("qwen-moe", "mezo")
     ):  # fmt: skip

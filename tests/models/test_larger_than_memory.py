@@ -1,4 +1,4 @@
-"""Weights that stay in their files: what is in memory, that a run is the same, and the benchmark of it."""
+"""Weights that stay in their files: what is in memory, equal runs, and the benchmark."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STEPS = 3
 
 @pytest.fixture(scope="module")
 def shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config.json: 5 MB of weights, nearly all in blocks of many pages."""
+    """Makes a folder with the config.json of a model: 5 MB of weights, nearly all in blocks of many pages."""
     folder = tmp_path_factory.mktemp("shape")
     LlamaConfig(
         vocab_size=71, hidden_size=208, intermediate_size=515, num_hidden_layers=LAYERS,
@@ -50,7 +50,8 @@ def weights(shape: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def nothing_left_mapped() -> Iterator[None]:
-    """Of models that earlier tests had, which refer to themselves."""
+    """Frees the models of earlier tests, which refer to themselves, so that none of their files stays
+    mapped."""
     yield
     gc.collect()
 
@@ -90,7 +91,7 @@ def test_no_room(shape: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_weights_stay_in_their_files(weights: Path) -> None:
-    """By default, from `load_model` on; a probe that writes copies every page."""
+    """Weights stay in their files by default, from `load_model` on; a probe that writes copies every page."""
     model = load_model(str(weights))
     extents(model)  # would raise
     take_steps(engine_of(model))
@@ -118,7 +119,8 @@ def test_pages_are_given_back(weights: Path) -> None:
 
 
 def test_writes_are_refused(weights: Path) -> None:
-    """They would be lost, as the second half shows."""
+    """Methods that write are refused: their writes to mapped weights would be lost, as the second half
+    shows."""
     model = load_model(str(weights))
     for fields in ({"method": "mezo"}, {"probe": "inplace"}, {"method": "tezo-adam"}):
         with (
@@ -137,7 +139,7 @@ def test_writes_are_refused(weights: Path) -> None:
 
 
 def test_the_same_run_as_in_memory(weights: Path) -> None:
-    """To the bit: losses, slopes and what is learnt."""
+    """Losses, slopes and coefficients equal those in memory to the bit."""
     runs = [train(weights, pages, STEPS, "3x7", 4) for pages in ("memory", "kernel", "ahead")]
     for run in runs:
         assert run["anonymous"] > 0 and run["file"] > 0 and run["total"] >= run["anonymous"]
@@ -152,7 +154,7 @@ def test_the_same_run_as_in_memory(weights: Path) -> None:
 
 @pytest.fixture
 def run_main(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The command, but without new processes."""
+    """Returns a function that runs the benchmark's command, but without new processes."""
 
     def run(*given: object) -> None:
         monkeypatch.setattr(sys, "argv", ["larger_than_memory.py", *map(str, given)])

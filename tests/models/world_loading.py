@@ -1,4 +1,4 @@
-"""Models that are read shard by shard for FSDP2 are those of `from_pretrained`, in a shard's memory."""
+"""Models that are read shard by shard for FSDP2: equal to `from_pretrained`, in a shard's memory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def saved(world: World, name: str, write: Callable[[Path], object]) -> Path:
-    """A folder that rank 0 has written, for all."""
+    """Returns a folder that rank 0 has written for all ranks."""
     folder = world.folder / name
     if world.rank == 0 and not folder.exists():
         write(folder)
@@ -50,7 +50,7 @@ def saved(world: World, name: str, write: Callable[[Path], object]) -> Path:
 
 
 def tiny_checkpoint(world: World, kind: str = "llama", tied: bool = True) -> Path:
-    """A tiny model in several files."""
+    """Saves a tiny model in several files."""
     model = tiny(kind, tied)
     return saved(
         world, f"{kind}-{tied}", lambda path: model.save_pretrained(path, max_shard_size="8KB")
@@ -58,7 +58,7 @@ def tiny_checkpoint(world: World, kind: str = "llama", tied: bool = True) -> Pat
 
 
 def whole(path: Path, dtype: str | torch.dtype = "auto") -> nn.Module:
-    """By transformers alone."""
+    """Loads a whole model by transformers alone."""
     loader = AutoModelForMaskedLM if "roberta" in path.name else AutoModelForCausalLM
     model: nn.Module = loader.from_pretrained(path, dtype=dtype)
     return model
@@ -66,7 +66,7 @@ def whole(path: Path, dtype: str | torch.dtype = "auto") -> nn.Module:
 
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
-    """After three forwards, as the hazards of sharding may take that many to show."""
+    """Returns the logits of the third forward, as the hazards of sharding may take that many to show."""
     sharding, batch = sharding_of(model), make_batch(3)
     for _ in range(3):
         found: Tensor = sharding.forward(**batch).logits
@@ -109,7 +109,7 @@ def hybrid_offloaded_and_cast_models_are_as_well(world: World) -> None:
 
 @case(worlds=(2, 3))
 def experts_that_a_checkpoint_holds_one_by_one_are_joined(world: World) -> None:
-    """A rank reads those of its rows alone."""
+    """Experts are joined on loading, each rank reading those of its rows alone."""
     config = MixtralConfig(
         vocab_size=VOCABULARY, hidden_size=24, intermediate_size=36, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, num_local_experts=5,
@@ -130,7 +130,7 @@ def each_copy_of_a_hybrid_model_is_read_by_its_own_ranks(world: World) -> None:
 
 
 def variant(world: World, name: str, change: Callable[[Tensors], Tensors], tied: bool) -> Path:
-    """A tiny Llama's checkpoint with other tensors."""
+    """Saves a tiny Llama's checkpoint with other tensors."""
     base = saved(world, f"whole-{tied}", tiny("llama", tied).save_pretrained)
 
     def write(folder: Path) -> None:
@@ -202,7 +202,8 @@ def checkpoints_that_do_not_fit_are_refused(world: World) -> None:
 
 @case(worlds=(2,))
 def tied_weights_that_differ_are_refused(world: World) -> None:
-    """transformers then unties them, but one group has one parameter for both."""
+    """Tied weights that differ are refused: transformers unties them, but one group has one parameter for
+    both."""
     changed = variant(world, "untied", lambda t: {**t, HEAD: t[EMBEDDING] + 1}, tied=True)
     message = refusal(lambda: load_model(str(changed), fsdp=FsdpPlan()), tezo_ds.ConfigError)
     assert f'its {HEAD} differs from the weight that config.json ties it to; set "tie' in message
@@ -213,7 +214,7 @@ def tied_weights_that_differ_are_refused(world: World) -> None:
 
 @case(worlds=(2,))
 def writing_shards_leaves_the_checkpoint_alone(world: World) -> None:
-    """On the CPU shards are memory mapped from it."""
+    """On the CPU shards are memory mapped from the checkpoint, which a write must not change."""
     path = saved(world, "whole-True", tiny("llama", True).save_pretrained) / "model.safetensors"
     before = hashlib.sha256(path.read_bytes()).digest()
     model = load_model(str(path.parent), fsdp=FsdpPlan())
@@ -225,7 +226,7 @@ def writing_shards_leaves_the_checkpoint_alone(world: World) -> None:
 
 
 def wide_checkpoint(folder: Path) -> None:
-    """100 MB of bfloat16 zeros, most of it in layers."""
+    """Writes a checkpoint of 100 MB of bfloat16 zeros, most of it in layers."""
     config = LlamaConfig(
         vocab_size=4000, hidden_size=512, intermediate_size=2048, num_hidden_layers=12,
         num_attention_heads=8, tie_word_embeddings=False, dtype="bfloat16",
@@ -239,8 +240,9 @@ def wide_checkpoint(folder: Path) -> None:
 
 
 def most_memory(load: Callable[[], nn.Module]) -> int:
-    """Bytes by which this process's anonymous memory grew at most, looked at every millisecond. Pages
-    mapped from files do not count: they are the page cache's, which gives them up when it must."""
+    """Measures the bytes by which this process's anonymous memory grew at most, looked at every
+    millisecond. Pages mapped from files do not count: they are the page cache's, which gives them up
+    when it must."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # else what earlier cases left would be used again unseen
     before, over, seen = _anonymous(), threading.Event(), [0]

@@ -1,4 +1,4 @@
-"""What a run needs, from shapes alone."""
+"""Memory that a run needs, from shapes alone."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def test_an_outline_is_read_from_the_modules() -> None:
 
 
 def llama(world: int = 64, sharding: Any = "fsdp2", **fields: Any) -> Job:
-    """LLaMA-30B on nodes of 8 H100s."""
+    """Makes a job of LLaMA-30B on nodes of 8 H100s."""
     cluster = Cluster(GPUS["h100-80g"], world, 8)
     job = Job(skeleton("llama-30b", "auto"), TezoConfig(**fields), sharding, cluster, 4, 512, 1)
     return job

@@ -1,4 +1,4 @@
-"""What `tezo-ds plan` predicts of a small model, beside what real ranks gather and hold."""
+"""Predictions of `tezo-ds plan` for a small model, beside what real ranks gather and hold."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ TIGHT = Limits(bucket=30_000, live=100_000, reuse=100_000)  # less than a block 
 
 
 def small(kind: str = "llama", tied: bool = False) -> nn.Module:
-    """Large enough to drown what a plan leaves out; no size that a world divides. "deep" is a llama, too."""
+    """Makes a model large enough to drown what a plan leaves out, of sizes that no world divides. "deep"
+    is a llama, too."""
     hidden, layers = (142, 5) if kind == "deep" else (94, 3)
     sizes = {"vocab_size": 301, "hidden_size": hidden, "num_hidden_layers": layers}
     sizes |= {"num_attention_heads": 1, "max_position_embeddings": 64}
@@ -54,7 +55,7 @@ def job_of(
 
 
 def seen(job: Job, make: Callable[[], nn.Module]) -> tuple[Traffic, int]:
-    """A third step's collectives, and the most bytes of tensors in it."""
+    """Records a third step's collectives, and the most bytes of tensors alive in that step."""
     ids = torch.arange(job.examples * LENGTH).view(job.examples, LENGTH)
     labels = ids.clone()
     labels[:, :-LABELS] = -100
@@ -71,7 +72,7 @@ def seen(job: Job, make: Callable[[], nn.Module]) -> tuple[Traffic, int]:
 
 
 def assert_as_predicted(job: Job, make: Callable[[], nn.Module]) -> int:
-    """Returns the peak that was seen."""
+    """Asserts that a step gathers and holds what the plan predicts; returns the peak that was seen."""
     moved, peak = seen(job, make)
     predicted = traffic.engine(job)
     gathered = [call.nbytes for call in moved.calls if call.gathers]

@@ -1,4 +1,4 @@
-"""Fused equals in-place; whatever the fused probe cannot do it says."""
+"""The fused probe: equal to the in-place one, and a clear refusal of whatever it cannot do."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_sites_that_read_one_tensor_share_its_product() -> None:
 
 
 def slopes(dtype: torch.dtype) -> torch.Tensor:
-    """κ of 24 directions at coefficients of 100 ρ."""
+    """Measures κ of 24 directions at coefficients of 100 ρ."""
     config = {"rank": 4, "rho": 1e-3, "queries": 24, "lr": 0.0, "seed": 1}
     engine = tezo_ds.initialize(tiny("llama", tied=False).to(dtype), config)
     generator = torch.Generator().manual_seed(2)
@@ -82,21 +82,22 @@ def test_bfloat16_slopes_survive_coefficients_a_hundred_times_rho() -> None:
 
 
 class Scaled(nn.Embedding):
-    """Gemma's way: more than a lookup."""
+    """An embedding that does more than a lookup, as Gemma's does."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return super().forward(input) * 3.0
 
 
 class Doubled(nn.Linear):
-    """A product that is not the last thing that happens."""
+    """A linear layer whose product is not the last thing that happens."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.linear(input * 2, self.weight, self.bias).square()
 
 
 class Odd(nn.Module):
-    """Subclasses, learnt positions of shape (1, T), a shared projection of them, flattened tokens."""
+    """A model with subclassed layers, learnt positions of shape (1, T), a shared projection of them, and
+    flattened tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +119,7 @@ def test_layers_that_do_more_than_their_base_class() -> None:
 
 
 class Mixed(nn.Module):
-    """Sums over examples before a layer, so that rows no longer belong to branches."""
+    """A model that sums over examples before a layer, so that rows no longer belong to branches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +130,7 @@ class Mixed(nn.Module):
 
 
 class Idle(nn.Module):
-    """A layer that no forward uses."""
+    """A model with a layer that no forward uses."""
 
     def __init__(self) -> None:
         super().__init__()

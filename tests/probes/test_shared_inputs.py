@@ -1,4 +1,4 @@
-"""Which layers share a product is known before the first loss, whatever a process does first."""
+"""Layers that share a product: known before the first loss, whatever a process does first."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_no_forward_of_the_model_is_spent() -> None:
 
 
 def losses(engine: tezo_ds.Engine) -> list[float]:
-    """Of the same batch four times, as a run's first steps and as evaluations."""
+    """Returns the losses of the same batch four times, as a run's first steps and as evaluations."""
     at_coefficients(engine)
     found = []
     for _ in range(2):
@@ -82,7 +82,7 @@ def test_the_first_loss_is_that_of_all_later_ones() -> None:
 
 
 def test_groups_that_are_found_late_change_bits() -> None:
-    """Hazard: a process would begin with products that it never makes again."""
+    """Hazard: a process that finds groups late would begin with products that it never makes again."""
     join, late = FusedProbe._join, []
 
     def join_late(self: FusedProbe, hollow: Any, args: Any, kwargs: Any) -> None:
@@ -96,7 +96,7 @@ def test_groups_that_are_found_late_change_bits() -> None:
 
 
 class Asking(nn.Module):
-    """Its code looks at values, which a run without values has not."""
+    """A model whose code looks at values, which a run on tensors without values has not."""
 
     def __init__(self, asks: bool) -> None:
         super().__init__()
@@ -122,7 +122,8 @@ def test_code_that_asks_for_values_keeps_products_apart(caplog: pytest.LogCaptur
 
 
 class Twice(nn.Module):
-    """Two layers read x, one of them a second time; two more read a table that all examples share."""
+    """A model in which two layers read x, one of them a second time; two more read a table that all
+    examples share."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Layers that read one tensor share a product on every sharding, from the first loss on."""
+"""Layers that read one tensor: on every sharding they share a product, from the first loss on."""
 
 from __future__ import annotations
 

@@ -95,7 +95,8 @@ def test_same_row_same_bits_in_any_company() -> None:
 
 
 def test_same_bits_whatever_the_alignment_and_threads() -> None:
-    """Vectorised loops treat the last few elements apart, and threads cut elsewhere."""
+    """Bits do not depend on alignment or threads, though vectorised loops treat the last few elements
+    apart and threads cut elsewhere."""
     key, index = derive_key(0, "w", "U"), torch.arange(40_000)
     whole = normals(key, index, 4)
     threads = torch.get_num_threads()
@@ -109,7 +110,7 @@ def test_same_bits_whatever_the_alignment_and_threads() -> None:
 
 
 def test_golden_bits() -> None:
-    """The run of a user who upgrades must not change."""
+    """The random numbers of a user who upgrades must not change."""
     z = normals(derive_key(7, "model.layers.0.mlp.up_proj.weight", "U"), torch.tensor([0, 5]), 4)
     assert derive_key(0, "a", "U") == GOLDEN_KEY
     assert z.view(torch.int32).tolist() == GOLDEN
@@ -143,7 +144,7 @@ Request = tuple[torch.Tensor, tuple[generator.Word, generator.Word], generator.W
 
 
 def requests(rows: int) -> dict[str, Request]:
-    """Indices, key, stream and first block."""
+    """Returns requests of numbers: indices, key, stream and first block."""
     index = torch.arange(rows)
     words = torch.randint(0, 2**32, (3, rows), generator=torch.Generator().manual_seed(0))
     return {
@@ -157,7 +158,8 @@ def requests(rows: int) -> dict[str, Request]:
 @pytest.mark.parametrize("each", [4, 8])
 @pytest.mark.parametrize(("rows", "blocks"), [(3001, 1), (1009, 97), (501, 300)])
 def test_compiled_gives_the_same_bits(rows: int, blocks: int, each: int) -> None:
-    """Blocks of 256 counters begin and end inside rows, and hold several of them."""
+    """The compiled generator gives the same bits, though blocks of 256 counters begin and end inside rows,
+    and hold several rows."""
     for name, (index, *address) in requests(rows).items():
         defined = torch.empty(len(index), blocks, each)
         found = torch.empty_like(defined)
@@ -167,7 +169,8 @@ def test_compiled_gives_the_same_bits(rows: int, blocks: int, each: int) -> None
 
 
 def test_compiled_box_muller_at_extreme_words() -> None:
-    """Ends of the words, of the quadrants, and of the logarithm's reduction to [√½, √2)."""
+    """Box-Muller is right at the ends of the words, of the quadrants, and of the logarithm's reduction to
+    [√½, √2)."""
     cuts = [round(2**32 * 2.0 ** (-k / 2)) for k in range(64)]
     edges = [0, 2**32 - 1] + [
         cut + d
@@ -183,8 +186,8 @@ def test_compiled_box_muller_at_extreme_words() -> None:
 
 
 def test_compiled_logarithm_is_not_fused() -> None:
-    """Multiply-and-add in one rounding, which `fastmath` allows, changes the last bits of float64, and
-    so about one normal in a thousand million."""
+    """Hazard: multiply-and-add in one rounding, which `fastmath` allows, changes the last bits of float64,
+    and so about one normal in a thousand million."""
 
     def logs(function: Callable[[float], float], x: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(numba.vectorize(["float64(float64)"])(function)(x.numpy()))

@@ -1,4 +1,4 @@
-"""Nothing is lost and nothing damaged is taken: processes that are killed, full and read-only disks, two
+"""Faults that lose nothing and pass no damage: processes that are killed, full and read-only disks, two
 runs in one folder, bits that flip. benchmarks/faults.py does the same at length."""
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a
 
 
 def until_done(ranks: Ranks, run: Path, steps: int) -> None:
-    """Waits until so many steps are on disk."""
+    """Waits until `steps` steps are on disk."""
     deadline = time.monotonic() + SECONDS
     while done_in(run) < steps:
         assert None in ranks.codes and time.monotonic() < deadline, ranks.log.read_text()
@@ -49,8 +49,8 @@ def until_done(ranks: Ranks, run: Path, steps: int) -> None:
 
 @pytest.mark.launches
 def test_a_rank_that_is_killed_loses_nothing(given: Given, tmp_path: Path) -> None:
-    """And another run in a folder that is in use is refused and harms nothing. The benchmark kills runs
-    of all methods under ZeRO-3 and FSDP2."""
+    """A killed run resumes and loses nothing; another run in a folder that is in use is refused and harms
+    nothing. The benchmark kills runs of all methods under ZeRO-3 and FSDP2."""
     sharding, method, victim = "zero3", "lozo-m", 0
     whole, run = tmp_path / "whole", tmp_path / "run"
 
@@ -88,17 +88,17 @@ class Disk:
         self._filler = path / "filler"
 
     def fill(self, left: int = 0) -> None:
-        """Leaves so many bytes."""
+        """Fills the disk up to `left` bytes."""
         space = os.statvfs(self.path)
         with self._filler.open("ab") as filler:
             filler.write(bytes(max(space.f_bavail * space.f_frsize - left, 0)))
 
     def clear(self) -> None:
-        """Makes room."""
+        """Makes room on the disk."""
         self._filler.unlink(missing_ok=True)
 
     def remount(self, how: str) -> None:
-        """`how`: ro or rw."""
+        """Mounts the disk again, `how`: ro or rw."""
         subprocess.run(["mount", "-o", f"remount,{how}", str(self.path)], check=True)
 
 
@@ -125,7 +125,7 @@ PLAIN: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def wholes(given: Given, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Of each method of `PLAIN` a run that nothing happened to."""
+    """Trains, by each method of `PLAIN`, a run that nothing happens to."""
     runs = {method: tmp_path_factory.mktemp("wholes") / "run" for method in PLAIN}
     for method, options in PLAIN.items():
         assert call(*given.train(runs[method], method=method, **options)) == 0
@@ -133,7 +133,7 @@ def wholes(given: Given, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 def one_line(captured: Captured) -> str:
-    """The error that a command printed, and nothing else went to stderr."""
+    """Returns the error that a command printed, and asserts that nothing else went to stderr."""
     err = captured.readouterr().err
     lines = [line for line in err.splitlines() if "Writing model shards" not in line]
     assert len(lines) == 1 and lines[0].startswith("tezo-ds: error: "), err
@@ -236,7 +236,7 @@ def test_damage_is_refused_or_made_up_for(
 def test_damage_that_checksums_did_not_show_would_be_taken(
     wholes: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Hazard: a slope of which a digit has changed, in a line whose checksum is right for it."""
+    """Hazard: a slope of which a digit has changed is taken, if its line has the checksum for it."""
     subject, run = Subject(wholes["tezo"]), tmp_path / "run"
     shutil.copytree(wholes["tezo"], run)
     lines = [json.loads(line) for line in (run / JOURNAL).read_text().splitlines()]

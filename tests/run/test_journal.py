@@ -103,7 +103,7 @@ def test_lines_lost_swapped_or_doubled_are_refused(path: Path) -> None:
 
 
 def test_a_line_of_another_run_is_refused(path: Path, tmp_path: Path) -> None:
-    """The same step with its own right hash, but after other lines."""
+    """A line of the same step with its own right hash is refused, if it was written after other lines."""
     whole = write(path)
     Journal(tmp_path / "other", {**HEADER, "data": "cd"}).append({**line(0), "lr": 2e-3})
     other = (tmp_path / "other").read_bytes().splitlines(keepends=True)

@@ -86,7 +86,8 @@ def refused(capfd: Captured, *arguments: object) -> str:
 def test_a_slope_that_was_changed_with_its_checksums_is_found(
     run: Run, tmp_path: Path, capfd: Captured
 ) -> None:
-    """Whoever writes the whole journal anew has right checksums, but not the digests."""
+    """A slope changed along with all checksums is found: whoever writes the whole journal anew cannot make
+    its digests."""
     path = tmp_path / "run"
     shutil.copytree(run.path, path)
     found = read_journal(path / JOURNAL)

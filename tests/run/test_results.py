@@ -1,4 +1,4 @@
-"""The result of every method, had again from its run folder: by evaluate and by export."""
+"""The result of every method, rebuilt from its run folder by evaluate and by export."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def trained(given: Given, path: Path, **options: Any) -> Run:
 
 
 def evaluated(run: Path, capfd: Captured, *switches: object) -> tuple[float | None, str]:
-    """The loss that `evaluate` finds, and what it says besides."""
+    """Evaluates a run; returns the loss, and what stderr says besides."""
     capfd.readouterr()
     assert call("evaluate", "--run", run, *switches) == 0
     out, err = capfd.readouterr()
@@ -53,7 +53,7 @@ def refused(run: Path, capfd: Captured, *telling: str) -> None:
 
 @pytest.fixture(scope="module")
 def plain(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Of the kernels of this module."""
+    """Trains a plain run under the kernels of this module."""
     return make_plain(given, tmp_path_factory.mktemp("plain") / "run")
 
 
@@ -63,7 +63,7 @@ def lozo(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def copy_of(run: Run, path: Path) -> Path:
-    """A run as if it had been interrupted or killed: without its model."""
+    """Copies a run as if it had been interrupted or killed: without its model."""
     shutil.copytree(run.path, path, ignore=shutil.ignore_patterns(MODEL))
     return path
 

@@ -1,4 +1,4 @@
-"""A run goes on where it was, bit for bit, however it ended."""
+"""Resumed runs: bit for bit the run that was never interrupted, however it ended."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ Captured = pytest.CaptureFixture[str]
 
 
 class Killed(BaseException):
-    """Stands for a process that is gone: nothing more is written."""
+    """The end of a process that is gone: nothing more is written."""
 
 
 def killed_after(steps: int, arguments: list[str], patch: pytest.MonkeyPatch) -> None:
-    """Runs until a step is in the journal and ends without another word."""
+    """Runs until step `steps` is in the journal, and ends as a killed process does."""
     log_step = RunFolder.log_step
 
     def log(folder: RunFolder, report: Any, *more: Any) -> None:
@@ -86,7 +86,7 @@ def same(one: Path, other: Path) -> bool:
 
 @pytest.fixture
 def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Those of this machine, or another maker's."""
+    """Runs a test with the kernels of this machine, or with another maker's."""
     with nullcontext() if request.param == "own" else OtherKernels(request.param):
         yield
 
@@ -125,7 +125,8 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
 def test_a_memory_budget_is_measured_once_a_run(
     given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Hazard: a process that goes on begins with another batch, and other shapes have other last bits."""
+    """Hazard: a process that resumes begins with another batch, whose shapes could give another budget and
+    other last bits."""
     run, whole = tmp_path / "run", tmp_path / "whole"
     options = {"queries": 8, "memory_budget": 2e-4, "max_length": 9}
     with OtherKernels("shapes"):
@@ -282,7 +283,7 @@ def test_replay_of_every_step_digests_to_what_the_run_had(given: Given, tmp_path
 def test_results_of_fewer_steps_do_not_stay(
     given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Captured
 ) -> None:
-    """Hazard: a killed run would be evaluated by the coefficients of the one before."""
+    """Hazard: a killed run would be evaluated by the coefficients of an earlier one."""
     run, whole = tmp_path / "run", tmp_path / "whole"
     assert call(*given.train(run, steps=2)) == 0
     assert {ADAPTER, CURVE, COEFFICIENTS} <= {path.name for path in run.iterdir()}

@@ -1,4 +1,4 @@
-"""What a run leaves on disk when it finishes, fails half-way, or is stopped."""
+"""Files that a run leaves on disk when it finishes, fails half-way, or is stopped."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_coefficients_have_the_models_own_names(given: Given, plain: Run) -> Non
 
 
 def assert_failed(run: Run, at: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """Everything up to the failing step is there, in strict JSON."""
+    """Asserts that everything up to the failing step is there, in strict JSON."""
     expected = f"step {at}: loss is nan in 2 of 2 branches, the 5th step in a row"
     assert capsys.readouterr().err.startswith(f"tezo-ds: error: {expected}")
     assert run.config["steps"] == STEPS
@@ -134,7 +134,8 @@ def test_a_run_whose_last_evaluation_is_not_a_number(given: Given, tmp_path: Pat
 def test_what_has_no_place_in_an_adapter(
     given: Given, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """OPT's positions; everything else is there, and summary and terminal say what is not."""
+    """OPT's positions have no place in an adapter; everything else is there, and summary and terminal say
+    what is not."""
     config = tiny("opt").config
     config.vocab_size = AutoModelForCausalLM.from_pretrained(given.model).config.vocab_size
     shutil.copytree(given.model, tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Files of shards, element for element; and what a snapshot refuses to be loaded into."""
+"""Files of shards, element for element; and refusals of snapshots that do not fit."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def cut(W: Tensor, start: int, numel: int, columns: range | None) -> ShardView:
 def test_every_range_takes_what_it_has_in_common_with_any_other(
     dtype: torch.dtype, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Moments of four bytes beside weights of an odd number of two, which would else lie askew."""
+    """Moments of four bytes lie beside weights of an odd number of two bytes, which would else leave them
+    unaligned."""
     monkeypatch.setattr(shardfiles, "BLOCK_NUMEL", block)
     monkeypatch.setattr(shardfiles, "_AT_ONCE", 5)
     W, M = whole(dtype), whole(torch.float32) + 1

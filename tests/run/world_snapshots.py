@@ -1,5 +1,5 @@
 """Snapshots of shards: the same bits on any other world and sharding, one writer for each range, and
-nothing that is damaged or half written is taken for one. Each case also shows what happens without the
+nothing that is damaged or half written is loaded. Each case also shows what happens without the
 handling."""
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def made(world: World, way_name: str, **fields: object) -> tezo_ds.Engine:
 
 
 def train(engine: tezo_ds.Engine, world: World, steps: int) -> list[tuple[float, ...]]:
-    """Slopes of some steps."""
+    """Takes some steps and returns their slopes."""
     ranks = engine.sharding.world_size
     kappas = []
     for _ in range(steps):
@@ -50,7 +50,7 @@ def train(engine: tezo_ds.Engine, world: World, steps: int) -> list[tuple[float,
 
 
 def numbers_of(engine: tezo_ds.Engine) -> list[tuple[ShardView, dict[str, Tensor]]]:
-    """Copies of all that this rank holds."""
+    """Copies all weights and moments that this rank holds."""
     found: list[tuple[ShardView, dict[str, Tensor]]] = []
 
     def note(view: ShardView) -> None:
@@ -62,7 +62,7 @@ def numbers_of(engine: tezo_ds.Engine) -> list[tuple[ShardView, dict[str, Tensor
 
 
 def alone() -> tezo_ds.Engine:
-    """One process for itself, whatever else runs."""
+    """Makes an engine of one process by itself, whatever else runs."""
     engine = tezo_ds.initialize(Model(), {**FIELDS, **ADAM})
     engine.sharding.world_size = engine.sharding.everyone = 1
     engine.sharding.rank = engine.sharding.place = 0
@@ -70,7 +70,7 @@ def alone() -> tezo_ds.Engine:
 
 
 def assert_parts_of(engine: tezo_ds.Engine, one: tezo_ds.Engine) -> None:
-    """What ranks hold are the very bits of what one process holds, moments included."""
+    """Asserts that ranks hold the very bits that one process holds, moments included."""
     wholes = {view.name: numbers for view, numbers in numbers_of(one)}
     for view, numbers in numbers_of(engine):
         whole = wholes[view.name]
@@ -205,7 +205,8 @@ def shards_in_files_are_saved_and_filled(world: World) -> None:
 def damaged(
     engine: tezo_ds.Engine, world: World, file: Path, damage: Callable[[Path], None]
 ) -> str:
-    """What every rank says of a snapshot of which rank 0 damaged a file, put right after."""
+    """Returns what every rank says of a snapshot of which rank 0 damages a file; mends the file
+    afterwards."""
     content = file.read_bytes()
     before = numbers_of(engine)
     dist.barrier()

@@ -22,7 +22,7 @@ NVME = json.loads((CONFIGS / "zero3_nvme_offload.json").read_text())
 
 
 def nvme(zero: dict[str, Any], **offload: object) -> dict[str, Any]:
-    """The NVMe config with other fields in its zero_optimization block and its offload_param."""
+    """Returns the NVMe config with other fields in its zero_optimization block and its offload_param."""
     block = NVME["zero_optimization"]
     block = {**block, **zero, "offload_param": {**block["offload_param"], **offload}}
     return {**NVME, "zero_optimization": block}

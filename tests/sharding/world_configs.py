@@ -1,4 +1,4 @@
-"""Each file of ds_configs/ trains a toy model by the real command line, on two ranks."""
+"""Each file of ds_configs/, which trains a toy model by the real command line on two ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OWN = {"lr": None, "seed": None}  # no flags for these, so the file's own hold; 
 
 
 def at_hand(path: Path, folder: Path) -> dict[str, Any]:
-    """A config's content, with the one field that every machine must set for itself."""
+    """Reads a config's content, with the one field that every machine must set for itself."""
     content: dict[str, Any] = json.loads(path.read_text())
     offload = content["zero_optimization"].get("offload_param", {})
     if "nvme_path" in offload:
@@ -32,7 +32,7 @@ def at_hand(path: Path, folder: Path) -> dict[str, Any]:
 
 
 def train(given: Given, content: dict[str, Any], folder: Path, world: World) -> None:
-    """`tezo-ds train --deepspeed FILE`, on every rank."""
+    """Runs `tezo-ds train --deepspeed FILE` on every rank."""
     file = folder / f"rank{world.rank}.json"
     file.write_text(json.dumps(content))
     options = {"deepspeed": file, "steps": STEPS, "batch_size": BATCH, **OWN}

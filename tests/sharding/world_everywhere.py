@@ -1,4 +1,4 @@
-"""The same run, whatever holds the weights: one table of all ways, each against one process."""
+"""One run, whatever holds the weights: a table of all ways, each held against one process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from worlds import World, case
 
 import tezo_ds
 from tezo_ds.directions.lowrank import FixedFactors
-from tezo_ds.sharding.zero3 import prepare
+from tezo_ds.sharding.zero3_config import prepare
 
 FIELDS = {"rank": 3, "rho": 1e-2, "lr": 3e-4, "queries": 2, "seed": 11}
 STEPS = 3
@@ -37,7 +37,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Tied embeddings, and a 3 x 3 matrix of which the last of four ranks holds nothing."""
+    """A model with tied embeddings, and a 3 x 3 matrix of which the last of four ranks holds nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,8 @@ def zero3(**more: object) -> Callable[[World], tuple[nn.Module, dict]]:
 
 
 def zero3_from_the_start(**more: object) -> Callable[[World], tuple[nn.Module, dict]]:
-    """As from_pretrained makes it: each parameter is partitioned as soon as there is one."""
+    """Makes models as from_pretrained does under ZeRO-3: each parameter is partitioned as soon as it is
+    made."""
 
     def model(_: World) -> tuple[nn.Module, dict]:
         config = {**ZERO3, "zero_optimization": {**ZERO3["zero_optimization"], **more}}
@@ -120,7 +121,7 @@ WAYS = (
 
 @functools.cache
 def reference(probe: str) -> tuple[list[tezo_ds.StepReport], dict, dict]:
-    """Reports, coefficients and merged weights of one process that sees every example."""
+    """Returns reports, coefficients and merged weights of one process that sees every example."""
     engine = tezo_ds.initialize(Model(), {**FIELDS, "probe": probe})
     engine.sharding.world_size = 1
     reports = [engine.step(make_batch(7, seed=step)) for step in range(STEPS)]
@@ -128,7 +129,7 @@ def reference(probe: str) -> tuple[list[tezo_ds.StepReport], dict, dict]:
 
 
 def assert_same_bits(engine: tezo_ds.Engine) -> None:
-    """U, V and τ are those of the public functions, whatever part of them a rank needs."""
+    """Asserts that U, V and τ are those of the public functions, whatever part of them a rank needs."""
     make = FixedFactors(engine.space)
     for view in views_of(engine):
         U, V = tezo_ds.factors(view.name, view.shape, FIELDS["rank"], FIELDS["seed"])

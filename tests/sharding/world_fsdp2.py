@@ -1,4 +1,4 @@
-"""FSDP2 equals one process, alone, hybrid and over tensor parallelism; its hazards, each also shown
+"""FSDP2 alone, hybrid and over tensor parallelism, equal to one process; its hazards, each also shown
 without the handling."""
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ MLP = 38  # torch's tensor parallelism wants sizes that its ranks divide
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """A language model's layers."""
+    """Returns the layers of a language model."""
     return next(list(m) for m in model.modules() if isinstance(m, nn.ModuleList))
 
 
 def shard(model: nn.Module, mesh: DeviceMesh | None = None, **kwargs: object) -> nn.Module:
-    """One group a block, and the root."""
+    """Shards a model by FSDP2: one group a block, and the root."""
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh, **kwargs)
     return fully_shard(model, mesh=mesh, **kwargs)
@@ -53,7 +53,7 @@ def sharded(
     kind: str = "llama", tied: bool = True, fields: dict | None = None,
     mesh: DeviceMesh | None = None, **kwargs: object,
 ) -> tezo_ds.Engine:  # fmt: skip
-    """An engine on an FSDP2 tiny model."""
+    """Makes an engine on a tiny model under FSDP2."""
     model = shard(tiny(kind, tied), mesh, **kwargs)
     return tezo_ds.initialize(model, {**FIELDS, **(fields or {})})
 
@@ -152,7 +152,8 @@ def fsdp2_recovers_from_an_error_in_a_forward(world: World) -> None:
         raise Broken
 
     def losses(engine: tezo_ds.Engine) -> tuple[float, float]:
-        """With an update on the side, and as written right after a forward that failed."""
+        """Returns the loss with an update kept aside, and the loss after that is written, following a
+        forward that failed."""
         batch = part_of(make_batch(6), world.rank, world.size)
         engine.method.coefficients.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
         for _ in range(3):
@@ -192,7 +193,7 @@ def fsdp2_mixed_precision_gathers_bfloat16(world: World) -> None:
 
 
 def assert_write_was_seen_roughly(engine: tezo_ds.Engine, world: World) -> None:
-    """bfloat16 rounds the merged weights."""
+    """Asserts that a merge changes no loss beyond bfloat16's rounding of the merged weights."""
     batch = part_of(make_batch(6), world.rank, world.size)
     base = engine.loss(batch)
     engine.method.coefficients.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
@@ -215,7 +216,8 @@ def fsdp2_hybrid_runs_as_one_process(world: World) -> None:
 
 
 def tensor_parallel(kind: str, mesh: DeviceMesh) -> nn.Module:
-    """Its MLPs split by rows and by columns (GPT-NeoX's have biases), its output layer by rows."""
+    """Splits a tiny model's MLPs by rows and by columns (GPT-NeoX's have biases), its output layer by
+    rows."""
     model = tiny(kind, tied=False, mlp=MLP)
     down, up = RowwiseParallel(), ColwiseParallel()
     llama = {"mlp.gate_proj": up, "mlp.up_proj": up, "mlp.down_proj": down}

@@ -24,7 +24,7 @@ TORCH_LINEAR = F.linear
 
 
 def refusal(call: Callable[[], object], error: type[Exception]) -> str:
-    """The one line with which `call` refuses."""
+    """Returns the one line with which `call` refuses."""
     try:
         call()
     except error as caught:
@@ -34,7 +34,7 @@ def refusal(call: Callable[[], object], error: type[Exception]) -> str:
 
 
 def losses_around_merge(engine: tezo_ds.Engine, world: World) -> tuple[float, float, float]:
-    """Loss at W₀, at W₀ + a large update kept on the side, and after writing that update."""
+    """Returns the losses at W₀, at W₀ + a large update kept aside, and after writing that update."""
     batch = part_of(make_batch(6), world.rank, world.size)
     for _ in range(3):  # from the third forward on persistent parameters stay gathered
         base = engine.loss(batch)
@@ -98,7 +98,7 @@ def padding_is_never_read(world: World) -> None:
 
 
 class Lopsided(nn.Module):
-    """21 and 3 elements: shards end inside a row, and on 4 ranks the last holds none of the 3."""
+    """A model of 21 and 3 elements: shards end inside a row, and on 4 ranks the last holds none of the 3."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def squares(outputs: torch.Tensor, batch: dict) -> tuple[torch.Tensor, torch.Ten
 def lopsided(
     make: Callable[[dict], tezo_ds.Engine],
 ) -> Iterator[tuple[tezo_ds.Engine, tezo_ds.Engine]]:
-    """With each probe the engine that `make` makes of the fields, and one of a process alone."""
+    """Yields, for each probe, the engine that `make` makes of the fields, and one of a process alone."""
     for probe in ("fused", "inplace"):
         fields = {"rank": 1, "rho": 1e-2, "lr": 1e-2, "probe": probe, "queries": 2}
         reference = tezo_ds.initialize(Lopsided(), fields, squares)
@@ -126,7 +126,7 @@ def lopsided(
 
 
 def merge_after_same_steps(engine: tezo_ds.Engine, reference: tezo_ds.Engine, world: World) -> None:
-    """Three steps of equal losses, then both merge."""
+    """Takes three steps, asserts equal losses, and merges both engines."""
     x = torch.randn(8, 7, generator=torch.Generator().manual_seed(1))
     for _ in range(3):
         ours = engine.step(part_of({"x": x}, world.rank, world.size))
@@ -182,7 +182,7 @@ def hpz_without_its_group_crashes_in_deepspeed(world: World) -> None:
 
 
 def fail_in_the_middle(engine: tezo_ds.Engine, batch: dict) -> None:
-    """One forward that raises in the second layer."""
+    """Runs one step whose forward raises in the second layer."""
 
     def fail(*args: object) -> None:
         raise InterruptedError("in the middle")

@@ -34,14 +34,14 @@ _folders = itertools.count()
 
 
 def nvme(world: World) -> dict[str, Any]:
-    """Offload to a folder of its own, as DeepSpeed empties the one that it gets."""
+    """Returns the offload to a folder of its own, as DeepSpeed empties the folder that it gets."""
     path = str(world.folder / f"nvme{next(_folders)}")
     sizes = {"buffer_count": BUFFERS, "buffer_size": 1500}
     return {"offload_param": {"device": "nvme", "nvme_path": path, **sizes}}
 
 
 def shards_of(engine: tezo_ds.Engine) -> dict[str, Tensor]:
-    """DeepSpeed's tensor of each parameter; its `ds_numel` counts the padding."""
+    """Returns DeepSpeed's tensor of each parameter; its `ds_numel` counts the padding."""
     return {name: p.ds_tensor for name, p in engine.sharding.module.named_parameters()}
 
 
@@ -58,7 +58,7 @@ def free_buffers(engine: tezo_ds.Engine) -> int:
 def assert_trains_and_merges(
     world: World, zero: dict[str, Any], kind: str, tied: bool, probe: str
 ) -> tezo_ds.Engine:
-    """A few steps, then the merge, as one process does them without offload."""
+    """Asserts that a few steps and the merge equal those of one process without offload."""
     engine = sharded(kind, tied, {"probe": probe}, zero)
     assert_same_run(engine, world, kind, tied, {"probe": probe})
     reference = alone(kind, tied, {"probe": probe})
@@ -98,8 +98,9 @@ def nvme_offload_runs_as_one_process(world: World) -> None:
 
 @case(worlds=(1, 2))
 def a_given_dtype_is_kept_where_there_is_no_float16(world: World) -> None:
-    """Hazard: on such a CPU DeepSpeed takes bfloat16 for any dtype that it is given by hand: for the buffers
-    of NVMe in every engine, and for the weights of a model that is made under `zero.Init`."""
+    """Hazard: on a CPU without float16, DeepSpeed takes bfloat16 for any dtype that it is given by hand:
+    for the buffers of NVMe in every engine, and for the weights of a model that is made under
+    `zero.Init`."""
     with (
         toy_nvme(),
         mock.patch.object(type(get_accelerator()), "is_fp16_supported", lambda _: False),
@@ -186,7 +187,7 @@ def buffers_too_small_for_the_model_are_named(world: World) -> None:
 
 
 class Moved(TorchFunctionMode):
-    """Counts the elements of offloaded shards that are sent to where forwards run.
+    """Counts of the elements of offloaded shards that are sent to where forwards run.
 
     On the CPU nothing is copied, but DeepSpeed asks for it at the same place as on a GPU.
     """
@@ -208,8 +209,9 @@ class Moved(TorchFunctionMode):
 
 @case(worlds=(1, 2))
 def a_step_brings_offloaded_weights_in_once(world: World) -> None:
-    """Once a step if fused, whatever Q; once a branch in place. From the third forward on: until
-    then DeepSpeed, which learns the order of layers, brings a tied weight in for each use."""
+    """Offloaded weights come in once a step if fused, whatever Q; once a branch in place. Counted from the
+    third forward on: until then DeepSpeed, which learns the order of layers, brings a tied weight in
+    for each use."""
     batch = part_of(make_batch(7), world.rank, world.size)
     for probe, queries in (("fused", 1), ("fused", 3), ("inplace", 2)):
         engine = sharded(fields={"probe": probe, "queries": queries}, zero=PINNED)
@@ -230,14 +232,14 @@ def a_step_brings_offloaded_weights_in_once(world: World) -> None:
 
 
 def aligned(shard: Tensor) -> int:
-    """Elements of the file that holds a float32 shard: whole blocks of 1,024 bytes."""
+    """Returns the elements of the file that holds a float32 shard: whole blocks of 1,024 bytes."""
     return -(-shard.ds_numel // 256) * 256
 
 
 @case(worlds=(1, 3))
 def a_step_reads_the_files_once(world: World) -> None:
-    """Fused: every file once, whatever Q, and none is written. In place, trained ones are read and written
-    once more for each branch, which is reached from the one before, and once to restore."""
+    """The fused probe reads every file once, whatever Q, and writes none. In place, trained files are read
+    and written once more for each branch, which is reached from the one before, and once to restore."""
     batch = part_of(make_batch(7), world.rank, world.size)
     with toy_nvme() as files:
         for probe, queries in (("fused", 1), ("fused", 3), ("inplace", 2)):

@@ -20,7 +20,7 @@ STEPS = 3  # and a forward: from the third on, hazards of sharding have all show
 
 
 def alone(kind: str, tied: bool, fields: dict, **kwargs: object) -> tezo_ds.Engine:
-    """A reference engine that sees the whole batch in this process and communicates with nobody."""
+    """Makes a reference engine that sees the whole batch in this process and communicates with nobody."""
     engine = tezo_ds.initialize(tiny(kind, tied, **kwargs), {**FIELDS, **fields})
     engine.sharding.world_size = 1
     return engine
@@ -28,8 +28,8 @@ def alone(kind: str, tied: bool, fields: dict, **kwargs: object) -> tezo_ds.Engi
 
 @functools.cache
 def steps_alone(what: str) -> tuple[list[tezo_ds.StepReport], torch.Tensor, float]:
-    """Reports, coefficients and the last batch's loss after it of the reference that `alone` makes of
-    these arguments, as JSON. Every case of a process that asks for the same gets the same."""
+    """Returns reports, coefficients and the last batch's loss after them, of the reference that `alone`
+    makes of these arguments, as JSON. Equal arguments within a process give one and the same run."""
     kind, tied, fields, sizes = json.loads(what)
     reference = alone(kind, tied, fields, **sizes)
     batches = [make_batch(7, seed=step) for step in range(STEPS)]
@@ -40,7 +40,7 @@ def steps_alone(what: str) -> tuple[list[tezo_ds.StepReport], torch.Tensor, floa
 def assert_same_run(
     engine: tezo_ds.Engine, world: World, kind: str, tied: bool, fields: dict, **sizes: int
 ) -> None:
-    """The engine's steps over all ranks are those of a process alone with all examples."""
+    """Asserts that the engine's steps over all ranks are those of a process alone with all examples."""
     known = steps_alone(json.dumps([kind, tied, fields, sizes], sort_keys=True))
     reports, coefficients, loss_after = known
     for step, theirs in enumerate(reports):
@@ -58,7 +58,7 @@ def assert_same_run(
 
 
 def assert_equal_on_all_ranks(tensor: torch.Tensor) -> None:
-    """The very same bits everywhere."""
+    """Asserts that a tensor has the very same bits on all ranks."""
     gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, tensor)
     assert all(torch.equal(tensor, other) for other in gathered)
@@ -66,7 +66,8 @@ def assert_equal_on_all_ranks(tensor: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def recorded_collectives() -> Iterator[list[tuple[str, int]]]:
-    """Name and bytes of each collective that goes through torch.distributed."""
+    """Context manager: collectives through torch.distributed are recorded inside; yields their names and
+    bytes."""
     calls: list[tuple[str, int]] = []
     with contextlib.ExitStack() as stack:
         for name in ("all_reduce", "broadcast", "all_gather", "all_gather_object", "barrier",

@@ -1,4 +1,4 @@
-"""ZeRO-3 equals one process: bits of factors, losses, coefficients, merged weights."""
+"""ZeRO-3, equal to one process: bits of factors, losses, coefficients, merged weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def sharded(
     kind: str = "llama", tied: bool = True, fields: dict | None = None, zero: dict | None = None,
     model: nn.Module | None = None, **config: object,
 ) -> tezo_ds.Engine:  # fmt: skip
-    """An engine on a partitioned tiny model."""
+    """Makes an engine on a partitioned tiny model."""
     optimization = {**ZERO3["zero_optimization"], **(zero or {})}
     model = tiny(kind, tied) if model is None else model
     block = {"zero_optimization": optimization, **config, "tezo": {**FIELDS, **(fields or {})}}
@@ -27,7 +27,7 @@ def sharded(
 
 
 def views_of(engine: tezo_ds.Engine) -> list[ShardView]:
-    """What this rank holds of the trained matrices."""
+    """Returns the views of the trained matrices' shards on this rank."""
     views: list[ShardView] = []
     engine.sharding.each_shard({m.name for m in engine.space.matrices}, views.append)
     return views

@@ -1,4 +1,4 @@
-"""Which examples each rank gets at each step."""
+"""The examples that each rank gets at each step."""
 
 from __future__ import annotations
 

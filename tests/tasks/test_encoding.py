@@ -104,7 +104,8 @@ def test_first_tokens() -> None:
 
 
 class MergingTokenizer:
-    """One token a word, but `: no` is one token: the answer's form depends on what precedes it."""
+    """A tokenizer with one token a word, but `: no` is one token: the answer's form depends on what
+    precedes it."""
 
     def __call__(self, texts: str | list[str], **_: Any) -> dict[str, Any]:
         def ids(text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""A rank that hangs, dies or falls behind is named by those that survive it."""
+"""A rank that hangs, dies or falls behind: the ranks that survive name it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SURVIVED = "look at its process and host, then start the same command to go on\n
 
 @pytest.fixture(scope="module")
 def folder(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the runs' folders and of `ends`, one line for each rank of each run."""
+    """Makes the runs' folders, and `ends` with one line for each rank of each run."""
     folder = tmp_path_factory.mktemp("runs")
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     (folder / "zero3.json").write_text(json.dumps({"zero_optimization": zero, "tezo": {}}))
@@ -60,7 +60,7 @@ def test_errors_of_collectives(raised: Exception, expected: bool) -> None:
 
 
 def error(folder: Path, trouble: str, rank: int) -> str:
-    """The one line, one a host, that the ranks which survived have left."""
+    """Returns the one line, one a host, that the ranks which survived have left."""
     ends = [json.loads(line) for line in (folder / "ends").read_text().splitlines()]
     ends = [end for end in ends if end["run"] == [trouble, rank] and end["rank"] != rank]
     assert len(ends) == 2

@@ -1,5 +1,5 @@
-"""SIGTERM lets the step finish, and leaves whole files; tests/launch/test_elastic.py has it under real
-launchers. And who leaves a launcher's world at the end."""
+"""SIGTERM: the step finishes, and files are whole; tests/launch/test_elastic.py has it under real
+launchers. Also the end of a launcher's world."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_rank_that_stops_because_others_were_told_is_deaf_too(hearing_again: N
 def test_a_launchers_world_is_left_after_a_good_end(
     monkeypatch: pytest.MonkeyPatch, joined: tuple[bool, bool], code: int, left: int
 ) -> None:
-    """Joined before main and after it; what was joined before is not ours."""
+    """The world is left if it was joined after main began; a world joined before is not ours to leave."""
     monkeypatch.setenv("RANK", "0")
     with (
         mock.patch.object(cli, "app", lambda: sys.exit(code)),

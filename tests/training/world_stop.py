@@ -1,4 +1,4 @@
-"""A stop that one rank is asked for is every rank's, after the same step."""
+"""A stop that one rank is asked for: every rank stops after the same step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STEPS, ASKED = 5, 2  # steps taken, and before which of them the last rank is as
 
 
 def stopping(engine: tezo_ds.Engine, world: World) -> list[bool]:
-    """What each step's report says."""
+    """Returns, for each step, whether its report says that the run stops."""
     found, sharding = [], engine.sharding
     for step in range(STEPS):
         if step == ASKED and world.rank == world.size - 1:

@@ -48,7 +48,7 @@ app.command(help=plan.PLAN_HELP)(plan.plan)
 
 
 def main() -> None:
-    """Entry point: errors of the user's in one line, exit code 2; signals 130."""
+    """Runs the command line: errors of the user's in one line, exit code 2; signals 130."""
     ask_mkl()
     from tezo_ds.training.interrupts import Interrupted
 
@@ -74,6 +74,6 @@ def main() -> None:
 
 
 def _in_world() -> bool:
-    """Whether there is a process group, without importing torch, which --help need not wait for."""
+    """Returns whether there is a process group, without importing torch, which --help need not wait for."""
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and bool(distributed.is_initialized())

@@ -1,7 +1,7 @@
-"""What `accelerate launch` asks for, by the environment that it gives to each rank.
+"""Choices of `accelerate launch`, from the environment that it gives to each rank.
 
-Its own wrapper of FSDP2 is for training with gradients: it casts weights to float32, leaves the last layers
-gathered after a forward, and has rank 0 load the whole model. So we take the choices and shard by
+accelerate's own wrapper of FSDP2 is for training with gradients: it casts weights to float32, leaves the last
+layers gathered after a forward, and has rank 0 load the whole model. So we take the choices and shard by
 ourselves, and refuse what we do not do.
 """
 
@@ -41,7 +41,7 @@ IDLE = ("FSDP_ACTIVATION_CHECKPOINTING", "FSDP_BACKWARD_PREFETCH", "FSDP_STATE_D
 
 @dataclass(frozen=True)
 class Launched:
-    """A launcher's choices; nothing where it makes none.
+    """A launcher's choices; empty where it makes none.
 
     Attributes:
         deepspeed: the DeepSpeed JSON to use.
@@ -53,10 +53,10 @@ class Launched:
 
 
 def launched() -> Launched:
-    """The choices of `accelerate launch`, if it started this process.
+    """Returns the choices of `accelerate launch`, if it started this process.
 
     Raises:
-        ConfigError: one that we do not serve; names it and what to set instead.
+        ConfigError: a choice that we do not serve; names it and what to set instead.
     """
     if "ACCELERATE_MIXED_PRECISION" not in os.environ:  # which it always sets
         return Launched()
@@ -134,5 +134,5 @@ def _true(variable: str) -> bool:
 
 
 def _field(variable: str) -> str:
-    """As accelerate's config file calls it."""
+    """Returns a variable's name in accelerate's config file."""
     return variable.removeprefix("ACCELERATE_").lower()

@@ -1,4 +1,4 @@
-"""`tezo-ds doctor`."""
+"""The command `tezo-ds doctor`."""
 
 from __future__ import annotations
 
@@ -79,10 +79,10 @@ def doctor(
 
 
 def _flags_of_train(arguments: list[str]) -> dict[str, Any]:
-    """What `tezo-ds train` would be called with.
+    """Returns the flags that `tezo-ds train` would be called with.
 
     Raises:
-        An error of usage, where it would refuse them.
+        An error of usage, where `tezo-ds train` would refuse them.
     """
 
     @functools.wraps(train)

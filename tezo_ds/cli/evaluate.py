@@ -1,4 +1,4 @@
-"""`tezo-ds evaluate`."""
+"""The command `tezo-ds evaluate`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tezo-ds export`."""
+"""The command `tezo-ds export`."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _export_adapter(
 def export_merged(
     engine: Engine, folder: Path, base_model: str, dtype: str | None, card: str, display: Display
 ) -> None:
-    """Writes a merged model and says so; all ranks call it."""
+    """Writes a merged model and says so; all ranks call this."""
     import torch
 
     from tezo_ds.export.merged import save_merged

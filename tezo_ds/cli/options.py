@@ -1,4 +1,4 @@
-"""Options of the commands, made from the fields that `config` declares; and settings from what was given."""
+"""Options of the commands, made from declared fields, and settings made from the flags that were given."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def takes(
     An option that was not given is None, so that a default is said in one place, the field's.
 
     Args:
-        model: whose fields `declared` made.
-        only: names of its fields; none: all that have a flag.
-        without: names of those to leave out.
+        model: a model whose fields `declared` made.
+        only: names of the fields to take; none: all that have a flag.
+        without: names of the fields to leave out.
     """
 
     def decorate(command: Command) -> Command:
@@ -78,13 +78,13 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
 
 
 def text_of(field: FieldInfo) -> str:
-    """Sentence of a field, with its default."""
+    """Returns the help sentence of a field, with its default."""
     default = shown_default(field)
     return f"{field.description} (default `{default}`)" if default else str(field.description)
 
 
 def _kind(annotation: Any) -> Any:
-    """Type that the command line parses a field as; pydantic judges the value afterwards."""
+    """Returns the type that the command line parses a field as; pydantic judges the value afterwards."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         kinds = {_kind(one) for one in arguments if one is not type(None)}
@@ -97,7 +97,7 @@ def _kind(annotation: Any) -> Any:
 
 
 def refuse_idle(fsdp: bool, values: Mapping[str, Any]) -> None:
-    """Raises ConfigError if an option that only FSDP2 looks at is set where it is not used."""
+    """Raises ConfigError if an option that only FSDP2 looks at is set without FSDP2."""
     for name, field in Settings.model_fields.items():
         idle = not fsdp and extra_of(field)["flag"] and extra_of(field)["used_by"] == "--fsdp"
         if idle and values[name] not in (None, field.default):
@@ -105,7 +105,7 @@ def refuse_idle(fsdp: bool, values: Mapping[str, Any]) -> None:
 
 
 def settings_from(given: Mapping[str, Any], before: Mapping[str, Any]) -> Settings:
-    """Settings from flags, over those of an earlier run or of the launcher.
+    """Returns settings from flags, over those of an earlier run or of the launcher.
 
     Raises:
         ConfigError: --model or --task is missing, or a value is out of range.
@@ -120,7 +120,7 @@ def from_flags(
     given: Mapping[str, Any],
     before: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> Model:
-    """A model of the flags that were given, over other values of it.
+    """Returns a model's values from the flags that were given, over those in `before`.
 
     Raises:
         ConfigError: a required flag is missing, or a value is out of range.

@@ -1,4 +1,4 @@
-"""`tezo-ds plan`."""
+"""The command `tezo-ds plan`."""
 
 from __future__ import annotations
 

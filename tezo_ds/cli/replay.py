@@ -1,4 +1,4 @@
-"""`tezo-ds replay`."""
+"""The command `tezo-ds replay`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tezo-ds train`."""
+"""The command `tezo-ds train`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is: one validated object, from the `tezo` block of a DeepSpeed JSON, a dict, or flags."""
+"""Validated configuration of a run, from the `tezo` block of a DeepSpeed JSON, a dict, or flags."""
 
 from tezo_ds.config.block import BLOCK, FREE, TezoConfig
 from tezo_ds.config.reading import build, resolve

@@ -15,7 +15,7 @@ from tezo_ds.config.schedules import LR_SCHEDULES, adaptive_queries, adazeta_que
 from tezo_ds.errors import ConfigError
 
 BLOCK = "tezo"
-# What may change when a run goes on, as the same steps follow from it, up to the rounding of losses.
+# Fields that may change on resume: the steps stay the same, up to the rounding of losses.
 FREE = frozenset({"check_every", "branch_chunk", "memory_budget", "micro_batch"})
 
 
@@ -262,19 +262,18 @@ class TezoConfig(BaseModel):
 
     @property
     def facts(self) -> MethodFacts:
-        """What is known of `method`."""
+        """Registry facts of `method`."""
         return facts_of(self.method)
 
     @property
     def identity(self) -> str:
-        """Of a run's files, by which those of a run that was configured otherwise are told apart: 64 bits,
-        as hex, of the fields that stay while a run goes on."""
+        """Hex digest, 64 bits, of the fields that must not change on resume; kept in a run's files."""
         fields = self.model_dump(mode="json", exclude_defaults=True, exclude={*FREE, "total_steps"})
         text = json.dumps(fields, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def lr_at(self, step: int) -> float:
-        """Learning rate η of `step` (from 0): a linear warm-up, then the schedule."""
+        """Returns the learning rate η of `step` (from 0): a linear warm-up, then the schedule."""
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
         if self.total_steps is None:  # constant, by the config's own check
@@ -285,7 +284,7 @@ class TezoConfig(BaseModel):
         )
 
     def queries_at(self, step: int) -> int:
-        """Directions Q that `step` (from 0) measures; all steps of an epoch measure as many.
+        """Returns Q, the number of directions that `step` (from 0) measures; the same within an epoch.
 
         Raises:
             ConfigError: `steps_per_epoch` is not set, and the schedule needs it.

@@ -1,4 +1,4 @@
-"""How a field is declared: once, for the command line, the docs and the validation alike."""
+"""Declaration of a field: once, for the command line, the docs and the validation alike."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ def declared(
     default: Any, text: str, *, group: str | None = None, used_by: str = "all", example: Any = None,
     flag: bool = True, **bounds: Any,
 ) -> Any:  # fmt: skip
-    """A pydantic field with what its users read.
+    """Returns a pydantic field with all that help texts and docs say of the field.
 
     Args:
-        default: value where nobody says anything; `...`: it has to be said.
+        default: value of an unset field; `...`: the field is required.
         text: a sentence for `--help` and docs, which names values and unit.
-        group: heading under which `--help` and docs list it; None: that of the command itself.
-        used_by: methods or probes that look at it.
+        group: heading in `--help` and docs; None: the command's own.
+        used_by: methods or probes that use the field.
         example: a value to show.
-        flag: whether the command line has an option for it.
-        bounds: of the value, as pydantic's `Field` takes them.
+        flag: whether the command line has an option for the field.
+        bounds: bounds of the value, as pydantic's `Field` takes them.
     """
     extra = {"group": group, "used_by": used_by, "example": example, "flag": flag}
     return Field(default, description=text, json_schema_extra=extra, **bounds)
 
 
 def extra_of(field: FieldInfo) -> dict[str, Any]:
-    """What `declared` was told beyond pydantic's own."""
+    """Returns a field's group, used_by, example and flag."""
     extra = field.json_schema_extra
     assert isinstance(extra, dict), "a field that was not declared by `declared`"
     return dict(extra)
 
 
 def shown_default(field: FieldInfo) -> str:
-    """Default as users would write it; "" where there is none."""
+    """Returns a field's default as users would write it; "" where there is none."""
     default = field.default
     if field.is_required() or default is None or default == ():
         return ""
@@ -46,5 +46,5 @@ def shown_default(field: FieldInfo) -> str:
 
 
 def flags_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """Fields of a model for which the command line has an option."""
+    """Returns the fields of a model for which the command line has an option."""
     return {name: f for name, f in model.model_fields.items() if extra_of(f)["flag"]}

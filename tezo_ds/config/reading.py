@@ -1,4 +1,4 @@
-"""The tezo block from a DeepSpeed JSON, a dict or flags, with one line for each bad field."""
+"""Reading of the tezo block from a DeepSpeed JSON, a dict or flags; one line names all bad fields."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tezo_ds.files.text import read_json
 
 
 def build(fields: dict[str, Any], where: str) -> TezoConfig:
-    """A TezoConfig of `fields`; `where` is named in errors.
+    """Returns a TezoConfig of `fields`; errors name `where`.
 
     Raises:
         ConfigError: one line that names each bad field.
@@ -46,13 +46,13 @@ def resolve(
     overrides: dict[str, Any] | None = None,
     defaults: dict[str, Any] | None = None,
 ) -> tuple[TezoConfig, dict[str, Any] | None]:
-    """The validated config, and the DeepSpeed part of it when there is one.
+    """Returns the validated config, and the DeepSpeed config around the block if there is one.
 
     Args:
         config: a TezoConfig; a dict of its fields; a whole DeepSpeed config (dict or path to its
             JSON) with a "tezo" block.
         overrides: fields that win over the block's; None values are skipped.
-        defaults: fields for where neither says anything.
+        defaults: fields that neither `config` nor `overrides` sets.
 
     Raises:
         ConfigError: the block is missing, or a field is unknown or out of range.

@@ -1,6 +1,6 @@
 """Methods and probes by name. Imports none of them, so that `--help` and a check of a config stay quick.
 
-A package of its own adds a method by `tezo_ds.methods.register`, or by an entry point, which needs no import:
+Another package adds a method by `tezo_ds.methods.register`, or by an entry point, which needs no import:
 
     [project.entry-points."tezo_ds.methods"]
     toy = "toy_method:FACTS"
@@ -18,17 +18,17 @@ GROUP = "tezo_ds.methods"  # of entry points
 
 @dataclass(frozen=True)
 class MethodFacts:
-    """What the rest of the package has to know of a method without importing its mathematics.
+    """Facts of a method that the package needs without importing the method's mathematics.
 
     Attributes:
         make: "module:function", called as function(config, space, device), which returns a `Method`.
         summary: a phrase for `--help`.
-        descent: from a gradient estimate to a step: plain, with momentum, or Adam.
+        descent: rule from a gradient estimate to a step: plain, with momentum, or Adam.
         rank: default of the field `rank`; None where directions are dense.
         fixed_factors: U and V stay for `refresh_every` steps, and `rank: auto` may choose their ranks.
         fresh_left: U is drawn anew for each direction of each step, V every ν steps.
-        learns_coefficients: a run's result is its coefficients, those of ended periods included; otherwise it
-            is in the weights, and can be rebuilt from the slopes alone.
+        learns_coefficients: a run's result is its coefficients, those of ended periods included; otherwise
+            the result is in the weights, and can be rebuilt from the slopes alone.
     """
 
     make: str
@@ -41,11 +41,11 @@ class MethodFacts:
 
     @property
     def dense_moments(self) -> int:
-        """Numbers that are kept beside each trained weight."""
+        """Numbers kept beside each trained weight."""
         return {"sgd": 0, "momentum": 1, "adam": 2}[self.descent] if self.rank is None else 0
 
     def load(self) -> Any:
-        """The function that `make` names."""
+        """Returns the function that `make` names."""
         module, _, name = self.make.partition(":")
         return getattr(importlib.import_module(module), name)
 
@@ -69,7 +69,7 @@ METHODS: dict[str, MethodFacts] = {
     "mezo-adam": MethodFacts(_MEZO, "MeZO with Adam", "adam", rank=None),
 }
 
-# Of `probe: auto` the first that reaches all that trains.
+# `probe: auto` takes the first that reaches all that trains.
 PROBES: dict[str, str] = {
     "fused": "tezo_ds.probes.fused:FusedProbe",
     "inplace": "tezo_ds.probes.inplace:InplaceProbe",
@@ -80,7 +80,7 @@ def register(name: str, facts: MethodFacts) -> None:
     """Adds a method, which `method: NAME` then chooses.
 
     Raises:
-        ValueError: there is another of this name.
+        ValueError: another method has this name.
     """
     if METHODS.get(name, facts) != facts:
         raise ValueError(f"there is a method {name!r} already; choose another name")
@@ -88,10 +88,10 @@ def register(name: str, facts: MethodFacts) -> None:
 
 
 def facts_of(name: str) -> MethodFacts:
-    """Facts of a method that is here, registered, or an entry point's.
+    """Returns the facts of a method that is built in, registered, or an entry point's.
 
     Raises:
-        ValueError: there is none of this name; lists those that there are.
+        ValueError: no method has this name; lists the known ones.
     """
     if name not in METHODS:
         for point in entry_points(group=GROUP, name=name):

@@ -1,4 +1,4 @@
-"""What changes from step to step: the learning rate, and how many directions are measured."""
+"""Schedules of the learning rate and of the number of directions."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def adaptive_queries(epoch: int, most: int, total_steps: int) -> int:
-    """TT-ZO's e^α at the start of epoch e (from 0), rounded, within 1 and M: α = ln M / ln K, with M = `most`
-    and K = `total_steps`. So M would be reached if an epoch were one step."""
+    """Returns TT-ZO's e^α for epoch e (from 0), rounded, within 1 and M: α = ln M / ln K, with M = `most` and
+    K = `total_steps`. If an epoch were one step, M would be reached."""
     alpha = math.log(most) / math.log(max(2, total_steps))
     return min(max(round(epoch**alpha), 1), most)
 
 
 def adazeta_queries(epoch: int, most: int, alpha: float, beta: float) -> int:
-    """AdaZeta's min(max(⌊α e^β⌋, 1), M), with e = `epoch` + 1 and M = `most`."""
+    """Returns AdaZeta's min(max(⌊α e^β⌋, 1), M), with e = `epoch` + 1 and M = `most`."""
     try:
         wanted = math.floor(alpha * (epoch + 1) ** beta)
     except OverflowError:  # more than float64 has, so more than any M

@@ -1,1 +1,1 @@
-"""What directions are made of: random factors, coefficients, and the changes of a weight that follow."""
+"""Directions: random factors, coefficients, and the changes of a weight that follow."""

@@ -1,7 +1,7 @@
 """Layer-wise ranks of TeZO (arXiv 2501.19057): how many large singular values a layer's weights have.
 
-No rank of the world holds a whole matrix. So its singular values are found by subspace iteration from a
-random start, in which every product with it is a sum over the rectangles that ranks hold.
+No rank of the world holds a whole matrix. So singular values are found by subspace iteration from a random
+start, in which every product with a matrix is a sum over the rectangles that ranks hold.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Asked = dict[Matrix, tuple[Tensor, bool]]
 def auto_ranks(
     sharding: Sharding, matrices: Sequence[Matrix], threshold: float, rank_max: int, seed: int
 ) -> dict[str, int]:
-    """The rank r_l of each matrix by the block l that it is in, the same on every rank of the world.
+    """Returns the rank r_l of each matrix by the matrix's block l, the same on every rank of the world.
 
     r_l is the least, over the matrices of the block, of the number of singular values that are at least
     `threshold` times the largest; at most `rank_max`. A block is the outermost numbered module; a matrix
@@ -49,10 +49,10 @@ def auto_ranks(
 
     Args:
         sharding: the model; its weights are only read.
-        matrices: of which only name and shape are used.
+        matrices: matrices, of which only name and shape are used.
         threshold: in (0, 1].
         rank_max: 1 or more.
-        seed: of the random start.
+        seed: seed of the random start.
 
     Raises:
         ConfigError: a weight is not finite. ShardingError: the shards are quantised.
@@ -70,8 +70,8 @@ def _block(matrix: Matrix) -> str:
 
 
 def _groups(matrices: Sequence[Matrix], columns: int) -> Iterator[list[Matrix]]:
-    """In order, as many at a time as there is room for: a pass over the shards of one is mostly
-    overhead where there are thousands."""
+    """Yields matrices in order, as many at a time as there is room for: where there are thousands, a pass
+    over the shards of one is mostly overhead."""
     group: list[Matrix] = []
     filled = 0
     for matrix in matrices:
@@ -116,7 +116,7 @@ def _counts(
 
 
 def _scales(sharding: Sharding, starts: Asked) -> dict[Matrix, float]:
-    """Of what W makes of one random vector; 0 for a matrix of zeros.
+    """Returns max |W x| of each matrix, x one random vector; 0 for a matrix of zeros.
 
     Raises:
         ConfigError: a product is not finite.
@@ -134,7 +134,7 @@ def _scales(sharding: Sharding, starts: Asked) -> dict[Matrix, float]:
 
 
 def _products(sharding: Sharding, asked: Asked) -> dict[Matrix, Tensor]:
-    """W X or Wᵀ X of each, with W turned so that it has no fewer rows than columns; float32.
+    """Returns W X or Wᵀ X of each matrix, W turned so that it has no fewer rows than columns; float32.
 
     An element may be held several times, by several ranks (replicas) or by one (hpZ's secondary copy).
     All of a matrix are then held equally often, so that W comes out scaled, which changes no ratio.
@@ -172,8 +172,8 @@ def search(
     Args:
         start: (n, k), random; k = n makes it exact, else k has to be above `limit`.
         threshold: in (0, 1].
-        limit: counted up to it.
-        agree: the largest of each number over all ranks, which need not have the same processor
+        limit: the largest count of interest.
+        agree: gives the maximum of each number over all ranks, which need not have the same processor
             and so not the same last bits.
     """
     basis, (n, k) = start, start.shape
@@ -197,8 +197,8 @@ def search(
 def _filtered(
     X: Tensor, AX: Tensor, bound: float, degree: int
 ) -> Generator[tuple[Tensor, bool], Tensor, Tensor]:
-    """T(2A/bound - 1) X, T the Chebyshev polynomial: what of X belongs to eigenvalues of A below `bound`
-    stays small, and all else grows as fast as it can at that degree."""
+    """Returns T(2A/bound - 1) X, T the Chebyshev polynomial: the part of X for eigenvalues of A below `bound`
+    stays small, and the rest grows as fast as it can at that degree."""
     if degree == 1:
         return AX
     before, now = X, AX * (2 / bound) - X
@@ -209,19 +209,19 @@ def _filtered(
 
 
 def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (k,), descending and not negative, and eigenvectors (k, k)."""
+    """Returns eigenvalues (k,), descending and not negative, and eigenvectors (k, k)."""
     values, vectors = torch.linalg.eigh(gram)
     return values.flip(0).clamp(min=0), vectors.flip(1)
 
 
 def judge(squares: Tensor, residuals: Tensor, threshold: float, limit: int) -> tuple[int, bool]:
-    """The number of singular values that reach the threshold, and whether it is settled.
+    """Returns the number of singular values that reach the threshold, and whether it is settled.
 
     Args:
-        squares: of the singular values found so far, descending, (k,). None is above the true one.
+        squares: squares of the singular values found so far, descending, (k,); none above the true one.
         residuals: ‖A x - square x‖ of each, (k,).
-        threshold: of the largest.
-        limit: the number is of no interest beyond it.
+        threshold: share of the largest singular value.
+        limit: the largest number of interest.
     """
     doubt = residuals * CAUTION
     doubts = torch.where(doubt <= TOLERANCE * squares, 0, doubt).tolist()
@@ -235,7 +235,7 @@ def judge(squares: Tensor, residuals: Tensor, threshold: float, limit: int) -> t
 
 
 def _degree(squares: Tensor) -> int:
-    """Of the next filter: the highest that keeps the columns apart."""
+    """Returns the degree of the next filter: the highest that keeps the columns apart."""
     largest, smallest = squares[0].item(), squares[-1].item()
     if smallest <= 0:
         return 1

@@ -1,4 +1,4 @@
-"""What a probe is asked to measure: losses at W + Δ_b for the branches b of a step."""
+"""Branches b of a step, at whose W + Δ_b a probe measures losses."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Ask:
     """Some branches of one step.
 
     Attributes:
-        step: whose directions they are.
+        step: the step that the directions belong to.
         rho: ρ.
-        signs: of each branch its direction and sign; (None, 0) for the centre, which has no direction.
+        signs: direction and sign of each branch; (None, 0) for the centre, which has no direction.
     """
 
     step: int
@@ -29,7 +29,7 @@ class Ask:
 
     @classmethod
     def of(cls, step: int, directions: Iterable[int], rho: float, central: bool = True) -> Ask:
-        """+ and - of each direction; or, if not central, the centre and then + of each."""
+        """Returns + and - of each direction; if not central, the centre and then + of each."""
         if central:
             signs = [(q, sign) for q in directions for sign in (1, -1)]
             return cls(step, rho, tuple(signs))
@@ -40,17 +40,17 @@ class Ask:
 
     @property
     def directions(self) -> tuple[int, ...]:
-        """Those that occur, each once, in order."""
+        """Directions that occur, each once, in order."""
         return tuple(dict.fromkeys(q for q, _ in self.signs if q is not None))
 
     def parts(self, at_once: int) -> Iterator[Ask]:
-        """The same branches, so many at a time; 0: all."""
+        """Yields the same branches, `at_once` at a time; 0: all."""
         at_once = at_once or len(self)
         for start in range(0, len(self), at_once):
             yield replace(self, signs=self.signs[start : start + at_once])
 
     def matrix(self) -> Tensor:
-        """±ρ of each direction in each branch: float64 (branches, directions)."""
+        """Returns ±ρ of each direction in each branch: float64 (branches, directions)."""
         place = {q: i for i, q in enumerate(self.directions)}
         matrix = torch.zeros(len(self), len(place), dtype=torch.float64)
         for branch, (q, sign) in enumerate(self.signs):
@@ -73,11 +73,11 @@ class Branches(ABC):
 
     @abstractmethod
     def move_(self, view: ShardView, start: int | None, end: int | None) -> None:
-        """W ← W - Δ_start + Δ_end on a shard; None stands for no change."""
+        """Moves a shard in place, W ← W - Δ_start + Δ_end; None stands for no change."""
 
 
 class LowRank(Branches):
-    """Δ_b = Σ_k L_k diag(c_bk) Vᵀ of each matrix, and c_b0 itself of each vector.
+    """Low-rank changes Δ_b = Σ_k L_k diag(c_bk) Vᵀ of each matrix, and c_b0 itself of each vector.
 
     Attributes:
         c: (branches, copies, D) float64 on the CPU.
@@ -94,7 +94,7 @@ class LowRank(Branches):
     def move_(
         self, view: ShardView, start: int | None, end: int | None, store: Store | None = None
     ) -> None:
-        """See `Branches`; `store` as of `add_low_rank_`."""
+        """Moves a shard in place, as in `Branches`; `store` is that of `add_low_rank_`."""
         # (copies, rank) or, of a vector, (copies, numel)
         c = between(self.c[..., self.factors.space.slices[view.name]], start, end)
         if view.name in self.factors.matrices:
@@ -107,13 +107,13 @@ class LowRank(Branches):
 
 
 def between(c: Tensor, start: int | None, end: int | None) -> Tensor:
-    """c_end - c_start, None for zeros; c is (branches, …)."""
+    """Returns c_end - c_start, None for zeros; c is (branches, …)."""
     zeros = torch.zeros_like(c[0])
     return (zeros if end is None else c[end]) - (zeros if start is None else c[start])
 
 
 def add_vector_(view: ShardView, change: Tensor, store: Store | None = None) -> None:
-    """w ← w + change on the elements that `view` holds of a vector; change is whole, (numel,)."""
+    """Adds in place, w ← w + change, on the elements that a view holds; change is whole, (numel,)."""
     wide = torch.promote_types(view.local.dtype, torch.float32)
     change = change.to(view.local.device, wide)
     for piece in view.pieces(max(1, view.numel)):

@@ -14,25 +14,25 @@ Rows = slice | range | Sequence[int] | Tensor
 
 
 def left_rows(name: str, rank: int, seed: int, rows: Tensor) -> Tensor:
-    """Rows of U, float32 (len(rows), rank), on the device of `rows` (int64)."""
+    """Returns rows of U, float32 (len(rows), rank), on the device of `rows` (int64)."""
     return normals(derive_key(seed, name, "U"), rows, rank)
 
 
 def right_rows(name: str, rank: int, seed: int, rows: Tensor) -> Tensor:
-    """Rows of V, one for each column of the matrix: float32 (len(rows), rank), likewise."""
+    """Returns rows of V, one a column of the matrix: float32 (len(rows), rank), on the device of `rows`."""
     return normals(derive_key(seed, name, "V"), rows, rank)
 
 
 def factors(
     name: str, shape: Sequence[int], rank: int, seed: int, rows: Rows | None = None
 ) -> tuple[Tensor, Tensor]:
-    """U and V of the parameter `name`: i.i.d. N(0, 1), fixed for the run (TeZO, arXiv 2501.19057).
+    """Returns U and V of a parameter: i.i.d. N(0, 1), fixed for the run (TeZO, arXiv 2501.19057).
 
     Args:
         name: the model's own parameter name.
-        shape: its shape; seen as (m, n) = (product of leading dims, last).
+        shape: the parameter's shape; seen as (m, n) = (product of leading dims, last).
         rank: r.
-        seed: of the run.
+        seed: the run's seed.
         rows: only these rows of U (slice, range or indices); the same bits as in the whole U.
 
     Returns:
@@ -54,23 +54,23 @@ def factors(
 
 
 def tau(name: str, rank: int, seed: int, step: int, direction: int) -> Tensor:
-    """τ of one direction of one step, i.i.d. N(0, 1): float32 (rank,) on the CPU."""
+    """Returns τ of one direction of one step, i.i.d. N(0, 1): float32 (rank,) on the CPU."""
     return normals(derive_key(seed, name, "tau"), torch.tensor([direction]), rank, stream=step)[0]
 
 
 def fresh_left(name: str, rank: int, seed: int, step: int, direction: int, rows: Tensor) -> Tensor:
-    """Rows of the U that LOZO draws for one direction of one step, float32 (len(rows), rank), on the
-    device of `rows` (int64)."""
+    """Returns rows of the U that LOZO draws for one direction of one step, float32 (len(rows), rank), on
+    the device of `rows` (int64)."""
     return normals(derive_key(seed, name, "LOZO U"), _at(direction, rows), rank, step)
 
 
 def dense(name: str, seed: int, step: int, direction: int, rows: Tensor, columns: range) -> Tensor:
-    """A rectangle of the dense Z of one direction of one step (MeZO): i.i.d. N(0, 1), float32
+    """Returns a rectangle of the dense Z of one direction of one step (MeZO): i.i.d. N(0, 1), float32
     (len(rows), len(columns)), on the device of `rows` (int64)."""
     key = derive_key(seed, name, "Z")
     return normals(key, _at(direction, rows), len(columns), step, columns.start)
 
 
 def _at(direction: int, rows: Tensor) -> Tensor:
-    """A counter for each row that no other direction has."""
+    """Returns a counter for each row that no other direction has."""
     return rows + (direction << 40)

@@ -23,13 +23,13 @@ LEFT, RIGHT = 0, 1
 
 
 class Factors(ABC):
-    """Of a family of changes Σ_k L_k diag(c_k) Vᵀ of each matrix: `copies` lefts that share one right.
+    """Factors of changes Σ_k L_k diag(c_k) Vᵀ of each matrix: `copies` lefts that share one right.
 
     L and V are rounded to the dtype that the weights had in the run's forwards, so that every user of a
     run (probes, merge, export) means the same direction.
 
     Attributes:
-        space: the matrices (and vectors) that the family is of.
+        space: the matrices (and vectors) that change.
         copies: lefts of each matrix.
         period: changes when V does, and every left with it; see `advance`.
         renewed: changes when the lefts do within a period.
@@ -47,32 +47,32 @@ class Factors(ABC):
         self._kept: dict[tuple[ShardKey, int], Tensor] = {}  # by shard and LEFT or RIGHT
 
     def advance(self) -> None:
-        """On to the next period: V of the next seed."""
+        """Moves to the next period: V of the next seed."""
         self.period += 1
         self._lent.clear()
         self._kept.clear()
 
     @abstractmethod
     def left(self, name: str, rows: range, device: torch.device | str) -> Tensor:
-        """[L_1 … L_k] on some rows of a matrix: (len(rows), copies * rank)."""
+        """Returns [L_1 … L_k] on some rows of a matrix: (len(rows), copies * rank)."""
 
     @abstractmethod
     def scaled(self, view: ShardView, c: Tensor) -> Tensor:
-        """Σ_k L_k diag(c_k) on the rows that a shard touches, (len(view.rows), rank) in float32 or
-        wider; c is (copies, rank)."""
+        """Returns Σ_k L_k diag(c_k) on the rows that a shard touches, (len(view.rows), rank) in float32
+        or wider; c is (copies, rank)."""
 
     def right(self, name: str, columns: range, device: torch.device | str) -> Tensor:
-        """V on some columns of a matrix: (len(columns), rank)."""
+        """Returns V on some columns of a matrix: (len(columns), rank)."""
         places = torch.arange(columns.start, columns.stop, device=device)
         rank, seed = self.matrices[name].rank, self.space.seed + self.period
         return self.rounded(name, right_rows(name, rank, seed, places))
 
     def right_of(self, view: ShardView) -> Tensor:
-        """V on the columns that a shard runs over: (view.width, rank)."""
+        """Returns V on the columns that a shard runs over: (view.width, rank)."""
         return self._for_shard(view, RIGHT, view.span, self.right)
 
     def _for_shard(self, view: ShardView, side: int, places: range, make: Make) -> Tensor:
-        """A factor on some rows or columns: one that is kept, or part of one that is lent, or made."""
+        """Returns a factor on some rows or columns: one kept, a part of one lent, or a new one."""
         if (view.key, side) in self._kept:
             return self._kept[view.key, side]
         if view.name in self._lent:
@@ -86,12 +86,12 @@ class Factors(ABC):
         return made
 
     def rounded(self, name: str, factor: Tensor) -> Tensor:
-        """As everyone uses it."""
+        """Returns a factor rounded as all users of a run round it."""
         return factor.to(self.matrices[name].rounding).to(self.matrices[name].dtype)
 
     def lend(self, name: str, block: Block, lent: Lent) -> None:
-        """Lets the family use L (rows, copies * rank) and V (columns, rank) of a block that someone keeps
-        for this period, instead of making its own."""
+        """Lends L (rows, copies * rank) and V (columns, rank) of a block that the caller keeps for this
+        period, so that shards need no others."""
         self._lent[name] = block, lent
 
 
@@ -108,42 +108,42 @@ class FixedFactors(Factors):
         self.period = period
 
     def left(self, name: str, rows: range, device: torch.device | str) -> Tensor:
-        """U, (len(rows), rank)."""
+        """Returns U on some rows of a matrix: (len(rows), rank)."""
         places = torch.arange(rows.start, rows.stop, device=device)
         rank, seed = self.matrices[name].rank, self.space.seed + self.period
         return self.rounded(name, left_rows(name, rank, seed, places))
 
     def left_of(self, view: ShardView) -> Tensor:
-        """U on the rows that a shard touches: (len(view.rows), rank)."""
+        """Returns U on the rows that a shard touches: (len(view.rows), rank)."""
         return self._for_shard(view, LEFT, view.rows, self.left)
 
     def scaled(self, view: ShardView, c: Tensor) -> Tensor:
-        """U diag(c)."""
+        """Returns U diag(c) on the rows that a shard touches."""
         wide = torch.promote_types(view.local.dtype, torch.float32)
         return self.left_of(view).to(wide) * c[0].to(view.local.device, wide)
 
     def of(
         self, name: str, block: Block | None = None, device: torch.device | str = "cpu"
     ) -> tuple[Tensor, Tensor]:
-        """U (len(block.rows), rank) and V (len(block.columns), rank) of a block of a matrix; of the
-        whole matrix without one."""
+        """Returns U (len(block.rows), rank) and V (len(block.columns), rank) of a block of a matrix, or
+        of the whole matrix."""
         block = block or Block(*map(range, self.matrices[name].shape))
         return self.left(name, block.rows, device), self.right(name, block.columns, device)
 
 
 def add_low_rank_(view: ShardView, scaled: Tensor, V: Tensor, store: Store | None = None) -> None:
-    """W ← W + L Vᵀ on the elements that `view` holds, without a full-size temporary.
+    """Adds in place, W ← W + L Vᵀ, on the elements that a view holds, without a full-size temporary.
 
     Sums are formed in float32 (float64 for float64 weights) and rounded to the shard's dtype once.
 
     Args:
         view: the shard.
         scaled: L (len(view.rows), rank), only the rows that the range touches.
-        V: (view.width, rank), only those of the columns that the range runs over.
+        V: (view.width, rank), only for the columns that the range runs over.
         store: how a sum goes into the shard; rounds to the nearest by default.
     """
     wide = torch.promote_types(view.local.dtype, torch.float32)
-    # Kept factors lie otherwise than such as are made anew, and a product's last bits depend on that.
+    # Kept factors may lie in another layout than new ones, and a product's last bits depend on that.
     scaled = scaled.to(wide).contiguous()  # (rows, rank)
     Vt = V.to(wide).contiguous().t()  # (rank, n)
     for piece in view.pieces(BLOCK_NUMEL):

@@ -1,7 +1,7 @@
 """Unbiased stochastic rounding to 16-bit floats.
 
-An update smaller than half of a weight's last place is lost by rounding to nearest, step after step;
-rounded up with the probability of what would be lost, it arrives on average.
+Rounding to nearest loses an update smaller than half of a weight's last place, step after step. Rounded up
+with the probability of what would be lost, the update arrives on average.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _STOCHASTIC = (torch.bfloat16, torch.float16)
 
 
 def round_(x: Tensor, dtype: torch.dtype, u: Tensor) -> Tensor:
-    """⌊x/ulp + u⌋ · ulp, with ulp the spacing of `dtype` at |x|: a new tensor, of mean x over u.
+    """Returns ⌊x/ulp + u⌋ · ulp, with ulp the spacing of `dtype` at |x|: a new tensor, of mean x over u.
 
     The mean is x itself where x lies at a multiple of ulp/65536, as all float32 do that are normal
     numbers in `dtype`, and within ulp/65536 of it elsewhere. What `dtype` can represent stays itself.
@@ -42,11 +42,11 @@ def round_(x: Tensor, dtype: torch.dtype, u: Tensor) -> Tensor:
 
 
 def store_(piece: Piece, values: Tensor, key: tuple[int, int] | None, step: int) -> None:
-    """Writes `values` into the shard that `piece` is of: by stochastic rounding where its numbers have
-    16 bits, on every sharding and replica the same one.
+    """Writes `values` into the shard of `piece`, by stochastic rounding where its numbers have 16 bits: the
+    same on every sharding and replica.
 
     Args:
-        piece: where to.
+        piece: the place to write.
         values: float32 or float64 (len(piece.rows), len(piece.columns)), on the shard's device.
         key: from `rng.derive_key`; None rounds to nearest.
         step: 32-bit; each step rounds by other uniforms.
@@ -62,10 +62,10 @@ def store_(piece: Piece, values: Tensor, key: tuple[int, int] | None, step: int)
 
 
 class Storing:
-    """Rounds without bias, by random numbers addressed by the element: the same on every replica.
+    """Rounding without bias, by random numbers addressed by the element: the same on every replica.
 
     Args:
-        seed: of the run.
+        seed: the run's seed.
         stochastic: False rounds to the nearest instead, and loses small updates.
     """
 
@@ -74,11 +74,11 @@ class Storing:
 
     @classmethod
     def of(cls, config: TezoConfig) -> Storing:
-        """As a config says."""
+        """Returns the rounding that a config asks for."""
         return cls(config.seed, config.stochastic_rounding)
 
     def at(self, purpose: str, time: int) -> Store:
-        """For one write of every shard; no other has the same purpose and time."""
+        """Returns the `Store` of one write of every shard; no other has the same purpose and time."""
 
         def store(piece: Piece, values: Tensor) -> None:
             key = derive_key(self._seed, piece.name, purpose) if self._stochastic else None

@@ -37,13 +37,13 @@ class Vector:
 
 @dataclass(frozen=True)
 class Packed:
-    """Numbers of many parameters in one 1-D tensor, and which are whose."""
+    """Numbers of many parameters in one 1-D tensor, and the slice of each parameter."""
 
     data: Tensor
     slices: Mapping[str, slice]
 
     def split(self) -> dict[str, Tensor]:
-        """Views by parameter name."""
+        """Returns views by parameter name."""
         return {name: self.data[part] for name, part in self.slices.items()}
 
 
@@ -75,13 +75,13 @@ class CoefficientSpace:
         self._drawn: tuple[int, tuple[int, ...], Tensor] = 0, (), torch.empty(0, 0, 0)
 
     def _drawer(self, names: list[str], width: int) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Key words (names,) and columns of D (names * width,) of those of one width."""
+        """Returns key words (names,) and columns of D (names * width,) of parameters of one width."""
         keys = torch.tensor([derive_key(self.seed, name, "tau") for name in names])
         columns = torch.cat([torch.arange(self.numel)[self.slices[name]] for name in names])
         return keys[:, 0], keys[:, 1], columns, width
 
     def taus(self, step: int, directions: Sequence[int]) -> Tensor:
-        """τ of every parameter for some directions of `step`: float32 (Q, D), bits as of `tau`."""
+        """Returns τ of every parameter for some directions of `step`: float32 (Q, D), bits as `tau`'s."""
         directions = tuple(directions)
         first, held, drawn = self._drawn  # (steps, Q, D)
         if held != directions or not first <= step < first + len(drawn):
@@ -108,12 +108,12 @@ class CoefficientSpace:
         return out
 
     def weighted(self, step: int, slopes: Tensor, directions: range) -> Tensor:
-        """2ˢ Σ slope · τ over some directions: int64 (D,), so that sums of such are exact, in any order.
+        """Returns 2ˢ Σ slope · τ over some directions: int64 (D,), so that sums are exact in any order.
 
         Args:
-            step: of τ.
-            slopes: of all directions of the step, float64 (Q,); s depends on them alone.
-            directions: which of them to sum over.
+            step: step of τ.
+            slopes: slopes of all directions of the step, float64 (Q,); s depends on them alone.
+            directions: directions to sum over.
         """
         total = torch.zeros(self.numel, dtype=torch.int64)
         factor = 2.0 ** _bits(slopes)
@@ -132,27 +132,27 @@ class CoefficientSpace:
         return total
 
     def unweighted(self, total: Tensor, slopes: Tensor) -> Tensor:
-        """Σ slope · τ, float64 (D,), of what `weighted` gave for all directions together."""
+        """Returns Σ slope · τ, float64 (D,), from the sum of `weighted` over all directions."""
         return total.double() * 2.0 ** -_bits(slopes)
 
     def pack(self, vector: Tensor) -> Packed:
-        """A (D,) vector with the names of its parts."""
+        """Returns a (D,) vector with the names of its parts."""
         return Packed(vector, self.slices)
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
-        """Views of a (D,) vector (or (…, D)) by parameter name."""
+        """Returns views of a (D,) vector (or (…, D)) by parameter name."""
         return {name: vector[..., part] for name, part in self.slices.items()}
 
 
 def _bits(slopes: Tensor) -> int:
-    """s for which no sum of 2ˢ · slope · τ leaves an int64; |τ| is below 8."""
+    """Returns s for which no sum of 2ˢ · slope · τ leaves an int64; |τ| is below 8."""
     largest = slopes.abs().max().item() * len(slopes)
     return 59 - (math.frexp(largest)[1] if largest else 0)
 
 
 def by_name(space: CoefficientSpace, rows: Tensor) -> dict[str, Tensor]:
-    """Copies of the parts of (periods, D): of a matrix its a, (rank,) or, of several periods, (periods,
-    rank); of a vector its change so far, (numel,)."""
+    """Returns copies of the parts of (periods, D) by name: a matrix's a, (rank,) or, of several periods,
+    (periods, rank); a vector's change so far, (numel,)."""
     last = {vector.name for vector in space.vectors} if len(rows) > 1 else space.slices.keys()
     return {
         name: (part[-1] if name in last else part).clone()
@@ -161,7 +161,7 @@ def by_name(space: CoefficientSpace, rows: Tensor) -> dict[str, Tensor]:
 
 
 def as_rows(space: CoefficientSpace, coefficients: Mapping[str, Tensor]) -> Tensor:
-    """The other way: float64 (periods, D), in which vectors are in the last row alone.
+    """Inverse of `by_name`: float64 (periods, D), in which vectors are in the last row alone.
 
     Raises:
         ConfigError: names, ranks or periods are not those of the space or of each other.

@@ -23,11 +23,11 @@ _NO_SUCH_COMMAND, _SSH_FAILED = 127, 255
 
 @dataclass(frozen=True)
 class Host:
-    """What is known of one host.
+    """Facts about one host.
 
     Attributes:
-        wrong: why it cannot be reached; empty where it can.
-        gpus: that it has; None where that is not known.
+        wrong: why the host cannot be reached; empty where it can.
+        gpus: number of its GPUs; None where that is not known.
     """
 
     wrong: str = ""
@@ -35,7 +35,7 @@ class Host:
 
 
 def read_hostfile(text: str) -> tuple[dict[str, int], list[str]]:
-    """Slots by host, and what is wrong in which line."""
+    """Returns slots by host, and what is wrong in which line."""
     slots: dict[str, int] = {}
     wrong = []
     for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
@@ -54,7 +54,7 @@ def read_hostfile(text: str) -> tuple[dict[str, int], list[str]]:
 
 
 def ask(host: str) -> Host:
-    """By ssh as pdsh uses it: without a password or a question."""
+    """Asks a host for its GPUs, by ssh as pdsh uses it: without a password or a question."""
     try:
         socket.getaddrinfo(host, 22)
     except OSError as error:
@@ -78,12 +78,13 @@ def ask(host: str) -> Host:
 
 
 def check_hostfile(path: Path | None, world_size: int, ask: Callable[[str], Host] = ask) -> Row:
-    """The row; of a single host, which launchers start without ssh, the file alone is checked.
+    """Returns the row of a hostfile; with a single host, which launchers start without ssh, the file alone is
+    checked.
 
     Args:
-        path: of the hostfile; None: there is none.
+        path: path of the hostfile; None: there is none.
         world_size: ranks that a launcher has started; 1: none has.
-        ask: what is known of a host.
+        ask: function that returns facts about a host.
     """
     if path is None:
         return Row(CHECK, "unchecked", "no --hostfile")
@@ -103,13 +104,13 @@ def check_hostfile(path: Path | None, world_size: int, ask: Callable[[str], Host
 
 
 def judge(slots: Mapping[str, int], hosts: Mapping[str, Host], world_size: int, pdsh: bool) -> Row:
-    """The row of a file that is well written.
+    """Returns the row of a hostfile that is well written.
 
     Args:
-        slots: by host.
-        hosts: what was found of each.
+        slots: slots by host.
+        hosts: facts by host.
         world_size: ranks that a launcher has started.
-        pdsh: whether it is installed.
+        pdsh: whether pdsh is installed.
     """
     total = sum(slots.values())
     found = f"{len(slots)} hosts, {total} slots"

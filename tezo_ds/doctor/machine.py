@@ -1,4 +1,4 @@
-"""What a rank knows of its own machine. Nothing here judges."""
+"""Facts about a rank's own machine. Nothing here judges."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ CGROUP = Path("/sys/fs/cgroup")  # of version 2
 
 @dataclass(frozen=True)
 class Accelerator:
-    """What forwards of a rank run on.
+    """Device that forwards of a rank run on.
 
     Attributes:
-        kind: "cpu" where there is no accelerator.
-        count: of accelerators that this rank sees.
-        name: of its own one.
+        kind: torch's name of the device; "cpu" where there is no accelerator.
+        count: number of accelerators that this rank sees.
+        name: name of the rank's own accelerator.
         total, free: bytes of its memory; 0 on a CPU.
-        bf16: whether it computes in bfloat16 by itself.
+        bf16: whether the device computes in bfloat16 by itself.
         cores: CPU cores that this rank may use.
-        threads: that torch uses for an operation on the CPU.
+        threads: threads that torch uses for an operation on the CPU.
         deepspeed: the kind that DeepSpeed runs on; None where it was not asked for.
     """
 
@@ -57,7 +57,7 @@ class Space:
 
 
 def versions() -> dict[str, str]:
-    """By package, and of Python; that of our own code with a digest of its files."""
+    """Returns versions by package, and of Python; that of our own code with a digest of its files."""
     found = {name: _version(name) for name in PACKAGES}
     found["tezo_ds"] += f" ({_digest_of_code()})"
     return {"python": platform.python_version(), **found}
@@ -80,10 +80,10 @@ def _digest_of_code() -> str:
 
 
 def accelerator(local_rank: int, deepspeed: bool) -> Accelerator:
-    """Of this rank.
+    """Returns the device of this rank.
 
     Args:
-        local_rank: by which it takes one of its host's.
+        local_rank: index of this rank's accelerator among its host's.
         deepspeed: whether DeepSpeed shards, which chooses by itself what it runs on.
     """
     chosen = None
@@ -112,7 +112,7 @@ def _cores() -> int:
 
 
 def memory() -> Space:
-    """Of the host, or of the container's share of it."""
+    """Returns the memory of the host, or of the container's share of it."""
     system = psutil.virtual_memory()
     limit, used = (_number(CGROUP / f"memory.{name}") for name in ("max", "current"))
     if limit is None or used is None:
@@ -121,7 +121,7 @@ def memory() -> Space:
 
 
 def _number(file: Path) -> int | None:
-    """None where there is no such file, or it says that there is no limit."""
+    """Reads a number; None where there is no such file, or the file says that there is no limit."""
     try:
         return int(file.read_text())
     except (OSError, ValueError):
@@ -129,24 +129,24 @@ def _number(file: Path) -> int | None:
 
 
 def shared_memory() -> Space:
-    """Of /dev/shm."""
+    """Returns the space of /dev/shm."""
     usage = shutil.disk_usage("/dev/shm")
     return Space(usage.total, usage.free)
 
 
 def open_files() -> int:
-    """How many a process may have."""
+    """Returns how many open files a process may have."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """Returns a folder, or the nearest one above it that is there."""
     paths: Iterable[Path] = (folder.absolute(), *folder.absolute().parents)
     return next(path for path in paths if path.exists())
 
 
 def disk(folder: Path) -> Space:
-    """Of the file system that a folder is on, or would be.
+    """Returns the space of the file system that a folder is on, or would be.
 
     Raises:
         OSError: nothing can be written there.

@@ -1,5 +1,5 @@
-"""Where the ranks that a doctor asks meet: in the launcher's store alone, for which each needs to reach
-only that, and not the other ranks."""
+"""Meeting of the ranks that a doctor asks, in the launcher's store alone: each needs to reach only the store,
+and not the other ranks."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Meeting:
     """The ranks of a world, rank 0 of which judges.
 
     Args:
-        store: that all of them reach.
-        rank, world_size: of this process.
-        wait: seconds for which one that does not come is waited for.
+        store: a store that all ranks reach.
+        rank, world_size: rank of this process, and number of ranks.
+        wait: seconds to wait for a rank that does not come.
 
     Attributes:
         present: the ranks that have come, as far as this one was told.
@@ -39,8 +39,8 @@ class Meeting:
         self.present = list(range(world_size))
 
     def gather(self, name: str, thing: Thing) -> dict[int, Thing]:
-        """On rank 0 what each rank gave under this name, less those that gave nothing in time; {} on
-        the others. Rank 0 trusts them as `all_gather_object` would: things are pickled."""
+        """Gathers on rank 0 what each rank gave under this name, less those that gave nothing in time; {} on
+        the others. Rank 0 trusts the others as `all_gather_object` would: things are pickled."""
         self._set(f"{name}/{self.rank}", thing)
         if self.rank:
             return {}
@@ -54,7 +54,7 @@ class Meeting:
         return given
 
     def tell(self, name: str, thing: Thing) -> Thing:
-        """What rank 0 gave under this name, on all.
+        """Broadcasts what rank 0 gave under this name, and returns it on all.
 
         Raises:
             ShardingError: rank 0 says nothing, for longer than it may wait for others itself.
@@ -73,7 +73,7 @@ class Meeting:
         return told
 
     def leave(self) -> None:
-        """Rank 0 leaves last."""
+        """Leaves the meeting, rank 0 last."""
         if self.rank:
             self._store.add("left", 1)
             return
@@ -91,7 +91,7 @@ class Meeting:
 
 
 def meet(wait: float) -> Meeting:
-    """With the ranks that a launcher started; alone where none did.
+    """Joins the ranks that a launcher started in a meeting; this process alone where none did.
 
     Raises:
         ShardingError: the store gives no answer.
@@ -118,10 +118,10 @@ def meet(wait: float) -> Meeting:
 
 
 def within(seconds: float, work: Callable[[], Thing]) -> Thing:
-    """What `work` gives, or raises. A thread of its own does it, which is left behind where it hangs.
+    """Runs `work` in a thread, which is left behind where it hangs; returns what `work` gives, or raises.
 
     Raises:
-        TimeoutError: it has not come to an end.
+        TimeoutError: `work` has not come to an end.
     """
     ends: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
     index = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
@@ -146,5 +146,5 @@ def within(seconds: float, work: Callable[[], Thing]) -> Thing:
 
 
 def hung() -> bool:
-    """Whether some `within` has left a thread behind."""
+    """Returns whether some `within` has left a thread behind."""
     return any(thread.name == THREAD for thread in threading.enumerate())

@@ -1,6 +1,6 @@
-"""Whether each rank reaches each other one, how fast, and how far their clocks are apart.
+"""Network checks: whether each rank reaches each other one, how fast, and how far their clocks are apart.
 
-By plain TCP between the addresses that the ranks' collectives would use, since a process group that
+Plain TCP between the addresses that the ranks' collectives would use, since a process group that
 cannot connect says neither which pair it was nor, within minutes, anything at all.
 """
 
@@ -27,23 +27,23 @@ AT_ONCE = 16  # peers that a rank tries at the same time
 CHUNK = 1 << 18
 SENDING = 1.0  # seconds for which a rate is measured
 DRAINING = 30.0  # seconds that what was sent may take to arrive
-MOST = 256 << 20  # bytes sent for that
+MOST = 256 << 20  # bytes sent for a rate
 
 _NUMBER = struct.Struct("!d")
 
 
 class Address(NamedTuple):
-    """Where a rank listens."""
+    """Address that a rank listens at."""
 
     host: str
     port: int
 
 
 class Reached(NamedTuple):
-    """What pings found.
+    """Result of pings to a rank.
 
     Attributes:
-        round_trip: seconds, the shortest.
+        round_trip: seconds of the shortest round trip.
         ahead: seconds by which the other's clock is ahead, give or take half the round trip.
     """
 
@@ -52,10 +52,10 @@ class Reached(NamedTuple):
 
 
 class Listener:
-    """Within it, this rank answers those of other ranks that try to reach it.
+    """Context manager: this rank answers other ranks that try to reach it inside.
 
     Args:
-        rank: that it says it is; an address may turn out to be another rank's.
+        rank: this rank, as told to others; an address may turn out to be another rank's.
         host: address to listen at.
     """
 
@@ -97,7 +97,7 @@ def _answer(connection: socket.socket, rank: int) -> None:
 
 
 def reach_all(own: int, peers: Mapping[int, Address]) -> dict[int, Reached | Failed]:
-    """Tries every other rank, each beginning with the one after it."""
+    """Pings every other rank, beginning with the one after `own`; returns what was found of each."""
     others = sorted((rank for rank in peers if rank != own), key=lambda rank: (rank < own, rank))
     with ThreadPoolExecutor(AT_ONCE) as pool:
         tried = pool.map(lambda rank: attempt(_ping_of(rank, peers[rank])), others)
@@ -109,10 +109,10 @@ def _ping_of(rank: int, address: Address) -> Callable[[], Reached]:
 
 
 def ping(rank: int, address: Address) -> Reached:
-    """A few messages of a byte each there, and of eight back.
+    """Sends a rank a few messages of a byte each, each answered with eight; returns the fastest.
 
     Raises:
-        OSError: it does not answer, or is not that rank.
+        OSError: the peer does not answer, or is another rank.
     """
     found = []
     with _connected(rank, address) as connection:
@@ -125,10 +125,10 @@ def ping(rank: int, address: Address) -> Reached:
 
 
 def rate(rank: int, address: Address) -> float:
-    """Bytes a second that arrive there.
+    """Returns the bytes a second that arrive at a rank.
 
     Raises:
-        OSError: likewise.
+        OSError: the peer is unreachable, or is another rank, or bytes were lost.
     """
     block, sent = bytes(CHUNK), 0
     with _connected(rank, address) as connection:
@@ -169,8 +169,8 @@ def _number(connection: socket.socket) -> float:
 
 
 def own_address(backend: str) -> str:
-    """Where this rank's collectives listen: at the interface that the environment names; otherwise gloo
-    takes what the hostname resolves to, and NCCL the way out (here: that to the launcher's store).
+    """Returns the address that this rank's collectives listen at: of the interface that the environment
+    names; else gloo takes what the hostname resolves to, NCCL the way out (here: to the launcher's store).
 
     Raises:
         OSError: there is no such interface, or the hostname does not resolve.

@@ -1,4 +1,4 @@
-"""From what the ranks found to rows: pure functions of gathered facts."""
+"""Rows from what the ranks found: pure functions of gathered facts."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _SHOWN = 3
 
 
 class Who(NamedTuple):
-    """Where a rank is."""
+    """Host and local rank of a rank."""
 
     host: str
     local_rank: int
 
 
 class Asked(NamedTuple):
-    """Ranks by rank, and where each is; for words."""
+    """Ranks that were asked, and where each is; for words."""
 
     ranks: Mapping[int, Who]
 
@@ -45,7 +45,7 @@ class Asked(NamedTuple):
         return found
 
     def name(self, rank: int) -> str:
-        """A rank and its host."""
+        """Names a rank and its host."""
         return f"rank {rank} ({self.ranks[rank].host})" if rank in self.ranks else f"rank {rank}"
 
 
@@ -53,7 +53,7 @@ def settled(
     check: str, asked: Asked, found: Mapping[int, Thing | Failed],
     judge: Callable[[dict[int, Thing]], Row],
 ) -> Row:  # fmt: skip
-    """The row that `judge` gives of what all ranks found; red where one could not."""
+    """Returns the row that `judge` gives of what all ranks found; red where one could not."""
     fine: dict[int, Thing] = {}
     for rank in asked.ranks:
         answer = found.get(rank, Failed("gave no answer in time"))
@@ -64,7 +64,7 @@ def settled(
 
 
 def ranks(asked: Asked, world_size: int) -> Row:
-    """Whether all have come."""
+    """Judges whether all ranks have come."""
     where = ", ".join(f"{host}: {len(held)}" for host, held in list(asked.hosts.items())[:8])
     found = f"{len(asked.ranks)} of {world_size} on {len(asked.hosts)} host(s) ({where})"
     if missing := [rank for rank in range(world_size) if rank not in asked.ranks]:
@@ -76,7 +76,7 @@ def ranks(asked: Asked, world_size: int) -> Row:
 
 
 def versions(asked: Asked, found: Mapping[int, Mapping[str, str]]) -> Row:
-    """Supported, and equal on all ranks."""
+    """Judges versions: supported, and equal on all ranks."""
     wrong, first = [], found[min(found)]
     for name in first:
         by_value = _ranks_by({rank: held[name] for rank, held in found.items()}, str)
@@ -97,7 +97,7 @@ def versions(asked: Asked, found: Mapping[int, Mapping[str, str]]) -> Row:
 
 
 def _within(value: str, wanted: SpecifierSet) -> bool:
-    """A build before a release, as vendors ship them, counts as that release."""
+    """Returns whether a version fits; a build before a release, as vendors ship, counts as that release."""
     if value == ABSENT:
         return False
     try:
@@ -107,12 +107,12 @@ def _within(value: str, wanted: SpecifierSet) -> bool:
 
 
 def accelerators(asked: Asked, found: Mapping[int, Accelerator], bfloat16: bool) -> Row:
-    """Enough of them, the same on all ranks, and able to do what is asked.
+    """Judges accelerators: enough of them, the same on all ranks, and able to do what is asked.
 
     Args:
         asked: where ranks are.
-        found: by rank.
-        bfloat16: whether forwards are in it.
+        found: accelerators by rank.
+        bfloat16: whether forwards are in bfloat16.
     """
     check, first = "accelerators", found[min(found)]
     for rank, held in found.items():
@@ -160,7 +160,7 @@ def _of_cpus(asked: Asked, found: Mapping[int, Accelerator]) -> Row:
 
 
 def products(asked: Asked, found: Mapping[int, Products]) -> Row:
-    """The same wherever the operands lie, and by the same kernels on all ranks."""
+    """Judges matrix products: the same wherever the operands lie, and by the same kernels on all ranks."""
     check, by_kernels = "products", _ranks_by(found, lambda held: f"{held.kernels}, {held.asked}")
     odd = [rank for rank, held in found.items() if held.results > 1]
     if odd:
@@ -182,7 +182,7 @@ def products(asked: Asked, found: Mapping[int, Products]) -> Row:
 
 
 def backend(name: str, available: bool) -> Row:
-    """Of the collectives."""
+    """Judges the backend of the collectives."""
     if available:
         return Row("backend", "green", name)
     return Row("backend", "red", f"torch was built without {name}", "install a torch build with it")
@@ -191,11 +191,11 @@ def backend(name: str, available: bool) -> Row:
 def reachability(
     asked: Asked, found: Mapping[int, Mapping[int, Any]], loopback: Sequence[int]
 ) -> Row:
-    """Every rank reaches every other one.
+    """Judges whether every rank reaches every other one.
 
     Args:
         asked: where ranks are.
-        found: by rank, of each other one `network.Reached` or `Failed`.
+        found: by rank, `network.Reached` or `Failed` of each other one.
         loopback: ranks whose collectives listen where no other host gets to.
     """
     check, several = "reachability", len(asked.hosts) > 1
@@ -230,11 +230,11 @@ def reachability(
 def bandwidth(
     asked: Asked, found: Mapping[int, tuple[int, float | Failed]], sent: int | None
 ) -> Row:
-    """Of each host to the next, all at the same time.
+    """Judges the bandwidth of each host to the next, all at the same time.
 
     Args:
         asked: where ranks are.
-        found: by the rank that sent, to which, and bytes a second.
+        found: by sending rank, the receiving one, and bytes a second.
         sent: bytes of weights that a step gathers between hosts at least; None: not known.
     """
     check = "bandwidth"
@@ -259,11 +259,11 @@ def bandwidth(
 
 
 def clocks(asked: Asked, from_first: Mapping[int, Any]) -> Row:
-    """By how much those of other hosts differ from rank 0's.
+    """Judges by how much the clocks of other hosts differ from rank 0's.
 
     Args:
         asked: where ranks are.
-        from_first: of each other rank what rank 0 found, `network.Reached` or `Failed`.
+        from_first: `network.Reached` or `Failed` of each other rank, as rank 0 found.
     """
     if len(asked.hosts) < 2:
         return Row("clocks", "unchecked", "there is one host")
@@ -283,7 +283,7 @@ def clocks(asked: Asked, from_first: Mapping[int, Any]) -> Row:
 
 
 def shared_memory(asked: Asked, found: Mapping[int, Space], nccl: bool) -> Row:
-    """NCCL sends by it between the ranks of a host."""
+    """Judges shared memory, by which NCCL sends between the ranks of a host."""
     check = "shared memory"
     if not nccl or all(len(held) == 1 for held in asked.hosts.values()):
         return Row(check, "unchecked", "not used by gloo" if not nccl else "one rank a host")
@@ -297,7 +297,7 @@ def shared_memory(asked: Asked, found: Mapping[int, Space], nccl: bool) -> Row:
 
 
 def open_files(asked: Asked, found: Mapping[int, int], world_size: int) -> Row:
-    """Connections to all ranks in a few groups, and a checkpoint's files, take descriptors."""
+    """Judges the limit of open files: connections to all ranks in a few groups, and a checkpoint's files."""
     needed = 256 + 8 * world_size
     rank = min(found, key=lambda rank: found[rank] if found[rank] >= 0 else 1 << 62)
     limit = found[rank]
@@ -315,7 +315,7 @@ def _ranks_by(found: Mapping[int, Thing], value: Callable[[Thing], str]) -> dict
 
 
 def _differing(asked: Asked, by_value: Mapping[str, Sequence[int]]) -> str:
-    """Values, each with the ranks that have it, and the host of the first."""
+    """Lists values, each with the ranks that have it, and the host of the first."""
     return ", ".join(
         f"{value} on {listed(held)} ({asked.ranks[held[0]].host})"
         for value, held in by_value.items()

@@ -1,1 +1,1 @@
-"""One step: probe the branches, reduce scalars, update; and what is watched meanwhile."""
+"""One step: probe the branches, reduce scalars, update; and the checks meanwhile."""

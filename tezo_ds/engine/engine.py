@@ -32,15 +32,14 @@ SHARED_FROM = 1 << 20  # numbers of τ
 
 
 def sums_are_shared(method: Method, space: CoefficientSpace, others: int) -> bool:
-    """Whether each rank sums κτ of its own directions and g is reduced: where g is of use, and to draw τ, D
-    numbers, of so many directions of other ranks takes longer than a message of D numbers."""
+    """True when g is of use, and an all-reduce of D numbers is cheaper than drawing the other ranks' τ."""
     return bool(method.in_tau or space.vectors) and others * space.numel > SHARED_FROM
 
 
 @contextmanager
 def _without_grad() -> Iterator[None]:
-    """`torch.no_grad`, also within a caller's inference mode: tensors made in that, sharded weights
-    among them, would fail in every later step outside of it."""
+    """Context manager: `torch.no_grad`, also within a caller's inference mode, whose tensors (sharded
+    weights among them) would fail in every later step outside."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
@@ -91,18 +90,23 @@ class Engine:
             ShardingError: replicas differ; looked for before every `check_every`-th step.
         """
         start = time.perf_counter()
+        # 0. compare replicas, if due
         every = self.config.check_every
         if every and self.step_index and self.step_index % every == 0:
             self.check()
         step, lr = self.step_index, self.config.lr_at(self.step_index)
+        # 1. end a period, if one is due
         self._write(self.method.begin(step))
+        # 2. losses at W + Δ_b over all ranks; before the first step also ρ, if auto
         measuring = self.measuring
         if math.isnan(self.run_state.rho):
             measuring.choose_rho(batch, step)
         losses = measuring.losses(batch, step)  # (groups, branches)
+        # 3. slopes κ, NaN where a loss is not finite
         found = measuring.kappas(losses)
         measuring.check(losses, found, step)
         kappa = self._clip(found)
+        # 4. update by g = Σκτ/Q
         gradient = self._finish(step, kappa, lr, measuring.own(step))
         finite = losses[losses.isfinite()]
         return StepReport(
@@ -112,9 +116,8 @@ class Engine:
         )  # fmt: skip
 
     def ask_to_stop(self) -> None:
-        """Has the reports of all ranks say `stopping` from their next step on, all from the same one:
-        the request travels with that step's losses. May be called on any rank, from a signal
-        handler too."""
+        """Asks all ranks to stop: reports say `stopping` from the next step on, on all ranks from the same
+        one, as the request travels with its losses. May be called on any rank, also in a signal handler."""
         self.measuring.asked = True
 
     @property
@@ -133,17 +136,17 @@ class Engine:
 
     @property
     def radius(self) -> Radius | None:
-        """How `rho: auto` chose; None before the first step, and where ρ was given."""
+        """Choice that `rho: auto` made; None before the first step, and where ρ was given."""
         return self.measuring.radius
 
     def _finish(self, step: int, kappa: Tensor, lr: float, own: range) -> Tensor:
-        """The update from κ, (Q,) with NaN for what failed; gives g = Σκτ/Q, (D,).
+        """Updates by κ, (Q,) with NaN for directions that failed; returns g = Σκτ/Q, (D,).
 
         Args:
-            step: this one.
-            kappa: of all directions.
+            step: the step's index.
+            kappa: κ of all directions.
             lr: η.
-            own: the directions that this rank is to sum, if not all.
+            own: directions that this rank sums, if not all.
         """
         slopes, everything = slopes_of(kappa), range(len(kappa))
         if sums_are_shared(self.method, self.space, len(kappa) - len(own)):
@@ -161,16 +164,16 @@ class Engine:
 
     @_without_grad()
     def replay(self, step: int, kappa: Sequence[float | None], lr: float, rho: float) -> None:
-        """A step that was measured before: all that `step` does to the run, without its forwards.
+        """Replays a step that was measured before: all that `step` does to the run, without forwards.
 
         Args:
-            step: which; steps are replayed in order, from the first on.
-            kappa: its slopes, as in its `StepReport`; None or NaN for directions that failed.
-            lr: its learning rate.
-            rho: its ρ.
+            step: index of the step; steps are replayed in order, from the first on.
+            kappa: slopes, as in the step's `StepReport`; None or NaN for directions that failed.
+            lr: the step's learning rate.
+            rho: the step's ρ.
 
         Raises:
-            ConfigError: it is not the next step.
+            ConfigError: `step` is not the next one.
         """
         if step != self.step_index:
             raise ConfigError(f"step {step} cannot be replayed after {self.step_index} steps")
@@ -184,24 +187,24 @@ class Engine:
         self._finish(step, self._clip(measured), lr, range(len(kappa)))
 
     def _write(self, write: Write | None) -> None:
-        """To every shard, what a method wants written."""
+        """Applies a method's write to every shard."""
         if write is not None:
             self.sharding.each_shard(self.space.slices.keys(), write)
 
     @_without_grad()
     def loss(self, batch: Mapping[str, Any]) -> float:
-        """Unperturbed mean loss of a batch over all ranks at the current coefficients."""
+        """Returns the unperturbed mean loss of a batch over all ranks at the current coefficients."""
         return self.measuring.loss(batch, self.step_index)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within it, plain forwards of the model see the current coefficients."""
+        """Context manager: plain forwards of the model inside see the current coefficients."""
         self.sharding.module.eval()
         with _without_grad(), self.probe.held(self.method.kept_aside()):
             yield
 
     def coefficients(self) -> dict[str, Tensor]:
-        """What is learnt by parameter name, see `coefficients.by_name`: copies, on the CPU."""
+        """Returns copies, on the CPU, of the coefficients by parameter name, as of `by_name`."""
         rows = [*self.method.finished, self.method.coefficients]
         return by_name(self.space, torch.stack(rows))
 
@@ -211,7 +214,7 @@ class Engine:
         the weights as the run did.
 
         Raises:
-            ConfigError: names, ranks or periods are not those of this engine; it has ended periods.
+            ConfigError: names, ranks or periods are not the engine's; the engine has ended periods.
             ShardingError: there are ended periods, and weights that cannot be written.
         """
         *ended, current = as_rows(self.space, coefficients)
@@ -220,12 +223,12 @@ class Engine:
 
     @_without_grad()
     def go_to_period(self, period: int, finished: Sequence[Tensor], written: bool) -> None:
-        """Takes an engine that is as `initialize` leaves it to a later period of its run.
+        """Moves an engine that is as `initialize` leaves it to a later period of its run.
 
         Args:
-            period: how many came before it.
-            finished: coefficients of each, (D,), where a method has them.
-            written: the shards hold already what these wrote; otherwise it is written now.
+            period: number of periods before that one.
+            finished: coefficients of each period before, (D,), where a method has them.
+            written: whether the shards hold these already; otherwise they are written now.
 
         Raises:
             ConfigError: the engine is not new, or its method has no such periods.
@@ -246,20 +249,20 @@ class Engine:
             self.method.factors.advance()
 
     def state(self) -> dict[str, Tensor]:
-        """All that is equal on every rank and that the next step depends on: copies on the CPU, by name."""
+        """Returns all that the next step depends on and that is equal on every rank: CPU copies, by name."""
         return pack(self.run_state, self.method)
 
     @_without_grad()
     def load_state(self, tensors: Mapping[str, Tensor], written: bool) -> None:
-        """Takes a new engine to where `state` was called on one. All ranks must call it.
+        """Restores a `state` in a new engine. All ranks must call it.
 
         Args:
-            tensors: of `state`, of the same config, model and data.
-            written: the shards hold already what the run wrote into them; otherwise only what periods of
-                coefficients wrote can be made up for.
+            tensors: a `state` of the same config, model and data.
+            written: whether the shards hold already what the run wrote into them; otherwise only ended
+                periods of coefficients can be written again.
 
         Raises:
-            StorageError: they are not of such an engine.
+            StorageError: the tensors do not fit this engine.
         """
         refuse_unfit(tensors, self.method, self.config.method)
         period, finished = unpack(tensors, self.run_state)
@@ -267,8 +270,8 @@ class Engine:
         unpack_method(tensors, self.method)
 
     def check(self) -> None:
-        """Compares over all ranks what must be equal on them: coefficients, and the weights that
-        several ranks hold if the probe writes them. All ranks must call it.
+        """Compares replicas over all ranks: the method's state, and the weights that several ranks hold
+        if the method or the probe writes weights. All ranks must call it.
 
         Raises:
             ShardingError: something differs; names the first parameter and the ranks.
@@ -278,8 +281,8 @@ class Engine:
 
     @_without_grad()
     def merge(self) -> None:
-        """W ← W + what is kept aside (U diag(a) Vᵀ) in the shards themselves, rounded to their dtype to
-        the nearest; nothing is kept aside then.
+        """Merges in place, W ← W + (change kept aside, U diag(a) Vᵀ), rounded to the nearest number of the
+        shards' dtype; nothing is kept aside then.
 
         All ranks must call it: it begins and ends with a `check`.
 
@@ -296,15 +299,14 @@ class Engine:
     def merged_tensors(
         self, dtype: torch.dtype | None = None
     ) -> Iterator[tuple[list[str], Tensor | None]]:
-        """Full merged weights, one at a time: all names of each and a copy on the CPU of rank 0
+        """Yields full merged weights, one at a time: all names of each and a copy on the CPU of rank 0
         (None elsewhere). The model and its coefficients stay as they are.
 
         All ranks must run it to its end, since each tensor is gathered when its turn comes.
 
         Args:
-            dtype: of the copies of floating-point tensors, rounded to it after the update was
-                added; None keeps the weights' own, in which small updates of bfloat16 weights
-                round away.
+            dtype: dtype of floating-point copies, rounded after the update was added; None keeps the
+                weights' own, in which small updates of bfloat16 weights round away.
 
         Raises:
             ShardingError: the weights are quantised on their way to the forward.
@@ -313,8 +315,8 @@ class Engine:
         return merged_tensors(self.sharding, self.space, self.method.kept_aside(), dtype)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All of `merged_tensors` at once, in the order of the model's own state_dict: on the CPU of
-        rank 0, {} elsewhere.
+        """Returns all of `merged_tensors` at once, in the order of the model's own state_dict: on the CPU
+        of rank 0, {} elsewhere.
 
         Raises:
             ShardingError: the weights are quantised on their way to the forward.
@@ -345,12 +347,12 @@ def initialize(
     config: TezoConfig | dict[str, Any] | str | Path,
     loss_fn: LossFn | None = None,
 ) -> Engine:
-    """An engine for `model`.
+    """Returns an engine for `model`.
 
     Args:
-        model: any module, or a DeepSpeed ZeRO-3 engine made without an optimizer. It is put in eval
-            mode and never written to, but by `Engine.merge` and, for the time of a step, the
-            in-place probe.
+        model: any module, or a DeepSpeed ZeRO-3 engine made without an optimizer; put in eval mode.
+            Weights are written by `Engine.merge`, methods that write weights, ended periods as they
+            are loaded and, for the time of a step, the in-place probe; by nothing else.
         config: a TezoConfig; a dict of its fields; a DeepSpeed config (dict, or path to its JSON)
             with a "tezo" block, by whose zero_optimization a plain module is then partitioned.
         loss_fn: (outputs, batch) -> (loss_sum per example, count per example). The default is

@@ -1,4 +1,4 @@
-"""How much memory tensors take, counted."""
+"""Count of the memory that tensors take."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within it, the most bytes that storages made within it took at once.
+    """Context manager: peak bytes of the storages allocated inside.
 
     Every operator's results are seen, DeepSpeed's gathers included, and each storage counts with the
     bytes it has for as long as it lives. Memory that is no tensor's does not count.

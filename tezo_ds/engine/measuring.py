@@ -1,4 +1,4 @@
-"""The losses of a step: which branches this rank runs, in how many forwards, and what all ranks found."""
+"""Losses of a step: the branches that this rank runs, the number of forwards, and sums over ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tezo_ds.sharding import Sharding
 
 
 class Measuring:
-    """Measures what a method asks for by a probe.
+    """Measurement of a method's branches by a probe.
 
     Attributes:
         groups: ranks that measure directions of their own; 1: all measure the same ones.
@@ -53,13 +53,13 @@ class Measuring:
         self.radius: Radius | None = None
 
     def own(self, step: int) -> range:
-        """The directions that this rank measures."""
+        """Returns the directions that this rank measures."""
         count = self._config.queries_at(step)
         group = self._sharding.rank if self.groups > 1 else 0
         return range(group * count, (group + 1) * count)
 
     def asks(self, step: int, directions: range, at_once: int) -> list[Ask]:
-        """All branches of some directions, an item for each forward of so many; 0: one forward."""
+        """Returns all branches of some directions, an item for each forward of `at_once`; 0: one forward."""
         return list(Ask.of(step, directions, self._state.rho, self._central).parts(at_once))
 
     @property
@@ -67,7 +67,7 @@ class Measuring:
         return self._config.difference == "central"
 
     def _at_once(self, batch: Mapping[str, Any], step: int) -> int:
-        """Branches in one forward, the same on all ranks."""
+        """Returns the number of branches in one forward, the same on all ranks."""
         if self._config.memory_budget is None:
             return self._config.branch_chunk
         examples, length = _size(batch)
@@ -89,8 +89,8 @@ class Measuring:
     def _measure_cost(
         self, batch: Mapping[str, Any], step: int, tokens: int
     ) -> tuple[float, float]:
-        """Bytes of tensors of a forward, whatever its branches, and bytes for each token of each branch:
-        from the peaks of forwards of two and of four branches; the most of any rank."""
+        """Returns bytes of tensors of a forward, whatever its branches, and bytes for each token of each
+        branch: from the peaks of forwards of two and of four branches; the most of any rank."""
         if self._probe.writes:  # a branch a forward, and no move that leaves errors
             self._objective(batch, 1)
             with LiveBytes() as live:
@@ -100,7 +100,7 @@ class Measuring:
         peaks = []
         for count in (2, 4):
             ask = Ask(step, self._state.rho, tuple((q, 1) for q in range(count)))
-            self._sums(batch, self._method.branches(ask))  # what a first forward makes is made
+            self._sums(batch, self._method.branches(ask))  # so that nothing made once counts
             with LiveBytes() as live:
                 self._sums(batch, self._method.branches(ask))
             peaks.append(live.peak)
@@ -109,14 +109,14 @@ class Measuring:
         return max(two - 2 * each, 0.0), each / tokens
 
     def choose_rho(self, batch: Mapping[str, Any], step: int) -> None:
-        """Sets ρ where the config leaves that open; weights and run are afterwards as before. The
-        in-place probe needs a copy of the trained weights for it, also where its steps need none.
+        """Sets ρ under `rho: auto`; weights and run are afterwards as before. The in-place probe takes a
+        copy of the trained weights meanwhile, also where its steps need none.
 
         Raises:
             ProbeError: slopes are noise at every radius; no position carries a label.
         """
-        self._state.rho = 1.0  # for what a forward costs
-        # As many at once as a step has, if not fewer: no more memory than a step takes.
+        self._state.rho = 1.0  # any number, to measure the memory of a forward
+        # At most as many branches at once as a step has, so no more memory than a step takes.
         asked = len(self.asks(step, range(self._config.queries_at(step)), 0)[0])
         at_once = min(self._at_once(batch, step) or asked, asked)
 
@@ -131,8 +131,8 @@ class Measuring:
         self._state.rho = self.radius.rho
 
     def losses(self, batch: Mapping[str, Any], step: int) -> Tensor:
-        """Loss of each branch over the ranks that measured it: float64 (groups, branches) on the CPU.
-        Sets `stopping`.
+        """Returns the loss of each branch over the ranks that measured it: float64 (groups, branches) on
+        the CPU. Sets `stopping`.
 
         Raises:
             ProbeError: no position carries a label.
@@ -150,29 +150,29 @@ class Measuring:
         return self._means(message[:-1].view_as(sums), step)
 
     def loss(self, batch: Mapping[str, Any], step: int) -> float:
-        """Unperturbed, over all ranks, whose examples may differ."""
+        """Returns the unperturbed loss over all ranks, whose examples may differ."""
         return self._over_ranks(self._sums(batch, self._method.kept_aside()), step).item()
 
     def kappas(self, losses: Tensor) -> Tensor:
-        """κ of all directions from `losses`: float64 (Q,) on the CPU, NaN for those that failed."""
+        """Returns κ of all directions from `losses`: float64 (Q,) on the CPU, NaN for failed ones."""
         return kappas(losses, self._state.rho, self._central).flatten()
 
     def _ours(self, batch: Mapping[str, Any], asks: Iterable[Ask]) -> Tensor:
-        """Loss sums and counts of this rank's batch, a forward for each ask: float64 (2, branches)."""
+        """Returns loss sums and counts of this rank's batch at all asks: float64 (2, branches)."""
         return torch.cat([self._sums(batch, self._method.branches(ask)) for ask in asks], dim=1)
 
     def _sums(self, batch: Mapping[str, Any], branches: Branches) -> Tensor:
-        """Loss sums and counts of this rank's batch: float64 (2, branches)."""
+        """Returns loss sums and counts of this rank's batch at some branches: float64 (2, branches)."""
         if any(m.training for m in self._sharding.module.modules()):  # dropout differs by branch
             self._sharding.module.eval()
         return self._probe.measure(self._objective, batch, branches)
 
     def _over_ranks(self, sums: Tensor, step: int) -> Tensor:
-        """Losses (…) of each rank's sums and counts (2, …)."""
+        """All-reduces each rank's sums and counts (2, …) and returns losses (…)."""
         return self._means(self._sharding.all_reduce(sums).cpu(), step)
 
     def _means(self, sums: Tensor, step: int) -> Tensor:
-        """Losses (…) of all ranks' sums and counts (2, …)."""
+        """Returns losses (…) from all ranks' sums and counts (2, …)."""
         loss_sum, count = sums
         if not bool(count.all()):
             raise ProbeError(
@@ -183,16 +183,16 @@ class Measuring:
         return loss_sum / count
 
     def count(self, kappa: Tensor) -> None:
-        """Takes note of whether directions failed in a step."""
+        """Counts the steps in a row in which directions failed."""
         self._state.failed = self._state.failed + 1 if bool(kappa.isnan().any()) else 0
 
     def check(self, losses: Tensor, kappa: Tensor, step: int) -> None:
-        """Refuses what measured nothing.
+        """Refuses a step that measured nothing, or failed too often.
 
         Args:
-            losses: of `losses`.
-            kappa: of all directions, NaN for those that failed.
-            step: of both.
+            losses: result of `losses`.
+            kappa: κ of all directions, NaN for those that failed.
+            step: index of the step.
 
         Raises:
             ProbeError: no branch differs; or directions failed in too many steps in a row.
@@ -214,6 +214,6 @@ class Measuring:
 
 
 def _size(batch: Mapping[str, Any]) -> tuple[int, int]:
-    """Examples and padded length of a batch, by its largest tensor of two dims."""
+    """Returns examples and padded length of a batch, by its largest tensor of two dims or more."""
     tensors = [v for v in batch.values() if isinstance(v, Tensor) and v.dim() > 1]
     return max(((len(v), v.shape[1]) for v in tensors), key=math.prod, default=(1, 1))

@@ -1,4 +1,4 @@
-"""Whole weights with what a run keeps aside, gathered one at a time."""
+"""Whole weights with the change that a run keeps aside, gathered one at a time."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tezo_ds.sharding import Sharding, ShardView
 def merged_tensors(
     sharding: Sharding, space: CoefficientSpace, kept: Branches, dtype: torch.dtype | None
 ) -> Iterator[tuple[list[str], Tensor | None]]:
-    """See `Engine.merged_tensors`.
+    """Yields full merged weights, as `Engine.merged_tensors` does.
 
     Args:
-        sharding: of the model.
+        sharding: the model.
         space: what trains.
         kept: one branch: the change that is not in the weights.
-        dtype: of the copies; None: the weights' own.
+        dtype: dtype of the copies; None: the weights' own.
     """
     shapes = {matrix.name: matrix.shape for matrix in space.matrices}
     shapes |= {vector.name: (1, vector.numel) for vector in space.vectors}

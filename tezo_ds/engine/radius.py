@@ -29,20 +29,20 @@ from tezo_ds.directions.branches import Ask
 from tezo_ds.engine.slopes import kappas
 from tezo_ds.errors import ProbeError
 
-STEP = 2**31 - 1  # whose directions are measured: no step that a run will come to
+STEP = 2**31 - 1  # step of the directions that are measured; no run gets as far
 DIRECTIONS = 6  # with fewer, noise agrees by chance too often
 GROWTH = 4.0
 LARGEST = 1.0  # no ρ is above this
 START = 4e-6  # the smallest, in float32; in proportion to ε^(1/3) in others, as ρ* is
 RISE = 2.0  # R this much above its least ends the search
-CLEAR = 0.5  # if that is below this; from here on bends are no longer like b ρ^p
+CLEAR = 0.5  # if the least is below this; where R is above, bends are no longer like b ρ^p
 
 Measure = Callable[[Ask], Tensor]
 
 
 @dataclass(frozen=True)
 class Radius:
-    """A choice of ρ and what it follows from.
+    """A choice of ρ, and the estimates behind the choice.
 
     Attributes:
         rho: ρ.
@@ -72,10 +72,11 @@ class _Pair:
     """Slopes at ρ and at GROWTH ρ.
 
     Attributes:
-        rho: the smaller.
+        rho: the smaller ρ.
         differ: D.
-        slope: root mean square of κ at the larger.
-        noise, bend: the bounds of n and b.
+        slope: root mean square of κ at the larger ρ.
+        order: p.
+        noise, bend: bounds of n and b.
     """
 
     rho: float
@@ -98,16 +99,16 @@ class _Pair:
 
 
 def choose_rho(measure: Measure, dtype: torch.dtype, central: bool = True) -> Radius:
-    """The radius to train with. Every rank that has the same losses chooses the same.
+    """Chooses the radius to train with, the same on all ranks that have the same losses.
 
     Args:
         measure: gives the losses of some branches, float64 (branches,) on the CPU, over all ranks; must
             leave weights as they were.
-        dtype: that the model computes in; of several the coarsest.
-        central: as slopes will be measured: two branches a direction, or one and a centre.
+        dtype: dtype that the model computes in; the coarsest of several.
+        central: whether training takes two branches a direction, or one and a centre.
 
     Raises:
-        ProbeError: no two radii agree on slopes: they are noise, or there are none.
+        ProbeError: no two radii agree on slopes, which are noise, or 0.
     """
     pairs: list[_Pair] = []
     before: Tensor | None = None
@@ -136,7 +137,7 @@ def _pair(below: Tensor, above: Tensor, rho: float, order: int) -> _Pair:
 
 
 def _rises(pairs: list[_Pair]) -> bool:
-    """Whether the last pair is clearly past the best one."""
+    """Returns whether the last pair is clearly past the best one."""
     if not pairs:
         return False
     least = min(pair.ratio for pair in pairs)
@@ -144,7 +145,7 @@ def _rises(pairs: list[_Pair]) -> bool:
 
 
 def _least_error(pairs: list[_Pair], best: int) -> Radius:
-    """ρ* by the pairs around the best one, within the radii that these compare."""
+    """Returns ρ* by the pairs around the best one, within the radii that these pairs compare."""
     near = [pair for pair in pairs[max(0, best - 1) : best + 2] if math.isfinite(pair.ratio)]
     p = near[0].order
     straight = [

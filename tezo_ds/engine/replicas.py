@@ -1,8 +1,8 @@
-"""Replicas stay equal, or the run stops: digests of all that must hold the same bits on several ranks.
+"""Digests of all that must hold the same bits on several ranks: replicas stay equal, or the run stops.
 
-While all is well a check is one all-reduce of three numbers, and where weights were written one of two
-for each set of replicas. Only when they differ do ranks exchange digests of single matrices, to name
-the first that differs and on which ranks.
+While all is well a check is one all-reduce of three numbers and, where weights were written, one of two
+numbers for each set of replicas. Only when replicas differ do ranks exchange digests of single matrices,
+to name the first that differs and on which ranks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Ranks = tuple[int, ...]
 
 
 def digest(shard: Tensor) -> int:
-    """64 bits that stand for those of a 1-D tensor, wherever in memory it lies.
+    """Returns a 64-bit digest of a 1-D tensor's bits, wherever in memory the tensor lies.
 
     The sum modulo 2**64 of its 4-byte words, each times an odd number drawn for its place. Integers,
     so exact in any order of summing; a change within any single word always shows. (Words of 8 bytes
@@ -55,7 +55,7 @@ def digest(shard: Tensor) -> int:
 
 
 def _words(part: Tensor) -> Tensor:
-    """The bits as int32, the last word filled up with zeros."""
+    """Returns a tensor's bits as int32, the last word filled up with zeros."""
     missing = -part.numel() * part.itemsize % 4 // part.itemsize
     if missing or part.storage_offset() * part.itemsize % 4:
         part = torch.cat([part, part.new_zeros(missing)])
@@ -64,7 +64,7 @@ def _words(part: Tensor) -> Tensor:
 
 @functools.cache
 def _multipliers(device: torch.device) -> Tensor:
-    """An odd number for each word of a chunk: int64 (CHUNK,), products of a few random ones."""
+    """Returns an odd number for each word of a chunk: int64 (CHUNK,), products of a few random ones."""
     side = math.isqrt(CHUNK)
     low, high, *_ = philox((torch.arange(2 * side, device=device), 0, 0, 0), (0, 0))
     rows, columns = (high << 32 | low | 1).split(side)
@@ -72,30 +72,30 @@ def _multipliers(device: torch.device) -> Tensor:
 
 
 def _fold(content: Any) -> int:
-    """64 bits, as int64, of what `repr` says of plain values."""
+    """Returns a 64-bit digest, as int64, of the `repr` of plain values."""
     hashed = hashlib.blake2b(repr(content).encode(), digest_size=8).digest()
     return int.from_bytes(hashed, "little", signed=True)
 
 
 def _both_ends(value: int) -> tuple[int, int]:
-    """Two numbers whose maxima over ranks are each other's complement if all ranks gave the same."""
+    """Returns two numbers whose maxima over ranks are complements if all ranks gave the same value."""
     return ~value, value
 
 
 def holders_of(
     sharding: Sharding, keys: Sequence[ShardKey]
 ) -> tuple[dict[ShardKey, Ranks], list[Ranks]]:
-    """Who holds the same shards; all ranks must call it.
+    """Finds the ranks that hold the same shards; all ranks must call it.
 
     Keys travel as 8 bytes each: there may be 10,000 of them on each of 1,000 ranks.
 
     Args:
         sharding: the world.
-        keys: of the shards that this rank holds.
+        keys: keys of the shards that this rank holds.
 
     Returns:
-        The ranks that hold each of them, in order; and every set of several ranks that hold the same
-        shards, this one's or not, alike on every rank.
+        The ranks that hold each shard of this rank, in order; and every set of several ranks that hold
+        the same shards, with or without this rank, alike on every rank.
     """
     holders: dict[int, list[int]] = {}
     for rank, held in enumerate(sharding.gather([_fold(key) for key in keys])):
@@ -109,7 +109,7 @@ def require_same_start(sharding: Sharding, config: TezoConfig) -> None:
     """Compares the `tezo` block and the model's parameters over all ranks, which must all call it.
 
     Raises:
-        ConfigError: they differ; names what and on which ranks.
+        ConfigError: ranks differ; names the first difference and the ranks.
     """
     mine: dict[str, Any] = config.model_dump()
     for name, parameter in sharding.module.named_parameters():
@@ -131,9 +131,9 @@ def require_same_start(sharding: Sharding, config: TezoConfig) -> None:
 
 
 class Watch:
-    """Compares over all ranks what must be equal on them.
+    """Comparison, over all ranks, of the state and weights that must be equal on several of them.
 
-    Which shards are replicas of each other is found by their keys, so it holds for any sharding.
+    Replicas are found by the keys of shards, which works for any sharding.
     """
 
     def __init__(self, sharding: Sharding, space: CoefficientSpace) -> None:
@@ -143,10 +143,10 @@ class Watch:
         self._sets: list[Ranks] = []  # of ranks that hold the same shards; alike on every rank
 
     def check(self, state: Mapping[str, Packed], step: int, weights: bool) -> None:
-        """All ranks must call it, and all of them raise or none.
+        """Compares state and weights. All ranks must call it, and all of them raise or none.
 
         Args:
-            state: the method's.
+            state: the method's state.
             step: steps taken.
             weights: whether the shards may have been written since the last check.
 
@@ -227,8 +227,8 @@ class Watch:
 def _differences(
     gathered: Sequence[Mapping[Any, Any]], absent: Any = None
 ) -> list[tuple[Any, dict[int, Any]]]:
-    """Items whose values differ, each with its value by rank; ranks that lack one have `absent`, or
-    do not count where that is None."""
+    """Returns items whose values differ, each with its value by rank; ranks that lack an item have
+    `absent`, or do not count where `absent` is None."""
     columns = {
         item: {
             rank: held.get(item, absent)
@@ -245,7 +245,7 @@ def _and_more(different: Sequence[object]) -> str:
 
 
 def listed(ranks: Sequence[int]) -> str:
-    """Of some ranks, in words."""
+    """Returns some ranks in words."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     more = f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else ""

@@ -1,4 +1,4 @@
-"""What one step found, for whoever watches a run."""
+"""Report of one step, for whoever watches a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tezo_ds.engine.slopes import Quality
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step measured.
+    """Measurements of one step.
 
     Attributes:
         step: counted from 0.
@@ -18,10 +18,10 @@ class StepReport:
         rho: ρ of the step.
         lr: learning rate of the step.
         seconds: wall-clock of the step on this rank.
-        tokens: of this rank's batch (its attention mask's sum), counted once whatever the branches.
-        dropped: directions that failed, as a loss of theirs was not finite; their κ is NaN.
-        quality: what the slopes say of the gradient.
-        stopping: a rank had been asked to stop (`Engine.ask_to_stop`); the same on every rank.
+        tokens: tokens of this rank's batch (its attention mask's sum), counted once whatever the branches.
+        dropped: number of directions that failed, as a loss was not finite; their κ is NaN.
+        quality: quality of the slopes as an estimate of the gradient.
+        stopping: whether a rank had been asked to stop (`Engine.ask_to_stop`); the same on every rank.
     """
 
     step: int

@@ -1,4 +1,4 @@
-"""Which parameters train, which stay frozen and why."""
+"""Selection of the parameters that train, with the reasons why others stay frozen."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NO_GRAD = "requires_grad is False"
 
 @dataclass
 class Selection:
-    """The outcome: what trains, and counts of what is frozen by reason."""
+    """Parameters that train, and counts of the frozen ones by reason."""
 
     matrices: list[Matrix] = field(default_factory=list)
     vectors: list[Vector] = field(default_factory=list)
@@ -38,18 +38,18 @@ def select(
     factors_dtype: torch.dtype | None = None,
     ranks: Mapping[str, int] | None = None,
 ) -> Selection:
-    """Goes through the model's parameters once, tied ones by the first of their names.
+    """Selects the parameters that train; tied ones go by the first of their names.
 
     Args:
         sharding: the model.
         config: what trains.
-        factors_dtype: to which an earlier run rounded its factors, if these are to be the same; None:
-            the dtype of the weights in a forward.
-        ranks: of each matrix, as an earlier run chose them; None: as the config says. All ranks must
-            call it where that is "auto".
+        factors_dtype: dtype to which an earlier run rounded its factors, to get the same ones; None: the
+            dtype of the weights in a forward.
+        ranks: rank of each matrix, as an earlier run chose them; None: as the config says. All ranks of
+            the world must call this function where `rank` is "auto".
 
     Raises:
-        ConfigError: nothing trains, or `rank` is above min(m, n) of a matrix.
+        ConfigError: nothing trains, `rank` is above min(m, n) of a matrix, or `ranks` do not fit the model.
     """
     chosen = Selection()
     for name, parameter in sharding.module.named_parameters():

@@ -1,4 +1,4 @@
-"""From losses to slopes: what failed is left out, outliers may be clipped, and how good they are."""
+"""Slopes from losses: failed directions are left out, outliers may be clipped, quality is estimated."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ ENOUGH = 16  # of them before anything is clipped
 
 
 def kappas(losses: Tensor, rho: float, central: bool) -> Tensor:
-    """κ of each direction, (L⁺ - L⁻) / 2ρ or (L⁺ - L) / ρ: float64 (groups, directions), NaN where a
-    loss is not finite.
+    """Returns κ of each direction, (L⁺ - L⁻) / 2ρ or (L⁺ - L) / ρ: float64 (groups, directions), NaN
+    where a loss is not finite.
 
     Args:
         losses: float64 (groups, branches), of ranks that measured directions of their own; branches
@@ -30,14 +30,14 @@ def kappas(losses: Tensor, rho: float, central: bool) -> Tensor:
 
 
 def slopes_of(kappa: Tensor) -> Tensor:
-    """What each direction is weighed with, float64 (Q,): κ over the number of those that were measured,
-    0 for the others."""
+    """Returns the weight of each direction, float64 (Q,): κ over the number of directions measured, 0 for
+    directions that failed."""
     measured = kappa.isfinite()
     return torch.where(measured, kappa, 0.0) / max(1, int(measured.sum()))
 
 
 def clip(kappa: Tensor, quantile: float | None, window: Tensor) -> tuple[Tensor, Tensor]:
-    """Bounds |κ| by a quantile of those of the last steps, as they were before any bound.
+    """Bounds |κ| by a quantile of the last steps' |κ|, taken before any bound.
 
     Args:
         kappa: float64 (Q,), NaN for directions that failed.
@@ -58,10 +58,11 @@ def clip(kappa: Tensor, quantile: float | None, window: Tensor) -> tuple[Tensor,
 
 @dataclass(frozen=True)
 class Quality:
-    """What the slopes of a step say of the gradient of the coefficients.
+    """Quality of a step's slopes as an estimate of the gradient of the coefficients.
 
     Attributes:
-        mean, spread: of κ over the directions that were measured; None of fewer than one or two.
+        mean, spread: mean and standard deviation of κ over measured directions; None of fewer than one
+            or two.
         gradient_norm: ‖∇‖ in what directions are N(0, 1) in (TeZO's coefficients a, LOZO's U, MeZO's
             weights): the root of the mean of κ², as κ = ⟨∇, τ⟩.
         snr: ‖∇‖² over the mean square error of the step's estimate Σκτ/Q, from how far directions
@@ -75,7 +76,7 @@ class Quality:
 
 
 def quality(kappa: Tensor, gradient: Tensor | None) -> Quality:
-    """Of a step.
+    """Returns the quality of a step's slopes.
 
     Args:
         kappa: float64 (Q,), NaN for directions that failed.
@@ -92,7 +93,7 @@ def quality(kappa: Tensor, gradient: Tensor | None) -> Quality:
 
 
 def _snr(kappa: Tensor, gradient: Tensor) -> float | None:
-    """‖Σκτ‖² = Σκ²‖τ‖² + what different directions share, whose mean is ‖∇‖² a pair; ‖τ‖² is about D."""
+    """SNR by ‖Σκτ‖² = Σκ²‖τ‖² + terms of pairs of directions, of mean ‖∇‖² a pair; ‖τ‖² is about D."""
     count = len(kappa)
     alone = kappa.square().sum().item() * len(gradient)
     shared = (count**2 * gradient.square().sum().item() - alone) / (count * (count - 1))

@@ -1,7 +1,7 @@
-"""Where a run stands: all that is equal on every rank and that the next step depends on, as tensors by name.
+"""State of a run: all that is equal on every rank and that the next step depends on, as tensors by name.
 
-For the methods whose result is their coefficients it is kilobytes, and all there is. For those that write
-weights the shards belong to it, see `run.snapshots`.
+For methods whose result is their coefficients this is kilobytes, and all there is. For methods that write
+weights the shards are state as well, see `run.snapshots`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _METHOD = "method."
 
 @dataclass(frozen=True)
 class Cost:
-    """Memory of a forward. A run measures it once: it says how many branches go at once, and so the shapes
-    of products, and must not depend on which batch a process that goes on begins with.
+    """Memory of a forward, measured once in a run: the cost sets how many branches go at once, and so the
+    shapes of products, and must not depend on the batch that a resumed process begins with.
 
     Attributes:
         fixed: bytes of tensors, whatever the branches.
         each: bytes of tensors for each token of each branch.
-        where: the sharding and the ranks for which that holds.
+        where: the sharding, and the number of ranks, that were measured.
     """
 
     fixed: float
@@ -40,13 +40,13 @@ def _empty() -> Tensor:
 
 @dataclass
 class StepState:
-    """What the next step depends on besides the method's own state.
+    """State that the next step depends on besides the method's own.
 
     Attributes:
-        rho: ρ; NaN until it is chosen, where the config leaves that open.
+        rho: ρ; NaN under `rho: auto` until chosen.
         step: index of the next step, from 0.
         failed: steps in a row in which directions failed.
-        window: |κ| of the last steps, float64, by a quantile of which `clip_kappa` bounds later ones.
+        window: |κ| of the last steps, float64, whose quantile bounds later |κ| under `clip_kappa`.
         cost: memory of a forward; None before it is measured, and without a `memory_budget`.
         stopping: whether any rank was asked to stop, as of the last step's message.
     """
@@ -60,7 +60,7 @@ class StepState:
 
 
 def pack(state: StepState, method: Method) -> dict[str, Tensor]:
-    """Copies on the CPU of what a snapshot keeps and a digest compares."""
+    """Returns CPU copies of the tensors that a snapshot keeps and a digest compares."""
     tensors = {_METHOD + name: packed.data for name, packed in method.state.items()}
     if method.finished:
         tensors["finished"] = torch.stack(method.finished)  # (periods, D)
@@ -71,7 +71,7 @@ def pack(state: StepState, method: Method) -> dict[str, Tensor]:
 
 
 def refuse_unfit(tensors: Mapping[str, Tensor], method: Method, name: str) -> None:
-    """Raises StorageError unless tensors are of `pack` for such a method, whose name is `name`."""
+    """Raises StorageError unless `tensors` are `pack`'s of such a method, named `name`."""
     expected = {_METHOD + key: packed.data.shape for key, packed in method.state.items()}
     found = {key: part.shape for key, part in tensors.items() if key.startswith(_METHOD)}
     if expected != found or not {"clip", "counts", "rho"} <= tensors.keys():
@@ -82,7 +82,7 @@ def refuse_unfit(tensors: Mapping[str, Tensor], method: Method, name: str) -> No
 
 
 def unpack(tensors: Mapping[str, Tensor], state: StepState) -> tuple[int, list[Tensor]]:
-    """Sets a state from tensors of `pack`; gives the method's period and the coefficients of those before."""
+    """Sets a state from tensors of `pack`; returns the method's period and coefficients of earlier ones."""
     state.step, state.failed, period = tensors["counts"].tolist()
     state.rho, state.window = tensors["rho"].item(), tensors["clip"].clone()
     return period, list(tensors.get("finished", torch.empty(0, 0)))

@@ -1,4 +1,4 @@
-"""Results in formats that others load: a run whose result is its coefficients is exactly a LoRA adapter."""
+"""LoRA adapters and coefficients: a run whose result is its coefficients is exactly a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ INSTEAD = "write the merged model (tezo-ds export --merged)"
 
 
 def lora_tensors(engine: Engine) -> dict[str, Tensor]:
-    """PEFT's tensors: B = U diag(a), A = Vᵀ for a Linear; A = (U diag(a))ᵀ, B = V for what is used the
-    other way round, an Embedding or GPT-2's Conv1D. U, V and a of several periods lie side by side.
+    """Returns PEFT's tensors: B = U diag(a), A = Vᵀ for a Linear; A = (U diag(a))ᵀ, B = V for an Embedding or
+    GPT-2's Conv1D, which are used transposed. U, V and a of several periods lie side by side.
 
     No communication: U and V come from the seed. A tied matrix gives one pair for each module that
     uses it, so the adapter is for adding on the side: peft's own merge would add both into one weight.
@@ -61,14 +61,14 @@ def lora_tensors(engine: Engine) -> dict[str, Tensor]:
 
 
 def not_low_rank(config: TezoConfig) -> str | None:
-    """What stands against an adapter of any run of this method, in one line; None if nothing does."""
+    """Returns what stands against an adapter of any run of this method, in one line; None if nothing does."""
     if config.facts.learns_coefficients:
         return None
     return f"what {config.method} learns is no low-rank change, as a LoRA adapter is; {INSTEAD}"
 
 
 def no_adapter_because(engine: Engine) -> str | None:
-    """What stands against an adapter of this run, in one line; None if nothing does."""
+    """Returns what stands against an adapter of this run, in one line; None if nothing does."""
     module, vectors = engine.sharding.module, engine.space.vectors
     if reason := not_low_rank(engine.config):
         return reason
@@ -86,8 +86,8 @@ def no_adapter_because(engine: Engine) -> str | None:
 
 
 def _offset_embeddings(module: nn.Module, names: set[str]) -> dict[str, str]:
-    """Embeddings that do not look up their first argument (OPT's positions), as peft would. It
-    knows of those that scale what they looked up."""
+    """Returns embeddings that do not look up their first argument as peft would (OPT's positions); peft
+    knows of embeddings that scale what they looked up."""
     return {
         name: f"weight of {type(owner).__name__}"
         for name, owner, _ in users(module, names)
@@ -98,7 +98,7 @@ def _offset_embeddings(module: nn.Module, names: set[str]) -> dict[str, str]:
 
 
 def _owners(module: nn.Module) -> dict[int, list[tuple[str, str]]]:
-    """(path, kind) of the modules that use each weight, by the weight's id."""
+    """Returns (path, kind) of the modules that use each weight, by the weight's id."""
     owners: dict[int, list[tuple[str, str]]] = {}
     for path, owner in module.named_modules():
         if kind := kind_of(owner):
@@ -107,7 +107,7 @@ def _owners(module: nn.Module) -> dict[int, list[tuple[str, str]]]:
 
 
 def lora_config(engine: Engine, base_model: str) -> dict[str, Any]:
-    """adapter_config.json: scaling lora_alpha / r = 1, module paths in full."""
+    """Returns the content of adapter_config.json: scaling lora_alpha / r = 1, module paths in full."""
     owners, coefficients = _owners(engine.sharding.module), engine.coefficients()
     parameters = dict(engine.sharding.module.named_parameters())
     ranks: dict[str, int] = {}  # by path
@@ -139,14 +139,14 @@ def save_adapter(engine: Engine, folder: Path, base_model: str, card: str = "") 
     whole or not at all. peft takes changed weights for good ones: `sha256sum -c SHA256SUMS` tells.
 
     Args:
-        engine: after training.
-        folder: to write.
+        engine: an engine after training.
+        folder: the folder to write.
         base_model: name or path of the model that the adapter is for.
-        card: for its README.md.
+        card: text of README.md.
 
     Raises:
         ConfigError: see `lora_tensors`.
-        StorageError: it cannot be written.
+        StorageError: the folder cannot be written.
     """
     tensors, config = lora_tensors(engine), lora_config(engine, base_model)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -166,17 +166,17 @@ def save_adapter(engine: Engine, folder: Path, base_model: str, card: str = "") 
 
 
 def _write_checksums(folder: Path) -> None:
-    """In the format of sha256sum, for small files."""
+    """Writes the checksums of small files, in the format of sha256sum."""
     hashed = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
     (folder / CHECKSUMS).write_text("".join(f"{h}  {name}\n" for name, h in hashed.items()))
 
 
 def save_coefficients(coefficients: dict[str, Tensor], path: Path, run: str = "") -> None:
-    """Writes what `Engine.coefficients` gives as safetensors, in float64, with a digest and by way of a
-    temporary name; `run` is the identity of its config.
+    """Writes what `Engine.coefficients` gives as safetensors, in float64, with a digest and through a
+    temporary name; `run` is the identity of the run's config.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: the file cannot be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -25,13 +25,13 @@ from tezo_ds.sharding.base import named_state
 
 
 def refuse_filled(folder: Path) -> None:
-    """Raises ConfigError unless a folder is empty or new: to be known before a model is loaded."""
+    """Raises ConfigError unless a folder is empty or new; to be called before a model is loaded."""
     if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not an empty folder; choose another, or remove it")
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether `save_merged` came to its end there."""
+    """Returns whether `save_merged` came to its end in a folder."""
     return (folder / SAFE_WEIGHTS_INDEX_NAME).exists()
 
 
@@ -43,23 +43,23 @@ def save_merged(
     progress: Callable[[float], None] | None = None,
     card: str = "",
 ) -> None:
-    """Writes a folder that transformers' `from_pretrained` loads. Every rank calls it, rank 0 writes.
+    """Writes a folder that transformers' `from_pretrained` loads. Every rank calls this, rank 0 writes.
 
     One tensor is gathered at a time, and a file holds no more than the largest layer does, so rank 0
     never holds more than its shard and two layers (an embedding is one). The index comes last:
     without it nothing takes the folder for a model. An export that fails removes what it wrote.
 
     Args:
-        engine: of a transformers model; its weights and coefficients stay as they are.
-        folder: to write; empty or new.
-        tokenizer: to put beside the weights.
-        dtype: of the written weights, see `Engine.merged_tensors`.
+        engine: an engine of a transformers model; its weights and coefficients stay as they are.
+        folder: the folder to write; empty or new.
+        tokenizer: the tokenizer to put beside the weights.
+        dtype: dtype of the written weights, see `Engine.merged_tensors`.
         progress: called with the fraction done.
-        card: for its README.md.
+        card: text of README.md.
 
     Raises:
         ConfigError: not a transformers model, or the folder is filled.
-        StorageError: it cannot be written.
+        StorageError: the folder cannot be written.
         ShardingError: the weights are quantised.
     """
     module = engine.sharding.module
@@ -89,8 +89,8 @@ def save_merged(
 
 
 def _sizes(engine: Engine, dtype: torch.dtype | None) -> dict[str, int]:
-    """Bytes of each tensor to write. Tied weights go by the first of their names, which is the one
-    that transformers keeps as well."""
+    """Returns the bytes of each tensor to write. Tied weights go by the first of their names, which is the
+    one that transformers keeps as well."""
     sizes: dict[str, int] = {}
     for names, tensor in named_state(engine.sharding.module):
         shape = tensor.shape
@@ -106,7 +106,7 @@ def _kept(
     sizes: dict[str, int],
     progress: Callable[[float], None] | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of all that this rank is given: everything on rank 0, nothing elsewhere."""
+    """Yields name and tensor of all that this rank is given: everything on rank 0, nothing elsewhere."""
     total, done = sum(sizes.values()), 0
     for names, tensor in tensors:
         if tensor is not None:
@@ -117,7 +117,7 @@ def _kept(
 
 
 def _plan(sizes: dict[str, int]) -> list[list[str]]:
-    """The names in each file: whole layers, one after the other, as many as the largest has room for."""
+    """Returns the tensor names of each file: whole layers in order, no file larger than the largest layer."""
     layers = [list(names) for _, names in groupby(sizes, _layer)]
     bytes_of = [sum(sizes[name] for name in layer) for layer in layers]
     files: list[list[str]] = []
@@ -132,7 +132,7 @@ def _plan(sizes: dict[str, int]) -> list[list[str]]:
 
 
 def _layer(name: str) -> str:
-    """The outermost numbered module that a tensor is in; its own module where there is none."""
+    """Returns the outermost numbered module that a tensor is in; its own module where there is none."""
     return numbered_module(name) or name.rpartition(".")[0]
 
 

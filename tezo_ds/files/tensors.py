@@ -17,10 +17,10 @@ from tezo_ds.files.text import sync_folder
 
 
 def save(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, str]) -> None:
-    """Writes a safetensors file whole or not at all, with what it says of itself and a digest.
+    """Writes a safetensors file whole or not at all, with metadata `about` and a digest.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: the file cannot be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -37,10 +37,10 @@ def save(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, str]) ->
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What `save` wrote: tensors, and what the file says of itself.
+    """Returns the tensors and metadata that `save` wrote.
 
     Raises:
-        StorageError: it cannot be read, or is damaged.
+        StorageError: the file cannot be read, or is damaged.
     """
     tensors, about = read(path)
     if about.pop("digest", None) != digest(tensors, about):
@@ -49,10 +49,10 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file, which checks nothing of the numbers by itself.
+    """Returns the tensors and metadata of a safetensors file, without a check of the numbers.
 
     Raises:
-        StorageError: it cannot be read.
+        StorageError: the file cannot be read.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -64,7 +64,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def digest(tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> str:
-    """128 bits, as hex, of tensors and of what a file says of itself."""
+    """Returns a hex digest, 128 bits, of tensors and a file's metadata."""
     hashed = hashlib.blake2b(repr(sorted((about or {}).items())).encode(), digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -15,10 +15,10 @@ from tezo_ds.errors import ConfigError, StorageError
 
 
 def from_json(text: str) -> Any:
-    """What a user's JSON says.
+    """Returns the content of a user's JSON.
 
     Raises:
-        ValueError: it is none, names a field twice, or is too deep or has too many digits to be read.
+        ValueError: not JSON, a field that is there twice, too deep, or too many digits to be read.
     """
     try:
         return json.loads(text, object_pairs_hook=_unrepeated)
@@ -35,7 +35,7 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Returns the JSON object in a file.
 
     Raises:
         ConfigError: no such file, not JSON, or not an object.
@@ -44,7 +44,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         content = from_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except ValueError as error:  # bytes that are not UTF-8 are one, too
+    except ValueError as error:  # also for bytes that are not UTF-8
         raise ConfigError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold a JSON object, holds a {type(content).__name__}")
@@ -52,12 +52,12 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def to_json(content: Any, indent: int | None = None) -> str:
-    """JSON that any reader takes: numbers that are not finite, which JSON does not have, are null."""
+    """Returns JSON that any reader takes: numbers that are not finite, which JSON lacks, are null."""
     return json.dumps(_finite(content), indent=indent, allow_nan=False)
 
 
 def sync_folder(folder: Path) -> None:
-    """The names in a folder are on disk, too, when this returns."""
+    """Syncs a folder, so that the names of its files are on disk, too."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -77,7 +77,7 @@ def _finite(node: Any) -> Any:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Within it, what keeps a file or folder from being written is a StorageError of one line."""
+    """Context manager: an OSError or SafetensorError inside becomes a StorageError of one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -1,1 +1,1 @@
-"""What a branch is judged by."""
+"""Losses of the branches of a step."""

@@ -1,4 +1,4 @@
-"""Only positions that carry a label reach the vocabulary projection, a chunk of them at a time.
+"""Vocabulary projection of positions that carry a label alone, a chunk of them at a time.
 
 The logits of a whole batch are often the largest tensor of a forward: 32 x 64 tokens x 49,152 words
 in float32 are 400 MB. A run of the output layer over a few positions at a time needs 64 MB.
@@ -20,11 +20,11 @@ Reduce = Callable[[Tensor, slice], Tensor]
 
 
 class Head:
-    """Reduces a model's logits at chosen positions without ever holding all of them.
+    """Reduction of a model's logits at chosen positions, without ever holding all of them.
 
     The output layer's forward is replaced for the time of one forward of the model. Models that
     return its result as it is (Llama, OPT, GPT-NeoX, …) get a chunk at a time. Models that go on to
-    change it row by row (soft-capping, scaling, a cast) are noticed, tried, and get the chosen
+    change the result row by row (soft-capping, scaling, a cast) are noticed, tried, and get the chosen
     positions at once; those that do anything else, or have no output layer, compute all logits.
     """
 
@@ -42,7 +42,7 @@ class Head:
         Args:
             inputs: for the model's forward, `branches` copies of B examples.
             positions: int64 (k,), places in one copy's flattened (B * T).
-            branches: copies.
+            branches: number of copies.
             reduce: (logits (branches, j, vocabulary), slice of the k positions) -> (branches, j, …).
 
         Returns:
@@ -58,7 +58,7 @@ class Head:
     def _run(
         self, inputs: dict[str, Any], positions: Tensor, branches: int, reduce: Reduce
     ) -> Tensor | None:
-        """One forward in the present mode; None if the model turns out not to allow it."""
+        """Runs one forward in the present mode; None if the model turns out not to allow that mode."""
         if self._layer is None or self.mode == "whole":
             logits = _logits(self._sharding.forward(**inputs))
             return reduce(_pick(logits, positions, branches), slice(None))
@@ -71,8 +71,8 @@ class Head:
         return tap.result if tap.is_own(logits) else None
 
     def _row_by_row(self, inputs: dict[str, Any], branches: int) -> bool:
-        """Whether the model treats each row of its output layer's result by itself, so that leaving
-        rows out changes nothing else: tried on one example of each branch."""
+        """Tries, on one example of each branch, whether the model treats each row of its output layer's
+        result by itself, so that leaving rows out changes nothing else."""
         assert self._layer is not None
         rows = max(value.shape[0] for value in inputs.values() if isinstance(value, Tensor))
         few = {
@@ -96,7 +96,7 @@ class Head:
 
 
 class _Tap:
-    """Stands in for the output layer's forward within a `with`."""
+    """Context manager: the output layer's forward is replaced inside."""
 
     def __init__(
         self, layer: nn.Module, positions: Tensor, branches: int, reduce: Reduce | None
@@ -114,7 +114,7 @@ class _Tap:
         return self._returned is not None
 
     def is_own(self, logits: Tensor) -> bool:
-        """Whether the model returned what the layer did, untouched."""
+        """Returns whether `logits` are the output layer's result, untouched."""
         if self._returned is None:
             return False
         own, version = self._returned
@@ -135,7 +135,7 @@ class _Tap:
 
     def _forward(self, input: Tensor) -> Tensor:  # torch's own name: callers may use it
         chosen = _pick(input, self._positions, self._branches)  # (branches, k, hidden)
-        # Of an output layer that tensor parallelism has split, no rank sees whole logits here.
+        # Where tensor parallelism has split the output layer, no rank sees whole logits here.
         reduce = None if hasattr(input, "to_local") else self._reduce
         logits = self._project(chosen) if reduce is None else self._in_chunks(chosen, reduce)
         self._returned = logits, logits._version
@@ -154,14 +154,14 @@ class _Tap:
 
 
 def _logits(outputs: Any) -> Tensor:
-    """The logits of a model's outputs: a tensor, or an object or tuple that holds them."""
+    """Returns the logits of a model's outputs: a tensor, or an object or tuple that holds them."""
     if isinstance(outputs, Tensor):
         return outputs
     return outputs.logits if hasattr(outputs, "logits") else outputs[0]
 
 
 def _pick(x: Tensor, positions: Tensor, branches: int) -> Tensor:
-    """(branches * B, T, width) at flat `positions` of each copy: (branches, k, width)."""
+    """Picks flat `positions` of each copy from (branches * B, T, width): (branches, k, width)."""
     if hasattr(x, "to_local"):  # a DTensor, which plain positions cannot index
         split: Any = x
         picked = _pick(split.to_local(), positions, branches)

@@ -1,4 +1,4 @@
-"""What a branch is judged by: the loss sum and count of each example of a batch."""
+"""Objective of a branch: the loss sum and count of each example of a batch."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ LossFn = Callable[[Any, Mapping[str, Any]], tuple[Tensor, Tensor]]
 
 
 def targets(module: nn.Module, labels: Tensor) -> Tensor:
-    """Labels moved to the positions that predict them, IGNORE where there is none: (B, T)."""
+    """Returns labels moved to the positions that predict them, IGNORE where there is none: (B, T)."""
     if is_masked_lm(module):
         return labels
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
 def repeat(batch: Mapping[str, Any], times: int) -> dict[str, Any]:
-    """Every tensor of a batch `times` over along its first dim, copy after copy."""
+    """Repeats every tensor of a batch `times` over along its first dim, copy after copy."""
     if times == 1:
         return dict(batch)
     return {
@@ -40,16 +40,15 @@ def repeat(batch: Mapping[str, Any], times: int) -> dict[str, Any]:
 
 
 class Objective:
-    """Runs the model on a batch and gives loss sums and counts, branch by branch.
+    """Loss sums and counts of a model on a batch, branch by branch.
 
     Attributes:
-        choices: int64 (words,), or None. With it the default loss is over these tokens alone: the
-            cross-entropy of picking the right one of them, not of predicting it among all.
-
+        choices: int64 (words,), tokens that alone count in the default loss: the cross-entropy of
+            picking the right one of them, not of predicting it among all; None: all tokens count.
         micro_batch: examples of this rank in one forward; 0: all of a batch.
 
     Args:
-        sharding: of the model.
+        sharding: the model.
         loss_fn: (outputs, batch) -> (loss_sum, count), each (examples,). None: cross-entropy on
             batch["labels"], next-token for causal models, in place for masked ones.
     """
@@ -63,7 +62,7 @@ class Objective:
         self.micro_batch = 0
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """What of a batch the model's forward takes, on its device; labels stay with us."""
+        """Returns the part of a batch that the model's forward takes, on its device, without labels."""
         takes_any = all(p.kind.name.startswith("VAR_") for p in self._parameters.values())
         chosen = {
             key: value.to(self._sharding.device) if isinstance(value, Tensor) else value
@@ -76,12 +75,12 @@ class Objective:
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any], branches: int) -> Tensor:
-        """Loss sums and counts, float64 (2, branches) on the model's device; over several forwards where
-        the batch has more examples than `micro_batch`, as many on every rank.
+        """Returns loss sums and counts, float64 (2, branches) on the model's device; over several forwards
+        where the batch has more examples than `micro_batch`, as many on every rank.
 
         Args:
-            batch: of this rank; its first dim is the examples.
-            branches: how many copies ride through the forward, the first copy first.
+            batch: this rank's batch; the first dim is the examples.
+            branches: copies of the batch in a forward.
 
         Raises:
             DataError: no "labels" and no loss_fn.
@@ -94,7 +93,7 @@ class Objective:
         return torch.stack([self._sums(part, branches) for part in parts]).sum(dim=0)
 
     def _sums(self, batch: Mapping[str, Any], branches: int) -> Tensor:
-        """In one forward."""
+        """Returns loss sums and counts, float64 (2, branches), by one forward."""
         if self._head is not None:
             return self._token_losses(self._head, batch, branches)
         assert self._loss_fn is not None
@@ -117,8 +116,8 @@ class Objective:
         return torch.stack([sums, torch.full_like(sums, positions.numel())])
 
     def _labelled(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Flat positions (k,) that predict a label; those labels, as places among the choices where
-        there are any: (k,)."""
+        """Returns flat positions (k,) that predict a label, and their labels, as places among the
+        choices where there are any: (k,)."""
         if "labels" not in batch:
             raise DataError('batch has no "labels"; add them (-100 where none), or pass a loss_fn')
         wanted = targets(self._sharding.module, batch["labels"]).reshape(-1)  # (B * T,)
@@ -130,7 +129,7 @@ class Objective:
         return positions, _index_in(self.choices, tokens)
 
     def _cross_entropy(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """Of each row of logits (rows, vocabulary), float32 or wider (rows,)."""
+        """Returns the cross-entropy of each row of logits (rows, vocabulary): (rows,), float32 or wider."""
         if self.choices is not None:
             logits = logits[:, self.choices]
         wide = torch.promote_types(logits.dtype, torch.float32)
@@ -140,10 +139,10 @@ class Objective:
     def score(
         self, batch: Mapping[str, Any], candidates: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What a plain forward says of each labelled position, in the order of the flat batch.
+        """Scores each labelled position by a plain forward, in the order of the flat batch.
 
         Args:
-            batch: with "labels".
+            batch: a batch with "labels".
             candidates: int64 (words,), token ids to compare.
 
         Returns:
@@ -165,7 +164,7 @@ class Objective:
 
 
 def _micro_batches(batch: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
-    """A batch cut along the first dim of its tensors, which is that of the largest."""
+    """Yields parts of a batch, cut along the first dim of its longest tensors."""
     count = max(len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim())
     for start in range(0, count, size):
         yield {
@@ -177,15 +176,15 @@ def _micro_batches(batch: Mapping[str, Any], size: int) -> Iterator[dict[str, An
 
 
 def _without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The same inputs, of which nothing counts: for a rank that has fewer examples than others."""
+    """Returns a batch of which no label counts: for a rank that has fewer examples than others."""
     return {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
 
 
 def _index_in(choices: Tensor, tokens: Tensor) -> Tensor:
-    """Place of each token among the choices: (k,).
+    """Returns the place of each token among the choices: (k,).
 
     Raises:
-        DataError: one is none of them.
+        DataError: a token is none of the choices.
     """
     same = tokens[:, None] == choices
     if not bool(same.any(dim=1).all()):

@@ -13,10 +13,10 @@ __all__ = ["Method", "MethodFacts", "Write", "make_method", "register"]
 
 
 def make_method(config: TezoConfig, space: CoefficientSpace, device: torch.device) -> Method:
-    """The method that `config.method` names, at its start.
+    """Makes the method that `config.method` names, at its start.
 
     Args:
-        config: of the run.
+        config: the run's config.
         space: all coefficients, D numbers.
         device: where state that is as large as factors lies; the coefficients are on the CPU.
     """

@@ -1,4 +1,4 @@
-"""What a method is to the rest: branches to measure, and an update from their slopes."""
+"""Base of all methods: branches to measure, and an update from their slopes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ Write = Callable[[ShardView], None]  # changes a shard that this rank holds
 
 
 class Method(ABC):
-    """The mathematics of a run. Everything it knows is a function of the slopes so far, so it is the
-    same on every rank.
+    """The mathematics of a run: all state is a function of the slopes so far, and the same on every rank.
 
     What a step changes is kept aside as coefficients, float64 and exact, where the method allows; the
     rest goes into the weights by a `Write`, which the caller applies to every shard.
@@ -28,9 +27,9 @@ class Method(ABC):
     Attributes:
         coefficients: a, float64 (D,) on the CPU; zero where the weights hold the change.
         finished: a of each period before this one, (D,), where a method has periods of coefficients.
-        factors: of the low-rank family of its directions; None if they are dense.
+        factors: factors of low-rank directions; None if directions are dense.
         writes: whether a step may write weights.
-        in_tau: whether its directions are τ of all coefficients, and not of those of vectors alone.
+        in_tau: whether directions are τ of all coefficients, and not of those of vectors alone.
     """
 
     factors: Factors | None = None
@@ -44,7 +43,7 @@ class Method(ABC):
 
     @property
     def period(self) -> int:
-        """How many periods of U and V, or of V, came before this one."""
+        """Number of periods of U and V, or of V, before this one."""
         return 0 if self.factors is None else self.factors.period
 
     @property
@@ -53,44 +52,44 @@ class Method(ABC):
         return {"coefficients": self.space.pack(self.coefficients)}
 
     def begin(self, step: int) -> Write | None:
-        """To be called, and its result applied, before a step's branches are asked for."""
+        """Begins a step; the result has to be applied before the step's branches are asked for."""
         return None
 
     def refresh(self) -> Write:
-        """Ends a period of coefficients, of a method whose factors are fixed for one."""
+        """Ends a period of coefficients, in methods whose factors are fixed for a period."""
         raise NotImplementedError(f"{type(self).__name__} has no periods of coefficients")
 
     @abstractmethod
     def branches(self, ask: Ask) -> Branches:
-        """Δ = what is kept aside + ρ · sign · Z_q for each branch that is asked for."""
+        """Returns Δ = (change kept aside) + ρ · sign · Z_q for each branch that is asked for."""
 
     @abstractmethod
     def kept_aside(self) -> Branches:
-        """One branch: the change that is not in the weights."""
+        """Returns one branch: the change that is not in the weights."""
 
     @abstractmethod
     def update(self, step: int, slopes: Tensor, gradient: Tensor, lr: float) -> Write | None:
-        """One step along Σ slope_q Z_q.
+        """Takes one step along Σ slope_q Z_q.
 
         Args:
-            step: whose directions were measured.
+            step: the step whose directions were measured.
             slopes: float64 (Q,) on the CPU: κ = (L⁺ - L⁻) / 2ρ of each direction over their number, so
-                that the sum is a mean; 0 for one that failed.
+                that the sum is a mean; 0 for a direction that failed.
             gradient: Σ slope_q τ_q, float64 (D,).
             lr: η of this step.
         """
 
     def merged(self) -> None:
-        """What was kept aside is in the weights now."""
+        """Forgets the change kept aside, as the weights hold it now."""
         self.coefficients.zero_()
 
     def moments(self, view: ShardView) -> dict[str, Tensor]:
-        """What is kept beside a shard that this rank holds, by kind: (view.numel,), a number for each
+        """Returns moments kept beside a shard of this rank, by kind: (view.numel,), a number for each
         element of the shard, float32 or wider. {} before the first update, and for most methods."""
         return {}
 
     def set_moments(self, view: ShardView, moments: Mapping[str, Tensor]) -> None:
-        """Puts what `moments` gave in the place of what is kept beside a shard.
+        """Replaces the moments kept beside a shard by some that `moments` gave.
 
         Raises:
             StorageError: the method keeps other kinds.
@@ -102,16 +101,16 @@ class Method(ABC):
             )
 
     def offsets(self, ask: Ask) -> Tensor:
-        """±ρτ of each branch: float64 (branches, D); zeros if no τ counts."""
+        """Returns ±ρτ of each branch: float64 (branches, D); zeros if no τ counts."""
         if not self.in_tau and not self.space.vectors:
             return torch.zeros(len(ask), self.space.numel, dtype=torch.float64)
         return ask.matrix() @ self.space.taus(ask.step, ask.directions).double()
 
     def move_vectors(self, change: Tensor, lr: float) -> None:
-        """a ← a - η · change on the coefficients of vectors alone; change is (D,)."""
+        """Moves a ← a - η · change on the coefficients of vectors alone; change is (D,)."""
         vectors = self.space.of_vectors
         self.coefficients[vectors] -= lr * change[vectors]
 
     def moments_of_vectors(self, descent: Descent) -> dict[str, Packed]:
-        """The state of a descent of the (D,) coefficients of which the vectors' count, by name."""
+        """Returns, by name, the state of a descent of (D,) coefficients, where only vectors' count."""
         return {f"vector_{name}": self.space.pack(t) for name, t in descent.state.items()}

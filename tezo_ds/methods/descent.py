@@ -1,4 +1,4 @@
-"""From a gradient estimate to a step: plain, with momentum, or Adam; of numbers of any meaning."""
+"""Descent from a gradient estimate to a step: plain, with momentum, or Adam; of any numbers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Count = Tensor | float
 
 
 class Descent(ABC):
-    """x ← x - η · step(g), elementwise.
+    """Rule x ← x - η · step(g), elementwise.
 
     Attributes:
-        state: its tensors by name, of the shape of g.
+        state: the rule's tensors by name, of the shape of g.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Descent(ABC):
 
     @abstractmethod
     def step(self, gradient: Tensor, count: Count) -> Tensor:
-        """What η is to be multiplied with, of the shape of g; takes note of g.
+        """Takes in g and returns step(g), of the shape of g.
 
         Args:
             gradient: g.
@@ -32,21 +32,20 @@ class Descent(ABC):
         """
 
     def reset(self) -> None:
-        """Forgets the past."""
+        """Forgets past gradients."""
         for tensor in self.state.values():
             tensor.zero_()
 
 
 class Sgd(Descent):
-    """g itself."""
+    """Plain descent: step(g) = g."""
 
     def step(self, gradient: Tensor, count: Count) -> Tensor:
-        """See `Descent`."""
         return gradient
 
 
 class Momentum(Descent):
-    """m ← β₁m + (1-β₁)g."""
+    """Descent with momentum: step(g) = m ← β₁m + (1-β₁)g."""
 
     def __init__(self, like: Tensor, beta1: float) -> None:
         super().__init__()
@@ -54,12 +53,11 @@ class Momentum(Descent):
         self.state = {"momentum": torch.zeros_like(like)}
 
     def step(self, gradient: Tensor, count: Count) -> Tensor:
-        """See `Descent`."""
         return self.state["momentum"].mul_(self._beta1).add_(gradient, alpha=1 - self._beta1)
 
 
 class Adam(Descent):
-    """m ← β₁m + (1-β₁)g, v ← β₂v + (1-β₂)g², m̂ / (√v̂ + ε).
+    """Adam: m ← β₁m + (1-β₁)g, v ← β₂v + (1-β₂)g², step(g) = m̂ / (√v̂ + ε).
 
     Args:
         like: a tensor of the shape, dtype and device of g.
@@ -76,20 +74,19 @@ class Adam(Descent):
         self.state = {"moment1": torch.zeros_like(like), "moment2": torch.zeros_like(like)}
 
     def note(self, gradient: Tensor) -> None:
-        """m and v take in g."""
+        """Updates m and v by g."""
         beta1, beta2 = self._betas
         self.state["moment1"].mul_(beta1).add_(gradient, alpha=1 - beta1)
         self.state["moment2"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
 
     def corrections(self, count: Count) -> tuple[Count, Count]:
-        """What m and v are to be multiplied with."""
+        """Returns the factors of m and v that correct their bias, 1 where none is asked for."""
         if not self._corrects:
             return 1.0, 1.0
         beta1, beta2 = self._betas
         return 1 / (1 - beta1**count), 1 / (1 - beta2**count)
 
     def step(self, gradient: Tensor, count: Count) -> Tensor:
-        """See `Descent`."""
         self.note(gradient)
         first, second = self.corrections(count)
         root = (self.state["moment2"] * second).sqrt_().add_(self.eps)
@@ -97,7 +94,7 @@ class Adam(Descent):
 
 
 def descent_of(config: TezoConfig, like: Tensor) -> Descent:
-    """The descent that a method's facts name, at its start, of numbers of the shape and dtype of `like`."""
+    """Makes the descent that a method's facts name, at its start, of numbers shaped and typed as `like`."""
     if config.facts.descent == "momentum":
         return Momentum(like, config.momentum)
     if config.facts.descent == "adam":

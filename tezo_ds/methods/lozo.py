@@ -17,7 +17,7 @@ from tezo_ds.sharding.view import ShardView
 
 
 class LozoFactors(Factors):
-    """The lefts of a matrix are B, the change of this period, then U of each direction of a step.
+    """Factors whose lefts are B, the change of this period, then U of each direction of a step.
 
     Attributes:
         change: B of all matrices, (m, rank) each, see `lefts`.
@@ -30,31 +30,30 @@ class LozoFactors(Factors):
         self._directions: tuple[int, ...] = ()
 
     def at(self, step: int, directions: tuple[int, ...]) -> None:
-        """On to some directions of a step, or to a change that has changed."""
+        """Moves to other directions of a step, or to a changed B."""
         self._step, self._directions, self.copies = step, directions, 1 + len(directions)
         self._version += 1
         self.renewed = self._version
 
     def drawn(self, name: str, step: int, q: int, rows: range, device: torch.device) -> Tensor:
-        """U of one direction on some rows: (len(rows), rank)."""
+        """Returns U of one direction on some rows: (len(rows), rank)."""
         places = torch.arange(rows.start, rows.stop, device=device)
         rank = self.matrices[name].rank
         return self.rounded(name, fresh_left(name, rank, self.space.seed, step, q, places))
 
     def of_change(self, name: str, rows: range) -> Tensor:
-        """B on some rows: (len(rows), rank)."""
+        """Returns B on some rows: (len(rows), rank)."""
         part = self.change.data[self.change.slices[name]]
         return part.view(-1, self.matrices[name].rank)[rows.start : rows.stop]
 
     def left(self, name: str, rows: range, device: torch.device | str) -> Tensor:
-        """See `Factors`."""
         device = torch.device(device)
         kept = self.of_change(name, rows).to(device, self.matrices[name].dtype)
         fresh = (self.drawn(name, self._step, q, rows, device) for q in self._directions)
         return torch.cat([kept, *fresh], dim=1)
 
     def scaled(self, view: ShardView, c: Tensor) -> Tensor:
-        """See `Factors`; draws no U that c does not use."""
+        """Returns Σ_k L_k diag(c_k) on a shard's rows; draws no U that c does not use."""
         wide = torch.promote_types(view.local.dtype, torch.float32)
         device, rows = view.local.device, view.rows
         c = c.to(device, wide)
@@ -66,7 +65,7 @@ class LozoFactors(Factors):
 
 
 class Lozo(Method):
-    """B ← B - η s · Σ slope · U, or lozo-m's -η N with N ← βN + (1-β) s · Σ slope · U; every
+    """LOZO: B ← B - η s · Σ slope · U, or lozo-m's -η N with N ← βN + (1-β) s · Σ slope · U; every
     ν steps W ← W + B Vᵀ, B ← 0, a new V, and N ← N V_oldᵀ V_new / n.
 
     The direction that is applied is the one that was measured, U of the same draw and V of the same
@@ -75,7 +74,7 @@ class Lozo(Method):
     Args:
         space: what trains.
         change: zeros for B, see `lefts`.
-        descent: of B.
+        descent: descent of B.
         of_vectors: descent of the (D,) coefficients, of which the vectors' count.
         nu: ν, steps of a period.
         rank_scaling: s is 1/rank, as in the paper and not in its code; otherwise 1.
@@ -104,14 +103,13 @@ class Lozo(Method):
 
     @property
     def state(self) -> dict[str, Packed]:
-        """See `Method`."""
         slices = self.factors.change.slices
         moments = {name: Packed(data, slices) for name, data in self._descent.state.items()}
         of_vectors = self.moments_of_vectors(self._of_vectors)
         return {**super().state, "change": self.factors.change, **moments, **of_vectors}
 
     def begin(self, step: int) -> Write | None:
-        """See `Method`; the end of a period where it is due."""
+        """Ends a period every ν steps: W ← W + B Vᵀ, B ← 0, a new V."""
         if not step or step % self._nu:
             return None
         old = Packed(self.factors.change.data.clone(), self.factors.change.slices)
@@ -125,7 +123,7 @@ class Lozo(Method):
         return lambda view: ended.move_(view, None, 0, store)
 
     def _project(self, momentum: Packed) -> None:
-        """N ← N V_oldᵀ V_new / n of each matrix."""
+        """Projects momentum on the next V: N ← N V_oldᵀ V_new / n of each matrix."""
         ahead = LozoFactors(self.space, self.factors.change, self.factors.period + 1)
         for name, matrix in self.factors.matrices.items():
             N = momentum.data[momentum.slices[name]].view(-1, matrix.rank)  # (m, rank)
@@ -136,13 +134,13 @@ class Lozo(Method):
             N.copy_(N @ (old.t() @ new) / matrix.shape[1])
 
     def _of_change(self, count: int) -> Tensor:
-        """c of B alone, with room for some directions: (1, 1 + count, D)."""
+        """Returns c of B alone, with room for `count` directions: (1, 1 + count, D)."""
         c = torch.zeros(1, 1 + count, self.space.numel, dtype=torch.float64)
         c[:, 0, self.space.of_matrices] = 1
         return c
 
     def branches(self, ask: Ask) -> LowRank:
-        """See `Method`. Only those asked for last can be used, as the lefts are theirs."""
+        """Returns branches, of which only those asked for last can be used, as the lefts are theirs."""
         self.factors.at(ask.step, ask.directions)
         c = self._of_change(len(ask.directions)).repeat(len(ask), 1, 1)
         c[:, 1:, self.space.of_matrices] = ask.matrix()[..., None]
@@ -151,7 +149,6 @@ class Lozo(Method):
         return LowRank(c, self.factors)
 
     def kept_aside(self) -> LowRank:
-        """See `Method`."""
         self.factors.at(0, ())
         c = self._of_change(0)
         c[:, 0, self.space.of_vectors] = self.coefficients[self.space.of_vectors]
@@ -159,7 +156,6 @@ class Lozo(Method):
         return LowRank(c, self.factors, idle)
 
     def update(self, step: int, slopes: Tensor, gradient: Tensor, lr: float) -> Write | None:
-        """See `Method`."""
         change, total = self.factors.change, self._gradient
         for matrix in self.space.matrices:
             scale = 1 / matrix.rank if self._rank_scaling else 1.0
@@ -176,13 +172,12 @@ class Lozo(Method):
         return None
 
     def merged(self) -> None:
-        """See `Method`."""
         super().merged()
         self.factors.change.data.zero_()
 
 
 def lefts(space: CoefficientSpace, device: torch.device) -> Packed:
-    """Zeros, (m, rank) of each matrix; float32, or wider for weights that are."""
+    """Returns zeros, (m, rank) of each matrix; float32, or wider for weights that are."""
     slices, numel = {}, 0
     for matrix in space.matrices:
         slices[matrix.name] = slice(numel, numel + matrix.shape[0] * matrix.rank)
@@ -194,7 +189,7 @@ def lefts(space: CoefficientSpace, device: torch.device) -> Packed:
 
 
 def make(config: TezoConfig, space: CoefficientSpace, device: torch.device) -> Lozo:
-    """LOZO from a config, at its start; the arguments are those of `make_method`."""
+    """Makes LOZO from a config, at its start; the arguments are those of `make_method`."""
     change, coefficients = lefts(space, device), torch.zeros(space.numel, dtype=torch.float64)
     return Lozo(
         space, change, descent_of(config, change.data), descent_of(config, coefficients), config.nu,

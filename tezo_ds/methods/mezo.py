@@ -21,7 +21,7 @@ from tezo_ds.sharding.view import Piece, ShardKey, ShardView
 
 
 class Dense(Branches):
-    """Δ = ±ρZ_q of each matrix, Z_q i.i.d. N(0, 1), and c_b of each vector."""
+    """Changes Δ = ±ρZ_q of each matrix, Z_q i.i.d. N(0, 1), and c_b of each vector."""
 
     def __init__(self, space: CoefficientSpace, c: Tensor, ask: Ask) -> None:
         self._space, self._c, self._ask = space, c, ask
@@ -32,7 +32,7 @@ class Dense(Branches):
         return len(self._c)
 
     def move_(self, view: ShardView, start: int | None, end: int | None) -> None:
-        """See `Branches`; one pass over the shard where both are of one direction."""
+        """Moves a shard in place, as in `Branches`; draws Z once where both are of one direction."""
         if view.name not in self._matrices:
             add_vector_(view, between(self._c[:, self._space.slices[view.name]], start, end))
             return
@@ -53,7 +53,7 @@ class Dense(Branches):
 
 
 class Mezo(Method):
-    """W ← W - η · descent(G) with G = Σ slope · Z, the mean over directions of κZ, written at every step.
+    """MeZO: W ← W - η · descent(G) with G = Σ slope · Z, the mean over directions of κZ, every step.
 
     Moments are dense: they lie beside the shards, each rank's for its own.
 
@@ -78,19 +78,15 @@ class Mezo(Method):
 
     @property
     def state(self) -> dict[str, Packed]:
-        """See `Method`."""
         return {**super().state, **self.moments_of_vectors(self._of_vectors)}
 
     def branches(self, ask: Ask) -> Dense:
-        """See `Method`."""
         return Dense(self.space, self.coefficients + self.offsets(ask), ask)
 
     def kept_aside(self) -> Dense:
-        """See `Method`."""
         return Dense(self.space, self.coefficients.clone()[None], Ask.of(0, (), 0.0, central=False))
 
     def update(self, step: int, slopes: Tensor, gradient: Tensor, lr: float) -> Write | None:
-        """See `Method`."""
         first, *rest = slopes.tolist()
         self.move_vectors(self._of_vectors.step(gradient, step + 1), lr)
         store = self._storing.at("update", step)
@@ -114,14 +110,12 @@ class Mezo(Method):
         return write
 
     def moments(self, view: ShardView) -> dict[str, Tensor]:
-        """See `Method`."""
         places = range(len(list(view.pieces(BLOCK_NUMEL))))
         kept = [d for p in places if (d := self._of_shards.get((view.key, p))) is not None]
         kinds = kept[0].state if kept else ()
         return {kind: torch.cat([d.state[kind].flatten() for d in kept]) for kind in kinds}
 
     def set_moments(self, view: ShardView, moments: Mapping[str, Tensor]) -> None:
-        """See `Method`."""
         wide, start = torch.promote_types(view.local.dtype, torch.float32), 0
         for place, piece in enumerate(view.pieces(BLOCK_NUMEL)):
             self._of_shards.pop((view.key, place), None)
@@ -141,11 +135,11 @@ class Mezo(Method):
 
 
 def of_piece(piece: Piece, seed: int, step: int, q: int) -> Tensor:
-    """Z of one direction on a piece: (rows, columns) float32."""
+    """Returns Z of one direction on a piece: (rows, columns) float32."""
     rows = torch.arange(piece.rows.start, piece.rows.stop, device=piece.values.device)
     return dense(piece.name, seed, step, q, rows, piece.columns)
 
 
 def make(config: TezoConfig, space: CoefficientSpace, device: torch.device) -> Mezo:
-    """MeZO from a config, at its start; the arguments are those of `make_method`."""
+    """Makes MeZO from a config, at its start; the arguments are those of `make_method`."""
     return Mezo(space, functools.partial(descent_of, config), Storing.of(config))

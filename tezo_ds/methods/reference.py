@@ -28,10 +28,10 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Fields:
-    """What a method may be told besides lr and rho.
+    """Options of a method besides lr and rho.
 
     Attributes:
-        seed: of the run.
+        seed: the run's seed.
         rank: r of every matrix, or of each by name; None: 2 for LOZO, else 16.
         queries: Q, directions a step.
         momentum: β of the methods -m.
@@ -73,23 +73,23 @@ def run(
     rho: float,
     **fields: Any,
 ) -> Iterator[Record]:
-    """Take `steps` steps from `weights`, which are left as they are.
+    """Takes `steps` steps from `weights`, which are left as they are.
 
     Args:
         method: one of METHODS.
         weights: parameters by name, of any float dtype; two dims or more are seen as a matrix (m, n) =
             (product of leading dims, last), fewer as a vector.
         loss: L(step, weights), called with float64 CPU tensors of the parameters' own shapes.
-        steps: how many.
+        steps: number of steps.
         lr: η.
         rho: ρ.
-        fields: of `Fields`.
+        fields: attributes of `Fields`.
 
     Yields:
         A `Record` for each step.
 
     Raises:
-        ValueError: `method` is unknown. TypeError: a field is.
+        ValueError: `method` is unknown. TypeError: a field is unknown.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
@@ -121,22 +121,22 @@ def _steps(
 
 
 class _Sgd:
-    """g itself. Any rule takes gradients of one shape, step after step."""
+    """Plain rule: g itself. Any rule takes gradients of one shape, step after step."""
 
     def __init__(self, options: Fields) -> None:
         self.options = options
         self.restart()
 
     def restart(self) -> None:
-        """Forget all gradients."""
+        """Forgets all gradients."""
 
     def __call__(self, g: Tensor) -> Tensor:
-        """What to subtract for g, of g's shape."""
+        """Returns the change to subtract for g, of g's shape."""
         return g
 
 
 class _Momentum(_Sgd):
-    """m ← βm + (1-β)g."""
+    """Momentum rule: m ← βm + (1-β)g."""
 
     def restart(self) -> None:
         self.m = torch.zeros((), dtype=torch.float64)
@@ -148,13 +148,13 @@ class _Momentum(_Sgd):
 
 
 class _Adam(_Sgd):
-    """M/(√V + ε), M and V the means of g and g²."""
+    """Adam rule: M/(√V + ε), M and V the means of g and g²."""
 
     def restart(self) -> None:
         self.t, self.M, self.V = 0, *torch.zeros(2, dtype=torch.float64)
 
     def moments(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        """M and V, corrected for their start at zero if so told."""
+        """Returns M and V, corrected for their start at zero under `bias_correction`."""
         b1, b2 = self.options.betas
         self.t += 1
         self.M = b1 * self.M + (1 - b1) * g
@@ -173,7 +173,7 @@ _RULES = {"": _Sgd, "m": _Momentum, "adam": _Adam, "adam-coef": _Adam}
 
 @dataclass
 class _Parameter(ABC):
-    """One parameter, and its state, which is the rule's. In this base the rule sees the whole gradient."""
+    """One parameter, and the rule that holds its state. In this base the rule sees the whole gradient."""
 
     name: str
     m: int
@@ -184,10 +184,10 @@ class _Parameter(ABC):
 
     @abstractmethod
     def direction(self, step: int, q: int) -> Tensor:
-        """Z of one direction, (m, n)."""
+        """Returns Z of one direction, (m, n)."""
 
     def descent(self, step: int, kappas: list[float]) -> Tensor:
-        """What a step subtracts from the parameter, ÷ lr: (m, n). Called once a step, in order."""
+        """Returns the change that a step subtracts, ÷ lr: (m, n). Called once a step, in order."""
         return self.rule(_mean(k * self.direction(step, q) for q, k in enumerate(kappas)))
 
 
@@ -209,11 +209,11 @@ class _Mezo(_Parameter):
 class _Tezo(_Parameter):
     """TeZO (arXiv 2501.19057): Z = U diag(τ) Vᵀ, only τ fresh; the rule works on the r coefficients.
 
-    Plain, -m, and our own -adam-coef.
+    Rules are plain, -m, and our own -adam-coef.
     """
 
     def basis(self, step: int) -> tuple[Tensor, Tensor]:
-        """U (m, r) and V (n, r) of a step."""
+        """Returns U (m, r) and V (n, r) of a step."""
         every = self.options.refresh_every
         seed = self.options.seed + (step // every if every else 0)
         U, V = factors(self.name, (self.m, self.n), self.rank, seed)
@@ -240,7 +240,7 @@ class _Tezo(_Parameter):
 class _TezoAdam(_Tezo):
     """TeZO-Adam: Adam's quotient element by element, of moments that are kept by coefficients.
 
-    The second is separable, (U∘U) diag(τ_V) (V∘V)ᵀ: the square of U diag(g) Vᵀ without its cross terms.
+    The second one is separable, (U∘U) diag(τ_V) (V∘V)ᵀ: the square of U diag(g) Vᵀ without its cross terms.
     """
 
     rule: _Adam
@@ -284,7 +284,7 @@ _FAMILIES: dict[str, Callable[..., _Parameter]] = {"tezo": _Tezo, "lozo": _Lozo,
 
 
 def _parameter(method: str, name: str, weight: Tensor, options: Fields) -> _Parameter:
-    """The parameter `name` at the start of a run."""
+    """Returns the parameter `name` at the start of a run."""
     family, _, kind = method.partition("-")
     rule = _RULES[kind](options)
     if weight.dim() < 2:

@@ -17,10 +17,10 @@ from tezo_ds.methods.descent import Descent, descent_of
 
 
 class Tezo(Method):
-    """a ← a - η · descent(g), g = Σ slope · τ, the mean over directions of κτ.
+    """TeZO: a ← a - η · descent(g), g = Σ slope · τ, the mean over directions of κτ.
 
-    With `refresh_every`, a goes into the weights every so many steps, and U and V come from the next
-    seed; moments, which belong to the old U and V, start anew. Vectors have neither, and go on.
+    Every `refresh_every` steps a goes into the weights, and U and V come from the next seed; moments,
+    which belong to the old U and V, start anew. Vectors have neither, and go on.
 
     Args:
         space: what trains.
@@ -42,17 +42,16 @@ class Tezo(Method):
 
     @property
     def state(self) -> dict[str, Packed]:
-        """See `Method`."""
         moments = {**self.descent.state, "age": self._age} if self.descent.state else {}
         return {**super().state, **{name: self.space.pack(t) for name, t in moments.items()}}
 
     def begin(self, step: int) -> Write | None:
-        """See `Method`; a refresh where one is due."""
+        """Ends a period every `refresh_every` steps."""
         due = self._every and step and step % self._every == 0
         return self.refresh() if due else None
 
     def refresh(self) -> Write:
-        """Ends a period: what was learnt goes into the weights, and U and V come from the next seed."""
+        """Ends a period: a goes into the weights, and U and V come from the next seed."""
         learnt = self.coefficients.clone()
         learnt[self.space.of_vectors] = 0
         ended = LowRank(learnt[None, None], FixedFactors(self.space, self.factors.period))
@@ -64,22 +63,19 @@ class Tezo(Method):
         return lambda view: ended.move_(view, None, 0, store)
 
     def branches(self, ask: Ask) -> LowRank:
-        """See `Method`."""
         c = self.coefficients + self.offsets(ask)
         return LowRank(c[:, None], self.factors)
 
     def kept_aside(self) -> LowRank:
-        """See `Method`."""
         return LowRank(self.coefficients[None, None], self.factors)
 
     def update(self, step: int, slopes: Tensor, gradient: Tensor, lr: float) -> Write | None:
-        """See `Method`."""
         self._age += 1
         self.coefficients -= lr * self.descent.step(gradient, self._age)
         return None
 
 
 def make(config: TezoConfig, space: CoefficientSpace, device: torch.device) -> Tezo:
-    """TeZO from a config, at its start; the arguments are those of `make_method`."""
+    """Makes TeZO from a config, at its start; the arguments are those of `make_method`."""
     descent = descent_of(config, torch.zeros(space.numel, dtype=torch.float64))
     return Tezo(space, descent, config.refresh_every, Storing.of(config))

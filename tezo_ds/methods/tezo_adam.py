@@ -16,7 +16,7 @@ from tezo_ds.sharding.view import Piece, ShardView, place_in
 
 
 class TezoAdam(Tezo):
-    """τ_M ← β₁τ_M + (1-β₁)κτ, τ_V ← β₂τ_V + (1-β₂)(κτ)², W ← W - η M / (√V + ε) with
+    """TeZO-Adam: τ_M ← β₁τ_M + (1-β₁)κτ, τ_V ← β₂τ_V + (1-β₂)(κτ)², W ← W - η M / (√V + ε) with
     M = U diag(τ_M) Vᵀ and V = (U∘U) diag(τ_V) (V∘V)ᵀ: the second moment without its cross terms.
 
     State is two r-vectors a matrix. The quotient is formed and written block by block on the shards
@@ -24,7 +24,7 @@ class TezoAdam(Tezo):
 
     Args:
         space: what trains.
-        adam: of the (D,) coefficients.
+        adam: Adam of the (D,) coefficients.
         refresh_every: steps; 0: never.
         storing: how 16-bit weights are rounded.
     """
@@ -38,7 +38,6 @@ class TezoAdam(Tezo):
         self.writes = True
 
     def update(self, step: int, slopes: Tensor, gradient: Tensor, lr: float) -> Write | None:
-        """See `Method`."""
         self._age += 1
         change = self.descent.step(gradient, self._age)
         self.move_vectors(change, lr)
@@ -70,7 +69,7 @@ class TezoAdam(Tezo):
 
 
 def make(config: TezoConfig, space: CoefficientSpace, device: torch.device) -> TezoAdam:
-    """TeZO-Adam from a config, at its start; the arguments are those of `make_method`."""
+    """Makes TeZO-Adam from a config, at its start; the arguments are those of `make_method`."""
     coefficients = torch.zeros(space.numel, dtype=torch.float64)
     adam = Adam(coefficients, config.betas, config.eps, config.bias_correction)
     return TezoAdam(space, adam, config.refresh_every, Storing.of(config))

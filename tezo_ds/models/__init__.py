@@ -1,1 +1,1 @@
-"""Models as users bring them: how they load, and what their modules are."""
+"""Models as users bring them: loading, and the structure of their modules."""

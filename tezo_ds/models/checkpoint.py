@@ -1,4 +1,4 @@
-"""What a checkpoint has of a model: missing, misshapen and left-over weights."""
+"""Fit of a checkpoint to a model: missing, misshapen and left-over weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def misfit_of(report: Mapping[str, Any]) -> str | None:
-    """What transformers' report of a loading says is missing or of another shape; None if nothing is."""
+    """Returns what transformers' loading report lists as missing or misshapen; None if nothing is."""
     different = sorted(name for name, *_ in report["mismatched_keys"])
     for names, what in ((sorted(report["missing_keys"]), "no"), (different, "another shape of")):
         if names:
@@ -26,14 +26,14 @@ def misfit_of(report: Mapping[str, Any]) -> str | None:
 
 
 def note_left_over(report: Mapping[str, Any]) -> None:
-    """Says on one rank what the checkpoint has and the model does not."""
+    """Logs, on one rank, weights that the checkpoint has and the model does not."""
     if (left := sorted(report["unexpected_keys"])) and os.environ.get("RANK", "0") == "0":
         log.warning("left over in the checkpoint: %s (%d such)", left[0], len(left))
 
 
 @contextmanager
 def without_tables() -> Iterator[None]:
-    """Keeps transformers from printing on all ranks what it thinks of the checkpoint."""
+    """Context manager: transformers prints no reports on the checkpoint inside."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

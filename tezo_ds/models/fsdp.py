@@ -32,11 +32,11 @@ from tezo_ds.models.structure import blocks
 
 @dataclass(frozen=True)
 class FsdpPlan:
-    """How FSDP2 shards a model over all ranks.
+    """Plan by which FSDP2 shards a model over all ranks.
 
     Attributes:
         replicas: whole copies, each over world_size / replicas ranks.
-        compute_dtype: to which weights are cast as they are gathered; None: as they are stored.
+        compute_dtype: dtype to which weights are cast as they are gathered; None: as they are stored.
         offload: shards stay in CPU memory and come to the device when they are gathered.
         layers: class names of the modules that are gathered one at a time; None: the model's own
             choice of transformer blocks.
@@ -51,14 +51,14 @@ class FsdpPlan:
 def load_sharded(
     loader: Any, name: str, dtype: torch.dtype | str, device: torch.device, plan: FsdpPlan
 ) -> nn.Module:
-    """A model to which `fully_shard` was applied; no rank ever holds more of it than its shards.
+    """Loads a model under `fully_shard`; no rank ever holds more of the model than its shards.
 
     Args:
         loader: transformers' AutoModel class.
         name: folder or hub name.
-        dtype: of the shards; "auto": the checkpoint's.
+        dtype: dtype of the shards; "auto": the checkpoint's.
         device: where forwards run.
-        plan: how it is sharded.
+        plan: how the model is sharded.
 
     Raises:
         ConfigError: `plan` does not fit the world or the model, or the installed transformers is too
@@ -95,7 +95,7 @@ def load_sharded(
 
 
 def shard_whole(model: nn.Module, device: torch.device, plan: FsdpPlan) -> nn.Module:
-    """A model that is filled already, sharded as `load_sharded` would.
+    """Shards a model that is filled already, as `load_sharded` would.
 
     Raises:
         ConfigError: `plan` does not fit the world or the model.
@@ -117,8 +117,8 @@ def _mesh(replicas: int, device: torch.device) -> DeviceMesh:
 
 @contextmanager
 def _shards_by(shard: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
-    """Within it, `from_pretrained` calls `shard` where it would apply its own plans: between building
-    a model on the meta device and filling it. Its own keep the last layers gathered."""
+    """Context manager: `from_pretrained` inside calls `shard` in place of its own plans, between building a
+    model on the meta device and filling it. Its own plans keep the last layers gathered."""
     models: Any = transformers.PreTrainedModel
     if not hasattr(models, "maybe_distribute_model"):
         raise ConfigError(
@@ -148,7 +148,7 @@ def _shard(model: Any, mesh: DeviceMesh, plan: FsdpPlan) -> nn.Module:
 
 def _check(model: nn.Module, report: dict[str, Any], parameters: list[str]) -> None:
     """Raises ValueError, on all ranks, unless the checkpoint filled just the parameters that were
-    sharded. A rank sees only its own slices, which may fit while those of others do not."""
+    sharded. A rank sees only its own slices, which may fit while other ranks' do not."""
     found: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, _misfit(model, report, parameters))
     if misfit := next(filter(None, found), None):

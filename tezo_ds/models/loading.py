@@ -1,4 +1,4 @@
-"""Models, tokenizers and the launcher's world, as the command line needs them."""
+"""Models and tokenizers, as the command line needs them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _zero_configs: list[Any] = []  # transformers partitions while it loads only as 
 
 
 def load_tokenizer(name: str, pad: bool = True) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub name.
+    """Loads the tokenizer of a model folder or hub name.
 
     Args:
         name: folder or hub name.
-        pad: give it a pad token where it has none.
+        pad: whether to give the tokenizer a pad token where it has none.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no such tokenizer.
     """
     with _damage_explained("tokenizer", name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
@@ -47,7 +47,7 @@ def load_model(
     deepspeed_config: dict[str, Any] | None = None,
     fsdp: FsdpPlan | None = None,
 ) -> nn.Module:
-    """A causal or masked language model, by `from_pretrained`.
+    """Loads a causal or masked language model, by `from_pretrained`.
 
     Args:
         name: folder or hub name.
@@ -64,12 +64,13 @@ def load_model(
     if deepspeed_config is not None and "zero_optimization" in deepspeed_config:
         from transformers.integrations import HfDeepSpeedConfig
 
-        from tezo_ds.sharding import zero3
+        from tezo_ds.sharding.zero3 import buffers_explained
+        from tezo_ds.sharding.zero3_config import prepare
 
-        prepared = zero3.prepare(deepspeed_config)
+        prepared = prepare(deepspeed_config)
         dtype = deepspeed_dtype(prepared, dtype)
         _zero_configs[:] = [HfDeepSpeedConfig(prepared)]
-        with zero3.buffers_explained():
+        with buffers_explained():
             return _from_pretrained(name, dtype)
     _zero_configs.clear()
     model = _from_pretrained(name, dtype, fsdp)
@@ -77,7 +78,7 @@ def load_model(
 
 
 def load_skeleton(name: str, dtype: str) -> nn.Module:
-    """A model without its weights: names, shapes and a dtype ("auto": its config's), on the meta device.
+    """Makes a model without weights: names, shapes and a dtype ("auto": its config's), on the meta device.
 
     Raises:
         ConfigError: no such model.
@@ -90,7 +91,7 @@ def load_skeleton(name: str, dtype: str) -> nn.Module:
 
 
 def _kind(name: str) -> tuple[Any, Any]:
-    """A model's config, and the class of transformers that loads it."""
+    """Returns a model's config, and the class of transformers that loads the model."""
     config = transformers.AutoConfig.from_pretrained(name)
     masked = any(a.endswith("ForMaskedLM") for a in config.architectures or [])
     return config, (
@@ -112,7 +113,7 @@ def _from_pretrained(name: str, dtype: str, fsdp: FsdpPlan | None = None) -> nn.
 
 
 def _load_whole(loader: Any, name: str, dtype: torch.dtype | str) -> nn.Module:
-    """Raises ValueError where transformers would make up weights that the checkpoint lacks."""
+    """Loads a model unsharded; raises ValueError where transformers would make up missing weights."""
     with without_tables():
         model, report = loader.from_pretrained(
             name, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
@@ -126,13 +127,13 @@ def _load_whole(loader: Any, name: str, dtype: torch.dtype | str) -> nn.Module:
 
 @contextmanager
 def _damage_explained(what: str, name: str) -> Iterator[None]:
-    """Within it, what is raised over a folder's files is a ConfigError that names the folder. A ValueError's
-    or OSError's words are for users; transformers, tokenizers and safetensors raise much else over damaged
-    files, with no common base."""
+    """Context manager: an error over a folder's files inside becomes a ConfigError that names the folder. A
+    ValueError's or OSError's words are for users; transformers, tokenizers and safetensors raise much else
+    over damaged files, with no common base."""
     try:
         yield
     except (TezoError, AssertionError, dist.DistError, torch.OutOfMemoryError):
-        raise  # not of the files
+        raise  # not about the files
     except (OSError, ValueError) as error:
         raise ConfigError(_not_loaded(what, name, str(error).split("\n")[0])) from None
     except Exception as error:
@@ -142,7 +143,7 @@ def _damage_explained(what: str, name: str) -> Iterator[None]:
 
 
 def deepspeed_dtype(config: dict[str, Any], asked: str) -> str:
-    """What a DeepSpeed config makes of the weights.
+    """Returns the dtype that a DeepSpeed config gives to the weights.
 
     Raises:
         ConfigError: another dtype was asked for.

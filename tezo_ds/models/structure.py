@@ -1,4 +1,4 @@
-"""A model's modules: kinds of linear maps, who uses a parameter, transformer blocks, numbered layers."""
+"""A model's modules: kinds of linear maps, users of a parameter, transformer blocks, numbered layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NUMBERED = re.compile(r"(.*?\.)?\d+(?=\.)")  # up to a name's first number, as 
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """ "linear" (y = x Wᵀ), "conv1d" (y = x W, of GPT-2), "embedding", or None for a module that the
+    """Returns "linear" (y = x Wᵀ), "conv1d" (y = x W, of GPT-2), "embedding", or None for a module that the
     fused probe does not know."""
     if (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
         return "conv1d"
@@ -24,7 +24,7 @@ def kind_of(module: nn.Module) -> str | None:
 
 
 def users(module: nn.Module, names: set[str]) -> Iterator[tuple[str, nn.Module, str]]:
-    """(parameter name, module, its attribute) of each use of the named parameters in a model."""
+    """Yields (parameter name, module, its attribute) for each use of the named parameters in a model."""
     by_id = {id(p): name for name, p in module.named_parameters() if name in names}
     for owner in module.modules():
         for attribute, parameter in owner.named_parameters(recurse=False):
@@ -33,8 +33,8 @@ def users(module: nn.Module, names: set[str]) -> Iterator[tuple[str, nn.Module, 
 
 
 def uncovered(module: nn.Module, names: set[str]) -> dict[str, str]:
-    """Those of the named parameters that act elsewhere than as a Linear's or Embedding's weight,
-    and where that is."""
+    """Returns the named parameters that act elsewhere than as the weight of a linear map or Embedding,
+    each with its place."""
     gaps: dict[str, str] = {}
     for name, owner, attribute in users(module, names):
         if kind_of(owner) is None or attribute != "weight":
@@ -45,11 +45,11 @@ def uncovered(module: nn.Module, names: set[str]) -> dict[str, str]:
 
 
 def blocks(model: nn.Module, layers: Sequence[str] | None = None) -> list[nn.Module]:
-    """The modules that are gathered one at a time: outermost ones of the named classes, by default
-    of those that the model says not to split; the children of its ModuleLists where it says nothing.
+    """Returns the modules that are gathered one at a time: outermost ones of the named classes, by default
+    of the classes that the model says not to split, and without any the children of its ModuleLists.
 
-    Those that share a weight with the rest are left to the group of the whole model, in which the weight
-    is gathered whenever one of its users runs.
+    Modules that share a weight with the rest are left to the group of the whole model, in which the
+    weight is gathered whenever one of its users runs.
 
     Raises:
         ConfigError: the model has no module of a named class.
@@ -74,16 +74,16 @@ def blocks(model: nn.Module, layers: Sequence[str] | None = None) -> list[nn.Mod
 
 
 def _uses(module: nn.Module) -> Counter[int]:
-    """How many modules hold each parameter, by its id."""
+    """Counts the modules that hold each parameter, by the parameter's id."""
     return Counter(id(p) for m in module.modules() for p in m.parameters(recurse=False))
 
 
 def numbered_module(name: str) -> str | None:
-    """The outermost numbered module that a parameter is in, as model.layers.3; None outside of any."""
+    """Returns the outermost numbered module of a parameter, as model.layers.3; None outside of any."""
     found = _NUMBERED.match(name)
     return found[0] if found else None
 
 
 def is_masked_lm(module: nn.Module) -> bool:
-    """True where labels belong to the position they stand at instead of the one before."""
+    """Returns whether labels belong to the position they stand at instead of the one before."""
     return getattr(module, "loss_type", None) == "ForMaskedLM"

@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tezo_ds.plan.absent import Absent
 from tezo_ds.plan.job import Job
-from tezo_ds.sharding.zero3 import Zero3, init_distributed, prepare, wrap
+from tezo_ds.sharding.zero3 import Zero3, init_distributed, wrap
+from tezo_ds.sharding.zero3_config import prepare
 
 
 class AbsentZero3(Absent, Zero3):

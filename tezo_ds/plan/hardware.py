@@ -14,7 +14,7 @@ class Gpu:
 
     Attributes:
         memory: bytes.
-        flops: a second, dense, bfloat16 (float16 where it has none).
+        flops: FLOPs a second, dense, bfloat16 (float16 where the accelerator has none).
         hbm: bytes a second from and to its own memory.
         nvlink: bytes a second that it receives from others of its node.
     """
@@ -43,8 +43,8 @@ class Cluster:
     """Ranks on nodes.
 
     Attributes:
-        gpu: of every rank.
-        world, per_node: ranks.
+        gpu: every rank's accelerator.
+        world, per_node: ranks in all, and of a node.
         link: bytes a second that a node receives from others, all its adapters together.
         efficiency: share of `gpu.flops` that large products reach.
         latency_inside, latency_between: seconds that each hop of a ring adds to a collective. NCCL's own
@@ -70,20 +70,20 @@ class Cluster:
 
     @property
     def in_node(self) -> int:
-        """Ranks of a node that are in the world."""
+        """Number of ranks of a node that are in the world."""
         return min(self.per_node, self.world)
 
     @property
     def nodes(self) -> int:
-        """How many there are."""
+        """Number of nodes."""
         return self.world // self.in_node
 
 
 def gpu(name: str) -> Gpu:
-    """By name.
+    """Returns the accelerator of a name.
 
     Raises:
-        ConfigError: it is not in the table.
+        ConfigError: the name is not in the table.
     """
     if name not in GPUS:
         raise ConfigError(

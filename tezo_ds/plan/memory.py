@@ -25,13 +25,13 @@ class Memory:
     """Bytes of a rank at the peak of a step.
 
     Attributes:
-        shard: of the weights, a second copy included.
-        factors: U and V; in place copies of the trained shards.
-        state: of the method; of Adam gradients, moments and float32 weights.
+        shard: shards of the weights, a second copy included.
+        factors: U and V; in place, copies of the trained shards.
+        state: the method's state; for Adam gradients, moments and float32 weights.
         gathered: whole weights, at the stage that takes most.
-        activations: of that stage, logits aside.
-        logits: of that stage.
-        reserved: that no tensor takes; assumed.
+        activations: activations at that stage, logits aside.
+        logits: logits at that stage.
+        reserved: memory that no tensor takes; assumed.
         stage: "embedding", "block", "output layer" or, in place, "writing".
     """
 
@@ -46,18 +46,18 @@ class Memory:
 
     @property
     def tensors(self) -> int:
-        """Of all tensors."""
+        """Bytes of all tensors."""
         return self.total - self.reserved
 
     @property
     def total(self) -> int:
-        """Of all."""
+        """Total bytes, reserve included."""
         kept = self.shard + self.factors + self.state + self.reserved
         return kept + self.gathered + self.activations + self.logits
 
 
 def engine(job: Job) -> Memory:
-    """Of this engine's step, fused or in place as the job's config has it."""
+    """Returns the memory of this engine's step, fused or in place as the job's config has it."""
     need = job.need
     stages = _stages(job)
     if not job.run.fused:
@@ -68,8 +68,8 @@ def engine(job: Job) -> Memory:
 
 
 def adam(job: Job) -> Memory:
-    """Of first-order Adam under the same sharding by DeepSpeed or FSDP2, with every block's input kept and
-    the block run again for its backward."""
+    """Returns the memory of first-order Adam under the same sharding by DeepSpeed or FSDP2, with activation
+    checkpointing: every block's input is kept and the block run again for its backward."""
     shape, shard = job.shape, job.need.shard
     tokens = job.examples_at_once * job.length
     d = tokens * shape.hidden * shape.itemsize
@@ -89,12 +89,12 @@ def adam(job: Job) -> Memory:
 
 
 def largest_batch(job: Job, of: Callable[[Job], Memory], most: int = 1 << 20) -> int:
-    """Examples a rank that fit into its accelerator; 0: not even one.
+    """Returns how many examples a rank fit into its accelerator; 0: not even one.
 
     Args:
-        job: whose examples do not matter.
+        job: a job, of any number of examples.
         of: `engine` or `adam`.
-        most: to try.
+        most: the most examples to try.
     """
 
     def fits(examples: int) -> bool:
@@ -113,7 +113,7 @@ Stages = dict[str, tuple[int, int, int]]  # gathered, activations, logits
 
 
 def _stages(job: Job) -> Stages:
-    """Of a forward without gradients. The widths in the comments are those of `shapes.Outline`."""
+    """Returns the stages of a forward without gradients. Widths in comments are those of `shapes.Outline`."""
     shape = job.shape
     unit = job.tokens * shape.itemsize
     # The embedded tokens, the block's input, the sum after attention and the normed input of the MLP; then
@@ -141,8 +141,8 @@ def _stages(job: Job) -> Stages:
 
 
 def _stages_ahead(job: Job, unit: int, mlp: int, attention: int, last: tuple[int, int]) -> Stages:
-    """Under ZeRO-3, which lets go of each weight after its use: with most activations while what a Linear is
-    to multiply is made, before it is entered; with most weights while it gathers."""
+    """Returns the stages under ZeRO-3, which frees each weight after its use: with most activations while the
+    input of a Linear is made, before the Linear is entered; with most weights while the Linear gathers."""
     shape, inner = job.shape, {m for block in blocks(job.module) for m in block.modules()}
     first, block, last_layers = [(0, 0)], [(0, 0)], [(0, 0)]
     for moment in job.ahead.moments:

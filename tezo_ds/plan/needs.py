@@ -1,4 +1,4 @@
-"""What a run needs, from its model's shapes alone: bytes of memory on a rank, on disk and on the wire.
+"""Needs of a run, from its model's shapes alone: bytes of memory on a rank, on disk and on the wire.
 
 A lower bound that is meant to be close. Activations of a forward, which grow with the batch, and what
 libraries keep for themselves come on top.
@@ -28,14 +28,14 @@ RECORDS = 64 << 20  # journal, metrics and curve of a long run
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run's weights are spread.
+    """Spread of a run's weights over ranks.
 
     Attributes:
-        shards: ranks over which one copy is.
-        by_rows: whole rows (FSDP2), and not elements (ZeRO-3).
-        second: ranks over which hpZ's second copy is; 0: there is none.
+        shards: number of ranks that share one copy.
+        by_rows: whether shards are whole rows (FSDP2), and not elements (ZeRO-3).
+        second: number of ranks that share hpZ's second copy; 0: there is none.
         gathers: whether a forward gathers weights at all.
-        offloaded: shards lie in the host's memory, or in files.
+        offloaded: whether shards lie in the host's memory, or in files.
     """
 
     shards: int = 1
@@ -47,18 +47,18 @@ class Layout:
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes.
+    """Bytes that a run needs.
 
     Attributes:
-        shard: of a rank's shards of all weights: for each Σ ⌈rows / shards⌉ columns, or ⌈numel / shards⌉,
+        shard: a rank's shards of all weights: for each Σ ⌈rows / shards⌉ columns, or ⌈numel / shards⌉,
             and as much for a second copy.
-        gathered: of weights that are whole at once: those outside of blocks, and two of the largest block;
+        gathered: weights that are whole at once: those outside of blocks, and two of the largest block;
             under FSDP2, where that is more, twice the former and a block.
-        probe: U and V of the fused probe, r(m + n) numbers a matrix (LOZO r((1 + Q)m + n)); of the in-place
-            probe its copy of the trained shards, and of a low-rank method U and V beside it.
-        state: the method's, with moments that lie beside the shards.
-        disk: in the run folder at the most: snapshots, one more while it is written, and the merged model.
-        sent: of weights that one forward gathers.
+        probe: U and V of the fused probe, r(m + n) numbers a matrix (LOZO r((1 + Q)m + n)); for the in-place
+            probe its copy of the trained shards, and for a low-rank method U and V beside it.
+        state: the method's state, with moments that lie beside the shards.
+        disk: the most in the run folder: snapshots, one more while it is written, and the merged model.
+        sent: weights that one forward gathers.
     """
 
     shard: int
@@ -70,7 +70,7 @@ class Needs:
 
     @property
     def device(self) -> int:
-        """Where forwards run, if all is there."""
+        """Bytes on the device that forwards run on, if all lies there."""
         return self.shard + self.gathered + self.probe + self.state
 
 
@@ -79,11 +79,11 @@ class Skeleton:
     """A run whose model has no weights.
 
     Attributes:
-        module: of `loading.load_skeleton`.
-        config: of the run.
-        space: of what it learns.
-        method: at its start.
-        fused: whether it has the fused probe.
+        module: model of `loading.load_skeleton`.
+        config: the run's config.
+        space: space of the coefficients to learn.
+        method: the method at its start.
+        fused: whether the run has the fused probe.
     """
 
     module: nn.Module
@@ -94,15 +94,15 @@ class Skeleton:
 
 
 def on_skeleton(module: nn.Module, config: TezoConfig) -> Skeleton:
-    """Draws nothing and sends nothing. With `rank: auto`, which weights decide, each matrix has the most
-    that it may get.
+    """Builds a run on a model without weights; draws and sends nothing. With `rank: auto`, which weights
+    decide, each matrix has the highest rank that it may get.
 
     Args:
-        module: of `loading.load_skeleton`.
-        config: of the run.
+        module: model of `loading.load_skeleton`.
+        config: the run's config.
 
     Raises:
-        ConfigError, ProbeError: as for the run.
+        ConfigError, ProbeError: where the run would raise them.
     """
     sharding, ranks = alone(module), None
     if config.rank == "auto":
@@ -118,13 +118,13 @@ def on_skeleton(module: nn.Module, config: TezoConfig) -> Skeleton:
 def needs(
     run: Skeleton, layout: Layout, compute: torch.dtype | None, snapshots: int, model: bool
 ) -> Needs:
-    """Of a run.
+    """Returns the bytes that a run needs.
 
     Args:
-        run: of `on_skeleton`.
-        layout: how its weights are to be spread.
+        run: a run of `on_skeleton`.
+        layout: how the weights are to be spread.
         compute: dtype in which weights are gathered; None: their own.
-        snapshots: that are kept; 0: none is made.
+        snapshots: number of snapshots that are kept; 0: none is made.
         model: whether the merged model is written.
     """
     module, config = run.module, run.config
@@ -151,12 +151,12 @@ def needs(
 
 
 def writes(config: TezoConfig) -> bool:
-    """Whether a run changes the weights that it has, and so keeps them in its snapshots."""
+    """Returns whether a run changes weights, and so keeps them in its snapshots."""
     return not config.facts.learns_coefficients or config.refresh_every > 0
 
 
 def factor_numel(method: Method, config: TezoConfig, matrices: Iterable[Matrix]) -> int:
-    """Numbers of U and V of all matrices, as a forward of the fused probe uses them."""
+    """Counts the numbers in U and V of all matrices, as a forward of the fused probe uses them."""
     if method.factors is None:
         return 0
     lefts = 1 + config.queries if config.facts.fresh_left else 1
@@ -174,7 +174,7 @@ def _of_probe(
 
 
 def _held(parameter: nn.Parameter, layout: Layout) -> int:
-    """Elements of the rank that has most."""
+    """Returns a parameter's elements on the rank that has most."""
     if layout.by_rows:
         rows = parameter.shape[0] if parameter.dim() else 1
         return math.ceil(rows / layout.shards) * (parameter.numel() // max(rows, 1))
@@ -183,7 +183,7 @@ def _held(parameter: nn.Parameter, layout: Layout) -> int:
 
 
 def gathered_groups(module: nn.Module, compute: torch.dtype | None) -> tuple[int, int]:
-    """Bytes of the weights outside of blocks, and of the largest block.
+    """Returns the bytes of the weights outside of blocks, and of the largest block.
 
     Args:
         module: the model.

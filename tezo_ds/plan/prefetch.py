@@ -1,4 +1,4 @@
-"""What ZeRO-3 gathers of a forward, and how long it stays: the rules of DeepSpeed's coordinator, followed
+"""ZeRO-3's gathers in a forward, and how long weights stay: the rules of DeepSpeed's coordinator, followed
 on shapes (deepspeed 0.19.8, runtime/zero/partitioned_param_coordinator.py and partition_parameters.py).
 
 Each module that is entered has its own parameters gathered, unless that has happened, and then what is used
@@ -27,7 +27,7 @@ AWAY, COMING, HERE = range(3)
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a `zero_optimization` block, in elements; the defaults are DeepSpeed's own.
+    """Limits of a `zero_optimization` block, in elements; the defaults are DeepSpeed's own.
 
     Attributes:
         bucket: stage3_prefetch_bucket_size.
@@ -48,8 +48,8 @@ class Visit:
     """A module's turn in a forward.
 
     Attributes:
-        module: whose.
-        entered: its beginning, and not its end.
+        module: the module.
+        entered: whether this is its beginning, and not its end.
     """
 
     module: nn.Module
@@ -57,18 +57,18 @@ class Visit:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The module's own."""
+        """The module's own parameters."""
         return list(self.module.parameters(recurse=False))
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Of a visit.
+    """Bytes held at a visit.
 
     Attributes:
-        visit: which.
-        before: bytes of messages and whole weights when it comes.
-        most: of them while it gathers; at a module's end as before.
+        visit: the visit.
+        before: bytes of messages and whole weights when the visit begins.
+        most: the most of these bytes while the visit gathers; at a module's end as before.
     """
 
     visit: Visit
@@ -78,11 +78,11 @@ class Moment:
 
 @dataclass(frozen=True)
 class Gathered:
-    """By one forward that has been seen before.
+    """Gathers of one forward that has been seen before.
 
     Attributes:
         messages: bytes of each all-gather, padding included.
-        moments: of each visit.
+        moments: bytes held at each visit.
     """
 
     messages: tuple[int, ...]
@@ -91,11 +91,11 @@ class Gathered:
 
 @lru_cache(maxsize=4)
 def visits(module: nn.Module) -> tuple[Visit, ...]:
-    """Of a forward of a model on the meta device; in the order in which modules are registered where its code
-    depends on values, as routing to experts may.
+    """Returns the visits of a forward of a model on the meta device; in the order in which modules are
+    registered where the model's code depends on values, as routing to experts may.
 
     Args:
-        module: of `shapes.skeleton`; takes input_ids and use_cache.
+        module: model of `shapes.skeleton`; takes input_ids and use_cache.
     """
     found: list[Visit] = []
 
@@ -126,12 +126,12 @@ def _registered(module: nn.Module) -> Iterator[Visit]:
 
 
 def gathered(module: nn.Module, ranks: int, limits: Limits) -> Gathered:
-    """By a forward in which no parameter persists (stage3_param_persistence_threshold 0).
+    """Returns the gathers of a forward in which no parameter persists (stage3_param_persistence_threshold 0).
 
     Args:
-        module: on the meta device.
-        ranks: to whose number shards are padded, two or more.
-        limits: of the run.
+        module: a model on the meta device.
+        ranks: number of ranks that shards are padded to, two or more.
+        limits: the run's limits.
     """
     coordinator = _Coordinator(visits(module), ranks, limits)
     moments = []
@@ -144,7 +144,7 @@ def gathered(module: nn.Module, ranks: int, limits: Limits) -> Gathered:
 
 @dataclass
 class _Message:
-    """Of several parameters, which are copied out of it."""
+    """Message of several parameters, which are copied out of it."""
 
     parameters: list[nn.Parameter]
     nbytes: int
@@ -152,7 +152,7 @@ class _Message:
 
 
 class _Coordinator:
-    """Of one forward."""
+    """DeepSpeed's coordinator in one forward, on shapes."""
 
     def __init__(self, visits: Sequence[Visit], ranks: int, limits: Limits) -> None:
         self.visits, self._ranks, self._limits = visits, ranks, limits
@@ -173,7 +173,7 @@ class _Coordinator:
         self._step = self._live = 0
 
     def enter(self, own: list[nn.Parameter]) -> None:
-        """Gathers a module's own parameters, and what comes next."""
+        """Gathers a module's own parameters, and those that come next."""
         self._gather([p for p in own if self._status[p] == AWAY])
         for p in own:
             self._wait(p)
@@ -186,7 +186,7 @@ class _Coordinator:
         self._step += 1
 
     def leave(self, own: list[nn.Parameter]) -> None:
-        """Lets go of a module's own parameters, unless they are used again soon."""
+        """Frees a module's own parameters, unless they are used again soon."""
         for p in own:
             again = (step for step in self._uses[p] if step >= self._step)
             soon = any(
@@ -198,7 +198,7 @@ class _Coordinator:
                 self._hold(-self._bytes.pop(p))
 
     def _ahead(self) -> list[nn.Parameter]:
-        """What to gather before it is used: a bucket, or one parameter where that is larger."""
+        """Returns the parameters to prefetch: a bucket, or one parameter where that is larger."""
         room = min(self._limits.live - self._live, self._limits.bucket)
         found: list[nn.Parameter] = []
         while self._queue and sum(p.numel() for p in found) < room:

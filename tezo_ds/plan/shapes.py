@@ -68,14 +68,14 @@ BUILT_IN: dict[str, Callable[[], Any]] = {
 
 
 def skeleton(model: str, dtype: str) -> nn.Module:
-    """A model on the meta device: names, shapes and dtype, no values.
+    """Builds a model on the meta device: names, shapes and dtype, no values.
 
     Args:
         model: a name of BUILT_IN; a folder with a config.json, or that file.
-        dtype: of its weights; "auto": its config's, bfloat16 of built-in shapes.
+        dtype: dtype of the weights; "auto": the config's, bfloat16 of built-in shapes.
 
     Raises:
-        ConfigError: neither of both.
+        ConfigError: `model` is none of these.
     """
     if model in BUILT_IN:
         wanted = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
@@ -93,15 +93,15 @@ def skeleton(model: str, dtype: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class Outline:
-    """What activations and FLOPs of a decoder follow from.
+    """Sizes of a decoder from which its activations and FLOPs follow.
 
     Attributes:
         hidden: d, width of the residual stream.
         inner: f, width within an MLP.
-        gated: the MLP multiplies two such.
+        gated: whether the MLP multiplies two activations of width f.
         queries, keys: columns of all heads' queries, and of their keys.
-        layers: blocks.
-        vocabulary: words.
+        layers: number of blocks.
+        vocabulary: number of words.
         multiplied: weights of all matrices in blocks, which each token is multiplied with.
         itemsize: bytes of a weight.
     """
@@ -118,10 +118,10 @@ class Outline:
 
 
 def outline(module: nn.Module) -> Outline:
-    """Of a transformers model.
+    """Returns the outline of a transformers model.
 
     Raises:
-        ConfigError: it has no blocks of Linear layers, as decoders have.
+        ConfigError: the model has no blocks of Linear layers, as decoders have.
     """
     config: Any = getattr(module, "config", None)
     found = blocks(module)
@@ -148,5 +148,5 @@ def outline(module: nn.Module) -> Outline:
 
 
 def numel(module: nn.Module) -> int:
-    """Weights of a model, tied ones once."""
+    """Counts the weights of a model, tied ones once."""
     return sum(math.prod(p.shape) for p in module.parameters())

@@ -22,7 +22,7 @@ class Timing:
     Attributes:
         compute: arithmetic of all forwards (and backwards).
         gather: collectives of weights (and gradients).
-        exposed: of those, what runs before any arithmetic can.
+        exposed: part of `gather` that runs before any arithmetic can.
         update: writing weights and state.
         scalars: our own all-reduces.
         overlapped: whether gathers run beside arithmetic.
@@ -37,7 +37,7 @@ class Timing:
 
     @property
     def step(self) -> float:
-        """All of it."""
+        """Seconds of the whole step."""
         both = (
             self.exposed + max(self.compute, self.gather - self.exposed)
             if self.overlapped
@@ -47,7 +47,7 @@ class Timing:
 
 
 def engine(job: Job, traffic: Traffic, overlapped: bool) -> Timing:
-    """Of this engine."""
+    """Returns the timing of this engine."""
     compute = job.forwards * _forward(job, job.tokens, job.run.fused)
     update = 0.0
     if not job.run.fused:  # every branch is moved to, the last one left, and the update made
@@ -59,7 +59,8 @@ def engine(job: Job, traffic: Traffic, overlapped: bool) -> Timing:
 
 
 def adam(job: Job, traffic: Traffic, overlapped: bool) -> Timing:
-    """Of first-order training with blocks run again: four forwards' arithmetic, the backward having two."""
+    """Returns the timing of first-order training with activation checkpointing: the arithmetic of four
+    forwards, the backward having two."""
     micro = -(-job.examples // job.examples_at_once)
     tokens = job.examples_at_once * job.length
     compute = micro * 4 * _forward(job, tokens, fused=False, labels=tokens)
@@ -69,8 +70,8 @@ def adam(job: Job, traffic: Traffic, overlapped: bool) -> Timing:
 
 
 def flops(job: Job, tokens: int, fused: bool, labels: int | None = None) -> float:
-    """Of one forward of a rank: two for each weight and token, attention in full, and the skinny products of
-    a fused probe."""
+    """Returns the FLOPs of one forward of a rank: two for each weight and token, attention in full, and the
+    skinny products of a fused probe."""
     shape = job.shape
     rows = tokens / job.length * job.labels if labels is None else labels
     total = 2.0 * tokens * (shape.multiplied + 2 * job.length * shape.queries * shape.layers)
@@ -110,21 +111,21 @@ def _timing(job: Job, traffic: Traffic, compute: float, update: float, overlappe
 
 
 def _all_reduce(job: Job, nbytes: int) -> float:
-    """Over all ranks: twice around their ring."""
+    """Returns the seconds of an all-reduce over all ranks: twice around their ring."""
     world = job.cluster.world
     received = nbytes * (world - 1) / world
     return 2 * (received / _rate(job, world) + _alpha(job, world))
 
 
 def _rate(job: Job, ranks: int) -> float:
-    """Bytes a second around a ring of so many ranks."""
+    """Returns bytes a second around a ring of `ranks` ranks."""
     cluster = job.cluster
     crosses = ranks > cluster.in_node
     return min(cluster.gpu.nvlink, cluster.link) if crosses else cluster.gpu.nvlink
 
 
 def _alpha(job: Job, ranks: int) -> float:
-    """Of one collective around a ring of so many ranks."""
+    """Returns the seconds of latency of one collective around a ring of `ranks` ranks."""
     if ranks == 1:
         return 0.0
     cluster = job.cluster

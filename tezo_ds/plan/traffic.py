@@ -9,16 +9,16 @@ from tezo_ds.plan.job import Job
 
 @dataclass(frozen=True)
 class Traffic:
-    """Of a step.
+    """Bytes and collectives of a step.
 
     Attributes:
         times: how often the bytes of a forward's gathers go over the wire.
-        gathered: those bytes, padding included.
-        collectives: that bring them, of all times.
-        received: by each rank, of weights and gradients.
-        inside: by all ranks of a node from their neighbours in it.
-        between: by a node from other nodes.
-        scalars: of each message of our own.
+        gathered: bytes of a forward's gathers, padding included.
+        collectives: number of collectives that bring them, all times together.
+        received: bytes of weights and gradients that each rank receives.
+        inside: bytes that all ranks of a node receive from neighbours in it.
+        between: bytes that a node receives from other nodes.
+        scalars: bytes of each message of our own.
     """
 
     times: int
@@ -31,20 +31,20 @@ class Traffic:
 
 
 def engine(job: Job) -> Traffic:
-    """Of this engine: one gather a forward."""
+    """Returns the traffic of this engine: one gather a forward."""
     return _ring(job, job.forwards if job.gathers else 0, job.scalars)
 
 
 def adam(job: Job) -> Traffic:
-    """Of first-order training: gathered for the forward and again for the backward, and gradients of 16 bits
-    reduced; replicas add theirs up by an all-reduce, two of such."""
+    """Returns the traffic of first-order training: weights gathered for the forward and again for the
+    backward, and gradients of 16 bits reduced; replicas all-reduce gradients, as much as two gathers."""
     micro = -(-job.examples // job.examples_at_once)
     return _ring(job, 3 * micro if job.gathers else 2, ())
 
 
 def _ring(job: Job, times: int, scalars: tuple[int, ...]) -> Traffic:
-    """Each rank passes on to the next what it has from the one before, and one of a node's ranks has it from
-    another node."""
+    """Returns the traffic around a ring: each rank passes on to the next what the one before sent, and one
+    rank of each node receives from another node."""
     ranks = job.gather_ranks if job.gathers else job.cluster.world
     whole = job.gathered_bytes or sum(p.nbytes for p in job.module.parameters())
     received = times * whole * (ranks - 1) // ranks

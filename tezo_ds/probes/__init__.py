@@ -1,4 +1,4 @@
-"""How perturbed losses are measured."""
+"""Probes, by which perturbed losses are measured."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ log = logging.getLogger(__name__)
 def make_probe(
     config: TezoConfig, sharding: Sharding, names: Collection[str], factors: Factors | None
 ) -> Probe:
-    """The probe that `config.probe` names.
+    """Makes the probe that `config.probe` names.
 
     Args:
-        config: of the run.
+        config: the run's config.
         sharding: the model.
-        names: of all parameters that train.
-        factors: of the directions; None if they are dense.
+        names: names of all parameters that train.
+        factors: factors of the directions; None if directions are dense.
 
     Raises:
-        ProbeError: a trainable parameter is out of its reach, or directions are.
+        ProbeError: a trainable parameter, or directions, are out of the probe's reach.
         ShardingError: in-place on weights that cannot be written exactly.
     """
     return choose_probe(config, sharding, names, factors).make(config, sharding, names, factors)
@@ -39,13 +39,13 @@ def make_probe(
 def choose_probe(
     config: TezoConfig, sharding: Sharding, names: Collection[str], factors: Factors | None
 ) -> type[Probe]:
-    """Class of the probe to use: the one that is asked for, or by `auto` the first without gaps.
+    """Returns the class of the probe to use: the one asked for, or under `auto` the first without gaps.
 
     Args:
         config, sharding, names, factors: as for `make_probe`.
 
     Raises:
-        ProbeError: none reaches all that trains.
+        ProbeError: no such probe reaches all that trains.
     """
     asked = list(PROBES) if config.probe == "auto" else [config.probe]
     for name, following in zip(asked, [*asked[1:], None], strict=True):
@@ -62,7 +62,7 @@ def choose_probe(
 
 
 def listed(gaps: dict[str, str]) -> str:
-    """Names with reasons, three at the most, for a message."""
+    """Returns names with reasons, three at the most, for a message."""
     shown = [f"{name} ({why})" for name, why in list(gaps.items())[:3]]
     more = len(gaps) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")

@@ -1,4 +1,4 @@
-"""What a probe is to the rest: losses at W + Δ_b, for many b."""
+"""Base of all probes: losses at W + Δ_b, for many b."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tezo_ds.sharding.base import Sharding
 
 
 class Probe(ABC):
-    """Measures losses at W + Δ.
+    """Measurement of losses at W + Δ.
 
     Attributes:
-        name: as `probe` in the config names it.
-        writes: whether it writes the shards for the time of a forward, a branch at a time.
-        copies: whether it then restores them from copies, to the bit.
+        name: value of the config's `probe`.
+        writes: whether shards are written for the time of a forward, a branch at a time.
+        copies: whether written shards are restored from copies, to the bit.
     """
 
     name: ClassVar[str]
@@ -34,12 +34,12 @@ class Probe(ABC):
     def gaps(
         cls, sharding: Sharding, names: Collection[str], factors: Factors | None
     ) -> dict[str, str]:
-        """Parameters out of the probe's reach, each with the reason.
+        """Returns the parameters out of the probe's reach, each with the reason.
 
         Args:
             sharding: the model.
-            names: of all parameters that train.
-            factors: of the directions; None if they are dense.
+            names: names of all parameters that train.
+            factors: factors of the directions; None if directions are dense.
         """
 
     @classmethod
@@ -47,7 +47,7 @@ class Probe(ABC):
     def make(
         cls, config: TezoConfig, sharding: Sharding, names: Collection[str], factors: Factors | None
     ) -> Probe:
-        """A probe of a model that has no gaps.
+        """Makes a probe of a model that has no gaps.
 
         Raises:
             ShardingError: the weights' sharding does not allow it.
@@ -55,15 +55,15 @@ class Probe(ABC):
 
     @abstractmethod
     def measure(self, objective: Objective, batch: Mapping[str, Any], branches: Branches) -> Tensor:
-        """Loss sums and counts at each branch: float64 (2, branches)."""
+        """Returns loss sums and counts at each branch: float64 (2, branches)."""
 
     @abstractmethod
     def held(self, branches: Branches) -> AbstractContextManager[None]:
-        """Context manager: plain forwards inside see the weights at the one branch there is."""
+        """Context manager: plain forwards inside see the weights at the only branch."""
 
     def exactly(self) -> AbstractContextManager[None]:
         """Context manager: measuring inside leaves the weights as they were, to the bit."""
         return nullcontext()
 
     def retrace(self, branches: Branches) -> None:  # noqa: B027  # nothing, of a probe that only reads
-        """Leaves in the weights what `measure` would, without its forwards."""
+        """Leaves the weights as `measure` would, without forwards."""

@@ -41,9 +41,9 @@ log = logging.getLogger(__name__)
 
 
 class FusedProbe(Probe):
-    """Adds every branch's low-rank term on the activation side.
+    """Probe that adds every branch's low-rank term on the activation side.
 
-    Keeps U and V whole on every rank (under tensor parallelism those of its block), in the dtype of
+    Every rank keeps U and V whole (under tensor parallelism those of its block), in the dtype of
     the weights in a forward: r(m + n) numbers a matrix.
     """
 
@@ -69,7 +69,6 @@ class FusedProbe(Probe):
     def gaps(
         cls, sharding: Sharding, names: Collection[str], factors: Factors | None
     ) -> dict[str, str]:
-        """See `Probe`."""
         if factors is None:
             return {name: "dense directions" for name in names}
         return {
@@ -82,15 +81,14 @@ class FusedProbe(Probe):
     def make(
         cls, config: TezoConfig, sharding: Sharding, names: Collection[str], factors: Factors | None
     ) -> FusedProbe:
-        """See `Probe`."""
         assert factors is not None, "a gap"
         return cls(sharding, factors)
 
     def measure(self, objective: Objective, batch: Mapping[str, Any], branches: Branches) -> Tensor:
-        """See `Probe`.
+        """Returns loss sums and counts of all branches, measured together: float64 (2, branches).
 
         Raises:
-            ProbeError: a trainable matrix took no part in the forward, or a layer's input does not
+            ProbeError: a trainable parameter took no part in the forward, or a layer's input does not
                 show which rows belong to which branch.
         """
         if branches.idle:
@@ -107,7 +105,7 @@ class FusedProbe(Probe):
 
     @contextmanager
     def held(self, branches: Branches) -> Iterator[None]:
-        """See `Probe`; here for any number of branches, as many as a forward has copies."""
+        """Context manager: in forwards inside, each copy of the batch sees one branch."""
         if branches.idle:
             yield
             return
@@ -155,7 +153,7 @@ class FusedProbe(Probe):
             return None
 
     def _join(self, hollow: Hollow, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Makes a group of the sites that read one tensor, before the first forward."""
+        """Groups the sites that read one tensor, before the first forward."""
         self._hollow = None
         get = getattr(self._sharding.module, "get_output_embeddings", None)
         head = get() if get is not None else None  # which sees chosen positions alone
@@ -178,7 +176,7 @@ class FusedProbe(Probe):
             self._changes[vector.name] = c[:, part.start - start : part.stop - start].to(wide)
 
     def _load(self) -> None:
-        """Takes the factors as they are now."""
+        """Loads factors that have changed into the sites."""
         now = self._factors.period, self._factors.renewed
         before, self._loaded = self._loaded, now
         if before == now:
@@ -187,7 +185,7 @@ class FusedProbe(Probe):
         for name, sites in groupby(sorted(self._sites, key=_name), key=_name):
             block, right = None, None
             for site in sites:
-                if block is None:  # of tied sites the first
+                if block is None:  # the first of tied sites
                     block = site.block
                     left = self._factors.left(name, block.rows, device)
                     if before is None or before[0] != now[0]:
@@ -215,7 +213,7 @@ class FusedProbe(Probe):
         self._leads = {rows, self._branches, *(rows * length for length in lengths)}
 
     def _add(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        """y plus the site's term."""
+        """Returns y plus the site's term."""
         site.calls += 1
         result = y = y.contiguous()
         if site.split:
@@ -228,14 +226,14 @@ class FusedProbe(Probe):
         return result
 
     def _add_vectors(self, site: VectorSite, x: Tensor, y: Tensor) -> Tensor:
-        """y plus the terms of a site's vectors."""
+        """Returns y plus the terms of a site's vectors."""
         if self._branches > 1 and (not x.dim() or x.shape[0] not in self._leads):
             raise ProbeError(_unclear(site, x))
         return site.add_(x, y, self._changes)
 
     def _add_shared(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        """One row that serves every example, as position ids of shape (1, T) do: the result must be
-        (branches * B, …), as each branch adds a term of its own.
+        """Adds terms to one row that serves every example, as position ids of shape (1, T) do: the
+        result is (branches * B, …), as each branch adds a term of its own.
 
         Raises:
             ProbeError: the input is of some other shape.
@@ -253,7 +251,7 @@ class FusedProbe(Probe):
 
 
 def _may_share(site: Site) -> bool:
-    """Under tensor parallelism each layer's input is a tensor of its own."""
+    """True for whole linear sites: under tensor parallelism each layer has an input of its own."""
     return site.kind == "linear" and not site.split
 
 
@@ -270,7 +268,7 @@ def _unclear(site: Site | VectorSite, x: Tensor) -> str:
 
 
 def _wide(group: Group) -> torch.dtype:
-    """c stays float32 beside 16-bit weights: rounded like them, ±ρτ would vanish beside a larger a."""
+    """Returns c's dtype, float32 beside 16-bit weights: rounded so, ±ρτ would vanish beside a larger a."""
     return torch.promote_types(group.dtype, torch.float32)
 
 
@@ -292,7 +290,7 @@ def _find_sites(sharding: Sharding, factors: Factors) -> Iterator[Site]:
 
 
 def _split_embeddings(sharding: Sharding, factors: Factors) -> dict[str, str]:
-    """A rank looks up nothing for the words of the others, in ways of torch's own."""
+    """Returns embeddings split by tensor parallelism, as torch masks other ranks' words in its own ways."""
     parameters = dict(sharding.module.named_parameters())
     shapes = {name: matrix.shape for name, matrix in factors.matrices.items()}
     return {

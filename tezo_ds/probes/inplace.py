@@ -20,7 +20,7 @@ from tezo_ds.sharding.view import ShardKey, ShardView
 
 
 class InplaceProbe(Probe):
-    """Perturbs the shards themselves: 2Q gathers a step.
+    """Probe that perturbs the shards in place: 2Q gathers a step.
 
     With `copies` every branch starts from a kept copy of the trained shards and ends by copying it
     back, so no error accumulates. Without, a branch is reached from the one before and the last one
@@ -46,20 +46,17 @@ class InplaceProbe(Probe):
     def gaps(
         cls, sharding: Sharding, names: Collection[str], factors: Factors | None
     ) -> dict[str, str]:
-        """See `Probe`."""
         return {}
 
     @classmethod
     def make(
         cls, config: TezoConfig, sharding: Sharding, names: Collection[str], factors: Factors | None
     ) -> InplaceProbe:
-        """See `Probe`."""
         if factors is not None:
             factors.keep = True
         return cls(sharding, names, keeps_copies(config, factors))
 
     def measure(self, objective: Objective, batch: Mapping[str, Any], branches: Branches) -> Tensor:
-        """See `Probe`."""
         if branches.idle:
             return objective(batch, len(branches))
         results = []
@@ -71,7 +68,7 @@ class InplaceProbe(Probe):
 
     @contextmanager
     def held(self, branches: Branches) -> Iterator[None]:
-        """See `Probe`. The weights are restored also after an error."""
+        """Context manager: forwards inside see the only branch; weights are restored also after an error."""
         with self._moving(branches) as move_to:
             if not branches.idle:
                 move_to(0)
@@ -79,7 +76,7 @@ class InplaceProbe(Probe):
 
     @contextmanager
     def exactly(self) -> Iterator[None]:
-        """Within it, weights are restored from copies whatever `copies` says; those are let go after."""
+        """Context manager: weights inside are restored from copies, which are freed after if not kept."""
         kept, self.copies = self.copies, True
         try:
             yield
@@ -89,8 +86,8 @@ class InplaceProbe(Probe):
                 self._originals.clear()
 
     def retrace(self, branches: Branches) -> None:
-        """Goes through the branches as `measure` does, without forwards: without `copies` that leaves
-        the same rounding errors in the weights, with them nothing."""
+        """Moves through the branches as `measure` does, without forwards: with `restore: subtract` the
+        weights get the same rounding errors, with copies nothing is done."""
         if self.copies or branches.idle:
             return
         with self._moving(branches) as move_to:
@@ -99,7 +96,7 @@ class InplaceProbe(Probe):
 
     @contextmanager
     def _moving(self, branches: Branches) -> Iterator[Callable[[int], None]]:
-        """Gives what takes the weights to a branch; after it they are as before."""
+        """Context manager: a function that moves the weights to a branch; restores them at the end."""
         at: dict[ShardKey, int] = {}  # where each shard is, if not at its own weights
 
         def move(view: ShardView, goal: int | None) -> None:
@@ -126,5 +123,5 @@ class InplaceProbe(Probe):
 
 
 def keeps_copies(config: TezoConfig, factors: Factors | None) -> bool:
-    """Whether trained weights are restored from copies, by `restore`."""
+    """Returns whether trained weights are restored from copies, by `config.restore`."""
     return factors is not None if config.restore == "auto" else config.restore == "copy"

@@ -1,8 +1,8 @@
-"""Which layers read the very same tensor (q, k, v; gate, up), found without a forward of the model.
+"""Layers that read the very same tensor (q, k, v; gate, up), found without a forward of the model.
 
-Layers that do share one product x [V₁ V₂ V₃], and the shape of a product sets its last bits. So who
-shares has to be known before the first loss, and alike in every process. It is read off the model's own
-code, run once on tensors that have shapes and no values, with as many examples as `EXAMPLES` says.
+Such layers share one product x [V₁ V₂ V₃], and the shape of a product sets its last bits. So they have to
+be known before the first loss, and alike in every process. The model's own code shows them, run once on
+tensors that have shapes and no values, with as many examples as `EXAMPLES` says.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tezo_ds.sharding.base import Sharding
 EXAMPLES = (
     7,
     11,
-)  # of the run without values; the second where another dim of the inputs is the first
+)  # examples of the run without values; the second where the first is another dim of the inputs
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
@@ -36,7 +36,7 @@ class Hollow:
     Whole on every rank and without hooks, so neither gathers nor wrappers of forwards take part.
 
     Args:
-        sharding: of the model, outside of a forward.
+        sharding: the model, outside of a forward.
     """
 
     def __init__(self, sharding: Sharding) -> None:
@@ -83,13 +83,13 @@ class Hollow:
     def readers(
         self, paths: Collection[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> list[list[str]]:
-        """Runs of modules, called once each, that read one tensor right after another.
+        """Returns runs of modules, called once each, that read one tensor right after another.
 
         Only tensors whose rows are examples count, not such as serve every example alike.
 
         Args:
-            paths: of the modules to watch.
-            args, kwargs: of a forward; only their shapes matter, less their number of examples.
+            paths: paths of the modules to watch.
+            args, kwargs: arguments of a forward; only shapes matter, not the number of examples.
 
         Raises:
             Exception: of any kind, where the model's code asks for values.
@@ -114,7 +114,7 @@ class Hollow:
 
 
 class _Watch:
-    """Notes what modules read in one forward."""
+    """Record of the tensors that modules read in one forward."""
 
     def __init__(self, leads: Collection[int]) -> None:
         self._leads = leads
@@ -123,7 +123,7 @@ class _Watch:
         self._version = -1
 
     def attach(self, path: str, module: nn.Module) -> None:
-        """From now on the module is watched."""
+        """Watches a module from now on."""
 
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = next(iter((*args, *kwargs.values())))
@@ -140,6 +140,6 @@ class _Watch:
         self._last, self._version = weakref.ref(x), x._version
 
     def runs(self) -> list[list[str]]:
-        """Of two modules or more, none of which was called more than once."""
+        """Returns runs of two modules or more, none of which was called more than once."""
         times = Counter(path for run in self._runs for path in run)
         return [run for run in self._runs if len(run) > 1 and all(times[path] == 1 for path in run)]

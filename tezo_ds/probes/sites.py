@@ -1,4 +1,4 @@
-"""Where a trainable parameter acts in a model, and how a term is added there without editing it."""
+"""Sites where a trainable matrix acts in a model, and terms added there without editing the model."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Site:
         conv1d     y += (Σ_k (x L_k) ∘ c_k) Vᵀ
         embedding  y += (Σ_k L_k[ids] ∘ c_k) Vᵀ
 
-    Factors lie as their products read them fastest (BLAS takes twice as long the other way round).
+    Factors lie as their products read them fastest (BLAS takes twice as long on their transposes).
 
     Args:
-        path: of the module.
-        module: whose weight it is.
-        name: of the parameter.
-        block: of the matrix that this rank multiplies with.
-        split: the block is not all of it.
+        path: the module's path.
+        module: the module that holds the weight.
+        name: the parameter's name.
+        block: block of the matrix that this rank multiplies with.
+        split: whether the block is less than the matrix.
     """
 
     def __init__(self, path: str, module: nn.Module, name: str, block: Block, split: bool) -> None:
@@ -41,7 +41,7 @@ class Site:
         self.calls = 0
 
     def load(self, left: Tensor, right: Tensor | None) -> None:
-        """Takes L (m, copies * rank) and V (n, rank), those of the block; None: V as it is."""
+        """Loads L (m, copies * rank) and V (n, rank) of the block; None keeps V."""
         if right is not None:
             self.rank = right.shape[1]
             if self.kind == "linear":
@@ -62,7 +62,7 @@ class Site:
             self.inner = inner.contiguous()
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """L (m, copies * rank) and V (n, rank), views of what it keeps."""
+        """Returns L (m, copies * rank) and V (n, rank) as views."""
         if self.kind == "linear":
             return self.outer.t(), self.inner.t()
         if self.kind == "conv1d":
@@ -97,7 +97,7 @@ class Group:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the factors."""
+        """Dtype of the factors."""
         return self.sites[0].outer.dtype
 
     def start(self, c: Tensor) -> None:
@@ -105,21 +105,21 @@ class Group:
         self._c, self._input = c, None
 
     def term(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What a linear or conv1d site adds, as two factors: (rows, k) in branch-major order, (k, out)."""
+        """Returns a linear or conv1d site's term as two factors: (rows, k), branch-major, and (k, out)."""
         if site.kind == "conv1d":
             h = F.linear(x, site.inner).view(len(self._c), -1, *self._c.shape[1:])
             return (h * self._c[:, None]).sum(dim=2).to(h.dtype).view(-1, site.rank), site.outer
         return self._shared(site, x), site.outer
 
     def looked_up(self, site: Site, ids: Tensor, times: int) -> Tensor:
-        """What an embedding adds: (branches, rows, n); `times` copies of the ids are there, or one for
+        """Returns an embedding's term, (branches, rows, n), from `times` copies of the ids, or one for
         all branches."""
         rows = F.embedding(ids, site.table).view(times, -1, *self._c.shape[1:])
         rows = (rows * self._c[:, None]).sum(dim=2)  # (branches, rows, rank)
         return rows.to(site.outer.dtype) @ site.outer
 
     def _shared(self, site: Site, x: Tensor) -> Tensor:
-        """(x V) ∘ c_k of one linear site, for every k: (rows, copies * rank)."""
+        """Returns (x V) ∘ c_k of one linear site, for every k: (rows, copies * rank)."""
         if len(self._ranks) == 1:
             return self._product(x, site.inner)[0]
         same = self._input is not None and self._input() is x and self._version == x._version
@@ -128,7 +128,7 @@ class Group:
             self._input, self._version = weakref.ref(x), x._version
         place = self._places[site.path]
         scaled = self._scaled[place]
-        if place == len(self._ranks) - 1:  # of no more use, and those of all layers would pile up
+        if place == len(self._ranks) - 1:  # of no more use; those of all layers would pile up
             self._scaled, self._input = (), None
         return scaled
 
@@ -154,7 +154,7 @@ AddTerm = Callable[[Site, Tensor, Tensor], Tensor]  # (site, input, output) -> o
 
 @contextmanager
 def attached(sites: list[Site], add: AddTerm) -> Iterator[None]:
-    """Within it, each site's forward passes its result through `add`."""
+    """Context manager: each site's forward inside passes its result through `add`."""
     with ExitStack() as stack:
         for site in sites:
             stack.enter_context(replaced(site.module, _wrapped(site, add)))
@@ -163,7 +163,7 @@ def attached(sites: list[Site], add: AddTerm) -> Iterator[None]:
 
 @contextmanager
 def replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Within it, a module has another forward; several may be put around each other."""
+    """Context manager: a module has another forward inside; may be nested."""
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     try:

@@ -1,6 +1,6 @@
 """Trained vectors in the fused probe: biases, and the weights of norms.
 
-What a layer computes is affine in them, so each branch's change is a term of the layer's result:
+A layer's result is affine in its vectors, so each branch's change is a term of the result:
 
     y += δ_b          bias
     y += x̂ ∘ δ_b      weight of a norm; x̂ = f(x; w = 1, b = 0) - f(x; w = 0, b = 0)
@@ -25,10 +25,10 @@ Norm = Callable[[Tensor], Tensor]
 
 
 class VectorSite:
-    """One module and the vectors of it that train.
+    """One module and its vectors that train.
 
     Args:
-        path: of the module.
+        path: the module's path.
         module: the module.
         bias, weight: the parameters' names where they train.
         normalised: gives x̂; None where only a bias trains.
@@ -44,13 +44,13 @@ class VectorSite:
 
     @property
     def name(self) -> str:
-        """Of one of its parameters."""
+        """Name of one of the site's parameters."""
         name = self.weight or self.bias
         assert name is not None
         return name
 
     def add_(self, x: Tensor, y: Tensor, changes: dict[str, Tensor]) -> Tensor:
-        """y with its terms; changes are δ of each vector, (branches, numel) float32 or wider."""
+        """Returns y with the site's terms; changes are each δ, (branches, numel), float32 or wider."""
         self.calls += 1
         y = y.contiguous()
         for name in filter(None, (self.bias, self.weight)):
@@ -64,7 +64,7 @@ class VectorSite:
 
 
 def find_vector_sites(sharding: Sharding, names: Collection[str]) -> Iterator[VectorSite]:
-    """A site for each module that owns some of the named vectors, all of them covered."""
+    """Yields a site for each module that owns some of the named vectors, all of them covered."""
     paths = {id(module): path for path, module in sharding.module.named_modules()}
     owned: dict[int, tuple[nn.Module, dict[str, str]]] = {}
     for name, owner, attribute in users(sharding.module, set(names)):
@@ -80,7 +80,7 @@ def find_vector_sites(sharding: Sharding, names: Collection[str]) -> Iterator[Ve
 
 
 def uncovered_vectors(sharding: Sharding, names: Collection[str]) -> dict[str, str]:
-    """Those of the named vectors that act otherwise, and where that is."""
+    """Returns the named vectors that the fused probe cannot reach, each with its place."""
     gaps = {}
     affine: dict[int, bool] = {}
     for name, owner, attribute in users(sharding.module, set(names)):
@@ -106,7 +106,7 @@ def _is_split(module: nn.Module, sharding: Sharding) -> bool:
 
 
 def _is_affine(module: nn.Module, sharding: Sharding) -> bool:
-    """Whether f(x; w, b) = f(x; 0, 0) + w ∘ x̂(x) + b, tried on random numbers."""
+    """Tries on random numbers whether f(x; w, b) = f(x; 0, 0) + w ∘ x̂(x) + b."""
     shapes = {tuple(sharding.shape(p)) for p in module.parameters(recurse=False)}
     if next(module.children(), None) is not None or len(shapes) != 1 or len(min(shapes)) != 1:
         return False
@@ -126,14 +126,14 @@ def _is_affine(module: nn.Module, sharding: Sharding) -> bool:
 
 
 def _normalised(module: nn.Module, zeros: Tensor) -> Norm:
-    """x̂ as a function of x; zeros as large as the vectors, and where and what they are."""
+    """Returns x̂ as a function of x; `zeros` has the size, device and dtype of the vectors."""
     at_zero, at_one = _with(module, zeros, zeros), _with(module, zeros + 1, zeros)
     return lambda x: at_one(x) - at_zero(x)
 
 
 def _with(module: nn.Module, weight: Tensor, bias: Tensor) -> Norm:
-    """The module's function with other vectors: a shallow copy's, so that hooks, wrappers and whoever
-    keeps its parameters stay out of it."""
+    """Returns the module's function with other vectors: a shallow copy's, so that hooks, wrappers and
+    other holders of its parameters stay out of it."""
     twin = copy.copy(module)
     values = {"weight": weight, "bias": bias}
     twin.__dict__["_parameters"] = {
@@ -147,7 +147,7 @@ def _with(module: nn.Module, weight: Tensor, bias: Tensor) -> Norm:
 def attached_vectors(
     sites: list[VectorSite], add: Callable[[VectorSite, Tensor, Tensor], Tensor]
 ) -> Iterator[None]:
-    """Within it, each site's forward passes its result through `add`."""
+    """Context manager: each site's forward inside passes its result through `add`."""
     with ExitStack() as stack:
         for site in sites:
             stack.enter_context(replaced(site.module, _wrapped(site, add)))

@@ -68,7 +68,7 @@ def fill_(
 
 @_compiled
 def _philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> None:
-    """`rng.philox` in place on uint32 arrays. Rounds are the outer loop, as LLVM vectorises inner ones."""
+    """Computes Philox in place on uint32 arrays. Rounds are the outer loop, as LLVM vectorises inner ones."""
     for r in range(ROUNDS):
         w0, w1 = np.uint32(r * _W0), np.uint32(r * _W1)
         for j in range(len(c0)):
@@ -101,7 +101,7 @@ def _log(x: Any) -> Any:
 
 @_compiled
 def _box_muller(x: Any, y: Any, first: Any, second: Any) -> None:
-    """`rng.box_muller`: uint32 arrays to float32 arrays."""
+    """Computes Box-Muller normals, float32 arrays, from uint32 arrays."""
     for j in range(len(x)):
         radius = math.sqrt(_log((np.float64(x[j]) + 0.5) * 2.0**-32) * -2)
         phi = (np.float64(y[j] & _LOW_30) * 2.0**-30 - 0.5) * _QUARTER_TURN
@@ -119,7 +119,7 @@ def _fill(
     out: Any, index: Any, key0: Any, key1: Any, stream: Any,
     first_block: int, blocks: int, start: int, stop: int,
 ) -> None:  # fmt: skip
-    """Counters [start, stop) of all rows · blocks, one row of `out` each: 4 normals or 8 uniforms."""
+    """Fills a row of `out`, 4 normals or 8 uniforms, for each counter [start, stop) of all rows · blocks."""
     words = np.empty((6, _BLOCK), np.uint32)  # counter and key; the first four become the result
     pairs = np.empty((4, _BLOCK), np.float32)
     row, block = start // blocks, start % blocks

@@ -22,17 +22,17 @@ _COMPILE = 1 << 18  # numbers of one request that repay the compilation
 
 
 def derive_key(seed: int, name: str, purpose: str) -> tuple[int, int]:
-    """The two 32-bit Philox key words of one named stream, e.g. ("model.layers.0.q_proj.weight", "U")."""
+    """Returns two 32-bit Philox key words of a named stream, e.g. ("model.layers.0.q_proj.weight", "U")."""
     digest = hashlib.blake2b(f"{seed}\0{purpose}\0{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
 def philox(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tuple[Tensor, ...]:
-    """Philox-4x32-10: four 32-bit words for each counter.
+    """Returns four 32-bit words of Philox-4x32-10 for each counter.
 
     Args:
         counter: four words in [0, 2**32), ints or int64 tensors that broadcast, at least one a tensor.
-        key: two words likewise.
+        key: two words in [0, 2**32), ints or int64 tensors that broadcast.
 
     Returns:
         Four int64 tensors with values in [0, 2**32).
@@ -60,7 +60,7 @@ def _horner(coefficients: tuple[float, ...], z: Tensor) -> Tensor:
 
 
 def _log(x: Tensor) -> Tensor:
-    """Natural logarithm of positive float64, by ln m = 2 artanh((m-1)/(m+1)) with m in [√½, √2)."""
+    """Returns ln x of positive float64, by ln m = 2 artanh((m-1)/(m+1)) with m in [√½, √2)."""
     mantissa, exponent = torch.frexp(x)
     small = mantissa < math.sqrt(0.5)
     mantissa = torch.where(small, mantissa * 2, mantissa)
@@ -71,7 +71,7 @@ def _log(x: Tensor) -> Tensor:
 
 
 def box_muller(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Two float32 standard normals from two 32-bit words (int64 tensors).
+    """Returns two float32 standard normals from two 32-bit words (int64 tensors).
 
     Radius √(-2 ln((x+½)/2³²)); angle 2πy/2³² - π/4, so that each quadrant centres on an axis and the
     sine and cosine polynomials see only [-π/4, π/4).
@@ -92,7 +92,7 @@ def box_muller(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def normals(
     key: tuple[Word, Word], index: Tensor, width: int, stream: Word = 0, first: int = 0
 ) -> Tensor:
-    """N(0, 1) numbers addressed by (key, index, column, stream).
+    """Returns N(0, 1) numbers addressed by (key, index, column, stream).
 
     Args:
         key: from `derive_key`; ints, or int64 tensors of shape (n,), one key for each index.
@@ -110,7 +110,7 @@ def normals(
 def uniforms(
     key: tuple[Word, Word], index: Tensor, width: int, stream: Word = 0, first: int = 0
 ) -> Tensor:
-    """Numbers k/65536 of 16 random bits k, hence in [0, 1), addressed as `normals` are.
+    """Returns numbers k/65536 of 16 random bits k, hence in [0, 1), addressed as `normals` are.
 
     Returns:
         float32 (n, width) on `index`'s device.
@@ -121,7 +121,7 @@ def uniforms(
 def _addressed(
     each: int, key: tuple[Word, Word], index: Tensor, width: int, stream: Word, first: int
 ) -> Tensor:
-    """Columns first ... first+width: `each` of a counter, 4 for normals and 8 for uniforms."""
+    """Returns columns first ... first+width; a counter gives `each`, 4 normals or 8 uniforms."""
     skip = first % each
     blocks = -(-(skip + width) // each)
     out = torch.empty(len(index), blocks, each, dtype=torch.float32, device=index.device)

@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and how it is read again: config, journal, snapshots, results."""
+"""A run's files, written and read: config, journal, snapshots, results."""

@@ -1,4 +1,4 @@
-"""config.json of a run folder: what was asked for, what came of it, how to do it again."""
+"""config.json of a run folder: all it takes to evaluate or repeat the run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tezo_ds.settings import Dtype, Settings
 
 
 class _About(BaseModel):
-    """Of config.json what is read again; the rest is for people."""
+    """Fields of config.json that are read again; the rest is for people."""
 
     model_config = ConfigDict(strict=True)
 
@@ -34,12 +34,12 @@ class _About(BaseModel):
 
 
 def describe(settings: Settings, config: TezoConfig) -> dict[str, Any]:
-    """Of config.json what is known before a model is loaded."""
+    """Returns the part of config.json that is known before a model is loaded."""
     return {BLOCK: config.model_dump(mode="json"), "settings": settings.model_dump(mode="json")}
 
 
 def describe_run(settings: Settings, engine: Engine, extra: dict[str, Any]) -> dict[str, Any]:
-    """config.json: all it takes to evaluate or repeat the run."""
+    """Returns the content of config.json: all it takes to evaluate or repeat the run."""
     config, matrices = engine.config, engine.space.matrices
     chosen = {"ranks": {m.name: m.rank for m in matrices}} if config.rank == "auto" else {}
     return {
@@ -58,10 +58,10 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def read_run(folder: Path) -> tuple[Settings, TezoConfig]:
-    """Settings and config of a run folder; the dtypes are those that the run really had.
+    """Reads settings and config of a run folder, with the dtypes that the run really had.
 
     Raises:
-        ConfigError: it is no run folder.
+        ConfigError: the folder is no run folder.
     """
     content = read_about(folder)
     weights = content["weights_dtype"]
@@ -70,10 +70,10 @@ def read_run(folder: Path) -> tuple[Settings, TezoConfig]:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """config.json of a run folder, in which all that is ever read again is there and of its type.
+    """Reads config.json of a run folder, and checks that all fields read again are there and of their type.
 
     Raises:
-        ConfigError: it is no run folder, or the file is damaged; names the fields.
+        ConfigError: the folder is no run folder, or the file is damaged; names the fields.
     """
     path = folder / CONFIG
     content = read_json(path)
@@ -91,13 +91,13 @@ def read_about(folder: Path) -> dict[str, Any]:
 def sharded_as(
     folder: Path, deepspeed: Path | None, fsdp: bool | None
 ) -> tuple[Path | dict[str, Any] | None, bool]:
-    """How to shard a run's model: as asked, and where nothing is, as the run did; but a process that
-    is alone then holds it whole.
+    """Returns how to shard a run's model: as asked; where nothing was, whole in a single process, and as the
+    run did in several.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
         deepspeed: the DeepSpeed JSON that was asked for.
-        fsdp: whether FSDP2 was; None: nothing was said.
+        fsdp: whether FSDP2 was asked for; None: nothing was said.
 
     Returns:
         The DeepSpeed config (the run's with an empty tezo block), and whether to use FSDP2.

@@ -1,4 +1,4 @@
-"""The model card of what a run made: README.md of an adapter or a merged model."""
+"""Model card of a run's result: README.md of an adapter or a merged model."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _TOLD = (
 
 
 def model_card(run: Path, steps: int, adapter: bool) -> str:
-    """Markdown with the metadata that hubs read: base model, method, seed, steps, data, accuracy.
+    """Returns Markdown with the metadata that hubs read: base model, method, seed, steps, data, accuracy.
 
     Args:
         run: folder of the run.
-        steps: after which the result is taken.
-        adapter: a LoRA adapter, or else a whole model.
+        steps: number of steps after which the result is taken.
+        adapter: whether the result is a LoRA adapter, and not a whole model.
 
     Raises:
-        ConfigError: the folder has no config.json, or it is damaged.
+        ConfigError: the folder's config.json is missing or damaged.
     """
     content = read_about(run)
     settings, block = content["settings"], content[BLOCK]
@@ -62,7 +62,7 @@ def model_card(run: Path, steps: int, adapter: bool) -> str:
 
 
 def _accuracy(run: Path, steps: int) -> str:
-    """On the run's test examples, if it was evaluated there."""
+    """Returns the accuracy on the run's test examples, in words; "" if not evaluated after `steps` steps."""
     scores = read_metrics(run / METRICS)[1] if (run / METRICS).exists() else []
     at = {line["step"]: line for line in scores if line["test_accuracy"] is not None}
     if steps not in at:

@@ -1,4 +1,4 @@
-"""A run's curve as a picture."""
+"""A run's loss and accuracy as a picture."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tezo_ds.run.folder import read_metrics
 
 
 def draw_curve(metrics: Path, picture: Path) -> None:
-    """Training loss by step, its running median, and test accuracy where there is any, as a PNG."""
+    """Draws training loss by step, its running median, and test accuracy where there is any, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")

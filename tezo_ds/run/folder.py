@@ -1,4 +1,4 @@
-"""What a run leaves on disk; rank 0 alone writes, and one process at a time."""
+"""A run's folder on disk; rank 0 alone writes, and one process at a time."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ MODEL, SNAPSHOTS, LOCK = "model", "snapshots", ".lock"
 
 
 class RunFolder:
-    """The files of one run, that begins or goes on.
+    """The files of one run, new or resumed.
 
     Attributes:
-        path: of the folder.
-        contents: of its journal, as it was found; None for a run that begins.
+        path: the folder's path.
+        contents: the journal as it was found; None for a new run.
 
     Raises:
         StorageError: the folder cannot be made or read, another process trains in it, or its journal is
             damaged.
-        ConfigError: it holds something that is no journal of a run.
+        ConfigError: the folder holds a run without a journal.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,7 +58,7 @@ class RunFolder:
             )
 
     def _take_lock(self) -> None:
-        """The system lets go of it when this process ends, however it ends."""
+        """Locks the folder; the system releases the lock when this process ends, however it ends."""
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -76,14 +76,14 @@ class RunFolder:
             raise
 
     def open(self, config: Mapping[str, Any], header: Mapping[str, Any]) -> None:
-        """From here on steps are written, after those that are there.
+        """Opens the folder for writing further steps, after those that are there.
 
         Args:
-            config: for config.json.
-            header: of a new journal.
+            config: content of config.json.
+            header: header of a new journal.
 
         Raises:
-            StorageError: something cannot be written.
+            StorageError: a file cannot be written.
         """
         self.write_json(CONFIG, config)
         self._clear()
@@ -93,8 +93,7 @@ class RunFolder:
         self._keep_metrics(done, config.get("steps"))
 
     def _clear(self) -> None:
-        """Away with results that are those of fewer steps, and with what a run that was killed did not
-        rename."""
+        """Removes results, which are of fewer steps, and files that a killed run did not rename."""
         for name in (SUMMARY, COEFFICIENTS, CURVE):
             try:
                 (self.path / name).unlink(missing_ok=True)
@@ -109,8 +108,8 @@ class RunFolder:
                 path.unlink()
 
     def _keep_metrics(self, done: int, steps: int | None) -> None:
-        """Of metrics.jsonl what belongs to the steps that are done: its lines come before the journal's,
-        and a run that was killed may have left half of one. The evaluation at the end is made again."""
+        """Keeps the lines of metrics.jsonl that belong to the steps that are done: they come before the
+        journal's, and a killed run may have left half of one. The evaluation at the end is made again."""
         path = self.path / METRICS
         try:
             texts = path.read_text(errors="replace").splitlines() if path.exists() else []
@@ -125,15 +124,15 @@ class RunFolder:
 
     @property
     def sum(self) -> str:
-        """Of the journal's last line."""
+        """Checksum of the journal's last line."""
         assert self._journal is not None, "opened before"
         return self._journal.sum
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Writes a JSON file by way of a temporary name, so that it is never half there.
+        """Writes a JSON file through a temporary name, so that the file is never half there.
 
         Raises:
-            StorageError: it cannot be written.
+            StorageError: the file cannot be written.
         """
         partial = self.path / f".{name}.{os.getpid()}"
         try:
@@ -155,14 +154,14 @@ class RunFolder:
     def log_step(
         self, report: StepReport, seen: int, more: Mapping[str, Any] | None = None
     ) -> None:
-        """A step's lines: in metrics.jsonl, and in the journal, on disk when this returns. The step counts
-        by the latter; one that does not is made again, with both its lines.
+        """Writes a step's lines in metrics.jsonl and in the journal, on disk when this returns. A step counts
+        by its journal line; one without is made again, with both lines.
 
         Args:
-            report: of the step.
+            report: the step's report.
             seen: examples that the run has trained on since it began, over all ranks.
-            more: for the journal alone: "state", a digest of what is equal on all ranks after the step, and
-                "cost", that of a forward.
+            more: fields for the journal alone: "state", a digest of what is equal on all ranks after the
+                step, and "cost", the cost of a forward.
 
         Raises:
             StorageError: a line cannot be written.
@@ -178,7 +177,7 @@ class RunFolder:
         journal.append({**slopes, "loss": report.loss, "seen": seen, **(more or {})})
 
     def log_score(self, step: int, accuracy: float | None, loss: float, examples: int) -> None:
-        """One line for an evaluation after `step` steps."""
+        """Writes one line for an evaluation after `step` steps."""
         self._log(
             {"step": step, "test_accuracy": accuracy, "test_loss": loss, "test_examples": examples}
         )
@@ -196,7 +195,7 @@ class RunFolder:
             ) from None
 
     def close(self) -> None:
-        """No more lines, and another process may go on. A folder in which no run began goes again."""
+        """Closes all files and releases the lock. Removes a folder made here in which no run began."""
         for file in (self._journal, self._metrics, self._lock):
             if file is not None:
                 file.close()
@@ -208,7 +207,7 @@ class RunFolder:
 
 
 def _parsed(text: str) -> dict[str, Any] | None:
-    """A line; None where it is none, or something that is read of it is missing or no number."""
+    """Parses a line of metrics.jsonl; None where a field that is read is missing or no number."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError):
@@ -228,17 +227,18 @@ def _parsed(text: str) -> dict[str, Any] | None:
 
 
 def _done(line: dict[str, Any], done: int, steps: int | None) -> bool:
-    """An evaluation counts the steps before it, a step's line those before the step."""
+    """Returns whether a line is of steps that are done: an evaluation counts the steps before it, a step's
+    line those before the step."""
     if "test_loss" in line:
         return bool(line["step"] <= done and line["step"] != steps)
     return bool(line["step"] < done)
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The step lines and the evaluation lines of a metrics.jsonl, less what is no whole line.
+    """Reads the step lines and the evaluation lines of a metrics.jsonl, less what is no whole line.
 
     Raises:
-        StorageError: it cannot be read.
+        StorageError: the file cannot be read.
     """
     try:
         texts = path.read_text(errors="replace").splitlines()

@@ -29,12 +29,12 @@ _LINE = re.compile(rb'(\{.*),"sum":"([0-9a-f]{16})"\}')
 
 @dataclass(frozen=True)
 class Contents:
-    """What is in a journal.
+    """Content of a journal.
 
     Attributes:
-        header: of the run; None in a file without one whole line.
-        steps: their lines in order, from step 0 on, with `sum`.
-        size: bytes of it all; what the file has beyond them is torn.
+        header: the run's header; None in a file without one whole line.
+        steps: lines of the steps in order, from step 0 on, with `sum`.
+        size: bytes of all whole lines; what the file has beyond them is torn.
         torn: why the last line does not count; None if it does.
     """
 
@@ -45,16 +45,16 @@ class Contents:
 
     @property
     def sum(self) -> str:
-        """Of the last line."""
+        """Checksum of the last line; "" where there is none."""
         last = self.steps[-1] if self.steps else self.header
         return str(last["sum"]) if last else ""
 
 
 def read_journal(path: Path) -> Contents:
-    """All whole lines.
+    """Reads all whole lines of a journal.
 
     Raises:
-        StorageError: it cannot be read, is of a later version, or a line that is not the last is damaged.
+        StorageError: the file cannot be read, is of a later version, or a line before the last is damaged.
     """
     try:
         content = path.read_bytes()
@@ -84,7 +84,7 @@ def read_journal(path: Path) -> Contents:
 
 
 def _parse(text: bytes, before: str, number: int) -> tuple[dict[str, Any] | None, str]:
-    """A line, or None and what is wrong with it."""
+    """Parses a line; where it is damaged, returns None and what is wrong with it."""
     if not text.endswith(b"\n"):
         return None, "was not written to its end"
     found = _LINE.fullmatch(text[:-1])
@@ -107,15 +107,15 @@ def _sum(before: str, text: bytes) -> str:
 
 
 class Journal:
-    """A journal to append to. One process at a time.
+    """A journal to append to, by one process at a time.
 
     Args:
-        path: of the file; made, or continued after `contents`, whose torn rest is cut off.
-        header: of a new one.
-        contents: of one that is there.
+        path: the file's path; made, or continued after `contents`, whose torn rest is cut off.
+        header: header of a new journal.
+        contents: content of a journal that is there.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: the file cannot be written.
     """
 
     def __init__(
@@ -135,13 +135,13 @@ class Journal:
             sync_folder(path.parent)
 
     def append(self, step: Mapping[str, Any]) -> None:
-        """A step's line, on disk when this returns.
+        """Writes a step's line, on disk when this returns.
 
         Args:
-            step: at least "step", the next one.
+            step: fields of the line, at least "step", the next step's index.
 
         Raises:
-            StorageError: it cannot be written; the file is then as before.
+            StorageError: the line cannot be written; the file is then as before.
         """
         self._append(step, f"step {step['step']}")
 
@@ -162,5 +162,5 @@ class Journal:
         self.sum, self._size = made, self._size + len(whole)
 
     def close(self) -> None:
-        """No more lines."""
+        """Closes the file."""
         os.close(self._file)

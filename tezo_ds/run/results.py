@@ -1,5 +1,5 @@
-"""What a run's folder holds of its result, and how an engine gets there: by loading coefficients, by
-starting from the merged model, or by replaying the steps."""
+"""A run's result in its folder, and how an engine gets there: by loading coefficients, by starting from the
+merged model, or by replaying the steps."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from tezo_ds.run.journal import Contents, read_journal
 
 
 class Display(Protocol):
-    """Where notices and progress go: `training.display.Display`, or a stand-in of a test or benchmark."""
+    """Receiver of notices and progress: `training.display.Display`, or a stand-in of a test or benchmark."""
 
     def note(self, text: str) -> None:
-        """A line for the user."""
+        """Shows a line to the user."""
 
     def evaluation(self, label: str) -> AbstractContextManager[Callable[[float], None] | None]:
         """Context manager: gives a function that takes the fraction done, or None where none is shown."""
@@ -34,14 +34,14 @@ class Display(Protocol):
 
 @dataclass(frozen=True)
 class Result:
-    """One of the three, and what an engine has to be made with.
+    """How to rebuild a run's result: from coefficients, a merged model, or the journal.
 
     Attributes:
-        coefficients: by parameter name, as of `Engine.coefficients`.
+        coefficients: tensors by parameter name, as of `Engine.coefficients`.
         model: folder of the merged model, to be loaded in place of the base model; then nothing is left
             to do.
         steps: lines of the journal, from the first step on.
-        ranks: of each matrix, where the run chose them itself.
+        ranks: rank of each matrix, where the run chose ranks itself.
     """
 
     coefficients: dict[str, Tensor] = field(default_factory=dict)
@@ -51,11 +51,11 @@ class Result:
 
     @property
     def writes(self) -> bool:
-        """Whether `give` writes weights; they then have to be of the dtype that the run's shards had."""
+        """Whether `give` writes weights, which then have to be of the dtype that the run's shards had."""
         return bool(self.steps) or any(part.dim() == 2 for part in self.coefficients.values())
 
     def give(self, engine: Engine, display: Display) -> None:
-        """Takes an engine that was just made to the result. All ranks must call it.
+        """Brings a new engine to the run's result. All ranks must call this.
 
         Raises:
             TezoError: the result is of another model.
@@ -72,7 +72,7 @@ def replay(
     engine: Engine, steps: Sequence[dict[str, Any]], display: Display,
     after: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:  # fmt: skip
-    """Takes an engine through the lines of a journal; `after` is called after each."""
+    """Replays the lines of a journal on an engine, and calls `after` with each."""
     display.note(f"replaying {len(steps)} steps of {JOURNAL}")
     with display.evaluation("replaying") as progress:
         for done, line in enumerate(steps, start=1):
@@ -84,15 +84,15 @@ def replay(
 
 
 def read_result(folder: Path, config: TezoConfig, base: bool = False) -> Result:
-    """The result of a run, in the most exact form that its folder has.
+    """Reads the result of a run, in the most exact form that its folder has.
 
     Args:
-        folder: of the run.
-        config: of the run.
-        base: the run's own model is not to be used; the result is put on the base model.
+        folder: the run's folder.
+        config: the run's config.
+        base: whether to put the result on the base model, and not use the run's merged model.
 
     Raises:
-        ConfigError: there is none. StorageError: its file is damaged, or another run's.
+        ConfigError: there is no result. StorageError: the result's file is damaged, or another run's.
     """
     ranks = ranks_of(folder, config)
     path = folder / COEFFICIENTS
@@ -114,7 +114,7 @@ def _coefficients(path: Path, config: TezoConfig) -> dict[str, Tensor]:
 
 
 def refuse_foreign(path: Path, about: Mapping[str, Any], config: TezoConfig) -> None:
-    """Raises StorageError if what a file says of itself is not of a run with this config."""
+    """Raises StorageError unless a file's metadata is of a run with this config."""
     if about.get("run", config.identity) != config.identity:
         raise StorageError(
             f"{path}: is of a run that was configured otherwise than {CONFIG} says; take both from a copy"
@@ -122,10 +122,10 @@ def refuse_foreign(path: Path, about: Mapping[str, Any], config: TezoConfig) -> 
 
 
 def journal_of(folder: Path, config: TezoConfig) -> Contents:
-    """The journal of a run folder, see `read_journal`.
+    """Reads the journal of a run folder, see `read_journal`.
 
     Raises:
-        StorageError: it is damaged, or of a run with another config.
+        StorageError: the journal is damaged, or of a run with another config.
     """
     contents = read_journal(folder / JOURNAL)
     refuse_foreign(folder / JOURNAL, contents.header or {}, config)
@@ -133,7 +133,7 @@ def journal_of(folder: Path, config: TezoConfig) -> Contents:
 
 
 def _steps(folder: Path, config: TezoConfig) -> list[dict[str, Any]]:
-    """The journal's, if they are as many as the run says it had; one that is killed does not say."""
+    """Reads the journal's steps; raises StorageError if the run's summary, if there is one, counts more."""
     path = folder / JOURNAL
     steps = journal_of(folder, config).steps
     summary = read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else {}
@@ -149,10 +149,10 @@ def _steps(folder: Path, config: TezoConfig) -> list[dict[str, Any]]:
 
 
 def ranks_of(folder: Path, config: TezoConfig) -> dict[str, int] | None:
-    """Of each matrix, where a run chose them itself.
+    """Reads the rank of each matrix, where a run chose ranks itself; else returns None.
 
     Raises:
-        ConfigError: its config.json does not have them.
+        ConfigError: the run's config.json does not have the ranks.
     """
     if config.rank != "auto":
         return None
@@ -166,8 +166,8 @@ def ranks_of(folder: Path, config: TezoConfig) -> dict[str, int] | None:
 
 @torch.no_grad()
 def gathered_in(engine: Engine, dtype: torch.dtype) -> None:
-    """Rounds the weights of one process to what a run in mixed precision gathered from its shards, and
-    before that adds what is kept aside."""
+    """Adds what is kept aside to the weights of one process, then rounds them to what a run in mixed
+    precision gathered from its shards."""
     engine.merge()
     for parameter in engine.sharding.module.parameters():
         parameter.data = parameter.data.to(dtype)

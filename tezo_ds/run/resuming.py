@@ -1,4 +1,4 @@
-"""Going on with a run: what its folder has of it, agreed on by all ranks, and an engine taken there."""
+"""Resume of a run: its folder read and agreed on by all ranks, an engine restored, snapshots saved."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tezo_ds.settings import Settings
 from tezo_ds.sharding.world import agreed
 from tezo_ds.tasks.encoding import Encoded
 
-# Likewise of the settings, as config.FREE of the block.
+# Settings that may change on resume, as config.FREE of the block.
 _FREE_SETTINGS = {
     "dtype", "compute_dtype", "eval_batch_size", "fsdp", "fsdp_replicas", "fsdp_offload_params",
     "fsdp_layers",
@@ -36,12 +36,12 @@ _OTHERS = ("batch_size", "weights_dtype", "factors_dtype", "examples", "data", "
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Where a run once was.
+    """A saved state of a run.
 
     Attributes:
-        after: steps.
-        state: see `Engine.state`.
-        shards: folder of what ranks held of the weights, where a method writes them.
+        after: number of steps before it.
+        state: tensors of `Engine.state`.
+        shards: folder of what ranks held of the weights, where a method writes weights.
     """
 
     after: int
@@ -51,17 +51,17 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Begun:
-    """What a folder has of a run; every rank has the same.
+    """A run as its folder has it, the same on every rank.
 
     Attributes:
-        path: of the folder.
-        config: its config.json.
-        header: of its journal.
-        snapshots: the newest first.
+        path: the folder's path.
+        config: content of config.json.
+        header: the journal's header.
+        snapshots: whole snapshots, the newest first.
         steps: lines of the journal.
         scores: lines of metrics.jsonl of evaluations, by the steps before them.
-        finished: the run came to its end.
-        notices: what its user should know.
+        finished: whether the run came to its end.
+        notices: messages to the user.
     """
 
     path: Path
@@ -75,12 +75,12 @@ class Begun:
 
     @property
     def done(self) -> int:
-        """Steps."""
+        """Number of steps in the journal."""
         return len(self.steps)
 
     @property
     def ranks(self) -> dict[str, int] | None:
-        """Of each matrix, where the run chose them itself."""
+        """Rank of each matrix, where the run chose ranks itself."""
         return self.config.get("ranks")
 
 
@@ -88,8 +88,8 @@ class Begun:
 def begun(
     path: Path, resume: bool | None, asked: Mapping[str, Any]
 ) -> Iterator[tuple[RunFolder | None, Begun]]:
-    """Takes a run folder for as long as it lasts: it, on rank 0, and what it has of the run, on all.
-    All ranks of the world must call it; see `look`."""
+    """Context manager: holds a run folder inside; gives the folder on rank 0, and what it has of the run on
+    all. All ranks of the world must enter; see `look`."""
     folder: RunFolder | None = None
 
     def take() -> Begun:
@@ -106,16 +106,16 @@ def begun(
 
 
 def look(folder: RunFolder, resume: bool | None, about: Mapping[str, Any]) -> Begun:
-    """What a folder has of the run that is to be made in it.
+    """Reads what a folder has of the run that is to be made in it.
 
     Args:
-        folder: just taken.
-        resume: whether a run is to go on; None: if there is one.
-        about: as for config.json, as far as it is known before a model is loaded.
+        folder: a folder that is held.
+        resume: whether to resume a run; None: if there is one.
+        about: content of config.json, as far as it is known before a model is loaded.
 
     Raises:
-        ConfigError: there is a run and none is wanted, or the other way round, or it is another one.
-        StorageError: what it has is damaged.
+        ConfigError: there is a run and none is to be resumed, or none and one is, or it is another run.
+        StorageError: a file of the run is damaged.
     """
     contents, path = folder.contents, folder.path
     if contents is None or contents.header is None:
@@ -143,7 +143,7 @@ def look(folder: RunFolder, resume: bool | None, about: Mapping[str, Any]) -> Be
 def _snapshots(
     path: Path, steps: Sequence[Mapping[str, Any]], config: Mapping[str, Any], notices: list[str]
 ) -> Iterator[Snapshot]:
-    """Those of this journal that are whole, the newest first; of shards that is not known yet."""
+    """Yields the whole snapshots of this journal, the newest first; their shards are not checked yet."""
     writes = not TezoConfig.model_validate(config[BLOCK]).facts.learns_coefficients
     for file in sorted((path / SNAPSHOTS).glob("step-*.safetensors"), reverse=True):
         try:
@@ -158,7 +158,7 @@ def _snapshots(
 
 
 def refuse_other(path: Path, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises ConfigError if a folder's config.json is not of the run that is asked for; names what."""
+    """Raises ConfigError, which names the field, unless a folder's config.json is of the run asked for."""
     for part, free in ((BLOCK, _free(stored)), ("settings", _FREE_SETTINGS), ("", frozenset())):
         was, asked = (content.get(part, {}) if part else content for content in (stored, now))
         names = asked.keys() - free if part else asked.keys() & set(_OTHERS)
@@ -172,14 +172,15 @@ def refuse_other(path: Path, stored: Mapping[str, Any], now: Mapping[str, Any]) 
 
 
 def _free(stored: Mapping[str, Any]) -> frozenset[str]:
-    """Also the number of steps, unless those that were made depend on how many there are to be."""
+    """Returns the fields of the block that may change on resume: the number of steps, too, unless the steps
+    that were made depend on it."""
     block = stored.get(BLOCK, {})
     depends = block.get("schedule") != "constant" or block.get("query_schedule") == "adaptive"
     return FREE | (set() if depends else {"total_steps"})
 
 
 def fingerprint(examples: Sequence[Encoded]) -> str:
-    """Of the training examples, in their order."""
+    """Returns a digest of the training examples, in their order."""
     return _hash((example.input_ids, example.label_start) for example in examples)
 
 
@@ -194,21 +195,21 @@ def go_on(
     settings: Settings, engine: Engine, examples: Sequence[Encoded], folder: RunFolder | None, found: Begun,
     about: Mapping[str, Any], display: Display,
 ) -> None:  # fmt: skip
-    """Takes an engine that was just made to where the run is, and has the folder take further steps.
-    All ranks must call it; `folder` is rank 0's.
+    """Restores a new engine to where the run is, and opens the folder for further steps. All ranks must call
+    this; `folder` is rank 0's.
 
     Args:
-        settings: of the run.
-        engine: to train.
-        examples: to train on.
-        folder: of the run.
-        found: in it.
-        about: of config.json what neither settings nor engine know.
-        display: for notices and progress.
+        settings: the run's settings.
+        engine: the engine to train.
+        examples: the examples to train on.
+        folder: the run's folder.
+        found: the run as its folder has it.
+        about: fields of config.json that neither settings nor engine know.
+        display: receiver of notices and progress.
 
     Raises:
         ConfigError: the model or the examples are not the run's.
-        TezoError: a snapshot is damaged, or something cannot be written.
+        TezoError: a snapshot is damaged, or a file cannot be written.
     """
     config = describe_run(settings, engine, dict(about))
     header = {"examples": len(examples), "data": fingerprint(examples)}
@@ -225,10 +226,10 @@ def go_on(
 
 
 def restore(engine: Engine, found: Begun, display: Display) -> None:
-    """Takes an engine that was just made to where the run was. All ranks must call it.
+    """Restores a new engine to where the run was. All ranks must call this.
 
     Raises:
-        TezoError: it is of another model, or a snapshot is damaged.
+        TezoError: the run is of another model, or a snapshot is damaged.
     """
     steps = found.steps
     if costs := [line["cost"] for line in steps if "cost" in line]:
@@ -250,17 +251,17 @@ def restore(engine: Engine, found: Begun, display: Display) -> None:
 
 
 def snapshot(engine: Engine, path: Path, folder: RunFolder | None, kept: int) -> None:
-    """Saves where the run is: what is equal on all ranks, and of a method that writes weights the
-    shards. All ranks must call it; `folder` is rank 0's.
+    """Saves a snapshot: what is equal on all ranks, and the shards where a method writes weights. All ranks
+    must call this; `folder` is rank 0's.
 
     Args:
-        engine: after a step that is in the journal.
-        path: of the run folder; every rank must be able to write there if weights are written.
-        folder: the same, of rank 0.
-        kept: snapshots that stay; older ones go.
+        engine: the engine, after a step that is in the journal.
+        path: the run folder's path; every rank must be able to write there if weights are written.
+        folder: the run folder, on rank 0.
+        kept: number of snapshots that stay; older ones go.
 
     Raises:
-        TezoError: something cannot be written.
+        TezoError: a file cannot be written.
     """
     name = path / SNAPSHOTS / f"step-{engine.step_index:08d}"
     if folder is not None:  # away with what a run that was killed in here has left
@@ -279,8 +280,8 @@ def snapshot(engine: Engine, path: Path, folder: RunFolder | None, kept: int) ->
 
 
 def _remove_others(folder: Path, newest: Path, kept: int) -> None:
-    """Away with snapshots that are too many, or of steps that are to be made again, and with shards of
-    which a run that was killed has left no state."""
+    """Removes snapshots that are too many, or of steps that are to be made again, and shards of which a
+    killed run has left no state."""
     found = sorted(folder.glob("step-*.safetensors"))
     count = found.index(newest) + 1
     for state in (*found[: max(count - kept, 0)], *found[count:]):

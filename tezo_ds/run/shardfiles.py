@@ -1,5 +1,5 @@
-"""Shards in safetensors files: each tensor with the elements that it is of, so that whoever holds other
-ranges of a parameter can take from it what both have."""
+"""Shards in safetensors files: each tensor with its range of elements, so that a rank that holds another
+range of the parameter can read what both have in common."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ Put = Callable[[ShardKey, str, Tensor], None]
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of a file.
+    """A tensor of a shard file.
 
     Attributes:
-        kind: `WEIGHT`, or which moments.
-        view: the elements that it is of; `local` is on the meta device and has but numel and dtype.
-        file: that it is in, or is to be.
+        kind: `WEIGHT`, or the kind of moments.
+        view: the tensor's range of elements; `local` is on the meta device and has but numel and dtype.
+        file: the file that has the tensor, or is to have it.
     """
 
     kind: str
@@ -43,11 +43,11 @@ class Stored:
 
     @property
     def key(self) -> str:
-        """Its name in the file, where each parameter has one range."""
+        """The tensor's name in the file, where each parameter has one range."""
         return f"{self.view.name}:{self.kind}"
 
     def about(self) -> dict[str, Any]:
-        """Its geometry, as plain values."""
+        """Returns the tensor's geometry, as plain values."""
         view = self.view
         return {
             "parameter": view.name, "kind": self.kind, "shape": view.shape, "start": view.start,
@@ -56,16 +56,16 @@ class Stored:
 
 
 def write_file(file: Path, tensors: Sequence[Stored], fill: Callable[[Put], None]) -> None:
-    """Writes a new file, tensor by tensor: safetensors' own functions want them all in memory at once.
+    """Writes a new file, tensor by tensor: safetensors' own functions want all tensors in memory at once.
 
     Args:
-        file: its path; on disk when this returns.
-        tensors: what it is to hold.
+        file: the file's path; on disk when this returns.
+        tensors: what the file is to hold.
         fill: calls its argument once or more for each tensor, with the key of its range, its kind and
             the numbers, in any order.
 
     Raises:
-        OSError: it cannot be written, or is there already.
+        OSError: the file cannot be written, or is there already.
     """
     # Wider numbers first, as safetensors has it, so that each lies where its width divides.
     tensors = sorted(tensors, key=lambda stored: -stored.view.local.itemsize)
@@ -99,7 +99,7 @@ def write_file(file: Path, tensors: Sequence[Stored], fill: Callable[[Put], None
 
 @functools.cache
 def _code(dtype: torch.dtype) -> str:
-    """safetensors' name of a dtype."""
+    """Returns safetensors' name of a dtype."""
     content = save({"x": torch.empty(0, dtype=dtype)})
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     return str(header["x"]["dtype"])
@@ -111,10 +111,10 @@ def _write(out: BinaryIO, tensor: Tensor) -> None:
 
 
 def file_digest(file: Path) -> str:
-    """BLAKE2b of what a file holds, in hexadecimal.
+    """Returns BLAKE2b of what a file holds, in hexadecimal.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     hashed = hashlib.blake2b(digest_size=32)
     with file.open("rb") as content:
@@ -124,10 +124,10 @@ def file_digest(file: Path) -> str:
 
 
 def stored_in(file: Path) -> Iterator[Stored]:
-    """What is in a file that `write_file` wrote; reads its header alone.
+    """Yields the tensors of a file that `write_file` wrote; reads the header alone.
 
     Raises:
-        OSError, SafetensorError: it cannot be read.
+        OSError, SafetensorError: the file cannot be read.
     """
     with safe_open(file, framework="pt") as opened:
         for key, about in json.loads(opened.metadata()[_METADATA]).items():
@@ -140,7 +140,7 @@ def stored_in(file: Path) -> Iterator[Stored]:
 
 
 def common_numel(one: ShardView, other: ShardView) -> int:
-    """How many elements two ranges of a parameter have in common."""
+    """Returns how many elements two ranges of a parameter have in common."""
     return sum(
         len(_common(a.rows, b.rows)) * len(_common(a.columns, b.columns))
         for a in one.pieces(max(1, one.numel))
@@ -153,7 +153,7 @@ def copy_common(content: Any, stored: ShardView, mine: ShardView) -> None:
 
     Args:
         content: the slice, as safetensors calls it, of a file's tensor: (stored.numel,).
-        stored: the elements that it is of.
+        stored: the range of elements that `content` is of.
         mine: the range to write to; `local` may be on any device.
     """
     start = 0  # of a piece in what is stored

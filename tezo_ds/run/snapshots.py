@@ -1,7 +1,7 @@
 """The trained shards of a run on disk, and the moments beside them: what a method that writes weights has
-changed, to go on from on any number of ranks and any sharding.
+changed, to resume from on any number of ranks and any sharding.
 
-A snapshot is a folder with a file for each rank that had anything to write, and an index. It gets its
+A snapshot is a folder with a file for each rank that had anything to write, and an index. The folder gets its
 name when all is on disk; before that the name begins with a dot.
 """
 
@@ -52,12 +52,12 @@ Dtypes = Mapping[str, torch.dtype]  # of moments, by kind
 def save_shards(engine: Engine, folder: Path) -> None:
     """Writes the trained parameters as this world holds them, and the moments beside them.
 
-    All ranks must call it, and see the same file system. Of replicas the lowest rank writes. Beside the
-    run's own memory it takes the moments of one shard, and 64 MiB or so on their way from a device.
+    All ranks must call this, and see the same file system. Of replicas the lowest rank writes. Beside the
+    run's own memory this takes the moments of one shard, and 64 MiB or so on their way from a device.
 
     Args:
-        engine: between two steps; stays as it is.
-        folder: of the snapshot; must not exist.
+        engine: an engine between two steps; stays as it is.
+        folder: folder of the snapshot; must not exist.
 
     Raises:
         StorageError: a rank could not write; raised on all of them, and nothing is left.
@@ -82,13 +82,13 @@ def save_shards(engine: Engine, folder: Path) -> None:
 def load_shards(engine: Engine, folder: Path) -> None:
     """Fills the trained shards, and the moments beside them, from what `save_shards` wrote.
 
-    All ranks must call it; their number and sharding need not be those of the snapshot. Beside the
-    run's own memory it takes the moments of one shard; files are mapped, and only the parts that a rank
+    All ranks must call this; their number and sharding need not be those of the snapshot. Beside the
+    run's own memory this takes the moments of one shard; files are mapped, and only the parts that a rank
     needs are copied.
 
     Args:
-        engine: of the same model, trained parameters and method.
-        folder: of the snapshot.
+        engine: an engine of the same model, trained parameters and method.
+        folder: folder of the snapshot.
 
     Raises:
         StorageError: the snapshot is damaged or does not fit; raised on all ranks.
@@ -98,8 +98,8 @@ def load_shards(engine: Engine, folder: Path) -> None:
 
 @torch.no_grad()
 def checked_shards(engine: Engine, folder: Path) -> Callable[[], None]:
-    """What fills the shards, see `load_shards`, of a snapshot that was found whole; nothing is changed
-    before that is called.
+    """Checks a snapshot, and returns the function that fills the shards from it, see `load_shards`; nothing
+    changes before that is called.
 
     Raises:
         StorageError: the snapshot is damaged or does not fit; raised on all ranks.
@@ -129,7 +129,7 @@ def checked_shards(engine: Engine, folder: Path) -> Callable[[], None]:
 
 
 def _together(sharding: Sharding, what: str, work: Callable[[], Result]) -> Result:
-    """What `work` gives, once it has ended on all ranks. Where it failed on any, all raise."""
+    """Returns what `work` gives, once `work` has ended on all ranks. Where it failed on any, all raise."""
     reason = ""
     try:
         result = work()
@@ -155,7 +155,7 @@ def _begin(partial: Path, folder: Path) -> None:
 
 
 def _held(engine: Engine) -> list[tuple[ShardView, Dtypes]]:
-    """All that this rank holds, in order, with the dtypes of its moments; numbers on the meta device."""
+    """Returns all shards of this rank, in order, on the meta device, with the dtypes of their moments."""
     found: list[tuple[ShardView, Dtypes]] = []
 
     def note(view: ShardView) -> None:
@@ -167,10 +167,10 @@ def _held(engine: Engine) -> list[tuple[ShardView, Dtypes]]:
 
 
 def _to_write(engine: Engine, file: Path) -> tuple[dict[str, Any], list[Stored]]:
-    """What the index says of each parameter, and what this rank is to write.
+    """Returns what the index says of each parameter, and the tensors that this rank is to write.
 
-    Of several ranges of a parameter that a rank holds (hpZ) the last alone counts, which is the one that
-    forwards use: those of all ranks have every element, so the others have no more.
+    Where a rank holds several ranges of a parameter (hpZ), the last alone counts, which is the one that
+    forwards use: the last ones of all ranks have every element, so the others have no more.
     """
     held = {view.name: (view, dtypes) for view, dtypes in _held(engine)}
     ranks, _ = holders_of(engine.sharding, [view.key for view, _ in held.values() if view.numel])
@@ -196,7 +196,7 @@ def _to_write(engine: Engine, file: Path) -> tuple[dict[str, Any], list[Stored]]
 
 
 def _write(engine: Engine, mine: list[Stored], file: Path) -> dict[str, Any] | None:
-    """This rank's file, and its entry in the index; None where there is nothing to write."""
+    """Writes this rank's file, and returns its entry in the index; None where there is nothing to write."""
     if not mine:
         return None
     keys = {stored.view.key for stored in mine}
@@ -214,7 +214,7 @@ def _write(engine: Engine, mine: list[Stored], file: Path) -> dict[str, Any] | N
 
 
 def _sealed(index: Mapping[str, Any]) -> str:
-    """A digest of all else in the index."""
+    """Returns a digest of an index, less its field "digest"."""
     rest = {name: index[name] for name in index if name != "digest"}
     return hashlib.blake2b(json.dumps(rest, sort_keys=True).encode(), digest_size=32).hexdigest()
 
@@ -244,7 +244,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 
 def _check_files(folder: Path, files: list[dict[str, Any]], sharding: Sharding) -> None:
-    """Those that fall to this rank."""
+    """Checks the files that fall to this rank."""
     for entry in files[sharding.place :: sharding.everyone]:
         file, wrong = folder / entry["file"], ""
         if not file.is_file():
@@ -258,8 +258,8 @@ def _check_files(folder: Path, files: list[dict[str, Any]], sharding: Sharding) 
 
 
 def _sources(engine: Engine, folder: Path, index: dict[str, Any]) -> dict[ShardKey, list[Stored]]:
-    """What each shard of this rank is to be filled from. Looks into as few files as will do, first into
-    that of a rank in the same place."""
+    """Returns what each shard of this rank is to be filled from. Looks into as few files as will do, first
+    into that of a rank in the same place."""
     held = {view.key: view for view, _ in _held(engine)}
     _check_parameters(held.values(), index["parameters"])
     by_name: dict[str, list[ShardView]] = {}

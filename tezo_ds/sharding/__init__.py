@@ -1,21 +1,43 @@
-"""Where weights live. `sharding_of` alone chooses the class."""
+"""Shardings: places where weights live. `sharding_of` chooses the class, by the table `SHARDINGS`."""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
-from tezo_ds.errors import ConfigError, ShardingError
 from tezo_ds.sharding.base import Sharding
 from tezo_ds.sharding.replicated import Replicated
 from tezo_ds.sharding.view import ShardView
 
 __all__ = ["Replicated", "ShardView", "Sharding", "sharding_of"]
 
+Takes = Callable[[nn.Module, Mapping[str, Any]], bool]
+
+
+def _is_fsdp2(model: nn.Module, config: Mapping[str, Any]) -> bool:
+    fully_sharded = any(hasattr(module, "reset_iter_state") for module in model.modules())
+    return fully_sharded or any(hasattr(p, "device_mesh") for p in model.parameters())  # a DTensor
+
+
+def _is_zero3(model: nn.Module, config: Mapping[str, Any]) -> bool:
+    partitioned = any(hasattr(p, "ds_id") for p in model.parameters())
+    return partitioned or "zero_optimization" in config or hasattr(model, "zero_optimization_stage")
+
+
+# Which models each takes, and "module:function" that shards one (model, config); the first that takes a model
+# has it. Modules are imported when they are needed, as that takes seconds.
+SHARDINGS: tuple[tuple[Takes, str], ...] = (
+    (_is_fsdp2, "tezo_ds.sharding.fsdp2:sharding_of"),
+    (_is_zero3, "tezo_ds.sharding.zero3:sharding_of"),
+    (lambda model, config: True, "tezo_ds.sharding.replicated:sharding_of"),
+)
+
 
 def sharding_of(model: nn.Module, deepspeed_config: dict[str, Any] | None = None) -> Sharding:
-    """The Sharding of a model.
+    """Returns the Sharding of a model.
 
     Args:
         model: a DeepSpeed engine; a module to which `fully_shard` was applied; or a plain module:
@@ -24,29 +46,12 @@ def sharding_of(model: nn.Module, deepspeed_config: dict[str, Any] | None = None
 
     Raises:
         ConfigError: a stage other than 3; a module already partitioned by `zero.Init` without a
-            config to run it by. ShardingError: an engine with an optimizer.
+            DeepSpeed config. ShardingError: an engine with an optimizer; DTensors, or submodules
+            under `fully_shard`, in a model that is not.
     """
-    if any(hasattr(module, "reset_iter_state") for module in model.modules()):  # an FSDPModule
-        from tezo_ds.sharding import fsdp2
-
-        return fsdp2.Fsdp2(model)
-    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):  # a DTensor
-        raise ShardingError(
-            "the model's weights are DTensors but fully_shard was not applied; apply it on the data "
-            "dim of the mesh, even if that has one rank"
-        )
-    partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    wants_zero = "zero_optimization" in (deepspeed_config or {})
-    if not (partitioned or wants_zero or hasattr(model, "zero_optimization_stage")):
-        return Replicated(model)
-    # Imported here, as it takes seconds and a replicated run has no use for it.
-    from tezo_ds.sharding import zero3
-
-    if hasattr(model, "zero_optimization_stage"):
-        return zero3.Zero3(model)
-    if not wants_zero:
-        raise ConfigError(
-            "the model's weights are partitioned (zero.Init) but there is no DeepSpeed config; "
-            "pass a DeepSpeed engine, or a DeepSpeed JSON with zero_optimization and a tezo block"
-        )
-    return zero3.Zero3(zero3.wrap(model, deepspeed_config or {}))
+    config = deepspeed_config or {}
+    module, _, function = next(made for takes, made in SHARDINGS if takes(model, config)).partition(
+        ":"
+    )
+    found: Sharding = getattr(importlib.import_module(module), function)(model, config)
+    return found

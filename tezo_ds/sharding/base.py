@@ -1,4 +1,4 @@
-"""What every way of sharding offers to the rest: forwards, scalars summed over ranks, shards to write."""
+"""Base of all shardings: forwards, scalars summed over ranks, shards to write."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Thing = TypeVar("Thing")
 
 
 class Sharding(ABC):
-    """A model whose weights live somewhere. No subclass knows any mathematics.
+    """A model, and the place where its weights live. No subclass knows any mathematics.
 
     Attributes:
         module: the user's model, without wrappers; its names are the names used everywhere.
-        device: where its forward runs.
-        rank, world_size: of this process among those that see different data.
-        everyone: ranks of the whole world, those that see the same data included.
-        place: of this process among those.
-        filled_apart: each rank filled its weights by itself, so they may differ from the start.
+        device: where forwards run.
+        rank, world_size: this process's rank, and the world size, among ranks that see different data.
+        everyone: size of the whole world, ranks that see the same data included.
+        place: this process's rank in the whole world.
+        filled_apart: each rank filled its weights by itself, so replicas may differ from the start.
         quantised: why the weights cannot be written between forwards; None when they can.
     """
 
@@ -43,66 +43,66 @@ class Sharding(ABC):
         self.place = dist.get_rank() if distributed else 0
 
     def forward(self, **inputs: Any) -> Any:
-        """One forward of the model. Every rank must call it equally often, in the same order."""
+        """Runs one forward of the model. All ranks must call it equally often, in the same order."""
         return self.module(**inputs)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, in place. The only communication of ours in a step."""
+        """All-reduces a sum in place, over the ranks that see different data."""
         if self.world_size > 1:
             dist.all_reduce(tensor, group=self._group)
         return tensor
 
     def maxima(self, numbers: Sequence[int]) -> list[int]:
-        """The largest of each number over the whole world; as int64, 8 bytes each."""
+        """Returns the maximum of each number over the whole world, by an all-reduce of int64."""
         tensor = torch.tensor(numbers, dtype=torch.int64, device=self.device)
         if self.everyone > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return [int(number) for number in tensor.tolist()]
 
     def total(self, tensor: Tensor) -> Tensor:
-        """Sum over the whole world, in place: each rank's part of a product with a sharded weight."""
+        """All-reduces a sum in place over the whole world: of parts of products with sharded weights."""
         if self.everyone > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def gather(self, thing: Thing) -> list[Thing]:
-        """`thing` of each rank of the whole world, pickled; for what is rare."""
+        """Gathers `thing` of each rank of the whole world, pickled; for rare use."""
         things = [thing] * self.everyone
         if self.everyone > 1:
             dist.all_gather_object(things, thing)
         return things
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
-        """Global shape of a parameter."""
+        """Returns the global shape of a parameter."""
         return parameter.shape
 
     def compute_dtype(self, parameter: nn.Parameter) -> torch.dtype:
-        """Of a parameter while a forward uses it."""
+        """Returns the dtype of a parameter while a forward uses it."""
         return parameter.dtype
 
     def block(self, parameter: nn.Parameter) -> Block:
-        """What of a parameter, seen as a matrix, this rank's forwards multiply with."""
+        """Returns the part of a parameter, seen as a matrix, that this rank's forwards multiply with."""
         m, n = as_matrix(self.shape(parameter))
         return Block(range(m), range(n))
 
     def local(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's part of a layer's input and result where the layer's weight is a `block` of
-        its matrix: y = x W[block]ᵀ holds for them, up to a sum over the ranks that share it."""
+        """Returns this rank's part of a layer's input and result, for which y = x W[block]ᵀ holds up to
+        a sum over the ranks that share the weight's matrix."""
         return x, y
 
     @abstractmethod
     def each_shard(self, names: Collection[str], write: Callable[[ShardView], None]) -> None:
         """Calls `write` on each shard this rank holds of the named parameters, and makes sure that
-        the next forward sees what was written. Always visits the same shards in the same order."""
+        the next forward sees the writes. Always visits the same shards in the same order."""
 
     @abstractmethod
     def full_tensors(self) -> Iterator[tuple[list[str], Tensor | None]]:
-        """Every entry of the model's state_dict, one at a time: all its names (tied weights have
+        """Yields every entry of the model's state_dict, one at a time: all names (tied weights have
         several) and a full CPU copy on rank 0, None elsewhere. All ranks must run it to its end."""
 
 
 def named_state(module: nn.Module) -> list[tuple[list[str], Tensor]]:
-    """The state_dict's tensors in its order, each once, with all the names it goes by."""
+    """Returns the state_dict's tensors in its order, each once, with all its names."""
     names: dict[int, list[str]] = {}
     tensors: dict[int, Tensor] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -50,7 +50,6 @@ class Fsdp2(Sharding):
         self._compute_dtypes = _compute_dtypes(module)
 
     def forward(self, **inputs: Any) -> Any:
-        """As in the base class."""
         try:
             return self.module(**inputs)
         finally:
@@ -59,11 +58,11 @@ class Fsdp2(Sharding):
             self._root.reset_iter_state()
 
     def compute_dtype(self, parameter: nn.Parameter) -> torch.dtype:
-        """The mixed precision policy's, where there is one."""
+        """Returns the mixed precision policy's dtype, where there is one, else the parameter's."""
         return self._compute_dtypes.get(id(parameter), parameter.dtype)
 
     def block(self, parameter: nn.Parameter) -> Block:
-        """This rank's part by tensor parallelism, by rows or by columns."""
+        """Returns this rank's rows or columns under tensor parallelism, else the whole matrix."""
         found = _tensor_parallel(parameter, self._mesh)
         if found is None:
             return super().block(parameter)
@@ -77,7 +76,7 @@ class Fsdp2(Sharding):
         return Block(rows, columns)
 
     def local(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Raises ShardingError where a split input does not end in a sum over the ranks."""
+        """Returns this rank's parts; raises ShardingError unless the layer is colwise or rowwise."""
         if not isinstance(x, DTensor) or not isinstance(y, DTensor):
             raise ShardingError(
                 "a layer's weight is split by tensor parallelism but its input is not a DTensor; "
@@ -93,8 +92,8 @@ class Fsdp2(Sharding):
         return x.to_local(), y.to_local()
 
     def each_shard(self, names: Collection[str], write: Callable[[ShardView], None]) -> None:
-        """Whole rows for each parameter, none on the last ranks of a small one; under rowwise tensor
-        parallelism some columns of them."""
+        """Calls `write` on whole rows of each parameter, none on the last ranks of a small one; under
+        rowwise tensor parallelism on some columns of the rows."""
         self._root.reset_iter_state()  # a write to the shard of a gathered parameter would be lost
         for name, parameter in self.module.named_parameters():
             if name in names:
@@ -109,6 +108,20 @@ class Fsdp2(Sharding):
             if isinstance(whole, DTensor):
                 whole = whole.full_tensor()
             yield names, whole.cpu().clone() if first else None
+
+
+def sharding_of(model: nn.Module, config: Mapping[str, Any]) -> Fsdp2:
+    """Returns the sharding of a model to which `fully_shard` was applied.
+
+    Raises:
+        ShardingError: weights are DTensors, and it was not.
+    """
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise ShardingError(
+            "the model's weights are DTensors but fully_shard was not applied; apply it on the data "
+            "dim of the mesh, even if that has one rank"
+        )
+    return Fsdp2(model)
 
 
 def _view(name: str, parameter: nn.Parameter) -> ShardView:
@@ -138,7 +151,7 @@ def _view(name: str, parameter: nn.Parameter) -> ShardView:
 
 
 def _data_mesh(module: nn.Module) -> DeviceMesh:
-    """The mesh over whose ranks the data differ: (shard) or (replicate, shard)."""
+    """Returns the mesh over whose ranks the data differ: (shard) or (replicate, shard)."""
     meshes = [group.mesh_info.mesh for group in _param_groups(module)]
     if any(mesh != meshes[0] for mesh in meshes):
         raise ShardingError(
@@ -149,21 +162,21 @@ def _data_mesh(module: nn.Module) -> DeviceMesh:
 
 
 def _group(mesh: DeviceMesh) -> dist.ProcessGroup | None:
-    """Of all ranks of a mesh; None for all there are."""
+    """Returns the process group of a mesh; None for the whole world."""
     if mesh.size() == dist.get_world_size():
         return None
     return (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()
 
 
 def _param_groups(module: nn.Module) -> Iterator[Any]:
-    """torch's own record of each group of parameters that is gathered together."""
+    """Yields torch's own record of each group of parameters that is gathered together."""
     for m in module.modules():
         if isinstance(m, FSDPModule):
             yield from m._get_fsdp_state()._fsdp_param_groups
 
 
 def _compute_dtypes(module: nn.Module) -> dict[int, torch.dtype]:
-    """By id, for parameters that a mixed precision policy casts as they are gathered."""
+    """Returns dtypes, by id, of parameters that a mixed precision policy casts when gathered."""
     return {
         id(fsdp_param.sharded_param): fsdp_param.mp_policy.param_dtype
         for group in _param_groups(module)
@@ -183,7 +196,7 @@ def _warn_of_smaller_groups(module: nn.Module) -> None:
 def _tensor_parallel(
     parameter: nn.Parameter, data_mesh: DeviceMesh
 ) -> tuple[DeviceMesh, Placement] | None:
-    """The mesh and placement by which a parameter is split besides FSDP; None if it is not."""
+    """Returns the mesh and placement by which tensor parallelism splits a parameter, else None."""
     tensor = parameter.data
     if not isinstance(tensor, DTensor) or tensor.device_mesh.ndim == data_mesh.ndim:
         return None

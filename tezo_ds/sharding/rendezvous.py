@@ -1,4 +1,4 @@
-"""Where ranks meet that torchrun's agent has restarted."""
+"""Rendezvous of ranks that torchrun's agent has restarted."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch.distributed as dist
 
 
 def of_restart(timeout: timedelta) -> dict[str, Any]:
-    """What `init_process_group` needs beyond its defaults; nothing for ranks started for the first time.
+    """Returns arguments of `init_process_group` for ranks of a restart; none for a first start.
 
     The agent keeps one store for all its restarts, in which the ranks that are gone have left their
     addresses: the new ones would wait for those (pytorch issue 135712). So each restart has a part of
-    the store to itself. It is numbered by each agent for its own: where agents come and go, set
+    the store to itself. Each agent numbers its own restarts: where agents come and go, set
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for them all, which makes a new store each time.
     """
     count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

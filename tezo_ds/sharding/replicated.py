@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from tezo_ds.sharding.view import ShardView, as_matrix
 
 
 class Replicated(Sharding):
-    """Each rank holds every weight; replicas stay equal because all make the same updates."""
+    """Whole weights on each rank; replicas stay equal because all make the same updates."""
 
     filled_apart = True
 
@@ -23,19 +24,24 @@ class Replicated(Sharding):
         self.device = torch.device("cpu") if device.type == "meta" else device
 
     def each_shard(self, names: Collection[str], write: Callable[[ShardView], None]) -> None:
-        """One view of each whole parameter."""
+        """Calls `write` on one view of each whole parameter."""
         for name, parameter in self.module.named_parameters():
             if name in names:
                 write(ShardView(name, as_matrix(parameter.shape), 0, parameter.data.view(-1)))
 
     def full_tensors(self) -> Iterator[tuple[list[str], Tensor | None]]:
-        """No communication: rank 0 copies what it has."""
+        """Yields copies of rank 0's own weights, without communication."""
         for names, tensor in named_state(self.module):
             yield names, tensor.detach().cpu().clone() if self.rank == 0 else None
 
 
+def sharding_of(model: nn.Module, config: Mapping[str, Any]) -> Replicated:
+    """Returns the sharding of a model whose weights are whole on this rank."""
+    return Replicated(model)
+
+
 def alone(module: nn.Module) -> Replicated:
-    """Of a process by itself, whatever world it is in: nothing goes to other ranks."""
+    """Returns the sharding of a process by itself, whatever its world: no other rank is involved."""
     sharding = Replicated(module)
     sharding.rank = sharding.place = 0
     sharding.world_size = sharding.everyone = 1

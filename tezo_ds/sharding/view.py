@@ -1,5 +1,4 @@
-"""The two things that the mathematics sees of a distributed weight: what a rank holds of it, and
-what its forwards multiply with."""
+"""Views of a distributed weight: the part that a rank holds, and the part that its forwards use."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ ShardKey = tuple[str, int, int, int]
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """(m, n) of a parameter: the product of its leading dims by its last.
+    """Returns (m, n) of a parameter: the product of its leading dims, and its last.
 
     Raises:
         ValueError: `shape` has fewer than two dims.
@@ -24,7 +23,7 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
-    """(m, n) of any parameter, as shards of it are described: a vector is one row."""
+    """Returns (m, n) of any parameter, as its shards are described: a vector is one row."""
     return (1, math.prod(shape)) if len(shape) < 2 else matrix_shape(shape)
 
 
@@ -38,7 +37,7 @@ class ShardView:
         shape: global (m, n).
         start: first element held, in the row-major order of (m, columns).
         local: the elements [start, stop) themselves, 1-D; writing to it writes the weight.
-        columns: those that the range runs over; None for all n. Tensor parallelism splits by column.
+        columns: columns that the range runs over; None for all n. Tensor parallelism splits by column.
     """
 
     name: str
@@ -64,12 +63,12 @@ class ShardView:
 
     @property
     def width(self) -> int:
-        """How many those are."""
+        """Number of columns in `span`."""
         return len(self.span)
 
     @property
     def key(self) -> ShardKey:
-        """Identifies the range; under hpZ a rank holds two ranges of a parameter."""
+        """Identity of the range; under hpZ a rank holds two ranges of a parameter."""
         return self.name, self.start, self.numel, self.span.start
 
     @property
@@ -79,7 +78,7 @@ class ShardView:
         return range(self.start // n, -(-self.stop // n)) if self.numel else range(0)
 
     def pieces(self, numel: int) -> Iterator[Piece]:
-        """What is held as rectangles in row-major order: the end of a row, whole rows, the beginning
+        """Yields the range as rectangles in row-major order: the end of a row, whole rows, the beginning
         of a row.
 
         Args:
@@ -120,17 +119,17 @@ class Piece:
 class Block:
     """The rows and columns of a matrix that this rank's forwards multiply with, once gathered.
 
-    All of them, but under tensor parallelism.
+    Without tensor parallelism, the whole matrix.
     """
 
     rows: range
     columns: range
 
     def covers(self, shape: tuple[int, int]) -> bool:
-        """Whether it is the whole matrix."""
+        """Returns whether the block is the whole matrix."""
         return (len(self.rows), len(self.columns)) == shape
 
 
 def place_in(whole: range, part: range) -> slice:
-    """Where a range lies in another that contains it."""
+    """Returns the slice of `whole` that `part` is."""
     return slice(part.start - whole.start, part.stop - whole.start)

@@ -15,7 +15,7 @@ from tezo_ds.sharding.rendezvous import of_restart
 
 
 def join_world(deepspeed: bool, fsdp: bool, timeout: float) -> None:
-    """Joins the ranks that a launcher started; ZeRO-3 and FSDP2 need a world even if of one.
+    """Joins the ranks that a launcher started; ZeRO-3 and FSDP2 need a world, even if of one rank.
 
     Args:
         deepspeed, fsdp: what shards the weights.
@@ -39,7 +39,7 @@ def join_world(deepspeed: bool, fsdp: bool, timeout: float) -> None:
 
 
 def local_device() -> torch.device:
-    """This rank's accelerator, or the CPU where there is none."""
+    """Returns this rank's accelerator, or the CPU where there is none."""
     if not torch.accelerator.is_available():
         return torch.device("cpu")
     kind = torch.accelerator.current_accelerator()
@@ -51,7 +51,7 @@ Thing = TypeVar("Thing")
 
 
 def agreed(make: Callable[[], Thing]) -> Thing:
-    """What rank 0 makes, on every rank; or its error. All ranks of the world must call it."""
+    """Returns rank 0's `make()` on every rank, or raises its TezoError there. All ranks must call it."""
     made: list[Any] = [None, None]
     alone = not dist.is_initialized() or dist.get_world_size() == 1
     if alone or dist.get_rank() == 0:

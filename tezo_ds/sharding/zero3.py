@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -13,28 +13,22 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
-from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload, ZeROOrderedDict
 from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
-from packaging.version import Version
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from tezo_ds.errors import ConfigError, ShardingError
 from tezo_ds.sharding.base import Sharding, named_state
 from tezo_ds.sharding.rendezvous import of_restart
 from tezo_ds.sharding.view import ShardView, as_matrix
-
-# Up to 0.19.7 a CPU gather may wait for the last of its handles only and return wrong weights.
-OLDEST = Version("0.19.8")
+from tezo_ds.sharding.zero3_config import check_stage, check_version, prepare
 
 
 def _set_given_dtype(self: Init, ds_config: Any, dtype: torch.dtype | None) -> None:
-    """In place of `Init._set_dtype`, which on a device without float16 (most CPUs) takes bfloat16 whatever
-    dtype it is given: weights, or their buffers for NVMe, would change theirs."""
+    """Replaces `Init._set_dtype`, which on a device without float16 (most CPUs) takes bfloat16 whatever
+    dtype is given, and so would change the dtype of weights or of their buffers for NVMe."""
     if dtype is None:
         _set_dtype(self, ds_config, dtype)
     else:
@@ -69,9 +63,9 @@ class Zero3(Sharding):
             self.quantised = "zero_quantized_nontrainable_weights"
 
     def forward(self, **inputs: Any) -> Any:
-        """As in the base class. A forward that fails leaves layers gathered, and the next one would
-        mix them with newer shards; it also leaves DeepSpeed ready to gather any weight that is merely
-        read, on this rank alone. Both are undone before the error goes on."""
+        """Runs one forward of the model. A failed one leaves layers gathered, which the next would mix
+        with newer shards, and DeepSpeed ready to gather any weight that is merely read, on this rank
+        alone: both are undone before the error goes on."""
         try:
             with buffers_explained():
                 return self.module(**inputs)
@@ -83,7 +77,7 @@ class Zero3(Sharding):
             raise
 
     def _partition(self) -> None:
-        """Partitions every parameter, also persistent ones and those that a failed forward left."""
+        """Partitions every parameter, also persistent ones and ones left gathered by a failed forward."""
         self._offload.partition_all_parameters()
         for parameter in map(_internals, self.module.parameters()):
             # A forward that failed leaves shards that were read ahead from NVMe: they hold on to
@@ -94,12 +88,12 @@ class Zero3(Sharding):
                     parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
-        """The shape before partitioning (the parameter itself is empty)."""
+        """Returns the shape before partitioning (the parameter itself is empty)."""
         shape: torch.Size = vars(parameter)["ds_shape"]
         return shape
 
     def each_shard(self, names: Collection[str], write: Callable[[ShardView], None]) -> None:
-        """The partition of each parameter, and its secondary copy under hpZ.
+        """Calls `write` on the partition of each parameter, and on its secondary copy under hpZ.
 
         A view is good during the call alone: a shard on NVMe has memory for no longer.
 
@@ -128,16 +122,16 @@ class Zero3(Sharding):
 
 
 def _internals(parameter: nn.Parameter) -> Any:
-    """The parameter, with the attributes that DeepSpeed gave it and no type checker knows."""
+    """Returns the parameter untyped, as no type checker knows the attributes that DeepSpeed adds."""
     return parameter
 
 
 @contextmanager
 def _whole(tensor: Any) -> Iterator[Tensor]:
-    """Within it, all of a parameter or buffer.
+    """Context manager: the whole of a parameter or buffer inside.
 
-    Under hpZ it is gathered as forwards do it, from the copies within a group of ranks. Those may differ
-    from the primary shards in the last bits once a method has written both: products depend on a range.
+    Under hpZ gathers go as in forwards, from the copies within a group of ranks, which may differ from
+    the primary shards in the last bits once a method has written both: products depend on a range.
     """
     if getattr(tensor, "ds_secondary_tensor", None) is None:
         with deepspeed.zero.GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):
@@ -151,13 +145,13 @@ def _whole(tensor: Any) -> Iterator[Tensor]:
 
 
 def _on_nvme(parameter: Any) -> bool:
-    """Whether the shard lives in a file. DeepSpeed keeps those under a megabyte in memory."""
+    """Returns whether the shard lives in a file. DeepSpeed keeps any under a megabyte in memory."""
     return bool(parameter.ds_tensor.final_location == OffloadDeviceEnum.nvme)
 
 
 @contextmanager
 def _in_memory(parameter: Any) -> Iterator[None]:
-    """Within it, `ds_tensor` is the shard. One that lives on NVMe takes a buffer of DeepSpeed's for
+    """Context manager: `ds_tensor` is the shard inside. A shard on NVMe takes a buffer of DeepSpeed's for
     that time, and goes back to its file if it was written in place."""
     if not _on_nvme(parameter):
         yield
@@ -176,7 +170,7 @@ def _in_memory(parameter: Any) -> Iterator[None]:
 
 
 def _views(name: str, parameter: Any) -> Iterator[ShardView]:
-    """What this rank holds. Both tensors end in padding that is uninitialised memory."""
+    """Yields the shards that this rank holds, without their padding, which is uninitialised memory."""
     shards = [(parameter.ds_tensor, parameter.ds_zero_partition_rank)]
     secondary = parameter.ds_secondary_tensor
     if secondary is not None:  # hpZ: forwards gather from it, never from ds_tensor
@@ -190,49 +184,9 @@ def _views(name: str, parameter: Any) -> Iterator[ShardView]:
         yield ShardView(name, as_matrix(parameter.ds_shape), start, tensor.detach()[:valid])
 
 
-def check_version(version: str = deepspeed.__version__) -> None:
-    """Raises ConfigError on a DeepSpeed whose gathers cannot be trusted."""
-    if Version(version) < OLDEST:
-        raise ConfigError(f"deepspeed {version} is too old; install deepspeed>={OLDEST}")
-
-
-def check_stage(stage: int) -> None:
-    """Raises ConfigError unless `stage` is 3."""
-    if stage != 3:
-        raise ConfigError(
-            f"zero_optimization.stage is {stage}; forward-only training shards weights: set it to 3"
-        )
-
-
-def check_offload(zero: dict[str, Any]) -> None:
-    """Of a zero_optimization block, on the machine that is to run it. The first offload to NVMe
-    compiles DeepSpeed's async_io op, which takes minutes.
-
-    Raises:
-        ConfigError: offload to NVMe without a path, with hpZ, or without what the op is made of.
-    """
-    offload = zero.get("offload_param") or {}
-    if offload.get("device") != OffloadDeviceEnum.nvme:
-        return
-    if not offload.get("nvme_path"):
-        raise ConfigError("offload_param has no nvme_path; name a folder on the drive to use")
-    if zero.get("zero_hpz_partition_size", 1) > 1:
-        raise ConfigError(
-            "zero_hpz_partition_size does not go with offload_param to nvme, as DeepSpeed keeps hpZ's "
-            "copies in memory only; leave one of them out"
-        )
-    try:
-        AsyncIOBuilder().load(verbose=False)
-    except (RuntimeError, ImportError, OSError) as error:
-        raise ConfigError(
-            "offload_param to nvme needs DeepSpeed's async_io op, which cannot be built here; install "
-            "libaio-dev, gcc, g++ and ninja (`ds_report` says what it misses), or offload to cpu"
-        ) from error
-
-
 @contextmanager
 def buffers_explained() -> Iterator[None]:
-    """Turns what DeepSpeed asserts of its buffers for NVMe into a ConfigError that says what to do."""
+    """Context manager: a failed assertion on NVMe buffers inside becomes a ConfigError with a remedy."""
     try:
         yield
     except AssertionError as error:
@@ -244,46 +198,11 @@ def buffers_explained() -> Iterator[None]:
         ) from error
 
 
-def prepare(config: dict[str, Any]) -> dict[str, Any]:
-    """A DeepSpeed config fit for a forward-only run.
-
-    Drops "auto" (DeepSpeed's own default then holds), gives the batch size that DeepSpeed insists
-    on and we never use, and keeps DeepSpeed from replacing torch's linear for the whole process.
-
-    Raises:
-        ConfigError: the stage is not 3, parameters cannot be offloaded as it says, or a field is not what
-            DeepSpeed takes.
-    """
-    config = _without_auto(config)
-    zero = config.setdefault("zero_optimization", {})
-    for name in ("zero_optimization", "bf16", "fp16"):
-        if not isinstance(config.get(name, {}), dict):
-            raise ConfigError(f"{name}: must be an object (got {config[name]!r})")
-    check_stage(zero.get("stage", 0))
-    try:
-        DeepSpeedZeroConfig(**zero)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, ("zero_optimization", *first["loc"])))
-        raise ConfigError(f"{field}: {first['msg']} (got {first['input']!r})") from None
-    check_offload(zero)
-    zero.setdefault("memory_efficient_linear", False)
-    if not {"train_batch_size", "train_micro_batch_size_per_gpu"} & set(config):
-        config["train_micro_batch_size_per_gpu"] = 1
-    return config
-
-
-def _without_auto(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {key: _without_auto(value) for key, value in node.items() if value != "auto"}
-    return node
-
-
 def init_distributed(timeout: timedelta | None = None) -> None:
-    """Joins the launcher's world, or makes one of a single process; does nothing where one is.
+    """Joins the launcher's world, or makes one of a single process; does nothing once in a world.
 
     Args:
-        timeout: of collectives; None takes DeepSpeed's default.
+        timeout: limit of collectives; None takes DeepSpeed's default.
     """
     # On CPU this op would compile for minutes at every first start, for intra-node all-reduces of
     # a size that we never make.
@@ -300,6 +219,23 @@ def init_distributed(timeout: timedelta | None = None) -> None:
     if place := of_restart(limit):
         torch.distributed.init_process_group(timeout=limit, **place)  # DeepSpeed takes it as it is
     deepspeed.init_distributed(timeout=limit, verbose=False)
+
+
+def sharding_of(model: nn.Module, config: Mapping[str, Any]) -> Zero3:
+    """Returns the sharding of a DeepSpeed engine, or of a module that `config` partitions.
+
+    Raises:
+        ConfigError: a stage other than 3; the module is partitioned by `zero.Init`, and there is no
+            `zero_optimization` in `config`. ShardingError: an engine with an optimizer.
+    """
+    if hasattr(model, "zero_optimization_stage"):
+        return Zero3(model)
+    if "zero_optimization" not in config:
+        raise ConfigError(
+            "the model's weights are partitioned (zero.Init) but there is no DeepSpeed config; "
+            "pass a DeepSpeed engine, or a DeepSpeed JSON with zero_optimization and a tezo block"
+        )
+    return Zero3(wrap(model, dict(config)))
 
 
 def wrap(module: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:

@@ -1,4 +1,4 @@
-"""Which examples a rank takes: pure functions of step, seed and world, with no state."""
+"""Examples that each rank takes: pure functions of step, seed and world, with no state."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 def batch_indices(
     n: int, batch_size: int, step: int, seed: int, rank: int, world_size: int
 ) -> list[int]:
-    """This rank's share of the step's `batch_size` examples: indices below n.
+    """Returns this rank's share of the step's `batch_size` examples: indices below n.
 
     The examples come in one endless sequence, a fresh permutation of range(n) for each epoch, no
     example dropped at its end; a step takes the next piece, and the ranks split it in order, evenly
-    to within one. So a step's examples are the same for any number of ranks, and a resumed run goes on
-    where it was, on as many ranks as there are then.
+    to within one. So a step's examples are the same for any number of ranks, and a run can resume on
+    another number of ranks.
     """
     _check(n, rank, world_size)
     if batch_size < 1 or step < 0:
@@ -30,9 +30,9 @@ def batch_indices(
 
 @lru_cache(maxsize=2)  # a batch may lie across the end of an epoch
 def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of range(n).
+    """Returns a permutation of range(n).
 
-    It sorts the raw output of Philox, because NumPy promises that bit generators' streams stay the
+    Sorts the raw output of Philox, because NumPy promises that bit generators' streams stay the
     same over its versions, and does not promise it of `Generator.permutation`.
     """
     key = int.from_bytes(hashlib.sha256(f"batches:{seed}:{epoch}".encode()).digest()[:16], "big")
@@ -40,13 +40,13 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def shard_range(n: int, rank: int, world_size: int) -> range:
-    """This rank's contiguous share of range(n); the shares cover it once, evenly to within one."""
+    """Returns this rank's contiguous share of range(n); shares cover range(n) once, evenly to within one."""
     _check(n, rank, world_size, least=0)
     return range(n * rank // world_size, n * (rank + 1) // world_size)
 
 
 def rounds(n: int, batch_size: int, world_size: int) -> int:
-    """Batches that the largest `shard_range` needs: all ranks run so many, to stay in step.
+    """Returns how many batches the largest `shard_range` needs; all ranks run as many, to stay in step.
 
     A rank whose share has run out goes on with empty batches (see `collate`'s filler).
     """

@@ -26,7 +26,7 @@ class Example:
 
 @dataclass
 class TaskData:
-    """The examples of a task. No prompt is there twice, in a split or across the two."""
+    """The examples of a task, no prompt twice in a split or across the two."""
 
     spec: TaskSpec
     train: list[Example]
@@ -50,7 +50,7 @@ def load_task(
     test_examples: int | None = None,
     seed: int = 0,
 ) -> TaskData:
-    """Load a task's examples. Ranks may call this at the same time; all of them get the same.
+    """Loads a task's examples, the same on all ranks, which may call this at the same time.
 
     task: a name in BUILTIN_TASKS, or a .jsonl, .json or .csv file, which needs a `template`.
     data: for a built-in task, a folder with train.* and test.* or one file, in place of the hub.
@@ -59,7 +59,7 @@ def load_task(
     template, verbalizers, label_field: override the built-in's; see TaskSpec. For a file without
         verbalizers, the labels are themselves the words; if the file has no label column, or the
         template shows it, it is a language-model task.
-    train_examples, test_examples: take at most so many, chosen like the split.
+    train_examples, test_examples: the most examples to take, chosen like the split.
 
     Raises DataError, in one line, for anything wrong with the names, the files or their rows.
     """
@@ -87,7 +87,7 @@ def load_task(
 
 
 def _source(task: str, data: str | None, test_data: str | None, template: str | None) -> str | None:
-    """The local file or folder to read; None for the hub."""
+    """Returns the local file or folder to read; None for the hub."""
     if task in BUILTIN_TASKS:
         if data is None and test_data is not None:
             raise DataError(f"test_data is given for task {task!r} without data; pass both")
@@ -105,7 +105,7 @@ def _source(task: str, data: str | None, test_data: str | None, template: str | 
 
 
 def _read(task: str, source: str | None, test_data: str | None) -> list[Table]:
-    """The training table, and the test table if there is one."""
+    """Reads the training table, and the test table if there is one."""
     if source is None:
         spec = BUILTIN_TASKS[task]
         return [read_hub(spec, spec.train_split), read_hub(spec, spec.test_split)]
@@ -142,7 +142,7 @@ def _resolve_spec(
 
 
 def _labels_as_words(tables: list[Table], spec: TaskSpec, required: bool) -> dict[str, str] | None:
-    """Each label as its own word; None where there are no labels to be told apart."""
+    """Returns each label as its own word; None where there are no labels to be told apart."""
     column = spec.label_field
     if column not in tables[0].columns:
         if required:
@@ -190,7 +190,7 @@ def _check_column(table: Table, column: str, named_by: str) -> None:
 
 
 def _text(table: Table, number: int, row: dict[str, Any], column: str) -> str:
-    """A cell as text. Numbers and truth values are spelt as Python does: a JSON true is `True`."""
+    """Returns a cell as text. Numbers and truth values are spelt as Python does: a JSON true is `True`."""
     value = row[column]
     where = f"{table.where}, row {number}, column {column!r}"
     if value is None or (isinstance(value, str) and not value.strip()):
@@ -208,7 +208,7 @@ def _text(table: Table, number: int, row: dict[str, Any], column: str) -> str:
 
 
 def _deduplicate(examples: list[Example]) -> list[Example]:
-    """The first example of each prompt."""
+    """Returns the first example of each prompt."""
     first: dict[str, Example] = {}
     for example in examples:
         first.setdefault(example.prompt, example)
@@ -216,7 +216,7 @@ def _deduplicate(examples: list[Example]) -> list[Example]:
 
 
 def _rank(example: Example, purpose: str, seed: int) -> float:
-    """A number in [0, 1) that depends on the seed and the prompt alone."""
+    """Returns a number in [0, 1) that depends on purpose, seed and prompt alone."""
     digest = hashlib.sha256(f"{purpose}:{seed}:{example.prompt}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
@@ -224,7 +224,7 @@ def _rank(example: Example, purpose: str, seed: int) -> float:
 def _remove_prompts(
     train: list[Example], test: list[Example], tables: list[Table]
 ) -> list[Example]:
-    """The training examples whose prompt is not in the test file."""
+    """Returns the training examples whose prompt is not in the test file."""
     held_out = {e.prompt for e in test}
     kept = [e for e in train if e.prompt not in held_out]
     if not kept:
@@ -246,7 +246,7 @@ def _hold_out(
 
 
 def _subset(examples: list[Example], count: int | None, seed: int) -> list[Example]:
-    """`count` examples, or all if there are fewer, in the order they came in."""
+    """Returns `count` examples, or all if there are fewer, in their given order."""
     if count is None or count >= len(examples):
         return examples
     chosen = sorted(examples, key=lambda e: _rank(e, "subset", seed))[:count]

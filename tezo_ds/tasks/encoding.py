@@ -17,7 +17,7 @@ _TAIL = 32  # characters of a prompt's end that can matter to how the next word 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sequence; `input_ids[label_start:]` are its labels. `label` is the example's."""
+    """One sequence of token ids; `input_ids[label_start:]` are its labels, `label` is the example's."""
 
     input_ids: list[int]
     label_start: int
@@ -27,14 +27,14 @@ class Encoded:
 
 
 def truncations(encoded: Sequence[Encoded]) -> int:
-    """How many of the sequences lost a part of their prompt: to be reported to the user."""
+    """Returns how many sequences lost a part of their prompt, to be reported to the user."""
     return sum(e.truncated > 0 for e in encoded)
 
 
 def encode(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
 ) -> list[Encoded]:
-    """Tokenise each prompt with its answer, joined by a space; the answer's tokens are the labels.
+    """Tokenises each prompt with its answer, joined by a space; the answer's tokens are the labels.
 
     Special tokens that the tokenizer puts first by default (BOS) are there; nothing stands between
     prompt and answer, nor after the answer. A language-model example (answer None) is its prompt
@@ -67,9 +67,9 @@ def candidates(
     words: Sequence[str],
     max_length: int,
 ) -> list[list[Encoded]]:
-    """Each example with each of the words as its answer: [example][word], encoded as `encode` does.
+    """Encodes each example with each of the words as its answer, as `encode` does: [example][word].
 
-    All candidates of an example see the same prompt: it is cut to fit the longest of them.
+    All candidates of an example see the same prompt, cut to fit the longest of them.
     """
     before, _ = _special_ids(tokenizer)
     pairs = _prompt_and_answer_ids(tokenizer, [(e.prompt, w) for e in examples for w in words])
@@ -84,9 +84,9 @@ def candidates(
 def first_tokens(
     tokenizer: PreTrainedTokenizerBase, words: Sequence[str], prompts: Sequence[str]
 ) -> list[int] | None:
-    """The token id of each word, if one token tells them apart: else None, and use `candidates`.
+    """Returns the token id of each word; None where one token does not tell words apart: use `candidates`.
 
-    That is so when, after each of the prompts, every word is a single token, the same one after all
+    One token does when, after each of the prompts, every word is a single token, the same one after all
     prompts, and no two words share one. `prompts` are real ones: what precedes a word may change
     how it is tokenised. Only their ends are looked at, so any number of them is cheap.
     """
@@ -106,13 +106,13 @@ def first_tokens(
 def collate(
     batch: Sequence[Encoded], pad_id: int, multiple: int = 1, filler: Encoded | None = None
 ) -> dict[str, torch.Tensor]:
-    """Pad on the right to the longest, rounded up to a multiple of `multiple`.
+    """Pads a batch on the right to its longest sequence, rounded up to a multiple of `multiple`.
 
     Returns int64 tensors (B, T): input_ids, attention_mask, and labels, which are aligned with
     input_ids (the loss does the shifting) and -100 where nothing is to be predicted.
 
     A rank with nothing to do must still take part in a sharded forward: an empty batch gives one
-    row of `filler` whose labels are all -100. Raises ValueError when it has no filler either.
+    row of `filler` whose labels are all -100. Raises ValueError when batch and filler are missing.
     """
     rows = list(batch)
     if not rows:
@@ -141,7 +141,7 @@ def _fit(
     max_length: int,
     longest_answer: int,
 ) -> Encoded:
-    """Put the parts together, the prompt cut from the left to leave room for `longest_answer`."""
+    """Joins the parts, the prompt cut from the left to leave room for `longest_answer` tokens."""
     room = max_length - len(before) - longest_answer
     if room < 1:
         raise DataError(
@@ -154,14 +154,14 @@ def _fit(
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids without special tokens. `verbose` off: too long is dealt with here."""
+    """Returns token ids without special tokens. `verbose` is off, as `_fit` deals with length."""
     if not texts:
         return []
     return list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts before and after a text by default."""
+    """Returns the ids that the tokenizer puts before and after a text by default."""
     (bare,) = _ids(tokenizer, ["a"])
     whole = list(tokenizer("a")["input_ids"])
     for start in range(len(whole) - len(bare) + 1):
@@ -173,9 +173,9 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
 def _prompt_and_answer_ids(
     tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]
 ) -> list[tuple[list[int], list[int]]]:
-    """Ids of "prompt answer", tokenised as one text and parted where the prompt's own ids end.
+    """Returns ids of "prompt answer", tokenised as one text and split where the prompt's own ids end.
 
-    As one, because the model will meet it so, and because some tokenizers give a text's first word
+    One text, because the model meets it so, and because some tokenizers give a text's first word
     another token than the same word after a space. If the end of a prompt merges with its answer,
     the merged token is the answer's.
     """

@@ -18,7 +18,7 @@ from tezo_ds.tasks.spec import TaskSpec
 
 @dataclass(frozen=True)
 class Score:
-    """Over all ranks: accuracy (None for a language-model task), mean loss a label token."""
+    """Accuracy (None for a language-model task) and mean loss a label token, over all ranks."""
 
     accuracy: float | None
     loss: float
@@ -26,11 +26,11 @@ class Score:
 
 
 class Evaluator:
-    """Scores one fixed set of examples, split over the ranks.
+    """Scorer of one fixed set of examples, split over the ranks.
 
     Where one token tells the answers apart, an example is one sequence and its prediction the answer
     with the highest logit. Otherwise each answer is a sequence of its own and the prediction the
-    one with the lowest mean loss a token.
+    answer with the lowest mean loss a token.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Evaluator:
         self._filler = encode(tokenizer, examples[:1], max_length)[0]
 
     def __call__(self, progress: Callable[[float], None] | None = None) -> Score:
-        """Runs all batches; every rank must call it. `progress` is given the fraction done."""
+        """Scores all batches; every rank must call this. `progress` is given the fraction done."""
         totals = torch.zeros(3, dtype=torch.float64)  # correct, loss sum, label tokens
         per_batch = self._batch_size * self._choices
         with self._engine.applied():

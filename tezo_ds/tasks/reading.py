@@ -25,7 +25,7 @@ SUFFIXES = (".jsonl", ".json", ".csv")
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one split; `where` is what an error message calls it."""
+    """The rows of one split; `where` names the split in error messages."""
 
     where: str
     columns: list[str]
@@ -33,7 +33,7 @@ class Table:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of the innermost cause: `datasets` wraps the one that says something."""
+    """Returns the first line of an error's innermost cause: `datasets` wraps the one that says something."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
@@ -41,7 +41,7 @@ def one_line(error: BaseException) -> str:
 
 
 def find_splits(data: str) -> tuple[Path, Path | None]:
-    """(training file, test file or None) of a folder with train.* and test.*, or of one file."""
+    """Returns (training file, test file or None) of a folder with train.* and test.*, or of one file."""
     path = Path(data)
     if not os.path.exists(path):  # which, other than Path.exists, takes names that are too long
         raise DataError(f"{path}: no such file or folder")
@@ -62,7 +62,7 @@ def _split_file(folder: Path, split: str) -> Path | None:
 
 
 def read_file(path: Path) -> Table:
-    """Read a .jsonl, .json or .csv file. Needs no network. Raises DataError."""
+    """Reads a .jsonl, .json or .csv file, without network. Raises DataError."""
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path}: not a {', '.join(SUFFIXES)} file")
     if not os.path.isfile(path):
@@ -110,7 +110,7 @@ def _load_csv(path: Path, **options: Any) -> Table:
 
 
 def _csv_features(path: Path, text: str) -> Any:
-    """All columns as text: pandas would guess, and make the label `01` 1 and the word `NA` null."""
+    """Returns all columns as text features: pandas would make the label `01` 1 and the word `NA` null."""
     import datasets
 
     try:
@@ -132,7 +132,7 @@ def _csv_features(path: Path, text: str) -> Any:
 
 
 def _read_json(path: Path, text: str) -> Table:
-    """The rows of a JSON array, or of a file of JSON lines. `datasets` would have pyarrow guess types, which
+    """Reads the rows of a JSON array, or of JSON lines. `datasets` would have pyarrow guess types, which
     makes dates of texts like 2024-05-01, and over a line that is `null` ends the process."""
     whole = text.lstrip().startswith("[")
     rows: list[Any] = []
@@ -159,7 +159,7 @@ def _read_json(path: Path, text: str) -> Table:
 
 
 def read_hub(spec: TaskSpec, split: str) -> Table:
-    """Read one split of a built-in task from the hub (or its cache). Raises DataError."""
+    """Reads one split of a built-in task from the hub (or its cache). Raises DataError."""
     import datasets
 
     where = f"{spec.hub_id} ({split})"
@@ -180,7 +180,7 @@ def read_hub(spec: TaskSpec, split: str) -> Table:
 
 
 def _table(where: str, dataset: Dataset) -> Table:
-    """The rows in memory, with class numbers turned to class names (-1, unlabelled, to None)."""
+    """Returns a dataset's rows in memory, class numbers turned to class names (-1, unlabelled, to None)."""
     from datasets import ClassLabel
 
     rows = dataset.to_list()
@@ -195,7 +195,7 @@ def _table(where: str, dataset: Dataset) -> Table:
 
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """No progress bars (one set per rank), and no log line beside the error that we raise."""
+    """Context manager: no progress bars of `datasets` inside (one set a rank), nor logs beside our errors."""
     import datasets
 
     had_bars = not datasets.are_progress_bars_disabled()

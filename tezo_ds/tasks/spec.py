@@ -1,4 +1,4 @@
-"""What a task is: a prompt template, the words that stand for its labels, and where its data is."""
+"""Definition of a task: a prompt template, the words that stand for its labels, and where its data is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 
 class TaskSpec(BaseModel):
-    """One task.
+    """Definition of one task.
 
     `template` is a prompt with `{column}` fields, filled from the columns of a row; `{{` and `}}`
     are literal braces. `verbalizers` maps each label to the word that answers the prompt, after one
@@ -39,7 +39,7 @@ class TaskSpec(BaseModel):
         return list(dict.fromkeys(c for _, c in _parse(self.template) if c is not None))
 
     def fill(self, values: Mapping[str, str]) -> str:
-        """The prompt of one row; `values` has a text for each of `columns`."""
+        """Returns the prompt of one row; `values` has a text for each of `columns`."""
         pieces = (lit + (values[c] if c is not None else "") for lit, c in _parse(self.template))
         return "".join(pieces)
 
@@ -78,7 +78,7 @@ class TaskSpec(BaseModel):
 
 
 def _parse(template: str) -> list[tuple[str, str | None]]:
-    """(literal text, column or None) pairs. Only plain fields: `{a}`, not `{}` or `{a:>5}`."""
+    """Returns (literal text, column or None) pairs. Only plain fields: `{a}`, not `{}` or `{a:>5}`."""
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:

@@ -1,1 +1,1 @@
-"""A run as a command sees it: the session, the loop, what it shows, how it is stopped."""
+"""A training run: the session, the loop, the terminal's display, interrupts, liveness of ranks."""

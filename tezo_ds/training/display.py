@@ -1,4 +1,4 @@
-"""What a run shows on rank 0's terminal: the parameter summary, progress, scores, the end."""
+"""Terminal output of a run on rank 0: the parameter summary, progress, scores, the end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WINDOW = 20  # steps that shown figures are medians of
 
 
 def quieten() -> None:
-    """Leaves the terminal to our own lines; to be called once DeepSpeed is imported, if it is."""
+    """Leaves the terminal to our own lines, by silencing libraries; to be called after DeepSpeed's import."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed's calls of names that torch is about to drop.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
@@ -39,7 +39,7 @@ def quieten() -> None:
 
 
 class Display:
-    """Live on a terminal, plain lines every so often in a log file, silent on other ranks."""
+    """Output of a run: live on a terminal, plain lines every so often in a log file, none but on rank 0."""
 
     def __init__(self, rank: int, world_size: int, log_every: int, stderr: bool = False) -> None:
         self._silent = rank != 0
@@ -54,7 +54,7 @@ class Display:
         self._start = 0.0
 
     def summary(self, engine: Engine) -> None:
-        """What trains, what is frozen and why, and what the learnt state weighs."""
+        """Prints what trains, what is frozen and why, and the size of the learnt state."""
         selection, config = engine.selection, engine.config
         table = Table(show_header=False, box=None, padding=(0, 2))
         what = [f"{len(selection.matrices)} matrices"] if selection.matrices else []
@@ -78,7 +78,7 @@ class Display:
             )
 
     def data(self, task: TaskData, truncated: int, max_length: int) -> None:
-        """What there is to learn from, and what of it was left out."""
+        """Prints how many examples there are, and how many were left out or cut."""
         self.note(
             f"{task.spec.name}: {len(task.train)} training and {len(task.test)} test examples"
         )
@@ -90,7 +90,7 @@ class Display:
             self.note(f"{truncated} training prompts cut to {max_length} tokens; see --max-length")
 
     def end(self, summary: dict[str, Any], folder: Path) -> None:
-        """The result, in one place."""
+        """Prints the result of a run, in one place."""
         table = Table(show_header=False, box=None, padding=(0, 2))
         before, after = summary.get("accuracy_before"), summary.get("accuracy_after")
         if before is not None and after is not None:
@@ -111,12 +111,12 @@ class Display:
         self.note(f"  run folder         {folder}")
 
     def note(self, text: str) -> None:
-        """One line, however long."""
+        """Prints one line, however long."""
         self.console.print(text, soft_wrap=True)
 
     @contextmanager
     def steps(self, total: int) -> Iterator[None]:
-        """Around the training steps."""
+        """Context manager: shows the progress of the training steps inside."""
         self._total, self._start = total, time.perf_counter()
         if self._silent or not self.console.is_terminal:
             yield
@@ -133,7 +133,7 @@ class Display:
                 self._bar = None
 
     def step(self, report: StepReport) -> None:
-        """After each step."""
+        """Shows a step's report; to be called after each step."""
         if self._silent:
             return
         self._recent.append(report)
@@ -156,7 +156,8 @@ class Display:
 
     @contextmanager
     def evaluation(self, label: str) -> Iterator[Callable[[float], None] | None]:
-        """Around an evaluation or an export; gives what to call with the fraction done."""
+        """Context manager: shows the progress of an evaluation or an export inside. Gives a function that
+        takes the fraction done, or None where none is shown."""
         if self._silent or not self.console.is_terminal or self._bar is not None:
             yield None
             return
@@ -165,7 +166,7 @@ class Display:
             yield lambda fraction: bar.update(task, completed=fraction)
 
     def score(self, step: int, score: Score) -> None:
-        """The result of an evaluation."""
+        """Prints the result of an evaluation."""
         accuracy = "" if score.accuracy is None else f"accuracy {score.accuracy:.1%}, "
         self.note(
             f"after {step} steps: {accuracy}loss {score.loss:.4f} on {score.examples} test examples"
@@ -173,7 +174,7 @@ class Display:
 
 
 def _directions(engine: Engine) -> str:
-    """How many a step, and whose."""
+    """Returns how many directions a step has, and whose they are, in words."""
     config, ranks = engine.config, engine.sharding.world_size
     growing = config.query_schedule != "constant"
     count = f"{config.query_schedule}, at most {config.queries_max}" if growing else config.queries
@@ -182,7 +183,7 @@ def _directions(engine: Engine) -> str:
 
 
 def _of_method(engine: Engine) -> Iterator[tuple[str, str]]:
-    """Rows of the summary that depend on the method and on what it is told."""
+    """Yields rows of the summary that depend on the method and its options."""
     config, ranks = engine.config, sorted(matrix.rank for matrix in engine.space.matrices)
     if ranks and config.rank == "auto":
         found = f"{ranks[0]}-{ranks[-1]}, median {statistics.median_low(ranks)}"
@@ -203,7 +204,7 @@ def _of_method(engine: Engine) -> Iterator[tuple[str, str]]:
 
 
 def _drifts(engine: Engine) -> bool:
-    """Whether each step leaves rounding errors of 16 bits in the weights."""
+    """Returns whether each step leaves rounding errors of 16 bits in the weights."""
     if not engine.probe.writes or engine.probe.copies:
         return False
     parameters = dict(engine.sharding.module.named_parameters())

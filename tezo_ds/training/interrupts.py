@@ -1,4 +1,4 @@
-"""Signals, so that a run that is stopped leaves whole files."""
+"""Signal handling, so that a run that is stopped leaves whole files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived.
+    """Arrival of SIGINT or SIGTERM, as an exception.
 
     Attributes:
-        left: what there is of the work, for the command line to say.
+        left: text on what there is of the work, for the command line to print.
     """
 
     left = "results so far are in the run folder, and the same command goes on from there"
@@ -27,8 +27,8 @@ def turned_into_exceptions(
     on_term: Callable[[], None] | None = None,
     ending: Callable[[], bool] = lambda: False,
 ) -> Iterator[Callable[[], None]]:
-    """Turns the first SIGINT or SIGTERM into `Interrupted` and ignores all further ones: launchers
-    and terminals send several, and what is written after the first must be written whole.
+    """Context manager: turns the first SIGINT or SIGTERM inside into `Interrupted` and ignores further ones:
+    launchers and terminals send several, and what is written after the first must be written whole.
 
     Args:
         halfway: true where an exception would leave something half done.
@@ -38,7 +38,7 @@ def turned_into_exceptions(
             come later, is then ignored like a second one.
 
     Yields:
-        What to call when no longer halfway: it raises for a signal that came meanwhile.
+        A function to call when no longer halfway, which raises for a signal that came meanwhile.
     """
     before: dict[signal.Signals, Any] = {}
     waiting: list[Interrupted] = []
@@ -75,8 +75,8 @@ def turned_into_exceptions(
 
 @contextmanager
 def deaf() -> Iterator[None]:
-    """Ignores SIGINT and SIGTERM, which a launcher sends as soon as one rank has ended with an error:
-    the others may then still be writing their results."""
+    """Context manager: ignores SIGINT and SIGTERM inside, which a launcher sends as soon as one rank has
+    ended with an error: the others may then still be writing their results."""
     before = {name: signal.signal(name, signal.SIG_IGN) for name in SIGNALS}
     try:
         yield

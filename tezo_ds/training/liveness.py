@@ -1,4 +1,4 @@
-"""A rank that hangs is named by those that wait for it.
+"""Liveness of ranks: a rank that hangs is named by the ranks that wait for it.
 
 A thread on each rank notes every few seconds in torch.distributed's store, which rank 0 or its launcher
 keeps, where the rank is. When a collective fails, the notes tell who ended, fell silent or is behind.
@@ -36,14 +36,14 @@ Why = Literal["ended", "silent", "behind"]
 
 
 class Note(NamedTuple):
-    """What a rank last wrote.
+    """A rank's last note of where it is.
 
     Attributes:
-        beat: how often it wrote.
-        place: how many places it has come to; all ranks come to the same ones in the same order.
-        what: the last of them, in words.
-        since, wrote: Unix times at which it came there and at which it wrote.
-        ended: the error that it ended with; empty while it runs.
+        beat: how often the rank wrote.
+        place: how many places the rank has come to; all ranks come to the same ones in the same order.
+        what: the last of these places, in words.
+        since, wrote: Unix times at which the rank came there and at which it wrote.
+        ended: the error that the rank ended with; empty while it runs.
     """
 
     beat: int
@@ -55,11 +55,11 @@ class Note(NamedTuple):
 
 
 def awaited(before: Sequence[Note], now: Sequence[Note]) -> tuple[list[int], Why | None]:
-    """The ranks that the others wait for, and why; none where all live and are in the same place.
+    """Returns the ranks that the others wait for, and why; none where all live and are in the same place.
 
     Args:
-        before: of each rank; taken `BEATS` beats before `now`, so that no clocks are compared.
-        now: of each rank.
+        before: note of each rank, taken `BEATS` beats before `now`, so that no clocks are compared.
+        now: note of each rank.
     """
     furthest = max(note.place for note in now)
     checks: dict[Why, list[int]] = {
@@ -74,16 +74,16 @@ def awaited(before: Sequence[Note], now: Sequence[Note]) -> tuple[list[int], Why
 
 
 class Liveness:
-    """Within it, an error of a collective comes out as a `ShardingError` that names a rank.
+    """Context manager: an error of a collective inside comes out as a `ShardingError` that names a rank.
 
-    Every rank makes one and enters it at the same time. It sets the time-out of all process groups there
-    are, as those that libraries made have one of their own.
+    Every rank makes one and enters it at the same time. The time-out of all process groups there are is set,
+    as groups that libraries made have one of their own.
 
     Where a backend raises nothing (NCCL ends the process by itself), the line is printed as a warning
     shortly before the time-out is over. No process is ended here.
 
     Args:
-        sharding: of the run.
+        sharding: the run's sharding.
         timeout: seconds that a collective waits for the slowest rank.
     """
 
@@ -113,14 +113,14 @@ class Liveness:
         return self
 
     def at(self, what: str) -> None:
-        """This rank has come to a place; all ranks come to the same ones."""
+        """Notes that this rank has come to a place; all ranks come to the same ones."""
         self._place = self._place[0] + 1, what, time.time()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:  # fmt: skip
-        """Raises ShardingError in place of an error of a collective; notes any other."""
+        """Raises ShardingError in place of an error of a collective; notes any other error."""
         if self._thread is None:
             return
         try:
@@ -134,8 +134,8 @@ class Liveness:
             self._thread.join(self._beat)
 
     def explain(self, error: BaseException) -> ShardingError:
-        """The error to show for one that a collective raised: names the rank that it waited for. Takes a
-        few seconds, in which a rank that lives writes another note."""
+        """Returns the error to show for one that a collective raised: names the rank that was waited for.
+        Takes a few seconds, in which a rank that lives writes another note."""
         answers: queue.SimpleQueue[tuple[list[int], str]] = queue.SimpleQueue()
         self._requests.put(lambda: answers.put(self._agreed(_reason(error))))
         try:
@@ -149,7 +149,7 @@ class Liveness:
         return explained
 
     def _run(self) -> None:
-        """The thread. It alone uses the store, as that may answer late or never."""
+        """Runs the thread, which alone uses the store, as that may answer late or never."""
         while True:
             try:
                 request = self._requests.get(timeout=self._beat)
@@ -177,7 +177,7 @@ class Liveness:
         return [Note(*json.loads(text)) for text in self._store.multi_get(self._keys)]
 
     def _look(self) -> tuple[list[int], str]:
-        """Ranks that the others wait for, and a line that says so."""
+        """Returns the ranks that the others wait for, and a line that says so."""
         before = self._read()
         for _ in range(BEATS):
             time.sleep(self._beat)
@@ -187,7 +187,7 @@ class Liveness:
         return ranks, "" if why is None else self._line(ranks, why, now)
 
     def _agreed(self, error: str) -> tuple[list[int], str]:
-        """What the first rank that looked has found: those that end after it would be silent, too."""
+        """Returns what the first rank that looked has found: ranks that end after it would be silent, too."""
         try:
             if self._blame is None and not self._store.check([_BLAME]):
                 ranks, line = self._look()
@@ -208,7 +208,7 @@ class Liveness:
         return [0], line
 
     def _warn(self) -> None:
-        """Where no error will come, says what it would have said."""
+        """Prints, where a backend raises no error, what the error would have said, before the time-out."""
         place, _, since = self._place
         if self._raises or self._warned == place or time.time() - since < self._patience:
             return
@@ -238,7 +238,7 @@ class Liveness:
         return f"{who} {stuck}{others}; look at what it waits for, {GO_ON}"
 
     def _speaks(self, lost: Sequence[int]) -> bool:
-        """Whether this rank is the first of its host that lives."""
+        """Returns whether this rank is the first of its host that lives."""
         host, _ = self._who[self._rank]
         here = [rank for rank, (name, _) in enumerate(self._who) if name == host]
         return self._rank == min((rank for rank in here if rank not in lost), default=self._rank)
@@ -249,19 +249,19 @@ def _seconds(since: float) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """Its first sentence, without the place in gloo's sources."""
+    """Returns an error's first sentence, without the place in gloo's sources."""
     first, *_ = str(error).splitlines() or [""]
     return first.split("] ", 1)[-1].split(". ")[0]
 
 
 def _set_timeouts(timeout: timedelta) -> None:
-    """Of collectives in all groups of this rank; torch gives a group made later its own default."""
+    """Sets the time-out of collectives in all groups of this rank; later groups get torch's own default."""
     for group in list(c10d._world.pg_map):
         c10d._set_pg_timeout(timeout, group)
 
 
 def of_collective(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, is torch.distributed's."""
+    """Returns whether an error, or what it came from, is torch.distributed's."""
     while error is not None:
         gloo = isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_GLOO)
         if gloo or isinstance(error, dist.DistError):

@@ -49,27 +49,27 @@ def train(
     display: Display,
     scores: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Trains from the engine's next step on. Every rank calls it; `folder` is rank 0's, None elsewhere.
+    """Trains from the engine's next step on. Every rank calls this; `folder` is rank 0's, None elsewhere.
 
     On an error or a signal rank 0 still writes coefficients, adapter, curve and summary as of the
     last whole step, which takes no other rank. The merged model, which takes all, is then not written;
     what a method put into the weights can be replayed from the journal. A SIGTERM on any rank ends the
-    run after the step that all are in, likewise, and without its last evaluation.
+    run in the same way after the step that all are in, without its last evaluation.
 
     Args:
-        scores: of a run that goes on, the lines of its evaluations, by the steps before them.
+        scores: lines of a resumed run's evaluations, by the steps before them.
 
     Returns:
         The summary, as in summary.json.
 
     Raises:
-        TezoError: as the engine does. Interrupted: a signal came.
+        TezoError: the engine's errors. Interrupted: a signal came.
     """
     return _Training(session, options, examples, folder, display, scores or {}).run()
 
 
 class _Training:
-    """What `train` does, with the arguments of that."""
+    """One call of `train`, with its arguments."""
 
     def __init__(
         self, session: Session, options: RunOptions, examples: Sequence[Encoded], folder: RunFolder | None,
@@ -88,15 +88,15 @@ class _Training:
 
     @property
     def _state(self) -> tuple[int, int]:
-        """What a step changes: a step may end a period before it counts as begun."""
+        """Steps done and periods finished: a step may end a period before it counts as begun."""
         return self._engine.step_index, len(self._engine.method.finished)
 
     def _halfway(self) -> bool:
-        """Between what a step changes and its line in the journal, which have to agree."""
+        """Returns whether a step has changed the engine and is not in the journal yet; both have to agree."""
         return self._state != self._logged
 
     def run(self) -> dict[str, Any]:
-        """Gives the summary."""
+        """Trains, and returns the summary."""
         summary, start = self._summary, time.perf_counter()
         try:
             with (
@@ -137,7 +137,7 @@ class _Training:
         return summary
 
     def _before(self) -> None:
-        """The evaluations that are missing: before all steps, and one that a kill has cut short."""
+        """Makes the evaluations that are missing: before all steps, and one that a kill has cut short."""
         if 0 in self._scored:
             self._summary |= _scores("before", self._scored[0])
         else:
@@ -160,7 +160,7 @@ class _Training:
             yield engine.step(collated)
 
     def _log(self, report: StepReport) -> None:
-        """With its line in the journal the step counts."""
+        """Logs a step, which counts with its line in the journal."""
         engine, every = self._engine, self._engine.config.check_every
         if self._folder is not None:
             more: dict[str, Any] = {}
@@ -175,7 +175,7 @@ class _Training:
         self._logged = self._state
 
     def _between(self, done: int, alive: Liveness) -> None:
-        """What is due after so many steps."""
+        """Makes the snapshot and the evaluation that are due after `done` steps."""
         options = self._options
         if options.snapshot_every and done % options.snapshot_every == 0:
             alive.at(f"the snapshot after {done} steps")
@@ -185,12 +185,12 @@ class _Training:
             self._evaluate(None)
 
     def _due(self, done: int) -> bool:
-        """Whether an evaluation follows so many steps; those before and after all steps are not counted."""
+        """Returns whether an evaluation follows `done` steps, other than those before and after all steps."""
         every = self._options.eval_every
         return every > 0 and done % every == 0 and 0 < done < self._options.steps
 
     def _after(self) -> None:
-        """The end of all steps, or of those that there were until a stop."""
+        """Ends the run after its last step: evaluates and saves the model, or notes a stop."""
         if self._engine.run_state.stopping:
             self._display.note(
                 f"stopped by SIGTERM after step {self._engine.step_index}; the same command goes on from "
@@ -225,7 +225,7 @@ class _Training:
             self._summary |= _scores(when, {**line, "test_examples": score.examples})
 
     def _leave(self) -> None:
-        """Rank 0 writes what there is, whatever ended the run; that is said by its own error."""
+        """Writes what there is on rank 0, whatever ended the run, whose own error is the one to show."""
         if self._folder is None:
             return
         with deaf():
@@ -240,7 +240,7 @@ class _Training:
 
 
 def _scores(when: str, line: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the summary, by an evaluation's line in metrics.jsonl."""
+    """Returns fields of the summary, from an evaluation's line in metrics.jsonl."""
     return {
         f"accuracy_{when}": line["test_accuracy"], f"test_loss_{when}": line["test_loss"],
         "test_examples": line["test_examples"],

@@ -1,4 +1,4 @@
-"""From settings to something that can train or be evaluated: model, data, engine."""
+"""Session: model, data and engine, made from settings, to train or to evaluate."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Session:
 
     @property
     def pad_id(self) -> int:
-        """The token that pads a batch; masked out wherever it does, so 0 will do for one without."""
+        """The token that pads a batch, masked out wherever it does; 0 for a tokenizer without one."""
         return int(self.tokenizer.pad_token_id or 0)
 
     def evaluator(self) -> Evaluator | None:
-        """Of the test examples; None where there are none."""
+        """Returns an evaluator of the test examples; None where there are none."""
         if not self.task.test:
             return None
         s = self.settings
@@ -66,8 +66,8 @@ def open_session(
     Args:
         settings: model and data.
         config: the tezo block.
-        deepspeed_config: that shards the weights; None: none does.
-        ranks: of each matrix, where an earlier run chose them itself.
+        deepspeed_config: DeepSpeed config that shards the weights; None: none does.
+        ranks: rank of each matrix, where an earlier run chose ranks itself.
         batch_size: examples a step over all ranks, of a run that trains.
 
     Raises:
@@ -95,7 +95,7 @@ def open_engine(
     deepspeed_config: dict[str, Any] | None,
     ranks: Mapping[str, int] | None = None,
 ) -> Engine:
-    """Loads the model, sharded as the settings or the DeepSpeed config say; see `open_session`.
+    """Loads a model into an engine, sharded as the settings or the DeepSpeed config say; see `open_session`.
 
     Raises:
         TezoError: one line that says what to change.
@@ -115,7 +115,7 @@ def open_engine(
 def engine_for(
     settings: Settings, config: TezoConfig, sharding: Sharding, ranks: Mapping[str, int] | None
 ) -> Engine:
-    """An engine of a model that is loaded already; see `open_session`."""
+    """Returns an engine of a model that is loaded already; see `open_session`."""
     name = settings.factors_dtype
     return Engine(sharding, config, None, None if name is None else getattr(torch, name), ranks)
 
@@ -125,12 +125,12 @@ class Finished:
     """A run that ended, as its folder has it.
 
     Attributes:
-        settings: of the run; `model` is the merged one where that is the result, and `fsdp` is how it is
-            to be sharded now.
+        settings: the run's settings; `model` is the merged one where that is the result, and `fsdp` is
+            whether to shard by FSDP2 now.
         config: the tezo block.
         result: how an engine gets to the run's result.
-        base_model: that the run started from.
-        deepspeed: config to shard by, if any.
+        base_model: the model that the run started from.
+        deepspeed: DeepSpeed config to shard by, if any.
     """
 
     settings: Settings
@@ -143,16 +143,16 @@ class Finished:
 def open_result(
     folder: Path, deepspeed: Path | None = None, fsdp: bool | None = None, on_base: bool = False
 ) -> Finished:
-    """Reads what a run left, for the processes that there are now.
+    """Reads a run's result, and how to shard it over the processes that there are now.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
         deepspeed: DeepSpeed JSON to shard by, in another way than the run did.
         fsdp: whether to shard by FSDP2; None: as the run did, see `sharded_as`.
-        on_base: the merged model is not to be used, as the result goes onto another base model.
+        on_base: whether the result goes onto another base model, and the merged model is not to be used.
 
     Raises:
-        ConfigError: there is no result. StorageError: it is damaged, or another run's.
+        ConfigError: there is no result. StorageError: the result is damaged, or another run's.
     """
     settings, config = read_run(folder)
     source, settings.fsdp = sharded_as(folder, deepspeed, fsdp)
@@ -162,10 +162,10 @@ def open_result(
 
 
 def _choices(tokenizer: PreTrainedTokenizerBase, task: TaskData) -> Tensor:
-    """The token of each verbaliser's word.
+    """Returns the token of each verbaliser's word.
 
     Raises:
-        ConfigError: one token does not tell them apart.
+        ConfigError: one token does not tell the words apart.
     """
     words = list((task.spec.verbalizers or {}).values())
     prompts = [example.prompt for example in [*task.train, *task.test]]
@@ -185,7 +185,7 @@ def resolve_config(
     fsdp: bool = False,
     timeout: float = TIMEOUT,
 ) -> tuple[TezoConfig, dict[str, Any] | None]:
-    """As `read_config`; joins the launcher's world, as sharding needs one before the model is built."""
+    """Reads what `read_config` does, and joins the launcher's world, which sharding needs before a model."""
     config, deepspeed_config = read_config(deepspeed, overrides, defaults, fsdp)
     # Ranks read a model at their own speed, so not less than that; `Liveness` shortens it for the steps.
     join_world(deepspeed_config is not None, fsdp, max(timeout, TIMEOUT))
@@ -198,10 +198,10 @@ def read_config(
     defaults: dict[str, Any] | None = None,
     fsdp: bool = False,
 ) -> tuple[TezoConfig, dict[str, Any] | None]:
-    """The tezo block with the command line's overrides, and the DeepSpeed config if there is one.
+    """Reads the tezo block with the command line's overrides, and the DeepSpeed config if there is one.
 
     Raises:
-        ConfigError: see `config.resolve`; a stage other than 3; with `fsdp` anything but a tezo block.
+        ConfigError: see `config.resolve`; a ZeRO stage other than 3; with `fsdp` anything but a tezo block.
     """
     source: Path | dict[str, Any] = {} if deepspeed is None else deepspeed
     config, deepspeed_config = resolve(source, overrides, defaults)

@@ -21,7 +21,7 @@ BACKENDS = ("none", "zero3", "zero3-hpz", "fsdp2")
 
 
 def spawn(ranks: int, backend: str, run: Callable[..., None], *args: Any) -> None:
-    """Calls run(rank, *args) in as many new processes, which share the processor's cores."""
+    """Calls run(rank, *args) in `ranks` new processes, which share the processor's cores."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -51,10 +51,10 @@ def _rank(
 
 
 def place(model: nn.Module, backend: str) -> nn.Module:
-    """The model as `tezo_ds.initialize` takes it on this backend.
+    """Returns the model as `tezo_ds.initialize` takes it on a backend.
 
     Args:
-        model: equal on all ranks.
+        model: a model, equal on all ranks.
         backend: "zero3-hpz" makes two groups of ranks, each with a whole copy of the model.
     """
     if backend == "fsdp2":

@@ -11,7 +11,7 @@ import torch
 
 
 def describe() -> str:
-    """Processor, cores, versions and commit."""
+    """Returns processor, cores, versions and commit, in one line."""
     return (
         f"{_processor()}, {torch.get_num_threads()} threads, {platform.system()}; "
         f"torch {torch.__version__}, transformers {version('transformers')}; commit {_commit()}"

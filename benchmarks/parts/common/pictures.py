@@ -1,4 +1,4 @@
-"""What the pictures of all reports are drawn with."""
+"""The library that draws the pictures of all reports."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def load_pyplot() -> Any:
-    """matplotlib's pyplot, which needs no screen; not at the top of a module, as it takes a second."""
+    """Imports matplotlib's pyplot without a screen; not at the top of a module, as it takes a second."""
     import matplotlib
 
     matplotlib.use("Agg")

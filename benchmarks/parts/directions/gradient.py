@@ -20,7 +20,7 @@ from tezo_ds.directions.draws import factors
 
 @contextmanager
 def differentiable(engine: tezo_ds.Engine) -> Iterator[Tensor]:
-    """Within it, plain forwards of the model are at its coefficients and differentiable in them.
+    """Context manager: plain forwards of the model inside are at its coefficients and differentiable in them.
 
     Gives:
         the coefficients, float64 (D,), a leaf.
@@ -43,7 +43,7 @@ def differentiable(engine: tezo_ds.Engine) -> Iterator[Tensor]:
 
 
 def _adding(leaf: Tensor, part: slice, left: Tensor, right: Tensor) -> Any:
-    """A hook that makes y + ((x V) ∘ c) Uᵀ of y."""
+    """Returns a hook that makes y + ((x V) ∘ c) Uᵀ of y."""
 
     def hook(_: nn.Module, args: tuple[Tensor], y: Tensor) -> Tensor:
         x = args[0]
@@ -53,25 +53,25 @@ def _adding(leaf: Tensor, part: slice, left: Tensor, right: Tensor) -> Any:
 
 
 def cosine(one: Tensor, other: Tensor) -> float:
-    """Of the angle between two vectors (D,)."""
+    """Returns the cosine of the angle between two vectors (D,)."""
     return F.cosine_similarity(one.double(), other.double(), dim=0).item()
 
 
 def expected_cosine(queries: int, coefficients: int) -> float:
-    """√(Q / (Q + D + 1)): ‖g‖² is (1 + (D+1)/Q) ‖∇‖² in the mean, of which ‖∇‖² lies along ∇."""
+    """Returns √(Q / (Q + D + 1)): ‖g‖² is (1 + (D+1)/Q) ‖∇‖² in the mean, of which ‖∇‖² lies along ∇."""
     return math.sqrt(queries / (queries + coefficients + 1))
 
 
 def cosines(
     kappa: Tensor, taus: Tensor, gradient: Tensor, counts: Sequence[int]
 ) -> dict[int, list[float]]:
-    """Cosine between g = Σκτ/Q and the gradient, of each Q and each group of so many directions.
+    """Returns the cosine between g = Σκτ/Q and the gradient, for each Q and each group of Q directions.
 
     Args:
         kappa: slopes, float64 (most,).
         taus: directions, (most, D).
-        gradient: the true one, (D,).
-        counts: of Q; each at most `most`.
+        gradient: the true gradient, (D,).
+        counts: values of Q; each at most `most`.
     """
     terms = kappa[:, None] * taus.double()  # (most, D)
     return {
@@ -90,14 +90,14 @@ def agreement(
     leaf: Tensor,
     counts: Sequence[int],
 ) -> dict[str, Any]:
-    """What one step of an engine that does not move says of one batch.
+    """Compares one step's estimate with the true gradient on one batch, by an engine that does not move.
 
     Args:
         engine: measures as many directions as the largest count, at a learning rate of 0.
         batch: the batch.
-        loss: of it, made within `differentiable`.
-        leaf: what that gave.
-        counts: of Q.
+        loss: the batch's loss, made within `differentiable`.
+        leaf: the coefficients that `differentiable` gave.
+        counts: values of Q.
 
     Returns:
         cosines by Q with the measured slopes and with the exact ones ⟨∇, τ⟩; the correlation of the

@@ -1,4 +1,4 @@
-"""What `benchmarks/directions.py` has found so far, as Markdown tables and pictures."""
+"""Report of what `benchmarks/directions.py` has found so far: Markdown tables and pictures."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MARKERS = ("<!-- benchmarks/directions.py: begin -->", "<!-- benchmarks/directio
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
+    """Returns a table in Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def gradient_lines(records: Sequence[Record]) -> list[dict[str, float]]:
-    """Of each Q, over batches and groups of directions: mean and deviation of the cosine, the mean with
-    exact slopes, and theory."""
+    """Returns for each Q, over batches and groups of directions: mean and deviation of the cosine, the mean
+    with exact slopes, and theory."""
     dims, lines = records[0]["coefficients"], []
     for queries in records[0]["measured"]:
         kinds = {
@@ -42,7 +42,7 @@ def gradient_lines(records: Sequence[Record]) -> list[dict[str, float]]:
 
 
 def gradient(records: Sequence[Record]) -> str:
-    """Cosines by Q."""
+    """Makes a table of cosines by Q."""
     first, lines = records[0], gradient_lines(records)
     agree = ", ".join(f"{record['slopes_agree']:.4f}" for record in records)
     norms = ", ".join(f"{r['reported_norm']:.3g} of {r['norm']:.3g}" for r in records)
@@ -64,7 +64,7 @@ def gradient(records: Sequence[Record]) -> str:
 
 
 def speed(records: Sequence[Record]) -> str:
-    """Ratios by Q."""
+    """Makes a table of ratios by Q."""
     rows = [
         (
             f"{record['queries']}", name, f"{record[name]['plain']:.3f}",
@@ -83,7 +83,7 @@ def speed(records: Sequence[Record]) -> str:
 
 
 def update(records: Sequence[Record]) -> str:
-    """Milliseconds by world."""
+    """Makes a table of milliseconds by world."""
     first, rows = records[0], []
     for r in records:
         draw, weigh, rest = (1e3 * r[name] for name in ("draw", "weigh", "update"))
@@ -102,7 +102,7 @@ def update(records: Sequence[Record]) -> str:
 
 
 def training(records: Sequence[Record], ways: Sequence[Way], paced: bool) -> str:
-    """Where each way ends, and where it is after as many steps as the slowest makes."""
+    """Makes a table of where each way ends, and where it is after as many steps as the slowest makes."""
     rows, (first, *_) = [], records
     for way in ways:
         runs = [record for record in records if record["way"] == way.name and record["curve"]]
@@ -134,7 +134,7 @@ def training(records: Sequence[Record], ways: Sequence[Way], paced: bool) -> str
 
 
 def tuning(records: Sequence[Record], ways: Sequence[Way]) -> str:
-    """All learning rates that were tried, for the choice to be judged."""
+    """Makes a table of all learning rates that were tried, for the choice to be judged."""
     rows = []
     for way in ways:
         tried = sorted((r for r in records if r["way"] == way.name), key=lambda r: float(r["lr"]))
@@ -158,7 +158,7 @@ def _mean(points: Sequence[dict[str, Any]], name: str, scale: float) -> str:
 
 
 def draw_gradient(records: Sequence[Record], picture: Path) -> None:
-    """Cosine against Q, measured and expected."""
+    """Draws the cosine against Q, measured and expected."""
     pyplot = load_pyplot()
     lines = gradient_lines(records)
     figure, axis = pyplot.subplots(figsize=(5, 4), layout="constrained")
@@ -178,8 +178,8 @@ def draw_gradient(records: Sequence[Record], picture: Path) -> None:
 def draw_training(
     records: Sequence[Record], ways: Sequence[Way], paced: bool, picture: Path
 ) -> None:
-    """Loss and accuracy against steps, and if paced against seconds, a line a way: means over its seeds,
-    within a band from the least to the most."""
+    """Draws loss and accuracy against steps, and if paced against seconds, a line a way: means over its
+    seeds, within a band from the least to the most."""
     pyplot, columns = load_pyplot(), 1 + paced
     figure, axes = pyplot.subplots(
         2,
@@ -214,7 +214,7 @@ def draw_training(
 def _by_steps(
     runs: Sequence[Record], name: str, scale: float
 ) -> tuple[list[int], list[list[float]]]:
-    """Numbers of steps, and after each what the runs that came as far and are finite had."""
+    """Returns numbers of steps, and after each what the runs that came as far and are finite had."""
     found: dict[int, list[float]] = {}
     for point in (point for run in runs for point in run["curve"] if point[name] is not None):
         found.setdefault(point["steps"], []).append(scale * point[name])

@@ -1,4 +1,4 @@
-"""What a step of many directions costs over a plain forward of its sequences, and its update alone."""
+"""Cost of a step of many directions over a plain forward of its sequences, and of its update alone."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ OPT_30B = [
 def overhead(
     model: PreTrainedModel, queries: int, shape: str, chunk: int, rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Median seconds of a step with central and with forward differences, and over rounds the median
+    """Measures median seconds of a step with central and with forward differences, and over rounds the median
     and the range of its ratio to a plain forward of the same sequences, cut alike.
 
     Args:
-        model: all of whose matrices take part.
+        model: a model, all of whose matrices take part.
         queries: Q.
-        shape: of a batch, "BxT".
+        shape: shape of a batch, "BxT".
         chunk: branches in one forward; 0: all.
-        rounds: in each of which everything is timed in turn.
+        rounds: number of rounds, in each of which everything is timed in turn.
     """
     batch = make_batch(shape, model.config.vocab_size, "last")
     steps: dict[str, Callable[[], object]] = {}
@@ -81,8 +81,8 @@ def _step(engine: tezo_ds.Engine, batch: dict[str, torch.Tensor]) -> Callable[[]
 def update_cost(
     world: int, queries: int, rank: int, rounds: int, shapes: Sequence[Any] = OPT_30B
 ) -> dict[str, float]:
-    """Processor seconds of what one of `world` ranks does for its share of Q directions, on the threads
-    that torch has, without a model; what else the machine does counts little.
+    """Measures processor seconds of what one of `world` ranks does for its share of Q directions, on torch's
+    threads, without a model; what else the machine does counts little.
 
     Returns:
         draw: its own τ, which the probe needs before the forward; weigh: Σκτ of them; of one rank alone,
@@ -113,7 +113,7 @@ def update_cost(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of both parts."""
+    """Adds the options of speed and update."""
     add = parser.add_argument
     add("--speed-queries", nargs="+", type=int, default=[1, 4, 16, 64], help="Q of speed")
     add("--speed-shape", default="4x32", help="examples x tokens of speed")

@@ -1,4 +1,4 @@
-"""Training with many directions: curves over steps, each way paced as `methods_training` does it."""
+"""Training with many directions: curves over steps, each way paced as in `parts.methods.training`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ PACE_ROUNDS, MOST_STEPS = 3, 4
 
 @dataclass(frozen=True)
 class Way:
-    """How a step measures: Q directions, or as many on each of some ranks.
+    """A way for a step to measure: Q directions, or as many on each of some ranks.
 
     Attributes:
-        queries: of a rank.
-        ranks: that have directions of their own; 1: all measure the same.
+        queries: Q of a rank.
+        ranks: number of ranks that have directions of their own; 1: all measure the same.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Way:
         return self.queries * self.ranks
 
     def rate(self, index: int, count: int) -> float:
-        """Of `count` learning rates, half a decade apart around MIDDLE · Q^¾; others lie beyond an end.
+        """Returns one of `count` learning rates, half a decade apart around MIDDLE · Q^¾; others lie beyond.
 
         g's mean square falls like 1/Q while Q is well under D, so the best rate grows between √Q
         (what limits it is the noise of batches) and Q (of directions): all of that is tried.
@@ -51,7 +51,7 @@ class Way:
 
 
 class RanksInTurn(Measuring):
-    """What ranks with directions of their own find, one after the other in one process.
+    """Measuring on ranks with directions of their own, one after the other in one process.
 
     Exact, as nothing but losses travels between such ranks: each measures its directions on its
     examples, at coefficients that all share.
@@ -70,14 +70,14 @@ class RanksInTurn(Measuring):
         self._rank: int | None = None  # whose turn it is
 
     def own(self, step: int) -> range:
-        """Directions of the rank whose turn it is, or of all."""
+        """Returns the directions of the rank whose turn it is, or of all."""
         count = self._config.queries_at(step)
         if self._rank is None:
             return range(self._ranks * count)
         return range(self._rank * count, (self._rank + 1) * count)
 
     def losses(self, batch: Mapping[str, Any], step: int) -> Tensor:
-        """Of every rank on its part of the batch: float64 (ranks, branches)."""
+        """Measures the losses of every rank on its part of the batch: float64 (ranks, branches)."""
         found = []
         for rank in range(self._ranks):
             self._rank = rank
@@ -94,7 +94,7 @@ class Curves(Trainer):
     _way: Way | None = None
 
     def paces(self, methods: Sequence[str]) -> dict[str, float]:
-        """As `Trainer`'s, of ways; but few steps of those with many directions."""
+        """Measures paces as `Trainer` does, of ways, but by few steps where a way has many directions."""
         taken: dict[str, list[float]] = {name: [] for name in methods}
         for _ in range(PACE_ROUNDS):
             for name in methods:
@@ -107,7 +107,7 @@ class Curves(Trainer):
         return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
     def curve(self, way: str, lr: float, seed: int, points: Sequence[int]) -> list[dict[str, Any]]:
-        """Trains, and judges by the test examples after each of these numbers of steps; ends early where
+        """Trains, and judges by the test examples after each number of steps in `points`; ends early where
         a loss is not finite."""
         self.put_back()
         found, done = [], 0
@@ -123,13 +123,13 @@ class Curves(Trainer):
         return found
 
     def still(self, queries: int) -> tezo_ds.Engine:
-        """An engine that measures and does not move."""
+        """Makes an engine that measures and does not move."""
         s = self._settings
         fields = {"rank": s.rank, "rho": s.rho, "include": s.include, "check_every": 0}
         return self._engine({**fields, "lr": 0.0, "queries": queries, "branch_chunk": CHUNK})
 
     def batch(self, seed: int, step: int) -> dict[str, Tensor]:
-        """What a run of this seed sees at a step."""
+        """Returns the batch that a run of this seed sees at a step."""
         return self._batches(seed)(step)
 
     @property
@@ -157,6 +157,6 @@ class Curves(Trainer):
 
 
 def points_of(steps: int, least: int, pieces: int = 6) -> list[int]:
-    """Numbers of steps to judge after: none, equal parts of all, and what the slowest way makes."""
+    """Returns numbers of steps to judge after: none, equal parts of all, and what the slowest way makes."""
     parts = {round(steps * i / pieces) for i in range(pieces + 1)}
     return sorted({0, *parts, min(steps, least)})

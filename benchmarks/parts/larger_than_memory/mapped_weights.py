@@ -3,7 +3,7 @@ ahead of a forward.
 
 `load_model` maps safetensors files whose dtype is the wanted one: its parameters are views of the files, of
 which the kernel reads a page when it is first touched and which it may drop at any time. `read_ahead`
-says which: the next block's pages are read while a block computes, and a block's are dropped behind it.
+chooses: the next block's pages are read while a block computes, and a block's are dropped behind it.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Extent:
     """Whole pages of a file, mapped.
 
     Attributes:
-        address: of the first.
+        address: address of the first page.
         length: bytes.
-        file: path.
-        offset: in the file, bytes.
+        file: path of the file.
+        offset: bytes before the first page in the file.
     """
 
     address: int
@@ -53,7 +53,7 @@ Task = Callable[[Extents, Files], None]
 
 
 def extents(module: nn.Module) -> list[Extent]:
-    """The pages that each parameter of a module lies on.
+    """Returns the pages that each parameter of a module lies on.
 
     Raises:
         ConfigError: a parameter is not mapped from a file.
@@ -77,7 +77,7 @@ def _extent(name: str, address: int, length: int, mappings: list[Extent]) -> Ext
 
 
 def _mappings() -> Iterator[Extent]:
-    """Of this process, those of safetensors files."""
+    """Yields this process's mappings of safetensors files."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         addresses, _, offset, _, _, *file = line.split(maxsplit=5)
         if file and file[0].endswith(".safetensors"):
@@ -86,7 +86,7 @@ def _mappings() -> Iterator[Extent]:
 
 
 def pages_of(folder: Path, field: str) -> int:
-    """Bytes of one field of /proc/self/smaps, over the mappings of a folder's files: "Rss" are pages
+    """Returns bytes of one field of /proc/self/smaps, over the mappings of a folder's files: "Rss" are pages
     that this process has in memory, "Anonymous" those of them that it has written and so copied."""
     total, within = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -100,8 +100,8 @@ def pages_of(folder: Path, field: str) -> int:
 
 @contextmanager
 def read_ahead(engine: Engine) -> Iterator[None]:
-    """Within it, forwards of a model whose weights are mapped have about two blocks of it in memory, and
-    what lies outside of blocks.
+    """Context manager: forwards inside, of a model whose weights are mapped, have about two blocks in memory,
+    and what lies outside of blocks.
 
     Raises:
         ConfigError: a parameter is not mapped, or training would write it: what is dropped is read

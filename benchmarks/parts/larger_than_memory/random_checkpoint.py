@@ -24,14 +24,14 @@ SPARE = 2 << 30  # bytes of the disk that are left alone
 
 
 def write_random(model: PreTrainedModel, folder: Path) -> None:
-    """Config, safetensors files of one block each, and their index.
+    """Writes config, safetensors files of one block each, and their index.
 
     Matrices are N(0, 0.02²), but all from the same `PERIOD` numbers, each from another place on. Vectors
     are one in norms, zero elsewhere. What is written leaves the page cache.
 
     Args:
-        model: without values, on the meta device.
-        folder: new.
+        model: a model without values, on the meta device.
+        folder: a new folder.
 
     Raises:
         StorageError: the disk has no room; nothing is written.
@@ -59,14 +59,14 @@ def write_random(model: PreTrainedModel, folder: Path) -> None:
 
 
 def leave_cache(file: Path) -> None:
-    """Has the next reader read it from the disk."""
+    """Drops a file from the page cache, so that the next reader reads from the disk."""
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _blocks(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Values of each numbered module, and of each parameter outside of any."""
+    """Yields the values of each numbered module, and of each parameter outside of any."""
     drawn = torch.randn(PERIOD, generator=torch.manual_seed(0))
     dtype = next(model.parameters()).dtype
     numbers = drawn.mul_(DEVIATION).to(dtype)

@@ -49,16 +49,16 @@ class Splits:
 
 
 def load_splits(task: str, cache: Path, valid_examples: int, test_examples: int) -> Splits:
-    """The examples of one of TASKS, downloaded and split where they are not there yet.
+    """Returns the examples of one of TASKS, downloaded and split where they are not there yet.
 
-    Which of them validate and test depends on nothing but the counts.
+    Which examples validate and test depends on nothing but the counts.
     """
     prepare(cache, task, {"trec": _build_trec, "rotten-tomatoes": _build_films}[task])
     return read_splits(task, cache / task, valid_examples, test_examples)
 
 
 def read_splits(task: str, folder: Path, valid_examples: int, test_examples: int) -> Splits:
-    """The examples of a folder that holds train.jsonl, valid.jsonl and test.jsonl."""
+    """Reads the examples of a folder that holds train.jsonl, valid.jsonl and test.jsonl."""
     load = functools.partial(
         load_task, task, data=str(folder / "train.jsonl"), template=SHORT.get(task)
     )
@@ -75,7 +75,7 @@ def read_splits(task: str, folder: Path, valid_examples: int, test_examples: int
 
 
 def _hash(text: str) -> float:
-    """In [0, 1)."""
+    """Returns a hash of a text, in [0, 1)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 

@@ -1,4 +1,4 @@
-"""What `benchmarks/methods.py` has found so far: kept as JSON lines, chosen from, tabled and drawn."""
+"""Results of `benchmarks/methods.py` so far: kept as JSON lines, chosen from, tabled and drawn."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Results:
         self.records = [json.loads(line) for line in whole.splitlines()]
 
     def find(self, key: Record) -> Record | None:
-        """The run with these fields, if it was finished before."""
+        """Returns the run with these fields, if it was finished before."""
         same = (r for r in self.records if all(r.get(name) == key[name] for name in key))
         return next(same, None)
 
     def add(self, record: Record) -> None:
-        """Writes a line at once."""
+        """Writes a record's line at once."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a") as file:
             print(json.dumps(record), file=file)
@@ -52,7 +52,7 @@ class Results:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and half the width of its 95 % interval by Student's t; None for a single value."""
+    """Returns the mean, and half the width of its 95 % interval by Student's t; None for a single value."""
     mean = statistics.mean(values)
     if len(values) < 2:
         return mean, None
@@ -63,13 +63,13 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
 def best_rate(
     results: Results, key: Record, rates: Sequence[float], by_loss: bool = False
 ) -> float | None:
-    """The learning rate that validated best: by accuracy, of equals by loss. None until all were tried.
+    """Returns the learning rate that validated best: by accuracy, of equals by loss. None until all ran.
 
     Args:
-        results: so far.
+        results: the results so far.
         key: the fields that all runs of this task and method share.
         rates: the candidates.
-        by_loss: first, of equals by accuracy.
+        by_loss: whether loss comes first, and of equals accuracy.
     """
     tried = [results.find({**key, "role": "tune", "lr": rate}) for rate in rates]
     found = [record for record in tried if record is not None]
@@ -102,7 +102,7 @@ class Line:
     less: tuple[float, float | None] | None = None
 
     def cells(self) -> list[str]:
-        """By COLUMNS."""
+        """Returns the line's cells, by COLUMNS."""
         half = "" if self.half is None else f"{100 * self.half:.1f}"
         return [
             self.method, "" if self.lr is None else f"{self.lr:.2g}", f"{100 * self.mean:.1f}", half,
@@ -126,8 +126,8 @@ def _less(runs: Sequence[Record], base: Sequence[Record]) -> tuple[float, float 
 
 
 def summarise(runs: Sequence[Record], peak: Record | None, base: Sequence[Record] = ()) -> Line:
-    """The line of some final runs of one task and method, which differ in their seeds; `base` are those of
-    BASE."""
+    """Returns the line of some final runs of one task and method, which differ in their seeds; `base` are the
+    runs of BASE."""
     mean, half = interval([run["accuracy"] for run in runs])
     steps = [run["steps"] for run in runs]
     first = runs[0]
@@ -140,7 +140,7 @@ def summarise(runs: Sequence[Record], peak: Record | None, base: Sequence[Record
 
 
 def tables(lines: Sequence[Line]) -> list[Table]:
-    """For the screen, one a task."""
+    """Makes tables for the screen, one a task."""
     made = []
     for task in dict.fromkeys(line.task for line in lines):
         table = Table(title=task)
@@ -154,7 +154,7 @@ def tables(lines: Sequence[Line]) -> list[Table]:
 
 
 def markdown(lines: Sequence[Line], command: str, machines: Sequence[str], setting: str) -> str:
-    """What stands between the markers."""
+    """Returns the text between the page's markers."""
     parts = [f"`{command}`", setting, *(f"Machine: {machine}." for machine in machines)]
     for task in dict.fromkeys(line.task for line in lines):
         of_task = [line for line in lines if line.task == task]
@@ -180,10 +180,10 @@ def put_between_markers(page: Path, content: str, markers: tuple[str, str] = (BE
 
 
 def draw(lines: Sequence[Line], lowest: str, highest: str, picture: Path) -> None:
-    """Accuracy by method with intervals, a panel a task; two of the methods as lines across.
+    """Draws accuracy by method with intervals, a panel a task; two of the methods as lines across.
 
     Args:
-        lines: of all tasks.
+        lines: lines of all tasks.
         lowest: the method that stands for no training.
         highest: the method to compare with.
         picture: a PNG to write.

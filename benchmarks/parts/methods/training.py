@@ -1,4 +1,4 @@
-"""One training run of `benchmarks/methods.py`: from the same weights, so many steps, then judged."""
+"""One training run of `benchmarks/methods.py`: some steps from the same weights, then judged."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class Settings:
 
     Attributes:
         budget: seconds of training, at the pace that each method has when nothing disturbs it.
-        rho, dense_rho: ρ of directions of low rank, and of MeZO's; that of `rho: auto`, about.
+        rho, dense_rho: ρ of directions of low rank, and of MeZO's; about what `rho: auto` chooses.
         include: glob patterns of the matrices that train.
         max_length: tokens; a longer prompt loses its beginning.
-        dtype: of the weights.
+        dtype: dtype of the weights.
     """
 
     budget: float
@@ -61,13 +61,13 @@ class Settings:
     dtype: str = "float32"
 
     def fields(self) -> dict[str, Any]:
-        """As JSON has them."""
+        """Returns the fields as JSON has them."""
         return {**asdict(self), "include": list(self.include)}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a run: accuracy and loss (None: not finite) on the examples it was judged on."""
+    """Outcome of a run: accuracy and loss (None: not finite) on the examples it was judged on."""
 
     steps: int
     seconds: float
@@ -87,13 +87,13 @@ class Weights:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """The model's weights are again as they were copied."""
+        """Restores the model's weights from the copy, in place."""
         for name, parameter in self._model.named_parameters():
             parameter.copy_(self._kept[name])
 
 
 def tezo_fields(method: str, lr: float, seed: int, settings: Settings) -> dict[str, Any]:
-    """The tezo block of a run; LOZO keeps its own rank of 2, and MeZO its weights as they were, which
+    """Returns the tezo block of a run; LOZO keeps its own rank of 2, and MeZO its weights as they were, which
     in 16 bits would drift if restored by subtraction."""
     rho = settings.dense_rho if method.startswith("mezo") else settings.rho
     fields: dict[str, Any] = {
@@ -104,7 +104,7 @@ def tezo_fields(method: str, lr: float, seed: int, settings: Settings) -> dict[s
 
 
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """What every benchmark on this data takes: examples, model, and files by the benchmark's name."""
+    """Adds the options of all benchmarks on this data: examples, model, and files by the benchmark's name."""
     root, add = Path(__file__).resolve().parents[3], parser.add_argument
     add("--train-examples", type=int, default=800)
     add("--test-examples", type=int, default=200)
@@ -116,14 +116,14 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 class Trainer:
-    """Trains a model on a task, each time from the weights that it had when this was made.
+    """Trainer of a model on a task, each time from the weights that the model had at first.
 
     Args:
-        model: its weights are written by some methods, and put back.
-        tokenizer: of the model.
-        task: its examples.
-        settings: of all runs.
-        weights: of the model, before anything trained.
+        model: the model, whose weights are written by some methods, and put back.
+        tokenizer: the model's tokenizer.
+        task: the task's examples.
+        settings: settings of all runs.
+        weights: the model's weights, before anything trained.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Trainer:
         self._first_loss = self._plain.loss(self._check_batch)
 
     def paces(self, methods: Sequence[str]) -> dict[str, float]:
-        """Median seconds of a step of each method, measured in turns so that what else the machine does
+        """Measures median seconds of a step of each method, in turns so that what else the machine does
         falls on all alike."""
         taken: dict[str, list[float]] = {method: [] for method in methods}
         for _ in range(PACE_ROUNDS):
@@ -183,7 +183,7 @@ class Trainer:
         )  # fmt: skip
 
     def judge(self, role: str, engine: tezo_ds.Engine | None = None) -> Outcome:
-        """Without training; by the weights as they are, or as an engine has them."""
+        """Judges without training, by the weights as they are, or as an engine has them."""
         examples = self._task.test if role == "final" else self._task.valid
         alike = sorted(examples, key=lambda example: len(example.prompt))  # little padding
         start, max_length = time.perf_counter(), self._settings.max_length
@@ -196,7 +196,7 @@ class Trainer:
         return Outcome(0, 0.0, score.accuracy, loss, score.examples, seconds)
 
     def peak_bytes(self, method: str) -> int:
-        """The most bytes of tensors that are alive at once in three steps, the model's included."""
+        """Measures the most bytes of tensors that are alive at once in three steps, the model's included."""
         self.put_back()
         gc.collect()
         with LiveBytes() as live, self._started(method, 1e-12, 0) as (step, _):
@@ -205,7 +205,7 @@ class Trainer:
         return live.peak + sum(p.numel() * p.itemsize for p in self._model.parameters())
 
     def put_back(self) -> None:
-        """The weights as at first, and the loss, too.
+        """Restores the weights as at first, and checks that the loss is, too.
 
         Raises:
             RuntimeError: the model's loss is not what it was: a run left something behind.
@@ -228,7 +228,7 @@ class Trainer:
         return collate(encoded, self._pad)
 
     def _batches(self, seed: int) -> Callable[[int], dict[str, Tensor]]:
-        """From a step to its batch, of a subset of the training examples that is the seed's."""
+        """Returns a function from a step to its batch, of a subset of the training examples by the seed."""
         s, train = self._settings, self._task.train
         count = min(s.train_examples, len(train))
         subset = [train[i] for i in batch_indices(len(train), count, 0, seed, 0, 1)]
@@ -238,7 +238,7 @@ class Trainer:
 
     @contextmanager
     def _started(self, method: str, lr: float, seed: int) -> Iterator[tuple[Step, tezo_ds.Engine]]:
-        """What makes a step, and the engine to judge by."""
+        """Context manager: gives a function that makes a step, and the engine to judge by."""
         batch = self._batches(seed)
         if method == LORA:
             with self._lora(lr, seed, batch) as step:
@@ -251,7 +251,8 @@ class Trainer:
     def _lora(
         self, lr: float, seed: int, batch: Callable[[int], dict[str, Tensor]]
     ) -> Iterator[Step]:
-        """Backpropagation into LoRA adapters of the same matrices; they are gone after it."""
+        """Context manager: gives steps of backpropagation into LoRA adapters of the same matrices, which are
+        removed at the end."""
         names = [matrix.name.removesuffix(".weight") for matrix in self._plain.space.matrices]
         rank = self._settings.rank
         config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)
@@ -274,7 +275,7 @@ class Trainer:
 
 
 def choice_loss(model: PreTrainedModel, batch: dict[str, Tensor], choices: Tensor) -> Tensor:
-    """Mean cross-entropy of the labels among the choices, with a gradient: a scalar."""
+    """Returns the mean cross-entropy of the labels among the choices, with a gradient: a scalar."""
     wanted = targets(model, batch["labels"])  # (B, T)
     at = wanted != IGNORE
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}

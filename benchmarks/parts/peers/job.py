@@ -1,4 +1,4 @@
-"""One run of `benchmarks/peers.py` as every rank of it gets it, and plain inference of its sequences."""
+"""One run of `benchmarks/peers.py` as given to every rank, and plain inference of its sequences."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from tezo_ds.tasks.encoding import Encoded
 
 @dataclass(frozen=True)
 class Job:
-    """Of which a batch is a pure function of `examples`, `seed` and the step.
+    """One run, in which a batch is a pure function of `examples`, `seed` and the step.
 
     Attributes:
-        way: of WAYS; None: inference alone.
+        way: one of WAYS; None: inference alone.
         ranks: processes; several shard by ZeRO-3.
-        backward: whether it goes backward.
+        backward: whether the run goes backward.
         copies: how often the batch goes into a plain forward.
         model: a folder.
-        lr, seed: of the training.
-        examples: to train on.
+        lr, seed: learning rate and seed of the training.
+        examples: the examples to train on.
         pad: the token to pad with.
         choices: int64 (words,), tokens of the task's words.
     """
@@ -48,19 +48,19 @@ class Job:
     choices: Tensor
 
     def batch(self, step: int, rank: int) -> Batch:
-        """This rank's examples of a step, on its device."""
+        """Returns this rank's examples of a step, on its device."""
         size = self.settings.batch_size
         mine = batch_indices(len(self.examples), size, step, self.seed, rank, self.ranks)
         batch = collate([self.examples[i] for i in mine], self.pad)
         return {key: value.to(local_device()) for key, value in batch.items()}
 
     def load(self) -> nn.Module:
-        """The model; under ZeRO-3 partitioned while it is read, as it is for a user."""
+        """Loads the model; under ZeRO-3 partitioned while it is read, as it is for a user."""
         return loading.load_model(self.model, self.settings.dtype, self.zero3)
 
     @property
     def zero3(self) -> dict[str, Any] | None:
-        """DeepSpeed's config: buckets as transformers' "auto" makes them; its own linear where it goes
+        """DeepSpeed's config: buckets as transformers' "auto" makes them; its own linear where the run goes
         backward, as otherwise the graph would hold on to gathered weights."""
         if self.ranks == 1:
             return None
@@ -80,12 +80,12 @@ class Job:
         }
 
     def place(self, model: nn.Module) -> Sharding:
-        """Forward only."""
+        """Shards a model, for forwards only."""
         return sharding_of(model.eval(), self.zero3)
 
 
 def inference(model: nn.Module, job: Job) -> Callable[[Batch], object]:
-    """Plain inference of `job.copies` of a batch in one forward."""
+    """Returns a function for plain inference of `job.copies` of a batch in one forward."""
     objective = Objective(job.place(model), None)
     objective.choices = job.choices
     return lambda batch: objective(batch, job.copies)

@@ -31,11 +31,11 @@ class MezoLoop:
     weights (up, down by two, back, update), which write them in place.
 
     Args:
-        parameters: those that train; written.
-        loss: of a batch, at the parameters as they are.
+        parameters: parameters that train; written.
+        loss: loss of a batch, at the parameters as they are.
         lr: η.
         rho: ρ, in the paper ε.
-        seed: from which every step's seed comes.
+        seed: seed from which every step's seed comes.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class MezoLoop:
 
     @torch.no_grad()
     def step(self, batch: Batch) -> float:
-        """One step; returns the slope κ that it measured."""
+        """Makes one step; returns the slope κ that was measured."""
         self._begin(self._steps)
         seed = self._seeds.randrange(10**9)
         self._walk(seed, self._rho)
@@ -61,7 +61,7 @@ class MezoLoop:
         return kappa
 
     def _begin(self, step: int) -> None:
-        """What is made before a step's seed is drawn."""
+        """Makes what a step needs before its seed is drawn."""
 
     def _walk(self, seed: int, scale: float) -> None:
         """Adds scale · Z to every parameter, Z the direction of this seed."""
@@ -115,12 +115,12 @@ class EggrollLoop:
     """The ES of PyPI's `eggroll-es`; fitness is minus the loss.
 
     Args:
-        model: whose parameters train where their name contains `target`; written.
+        model: a model, whose parameters train where their name contains `target`; written.
         target: a part of a name; None: all.
         loss, lr, seed: as of `MezoLoop`.
 
     Raises:
-        ImportError: the package is not there.
+        ImportError: the package is not installed.
     """
 
     def __init__(
@@ -138,15 +138,15 @@ class EggrollLoop:
             self._trainer = EggrollTrainer(model, config, fitness)
 
     def evolve(self, batches: Sequence[Batch]) -> None:
-        """A generation on each batch; the model then has the weights after the one of which a member
-        was fittest, as the package leaves them."""
+        """Makes a generation on each batch; leaves the model with the weights after the generation of which a
+        member was fittest, as the package does."""
         self._trainer.config.generations = len(batches)
         with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             self._trainer.evolve(batches)
 
 
 def chosen(model: nn.Module, patterns: Sequence[str]) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters, vectors too, whose names match a glob pattern."""
+    """Yields the parameters, vectors too, whose names match a glob pattern."""
     for name, parameter in model.named_parameters():
         if any(fnmatchcase(name, pattern) for pattern in patterns):
             yield name, parameter

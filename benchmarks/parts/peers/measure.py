@@ -34,11 +34,11 @@ RECORD, WEIGHTS = "record.json", "changed.safetensors"
 
 
 def run(rank: int, job: Job, folder: str) -> None:
-    """Rank 0 writes RECORD into the folder and, after a training, WEIGHTS.
+    """Makes one run; rank 0 writes RECORD into the folder and, after a training, WEIGHTS.
 
     Args:
-        job: all that the run is.
-        folder: exists.
+        job: the run.
+        folder: a folder that exists.
     """
     found: Record = {}
     started: list[Started] = []
@@ -65,7 +65,7 @@ def run(rank: int, job: Job, folder: str) -> None:
 
 
 def _within(vocabulary: int, batch: Batch, job: Job) -> tuple[Batch, Job]:
-    """The same batch and words for a model that knows fewer tokens."""
+    """Returns the same batch and words for a model that knows fewer tokens."""
     ids, labels = batch["input_ids"] % vocabulary, batch["labels"]
     labels = torch.where(labels < 0, labels, labels % vocabulary)
     choices = job.choices % vocabulary
@@ -73,8 +73,8 @@ def _within(vocabulary: int, batch: Batch, job: Job) -> tuple[Batch, Job]:
 
 
 def give_back_freed(at_once: bool) -> None:
-    """Whether glibc gives tensors that are freed back to the kernel at once, so that a process has what
-    it needs and no more, or keeps what it can, which is faster. Elsewhere it does nothing."""
+    """Sets whether glibc gives freed tensors back to the kernel at once, so that a process has what it needs
+    and no more, or keeps what it can, which is faster. Does nothing without glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mmap_threshold, trim_threshold = -3, -1  # of malloc.h
@@ -83,9 +83,9 @@ def give_back_freed(at_once: bool) -> None:
 
 
 def pace(started: Started, job: Job, rank: int) -> Record:
-    """Seconds of a step and of plain inference of the same sequences by the same process, taken in turns;
-    each is that of the slowest rank. The first of each turn is not timed, as ZeRO-3 learns the order of
-    the layers in it."""
+    """Times a step and plain inference of the same sequences in the same process, in turns; each time is that
+    of the slowest rank. The first of each turn is not timed, as ZeRO-3 learns the order of the layers in
+    it."""
     seconds: dict[str, list[float]] = {"plain": [], "step": []}
     for turn in range(ROUNDS):
         batches = [job.batch(turn * STEPS + index, rank) for index in range(STEPS)]
@@ -106,7 +106,7 @@ def pace(started: Started, job: Job, rank: int) -> Record:
 
 
 def train(job: Job, rank: int, step_seconds: float, folder: str) -> Record:
-    """As many steps as fit into the budget at that pace, from the weights as they were loaded."""
+    """Trains from the weights as loaded, as many steps as fit into the budget at `step_seconds` each."""
     assert job.way is not None
     gc.collect()
     steps = max(1, round(job.settings.budget / step_seconds))

@@ -1,4 +1,4 @@
-"""What `benchmarks/peers.py` has found so far: tables, a CSV and a picture."""
+"""Report of what `benchmarks/peers.py` has found so far: tables, a CSV and a picture."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CSV = (
 
 
 def rows(records: Sequence[Record]) -> list[Record]:
-    """A line of the CSV for each run of a way, with what plain inference of its sequences needs."""
+    """Returns a line of the CSV for each run of a way, with what plain inference of its sequences needs."""
     plain = {(r["ranks"], r["copies"]): r["peak_bytes"] for r in records if r["way"] == "inference"}
     found = []
     for record in (record for record in records if record["way"] in WAYS):
@@ -44,7 +44,7 @@ def rows(records: Sequence[Record]) -> list[Record]:
 
 
 def cost(line: Record) -> list[str]:
-    """By COST."""
+    """Returns a line's cells, by COST."""
     times, copies = line["forwards"], line["copies"]
     peak, plain = line["peak_bytes"], line["plain_bytes"]
     forwards = f"{times} forward{'s' if times > 1 else ''} of {copies * line['batch_size']}"
@@ -59,7 +59,7 @@ def cost(line: Record) -> list[str]:
 
 
 def trained(line: Record) -> list[str]:
-    """By TRAINED."""
+    """Returns a line's cells, by TRAINED."""
     loss = "not finite" if line["loss"] is None else f"{line['loss']:.3f}"
     return [
         line["way"], NAMES.get(line["include"], line["include"]), f"{line['lr']:.2g}", str(line["steps"]),
@@ -68,7 +68,7 @@ def trained(line: Record) -> list[str]:
 
 
 def markdown(records: Sequence[Record]) -> str:
-    """What stands between the markers; "" if there is nothing."""
+    """Returns the text between the page's markers; "" if there is nothing."""
     lines = rows(records)
     if not lines:
         return ""
@@ -99,7 +99,7 @@ def markdown(records: Sequence[Record]) -> str:
 
 
 def save(lines: Sequence[Record], path: Path) -> None:
-    """The CSV."""
+    """Writes the CSV."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, CSV)
         writer.writeheader()
@@ -107,7 +107,7 @@ def save(lines: Sequence[Record], path: Path) -> None:
 
 
 def draw(records: Sequence[Record], picture: Path) -> None:
-    """Bars of time and memory over plain inference (of each way as it trains), and of accuracy."""
+    """Draws bars of time and memory over plain inference (of each way as it trains), and of accuracy."""
     pyplot = load_pyplot()
     lines = [line for line in rows(records) if line["accuracy"] is not None]
     before = next((r["accuracy"] for r in records if r["way"] == "no training"), None)
@@ -132,7 +132,7 @@ def draw(records: Sequence[Record], picture: Path) -> None:
 
 
 def report(records: Sequence[Record], page: Path | None, console: Console) -> None:
-    """The tables on the screen and, with a page, in it, the CSV and the picture beside it."""
+    """Prints the tables and, with a page, writes them there, the CSV and the picture beside it."""
     text = markdown(records)
     console.print(text or "no run is finished yet", markup=False)
     if page is None or not text:

@@ -34,16 +34,16 @@ class Started(ABC):
 
     @abstractmethod
     def plain(self, batches: Sequence[Batch]) -> None:
-        """For each batch inference of the sequences of a step, in as many forwards as the step makes."""
+        """Infers, for each batch, the sequences of a step, in as many forwards as the step makes."""
 
     @abstractmethod
     def train(self, batches: Sequence[Batch]) -> None:
-        """A step on each batch."""
+        """Makes a step on each batch."""
 
     @abstractmethod
     def changed(self) -> Changed:
-        """Whole weights that may have changed, by the names of the checkpoint: float32 on the CPU of
-        rank 0, None elsewhere. All ranks go through it to its end."""
+        """Yields whole weights that may have changed, by the names of the checkpoint: float32 on the CPU of
+        rank 0, None elsewhere. All ranks iterate to the end."""
 
 
 class Ours(Started):
@@ -137,7 +137,7 @@ def _parameters(layer: Any) -> list[nn.Parameter]:
 
 
 def merged_lora(layer: Any) -> Tensor:
-    """W + BA of a gathered layer, float32."""
+    """Returns W + BA of a gathered layer, float32."""
     weight: Tensor = layer.get_base_layer().weight
     return (weight.float() + layer.get_delta_weight("default").float()).cpu()
 
@@ -188,7 +188,7 @@ def _whole(parameters: dict[str, nn.Parameter]) -> Changed:
 
 
 def _loss_of(model: nn.Module, job: Job) -> Callable[[Batch], Tensor]:
-    """Of a whole model, without a graph."""
+    """Returns the loss function of a whole model, without a graph."""
     loss = ChoiceLoss(model.eval(), job.choices)
 
     @torch.no_grad()
@@ -206,20 +206,20 @@ def _repeat(loss: Callable[[Batch], Tensor], batches: Sequence[Batch], times: in
 
 
 def _part(include: Sequence[str]) -> str | None:
-    """What a name has to contain to match the pattern; None: nothing."""
+    """Returns what a name has to contain to match the pattern; None: nothing."""
     return include[0].strip("*") or None
 
 
 @dataclass(frozen=True)
 class Way:
-    """What a row of the tables is.
+    """A way of training, which is a row of the tables.
 
     Attributes:
-        start: from a loaded model and a job.
+        start: starts the way from a loaded model and a job.
         ranks: processes that share the batch; 2 shard by ZeRO-3.
         forwards, copies: how a step goes through the model, and plain inference that it is compared with.
-        includes: what it trains; with the first for the whole budget, with another to see what it costs.
-        made: where it comes from.
+        includes: what trains; with the first for the whole budget, with another to see what it costs.
+        made: where the way comes from.
     """
 
     start: Callable[[nn.Module, Job], Started]
@@ -232,7 +232,7 @@ class Way:
 
     @property
     def backward(self) -> bool:
-        """Whether it goes backward."""
+        """Whether the way goes backward."""
         return isinstance(self.start, partial) and self.start.func is FirstOrder
 
 

@@ -1,4 +1,4 @@
-"""One way of sharding in one world: what its steps take and send. Runs on every rank."""
+"""Measurement of one way of sharding in one world: what its steps take and send. Runs on every rank."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ SHARDINGS = ("zero3", "zero3-hpz", "fsdp2", "fsdp2-hybrid")
 
 
 def copies(sharding: str, nodes: int) -> int:
-    """Whole copies of the weights that a world holds: of the hybrids one a node, or two on a single node."""
+    """Returns how many copies of the weights a world holds: of hybrids one a node, or two on a single one."""
     return max(2, nodes) if sharding in ("zero3-hpz", "fsdp2-hybrid") else 1
 
 
 def misfit(sharding: str, world: int, nodes: int = 1) -> str | None:
-    """Why a world cannot have it; None if it can."""
+    """Returns why a world cannot have a way of sharding; None if it can."""
     many = copies(sharding, nodes)
     if many > 1 and (world % many or world < 2 * many):
         return f"{sharding} needs {many} copies of two ranks or more each, and {world} ranks are no such"
@@ -48,12 +48,12 @@ def misfit(sharding: str, world: int, nodes: int = 1) -> str | None:
 
 
 def load(sharding: str, model: str, dtype: str, nodes: int) -> Sharding:
-    """A model as each rank's shards; none is ever whole but where ZeRO-3's rank 0 reads it.
+    """Loads a model as each rank's shards; none is ever whole but where ZeRO-3's rank 0 reads it.
 
     Args:
         sharding: one of SHARDINGS.
         model: a folder.
-        dtype: of the weights.
+        dtype: dtype of the weights.
         nodes: machines of this world.
     """
     many = copies(sharding, nodes)
@@ -67,16 +67,16 @@ def load(sharding: str, model: str, dtype: str, nodes: int) -> Sharding:
 
 
 def examples_of(mode: str, world: int, args: argparse.Namespace) -> int:
-    """Of each rank: as many in any world (weak), or its part of as many in all (strong)."""
+    """Returns a rank's number of examples: the same in any world (weak), or its part of a total (strong)."""
     return int(args.batch_size if mode == "weak" else args.global_batch // world)
 
 
 def measure(sharding: str, args: argparse.Namespace) -> list[Record]:
-    """A record for each probe and mode, the same on all ranks.
+    """Returns a record for each probe and mode, the same on all ranks.
 
     Args:
         sharding: one of SHARDINGS, which fits the world.
-        args: of `scaling.arguments`.
+        args: arguments of `scaling.arguments`.
     """
     world, where = dist.get_world_size(), hosts(args.threads)
     weights = load(sharding, args.model, args.dtype, len(where))
@@ -99,8 +99,8 @@ def measure(sharding: str, args: argparse.Namespace) -> list[Record]:
 
 
 def hosts(threads: int) -> dict[str, tuple[int, int]]:
-    """Of each machine: ranks, and how many of them can work at once (accelerators, or cores by the
-    threads of a rank)."""
+    """Returns for each machine its ranks, and how many of them can work at once (accelerators, or cores by
+    the threads of a rank)."""
     accelerator = torch.accelerator.is_available()
     cores = max(1, len(os.sched_getaffinity(0)) // threads)
     mine = socket.gethostname(), torch.accelerator.device_count() if accelerator else cores
@@ -110,7 +110,7 @@ def hosts(threads: int) -> dict[str, tuple[int, int]]:
 
 
 def gathered(thing: Any) -> list[Any]:
-    """Of every rank."""
+    """Gathers a thing of every rank on all of them."""
     things = [thing] * dist.get_world_size()
     dist.all_gather_object(things, thing)
     return things
@@ -119,7 +119,7 @@ def gathered(thing: Any) -> list[Any]:
 def _steps(
     weights: Sharding, probe: str, examples: int, args: argparse.Namespace, live: LiveBytes
 ) -> Record:
-    """Steps of one probe on a batch of its own for each rank."""
+    """Measures steps of one probe on a batch of its own for each rank."""
     vocabulary = cast(Any, weights.module).config.vocab_size
     batch = make_batch(f"{examples}x{args.length}", vocabulary, "last", seed=weights.place)
     fields = {"rank": args.rank, "queries": args.queries, "lr": 1e-9, "probe": probe}
@@ -153,7 +153,7 @@ def _steps(
 def timed_steps(
     engine: Engine, batch: dict[str, torch.Tensor], steps: int
 ) -> list[dict[str, float]]:
-    """Seconds of each part of each step, and of the "step"; all ranks begin it together."""
+    """Measures seconds of each part of each step, and of the "step", which all ranks begin together."""
     split, found = Split(), []
     with split.of(engine):
         for _ in range(steps):
@@ -166,7 +166,7 @@ def timed_steps(
 
 
 def held(engine: Engine) -> int:
-    """Bytes of this rank's shards, of parameters that train or not; all copies of them."""
+    """Counts the bytes of this rank's shards, of parameters that train or not; all copies of them."""
     sizes: list[int] = []
     names = [name for name, _ in engine.sharding.module.named_parameters()]
     engine.sharding.each_shard(names, lambda view: sizes.append(view.local.nbytes))
@@ -174,8 +174,8 @@ def held(engine: Engine) -> int:
 
 
 def summary(ranks: Sequence[Sequence[dict[str, float]]]) -> Record:
-    """Of every rank's steps: the median of each part's mean over ranks, and of the slowest rank's step, and
-    how far 10 and 90 % of the steps are from there, as columns NAME_s, NAME_s_low and NAME_s_high."""
+    """Summarises every rank's steps: the median of each part's mean over ranks, and of the slowest rank's
+    step, and how far 10 and 90 % of the steps go, as columns NAME_s, NAME_s_low and NAME_s_high."""
     record: Record = {}
     for name in ("step", *PARTS):
         over = max if name == "step" else statistics.mean
@@ -187,7 +187,7 @@ def summary(ranks: Sequence[Sequence[dict[str, float]]]) -> Record:
 
 
 def sent(calls: Sequence[Collective]) -> Record:
-    """Calls and bytes of a step, of whole messages with their padding: gathers, and the rest, which is
+    """Counts calls and bytes of a step, of whole messages with their padding: gathers, and the rest, which is
     ours."""
     found: dict[tuple[str, int], list[int]] = {}
     for call in calls:
@@ -208,8 +208,8 @@ def sent(calls: Sequence[Collective]) -> Record:
 
 
 def gathers_alone(calls: Sequence[Collective], device: torch.device, repeats: int = 3) -> float:
-    """Median seconds of a step's all-gathers one after the other with nothing beside them, on the slowest
-    rank. All ranks call it."""
+    """Measures median seconds of a step's all-gathers one after the other with nothing beside them, on the
+    slowest rank. All ranks call this."""
     mine = [call for call in calls if call.gathers]
     groups = {ranks: group for ranks, group in _groups([call.ranks for call in mine])}
     most = max((call.nbytes for call in mine), default=0)
@@ -231,8 +231,8 @@ def gathers_alone(calls: Sequence[Collective], device: torch.device, repeats: in
 
 
 def _groups(mine: Sequence[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], Any]]:
-    """A new group for each set of ranks that any rank has a call with; None for all of the world. All ranks
-    make all of them, in the same order."""
+    """Yields a new group for each set of ranks that any rank has a call with; None for all of the world. All
+    ranks make all groups, in the same order."""
     world = tuple(range(dist.get_world_size()))
     for ranks in sorted({ranks for some in gathered(sorted(set(mine))) for ranks in some}):
         yield ranks, None if ranks == world else dist.new_group(list(ranks))

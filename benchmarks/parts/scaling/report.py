@@ -1,4 +1,4 @@
-"""What `benchmarks/scaling.py` has found so far: a CSV, from it Markdown tables and pictures."""
+"""Report of what `benchmarks/scaling.py` has found so far: a CSV, from it Markdown tables and pictures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PLAIN = {"zero3-hpz": "zero3", "fsdp2-hybrid": "fsdp2"}  # what a hybrid is comp
 
 
 def read(path: Path) -> list[Record]:
-    """Rows of a CSV, with numbers as numbers.
+    """Reads the rows of a CSV, with numbers as numbers.
 
     Raises:
         ValueError: a column is missing, or a number is none; names the file and the line.
@@ -61,12 +61,12 @@ def _parsed(line: dict[str, Any], where: str) -> Record:
 
 
 def key(record: Record) -> tuple[Any, ...]:
-    """By KEYS."""
+    """Returns a record's key, by KEYS."""
     return tuple(record[name] for name in KEYS)
 
 
 def save(path: Path, old: Sequence[Record], new: Sequence[Record]) -> list[Record]:
-    """Writes all rows, new ones in place of old ones of the same key, with their rates; gives them."""
+    """Writes all rows, new ones in place of old ones of the same key, with their rates; returns the rows."""
     rows = list({key(record): record for record in (*old, *new)}.values())
     rates(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,12 +114,12 @@ def _comparable(record: Record, other: Record, sharding: str) -> bool:
 
 
 def _work(record: Record) -> int:
-    """What stays as it is in all worlds: examples of a rank (weak) or of all ranks (strong)."""
+    """Returns what stays the same in all worlds: examples of a rank (weak) or of all ranks (strong)."""
     return int(record["examples"] * (1 if record["mode"] == "weak" else record["world"]))
 
 
 def markdown(records: Sequence[Record]) -> str:
-    """What stands between the markers."""
+    """Returns the text between the page's markers."""
     if not records:
         return "Nothing was measured yet."
     parts = [f"`{command}`" for command in dict.fromkeys(r["command"] for r in records)]
@@ -186,7 +186,7 @@ def _split(records: Sequence[Record]) -> str:
 
 
 def _traffic(records: Sequence[Record]) -> str:
-    """Of one mode: bytes do not depend on the examples."""
+    """Makes the table of traffic, of one mode: bytes do not depend on the examples."""
     columns = (
         "sharding",
         "probe",
@@ -208,7 +208,7 @@ def _traffic(records: Sequence[Record]) -> str:
 
 
 def draw(records: Sequence[Record], page: Path) -> None:
-    """Two pictures beside the page: efficiency against ranks, and the parts of a step."""
+    """Draws two pictures beside the page: efficiency against ranks, and the parts of a step."""
     if not records:
         return
     pyplot = load_pyplot()

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, part by part, as the stream that computes sees it."""
+"""Time of a step, part by part, as the stream that computes sees it."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ class Split:
         self._changes: list[tuple[str, Any]] = []  # a part, and when it began
 
     def now(self) -> str | None:
-        """The part that is running."""
+        """Returns the part that is running."""
         return self._running[-1] if self._running else None
 
     def enter(self, part: str) -> None:
-        """Until `leave`, time is this part's."""
+        """Begins a part, whose time is counted until `leave`."""
         self._running.append(part)
         self._changes.append((part, self._mark()))
 
     def leave(self) -> None:
-        """Time is again that of the part before."""
+        """Ends a part; time is again that of the part before."""
         self._running.pop()
         self._changes.append((self.now() or "", self._mark()))
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """`enter` and `leave`."""
+        """Context manager: time inside is a part's."""
         self.enter(name)
         try:
             yield
@@ -52,7 +52,7 @@ class Split:
             self.leave()
 
     def seconds(self) -> dict[str, float]:
-        """Of each of PARTS since the last call; all have ended."""
+        """Returns seconds of each of PARTS since the last call; all parts have ended."""
         if self._accelerator:
             torch.accelerator.synchronize()
         found = dict.fromkeys(PARTS, 0.0)
@@ -71,8 +71,8 @@ class Split:
 
     @contextmanager
     def of(self, engine: Engine) -> Iterator[None]:
-        """Within it, the engine's steps are split. A module's weights come and go in hooks around its
-        forward, under DeepSpeed and FSDP2 alike: what lies between first and last hook is a gather."""
+        """Context manager: splits the engine's steps inside. A module's weights come and go in hooks around
+        its forward, under DeepSpeed and FSDP2 alike: what lies between first and last hook is a gather."""
         with ExitStack() as undo:
             for module in engine.sharding.module.modules():
                 for handle in self._bracket(module):

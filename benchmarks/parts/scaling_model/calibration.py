@@ -1,4 +1,4 @@
-"""How well rings explain the gathers that `benchmarks/scaling.py` timed, as Markdown."""
+"""Fit of rings to the gathers that `benchmarks/scaling.py` timed, as Markdown."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from parts.scaling_model.fit import FORMS, RING, Fit, LeftOut, fit, left_out, ty
 
 
 def calibration(records: Sequence[Record]) -> str:
-    """How well the form of the model fits what was measured.
+    """Reports how well the form of the model fits what was measured.
 
     Args:
-        records: of the CSV of `benchmarks/scaling.py`.
+        records: rows of the CSV of `benchmarks/scaling.py`.
 
     Raises:
-        ValueError: they do not tell hops from bytes.
+        ValueError: the rows do not tell hops from bytes.
     """
     rows = usable(records)
     parts = [f"Machine: {machine}." for machine in dict.fromkeys(r["machine"] for r in rows)]
@@ -57,7 +57,7 @@ def _sizes(errors: Sequence[float]) -> tuple[str, str]:
 
 
 def _verdict(others: Sequence[Sequence[LeftOut]]) -> str:
-    """Which form predicts best what it was not fitted to."""
+    """Says which form predicts best what it was not fitted to."""
     scores = {
         form.name: typical([each.error for each in found])
         for form, found in zip(FORMS, others, strict=True)
@@ -74,7 +74,7 @@ def _verdict(others: Sequence[Sequence[LeftOut]]) -> str:
 
 
 def _rows(others: Sequence[LeftOut]) -> str:
-    """The model's own form, medians of the rows that sent the same."""
+    """Makes a table of the model's own form, medians of the rows that sent the same."""
     same: dict[tuple[str, ...], list[LeftOut]] = {}
     for each in others:
         r = each.record

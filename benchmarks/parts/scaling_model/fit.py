@@ -23,12 +23,12 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Form:
-    """How a gather's seconds grow with its ranks.
+    """Growth of a gather's seconds with its ranks.
 
     Attributes:
-        name: for tables.
-        hops: of n ranks, or n machines; 0 of one.
-        turns: ranks beyond the processors take turns.
+        name: name in tables.
+        hops: hops of n ranks, or n machines; 0 of one.
+        turns: whether ranks beyond the processors take turns.
     """
 
     name: str
@@ -47,10 +47,10 @@ FORMS = (
 
 @dataclass(frozen=True)
 class Fit:
-    """Constants of a form.
+    """Fitted constants of a form.
 
     Attributes:
-        form: what they are of.
+        form: the form.
         constants: (4,), seconds a hop inside of a machine and between, and a byte inside and between; 0
             where no row has such, or where it came out below 0.
     """
@@ -59,11 +59,11 @@ class Fit:
     constants: Array
 
     def seconds(self, record: Record) -> float:
-        """What the gathers of a row would take alone."""
+        """Predicts the seconds that the gathers of a row would take alone."""
         return float(terms(record, self.form) @ self.constants)
 
     def errors(self, records: Sequence[Record]) -> list[float]:
-        """Predicted over measured, less 1."""
+        """Returns the error of each row: predicted over measured, less 1."""
         return [self.seconds(r) / r["gathers_alone_s"] - 1 for r in records]
 
 
@@ -81,12 +81,12 @@ class LeftOut:
 
 
 def terms(record: Record, form: Form) -> Array:
-    """What the constants are multiplied with: hops inside and between machines, bytes a rank receives from
-    its own machine and from others. (4,)
+    """Returns what the constants are multiplied with: hops inside and between machines, bytes a rank receives
+    from its own machine and from others. (4,)
 
     Args:
-        record: of the CSV of `benchmarks/scaling.py`.
-        form: counts the hops.
+        record: a row of the CSV of `benchmarks/scaling.py`.
+        form: the form that counts the hops.
     """
     ranks, bytes_ = record["gather_ranks"], record["gather_bytes"]
     machines = max(1, ranks * record["nodes"] // record["world"])
@@ -100,16 +100,16 @@ def terms(record: Record, form: Form) -> Array:
 
 
 def usable(records: Sequence[Record]) -> list[Record]:
-    """Rows that have gathers between ranks."""
+    """Returns the rows that have gathers between ranks."""
     return [r for r in records if r["gather_ranks"] > 1 and r["gathers_alone_s"] > 0]
 
 
 def fit(records: Sequence[Record], form: Form) -> Fit:
-    """Least squares; none of the constants is below 0.
+    """Fits a form by least squares; none of the constants is below 0.
 
     Args:
-        records: of `usable`, of one machine and backend.
-        form: to be fitted.
+        records: rows of `usable`, of one machine and backend.
+        form: the form to be fitted.
 
     Raises:
         ValueError: the rows do not tell the constants from each other.
@@ -134,8 +134,8 @@ def fit(records: Sequence[Record], form: Form) -> Fit:
 
 
 def left_out(records: Sequence[Record], form: Form) -> list[LeftOut]:
-    """Every row, predicted without the rows of its world and sharding; no row that the others do not tell
-    enough of."""
+    """Predicts every row without the rows of its world and sharding; leaves out rows that the others do not
+    tell enough of."""
     found = []
     for one in dict.fromkeys(map(_kind, records)):
         mine = [r for r in records if _kind(r) == one]
@@ -152,5 +152,5 @@ def _kind(record: Record) -> tuple[Any, ...]:
 
 
 def typical(errors: Sequence[float]) -> float:
-    """Median of their sizes."""
+    """Returns the median of the errors' sizes."""
     return statistics.median(map(abs, errors))

@@ -31,13 +31,13 @@ class Point:
 
     Attributes:
         model, gbit, world, way: a name of BUILT_IN; Gbit/s into a node; GPUs; one of WAYS.
-        group: GPUs over which one copy of the weights is.
-        column: of `tezo-ds plan`, of one such group.
-        timing: of the step.
-        latency: seconds of its gathers that are hops, and not bytes; not asked of MeZO and Adam.
-        examples, length: of a rank's batch.
-        directions: that a step measures, over all ranks.
-        fits: into the memory of a GPU.
+        group: number of GPUs that share one copy of the weights.
+        column: column of `tezo-ds plan`, of one such group.
+        timing: timing of the step.
+        latency: seconds of the step's gathers that are hops, and not bytes; not asked of MeZO and Adam.
+        examples, length: examples of a rank's batch, and tokens of each.
+        directions: number of directions that a step measures, over all ranks.
+        fits: whether the step fits into the memory of a GPU.
     """
 
     model: str
@@ -55,7 +55,7 @@ class Point:
 
     @property
     def tokens(self) -> float:
-        """A second, over all ranks; those of the data, not of its branches."""
+        """Tokens a second, over all ranks; those of the data, not of its branches."""
         return self.world * self.examples * self.length / self.timing.step
 
     @property
@@ -65,11 +65,11 @@ class Point:
 
 
 def job_at(module: nn.Module, args: argparse.Namespace, world: int, gbit: float) -> Job:
-    """A run of this engine under plain ZeRO-3, each rank with directions of its own.
+    """Makes the job of this engine under plain ZeRO-3, each rank with directions of its own.
 
     Args:
-        module: of `shapes.skeleton`.
-        args: of `scaling_model.arguments`.
+        module: model of `shapes.skeleton`.
+        args: arguments of `scaling_model.arguments`.
         world, gbit: GPUs, and Gbit/s into a node.
     """
     cluster = Cluster(gpu(args.gpu), world, args.per_node, gbit * 1e9 / 8, args.efficiency)
@@ -78,11 +78,11 @@ def job_at(module: nn.Module, args: argparse.Namespace, world: int, gbit: float)
 
 
 def points(name: str, args: argparse.Namespace) -> list[Point]:
-    """Of one model: every network, world and way.
+    """Returns the points of one model: every network, world and way.
 
     Args:
-        name: of a model, as `tezo-ds plan` takes it.
-        args: of `scaling_model.arguments`; its worlds ascend and are whole nodes.
+        name: name of a model, as `tezo-ds plan` takes it.
+        args: arguments of `scaling_model.arguments`; worlds ascend and are whole nodes.
     """
     module, found = skeleton(name, "bfloat16"), []
     for gbit in args.gbit:
@@ -108,7 +108,7 @@ def points(name: str, args: argparse.Namespace) -> list[Point]:
 
 
 def hops(job: Job) -> float:
-    """Seconds of a step's gathers on links that bytes do not fill."""
+    """Returns seconds of a step's gathers on links that bytes do not fill."""
     cluster = job.cluster
     free = replace(cluster, link=math.inf, gpu=replace(cluster.gpu, nvlink=math.inf))
     endless = replace(job, cluster=free)
@@ -116,11 +116,11 @@ def hops(job: Job) -> float:
 
 
 def hybrid(whole: dict[int, Point], world: int) -> Point:
-    """Copies on as few nodes as hold one. A copy gathers as a world of its own would; of the world there are
-    only the scalars.
+    """Returns the point with copies on as few nodes as hold one. A copy gathers as a world of its own would;
+    only the scalars are the whole world's.
 
     Args:
-        whole: one copy, by world, of one model and network, up to this world.
+        whole: points of one copy, by world, of one model and network, up to this world.
         world: GPUs.
     """
     groups = [size for size, point in whole.items() if world % size == 0 and point.fits]
@@ -130,24 +130,24 @@ def hybrid(whole: dict[int, Point], world: int) -> Point:
 
 
 def efficiency(point: Point, line: Sequence[Point]) -> float:
-    """Tokens/s and rank, over those of the smallest world in the line that fits."""
+    """Returns tokens/s and rank, over those of the smallest world in the line that fits."""
     first = next(other for other in line if other.fits)
     return (point.tokens / point.world) / (first.tokens / first.world)
 
 
 @dataclass(frozen=True)
 class Limit:
-    """Where one way stops scaling.
+    """Point at which one way stops scaling, and why.
 
     Attributes:
-        last: of the largest world.
-        efficiency: there.
+        last: point of the largest world.
+        efficiency: efficiency of the largest world.
         fits: the smallest world that fits; None: none does.
         waits: the smallest world whose forwards wait for gathers; None: none does.
         ceiling: tokens/s that no number of GPUs passes.
-        half: GPUs that have half of it.
-        examples: of a rank, that would hide the gathers of the largest world.
-        gbit: into a node, that would; None: nothing crosses nodes, or NVLink would be slower.
+        half: GPUs that have half of the ceiling.
+        examples: examples of a rank that would hide the gathers of the largest world.
+        gbit: Gbit/s into a node that would; None: nothing crosses nodes, or NVLink would be slower.
     """
 
     last: Point
@@ -161,10 +161,10 @@ class Limit:
 
 
 def limit(line: Sequence[Point], fastest: float) -> Limit:
-    """Of the points of one model, network and way of this engine, two worlds at least.
+    """Returns the limit of one model, network and way of this engine.
 
     Args:
-        line: the worlds ascending.
+        line: points of the worlds, ascending, two at least.
         fastest: bytes a second of NVLink.
     """
     before, last = line[-2:]
@@ -197,6 +197,6 @@ def _hiding(point: Point, fastest: float) -> float | None:
 
 
 def line_of(points: Sequence[Point], model: str, gbit: float, way: str) -> list[Point]:
-    """Of one model, network and way, the worlds ascending."""
+    """Returns the points of one model, network and way, the worlds ascending."""
     found = [p for p in points if (p.model, p.gbit, p.way) == (model, gbit, way)]
     return sorted(found, key=lambda p: p.world)

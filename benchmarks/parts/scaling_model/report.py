@@ -28,7 +28,7 @@ SHOWN = {
 
 
 def constants(gpu: str, of: Gpu, cluster: Cluster) -> str:
-    """What stands for machines that were not there."""
+    """Makes a table of the constants that stand for machines that were not there."""
     rows = [
         ("arithmetic", f"{of.flops / 1e12:.0f} TFLOP/s", f"NVIDIA's data sheet of {gpu}: dense, bfloat16"),
         ("of it reached", f"{100 * cluster.efficiency:.0f} %", "assumed"),
@@ -46,7 +46,7 @@ def constants(gpu: str, of: Gpu, cluster: Cluster) -> str:
 
 
 def steps(points: Sequence[Point], model: str) -> str:
-    """Every network and world of one model."""
+    """Makes a table of every network and world of one model."""
     heads = ["Gbit/s a node", "GPUs"]
     for way, names in SHOWN.items():
         heads += [f"{way}: {names[0]}", *names[1:]]
@@ -77,10 +77,11 @@ def _number(value: float) -> str:
 
 
 def limits(points: Sequence[Point], fastest: float) -> list[Limit]:
-    """Of every model, network and way of this engine; of gathers that stay inside of nodes for any network.
+    """Returns the limits of every model, network and way of this engine; one for any network where gathers
+    stay inside of nodes.
 
     Args:
-        points: of all models.
+        points: points of all models.
         fastest: bytes a second of NVLink.
     """
     keys = dict.fromkeys((p.model, p.gbit, p.way) for p in points if p.way in OURS)
@@ -93,7 +94,7 @@ def _network(each: Limit) -> str:
 
 
 def stops(found: Sequence[Limit]) -> str:
-    """Where each stops scaling."""
+    """Makes a table of where each way stops scaling."""
     world = f"{found[0].last.world:,}"
     heads = (
         "model", "Gbit/s a node", "way", "GPUs a copy", "GiB a GPU", "fits from", "waits for gathers from",
@@ -128,7 +129,7 @@ def _about(number: float) -> str:
 
 
 def words(found: Sequence[Limit], chip: Gpu) -> str:
-    """What the table of limits says."""
+    """Says in sentences what the table of limits says."""
     return "\n".join([*map(_sentence, found), *_room(found, chip)])
 
 
@@ -155,7 +156,7 @@ def _sentence(each: Limit) -> str:
 
 
 def _room(found: Sequence[Limit], chip: Gpu) -> list[str]:
-    """The largest copy that a node holds."""
+    """Says what the largest copy is that a node holds."""
     inside = [e.last for e in found if e.last.fits and not e.last.column.traffic.between]
     if not inside:
         return []
@@ -170,7 +171,7 @@ def _room(found: Sequence[Limit], chip: Gpu) -> list[str]:
 
 
 def counted(checks: Sequence[tuple[str, Sequence[Line]]]) -> str:
-    """Dry runs of some points."""
+    """Makes a table of the dry runs of some points."""
     rows = [
         (about, what, f"{predicted:,}", f"{found:,}", "yes" if fine else "**no**")
         for about, lines in checks
@@ -180,7 +181,7 @@ def counted(checks: Sequence[tuple[str, Sequence[Line]]]) -> str:
 
 
 def draw(points: Sequence[Point], page: Path) -> None:
-    """Two pictures beside the page: seconds of a step and tokens/s, against GPUs."""
+    """Draws two pictures beside the page: seconds of a step and tokens/s, against GPUs."""
     pyplot = load_pyplot()
     models = list(dict.fromkeys(p.model for p in points))
     networks = list(dict.fromkeys(p.gbit for p in points))

@@ -1,4 +1,4 @@
-"""What `benchmarks/two_nodes.py` has found so far, as a Markdown table and a picture."""
+"""Report of what `benchmarks/two_nodes.py` has found so far: a Markdown table and a picture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLUMNS = ("link", "way", "s/step", "to the other host", "back", "ranks", "store
 
 
 def markdown(records: Sequence[Record], names: Mapping[str, str]) -> str:
-    """What stands between the markers. `names` of ways, in the order of the table."""
+    """Returns the text between the page's markers. `names` are the ways', in the order of the table."""
     if not records:
         return "Nothing was measured yet."
     first = records[0]
@@ -43,7 +43,7 @@ def markdown(records: Sequence[Record], names: Mapping[str, str]) -> str:
 
 
 def amount(count: float) -> str:
-    """Bytes in units that fit the column."""
+    """Returns bytes in units that fit the column."""
     for unit, size in (("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
@@ -51,7 +51,7 @@ def amount(count: float) -> str:
 
 
 def draw(records: Sequence[Record], names: Mapping[str, str], picture: Path) -> None:
-    """Seconds and bytes of a step, a bar for each way and rate."""
+    """Draws seconds and bytes of a step, a bar for each way and rate."""
     if not records:
         return
     pyplot = load_pyplot()
