@@ -20,7 +20,7 @@ from tezo_ds.config.registry import METHODS
 from tezo_ds.directions.space import CoefficientSpace, Matrix
 from tezo_ds.methods import make_method
 from tezo_ds.methods.descent import Adam, Descent, Momentum
-from tezo_ds.plan.needs import factor_numel, on_skeleton
+from tezo_ds.plan.needs import PlannedRun, factor_numel
 from tezo_ds.plan.shapes import skeleton
 
 Shapes = dict[str, tuple[int, int]]
@@ -35,7 +35,7 @@ MODELS = {
 
 def shapes_of(model: str) -> Shapes:
     """Returns the matrices of a built-in model, by name."""
-    run = on_skeleton(skeleton(model, "bfloat16"), TezoConfig.model_validate({}))
+    run = PlannedRun(skeleton(model, "bfloat16"), TezoConfig.model_validate({}))
     return {matrix.name: matrix.shape for matrix in run.space.matrices}
 
 

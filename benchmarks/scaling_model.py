@@ -19,6 +19,7 @@ from parts.common.machine import describe
 from parts.methods.report import put_between_markers
 from parts.scaling.report import read
 from parts.scaling_model.calibration import calibration
+from parts.scaling_model.counted import Line, compared
 from parts.scaling_model.points import OURS, Point, job_at, points
 from parts.scaling_model.report import (
     MARKERS,
@@ -36,7 +37,6 @@ from step_overhead import ROOT
 from tezo_ds.plan.dry_run import count
 from tezo_ds.plan.hardware import GPUS, Cluster, gpu
 from tezo_ds.plan.job import Sharded
-from tezo_ds.plan.report import Line, compared
 from tezo_ds.plan.shapes import skeleton
 
 NOT_CALIBRATED = (

@@ -16,8 +16,8 @@ from doctors import all_four, assert_row
 from tezo_ds.config import TezoConfig
 from tezo_ds.doctor import selftest
 from tezo_ds.doctor.checks import examine
+from tezo_ds.doctor.flags import RunFlags
 from tezo_ds.doctor.meeting import THREAD, Meeting, meet, within
-from tezo_ds.doctor.plan import Plan
 from tezo_ds.doctor.report import Failed, Row, exit_code, show
 from tezo_ds.settings import Settings
 
@@ -57,8 +57,8 @@ def test_the_self_test_judges() -> None:
 # The whole of it
 
 
-def plain_plan(**fields: Any) -> Plan:
-    return Plan(Settings(model="", task=""), TezoConfig(rank=3), **fields)
+def plain_plan(**fields: Any) -> RunFlags:
+    return RunFlags(Settings(model="", task=""), TezoConfig(rank=3), **fields)
 
 
 def test_a_rank_that_never_comes_is_no_hang() -> None:

@@ -13,7 +13,7 @@ from doctors import CPU, FOUR, GPU, ONE, all_four, assert_row
 
 from tezo_ds.doctor import machine, network, verdicts
 from tezo_ds.doctor.machine import Space
-from tezo_ds.doctor.network import Address, Listener, Reached
+from tezo_ds.doctor.network import Address, Listener
 from tezo_ds.doctor.report import Failed, Row, row_of
 from tezo_ds.doctor.verdicts import GIB
 
@@ -105,13 +105,12 @@ def test_memory_of_a_container_is_its_share(
 
 def reached(**others: Any) -> dict[int, dict[int, Any]]:
     """Makes reports in which four ranks reach each other, except for the ways named in `others`: r0_3=…"""
-    fine = Reached(0.001, 0.0)
-    return {a: {b: others.get(f"r{a}_{b}", fine) for b in range(4) if b != a} for a in range(4)}
+    return {a: {b: others.get(f"r{a}_{b}", 0.001) for b in range(4) if b != a} for a in range(4)}
 
 
 def test_reachability() -> None:
     judge = verdicts.reachability
-    slow = judge(FOUR, reached(r3_1=Reached(0.2, 0.0)), [])
+    slow = judge(FOUR, reached(r3_1=0.2), [])
     assert_row(slow, "green", "all 12 ways", "200.00 ms, rank 3 (b) to rank 1 (a)")
     dead = judge(FOUR, reached(r0_3=Failed("TimeoutError: timed out")), [])
     assert_row(dead, "red", "rank 0 (a) to rank 3 (b): TimeoutError: timed out", "firewall")
@@ -121,22 +120,18 @@ def test_reachability() -> None:
     assert_row(judge(ONE, {0: {}}, []), "unchecked", "one rank")
 
 
-def test_bandwidth_and_clocks() -> None:
+def test_bandwidth() -> None:
     rates = {0: (2, 125e6), 2: (0, 12.5e6)}
     row = verdicts.bandwidth(FOUR, rates, 10**9)
     assert_row(row, "yellow", "100 Mbit/s", "rank 2 (b) to rank 0 (a)", "80.0 s", "--fsdp-replicas")
     assert_row(verdicts.bandwidth(FOUR, rates, None), "green")
     assert_row(verdicts.bandwidth(FOUR, {0: (2, Failed("reset"))}, None), "red", "reset")
-    late = reached(r0_2=Reached(0.001, -7.5), r0_1=Reached(0.001, 99.0))[0]  # 1 is on 0's host
-    assert_row(verdicts.clocks(FOUR, late), "yellow", "rank 2 (b) is -7.500 s", "0.5 ms", "ntp")
-    assert_row(verdicts.clocks(FOUR, reached()[0]), "green")
-    assert_row(verdicts.clocks(ONE, {}), "unchecked")
 
 
 def test_a_listener_says_who_it_is_and_takes_what_comes() -> None:
     with Listener(3, "127.0.0.1") as listener:
         found = network.ping(3, listener.address)
-        assert 0 < found.round_trip < 1 and abs(found.ahead) < 0.5
+        assert 0 < found < 1
         assert network.rate(3, listener.address) > 1e6
         with pytest.raises(
             OSError, match=r"rank 3 answers at 127\.0\.0\.1, where rank 2 should be"

@@ -8,7 +8,7 @@ import torch
 from tiny import tiny
 
 from tezo_ds.config import TezoConfig
-from tezo_ds.plan.needs import RECORDS, Layout, Needs, factor_numel, needs, on_skeleton
+from tezo_ds.plan.needs import RECORDS, Layout, Needs, PlannedRun, factor_numel, needs
 
 
 def test_needs_of_a_tiny_model() -> None:
@@ -19,8 +19,8 @@ def test_needs_of_a_tiny_model() -> None:
     trained = sum(p.numel() for p in matrices.values())
 
     def of(layout: Layout, **fields: Any) -> Needs:
-        run = on_skeleton(model, TezoConfig(**{"rank": 3, **fields}))
-        return needs(run, layout, None, snapshots=2, model=False)
+        run = PlannedRun(model, TezoConfig(**{"rank": 3, **fields}), layout)
+        return needs(run, snapshots=2)
 
     factors = 3 * sum(sum(p.shape) for p in matrices.values())
     whole = of(Layout())
@@ -34,7 +34,7 @@ def test_needs_of_a_tiny_model() -> None:
     assert lozo.disk > RECORDS + 3 * 4 * trained
     adam = of(Layout(2), method="mezo-adam")
     assert adam.probe == 0 and adam.state > 8 * trained // 2
-    auto = on_skeleton(model, TezoConfig(rank="auto", rank_max=5))
+    auto = PlannedRun(model, TezoConfig(rank="auto", rank_max=5))
     assert factor_numel(auto.method, auto.config, auto.space.matrices) == 5 * factors // 3
     three = of(Layout(3, gathers=True))
     assert 4 * numel / 3 <= three.shard < 4 * numel / 3 + 4 * 2 * len(list(model.parameters()))

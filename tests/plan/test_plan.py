@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,13 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from command_line import call
+from parts.scaling_model.counted import compared
 from tiny import tiny
 from world_plan import TIGHT, job_of, small
 
 from tezo_ds.config import TezoConfig
 from tezo_ds.engine import engine
 from tezo_ds.errors import ConfigError
-from tezo_ds.plan import memory, report, timing, traffic
+from tezo_ds.plan import memory, timing, traffic
 from tezo_ds.plan.absent import Absent
 from tezo_ds.plan.columns import advice, columns
 from tezo_ds.plan.dry_run import count
@@ -195,7 +196,7 @@ def test_a_dry_run_counts_what_is_predicted(
     kind: str, sharding: Any, fields: dict[str, Any], limits: Limits
 ) -> None:
     job = replace(job_of(kind, sharding, 15, 5, TezoConfig(rank=3, **fields)), limits=limits)
-    lines = report.compared(job, count(job))
+    lines = compared(job, count(job))
     assert all(fine for *_, fine in lines), lines
     assert not dist.is_initialized()
 
@@ -203,7 +204,7 @@ def test_a_dry_run_counts_what_is_predicted(
 def test_a_dry_run_counts_sums_that_ranks_add_up() -> None:
     job = job_of("llama", "fsdp2", 15, 5, TezoConfig(rank=3, placement="per_rank"))
     with mock.patch.object(engine, "SHARED_FROM", 0):
-        lines = report.compared(job, count(job))
+        lines = compared(job, count(job))
         assert len(traffic.engine(job).scalars) == 2
     assert all(fine for *_, fine in lines), lines
 
@@ -218,10 +219,10 @@ def test_a_dry_run_sees_what_was_not_predicted() -> None:
         return twice(self, **inputs)
 
     with mock.patch.object(Absent, "forward", again):
-        fine = [line[-1] for line in report.compared(job, count(job))]
+        fine = [line[-1] for line in compared(job, count(job))]
     assert fine[:3] == [False, False, True]
     less = replace(job, labels=job.length - 1)
-    assert not report.compared(replace(job, examples=2), count(less))[3][-1]
+    assert not compared(replace(job, examples=2), count(less))[3][-1]
 
 
 def test_a_dry_run_needs_gathers() -> None:
@@ -244,17 +245,19 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.slow
-def test_a_dry_run_that_differs_is_an_exit_code(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small().config.save_pretrained(tmp_path)
     flags = ["plan", "--model", str(tmp_path), "--world", "6", "--per-node", "3", "--length", "41"]
     flags += ["--sharding", "fsdp2", "--dry-run", "--rank", "3"]
     assert call(*flags) == 0
-    assert "MISMATCH" not in capsys.readouterr().out
-    with mock.patch.object(Job, "scalars", (7,)):
-        assert call(*flags) == 1
-    assert "MISMATCH" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    counted = count(
+        replace(job_of("llama", "fsdp2", 6, 3, TezoConfig(rank=3)), examples=4, labels=1)
+    )
+    for number in (counted.gathers, counted.gathered, counted.scalars, counted.tensors):
+        assert f"{number:,}" in printed
+    assert call(*flags, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["dry_run"] == asdict(counted)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tezo_ds.config import TezoConfig
 from tezo_ds.settings import RunOptions
 
 if TYPE_CHECKING:
-    from tezo_ds.doctor.plan import Plan
+    from tezo_ds.doctor.flags import RunFlags
 
 DOCTOR_HELP = """Check a machine or a cluster before a long run.
 
@@ -53,7 +53,7 @@ def doctor(
     ] = 120,
 ) -> None:
     """Examines a machine or a cluster; see DOCTOR_HELP."""
-    plan = _plan(_flags_of_train(context.args), hostfile)
+    flags = _run_flags(_flags_of_train(context.args), hostfile)
     from tezo_ds.doctor import meeting as meetings
     from tezo_ds.doctor.checks import examine
     from tezo_ds.doctor.report import exit_code, show
@@ -63,7 +63,7 @@ def doctor(
     quieten()
     try:
         meeting = meetings.meet(wait)
-        rows = examine(plan, meeting)
+        rows = examine(flags, meeting)
         if meeting.rank == 0:
             show(rows, as_json)
         code = meeting.tell("verdict", exit_code(rows))
@@ -95,10 +95,10 @@ def _flags_of_train(arguments: list[str]) -> dict[str, Any]:
     return found
 
 
-def _plan(given: dict[str, Any], hostfile: Path | None) -> Plan:
+def _run_flags(given: dict[str, Any], hostfile: Path | None) -> RunFlags:
     from tezo_ds.cli import accelerate
     from tezo_ds.cli.options import from_flags, refuse_idle, settings_from
-    from tezo_ds.doctor.plan import Plan
+    from tezo_ds.doctor.flags import RunFlags
     from tezo_ds.training import session
 
     launched = accelerate.launched()
@@ -112,7 +112,7 @@ def _plan(given: dict[str, Any], hostfile: Path | None) -> Plan:
         settings.fsdp,
     )
     merged = options.save_model
-    return Plan(
+    return RunFlags(
         settings, config, deepspeed, given["output"], hostfile,
         options.snapshots if options.snapshot_every else 0,
         not config.facts.learns_coefficients if merged is None else merged,

@@ -16,10 +16,10 @@ import torch.distributed as dist
 
 from tezo_ds import repeatable
 from tezo_ds.doctor import machine, network, resources, selftest, verdicts
+from tezo_ds.doctor.flags import RunFlags
 from tezo_ds.doctor.hostfile import check_hostfile
 from tezo_ds.doctor.meeting import Meeting, within
-from tezo_ds.doctor.network import Address, Reached
-from tezo_ds.doctor.plan import Plan
+from tezo_ds.doctor.network import Address
 from tezo_ds.doctor.report import Failed, Row, attempt, row_of
 from tezo_ds.doctor.verdicts import Asked, Who, settled
 from tezo_ds.errors import ShardingError
@@ -28,32 +28,37 @@ from tezo_ds.settings import TIMEOUT
 from tezo_ds.sharding.world import join_world, local_device
 
 
-def examine(plan: Plan, meeting: Meeting) -> list[Row]:
+def examine(flags: RunFlags, meeting: Meeting) -> list[Row]:
     """The rows, on rank 0; nothing on the others. Leaves nothing on disk.
 
     Raises:
         ShardingError: rank 0 is gone.
     """
-    return Examination(plan, meeting).rows
+    return Examination(flags, meeting).run()
 
 
 class Examination:
-    """See `examine`; its rows are there when it is made."""
+    """Checks of a run to come: each gathers facts of all ranks, which rank 0 judges."""
 
-    def __init__(self, plan: Plan, meeting: Meeting) -> None:
-        self._plan, self._meeting = plan, meeting
+    def __init__(self, flags: RunFlags, meeting: Meeting) -> None:
+        self._flags, self._meeting = flags, meeting
         self._first = meeting.rank == 0
         self._local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.rows: list[Row] = []
         self._need: Needs | None = None
-        self._layout, self._backend = plan.layout(meeting.world_size), plan.backend
+        self._layout, self._backend = flags.layout(meeting.world_size), flags.backend
+
+    def run(self) -> list[Row]:
+        """Makes all checks, one after the other; returns the rows, which are rank 0's."""
+        hostfile, world_size = self._flags.hostfile, self._meeting.world_size
         with ExitStack() as stack:
             self._gather_ranks(stack)
             self._look_at_machines()
-            self._judge("hostfile", lambda: check_hostfile(plan.hostfile, meeting.world_size))
+            self._judge("hostfile", lambda: check_hostfile(hostfile, world_size))
             self._look_at_folder()
             self._try_network()
         self._work_together()
+        return self.rows
 
     def _judge(self, check: str, judge: Callable[[], Row]) -> None:
         if self._first:
@@ -79,19 +84,19 @@ class Examination:
         self._judge("ranks", lambda: verdicts.ranks(self._asked, meeting.world_size))
 
     def _look_at_machines(self) -> None:
-        plan, asked, world_size = self._plan, self._asked, self._meeting.world_size
-        skeleton = attempt(plan.skeleton) if plan.settings.model else None
+        flags, asked, world_size = self._flags, self._asked, self._meeting.world_size
+        skeleton = attempt(flags.skeleton) if flags.settings.model else None
         found = {
             "versions": attempt(machine.versions),
             "accelerators": attempt(
-                lambda: machine.accelerator(self._local_rank, plan.deepspeed is not None)
+                lambda: machine.accelerator(self._local_rank, flags.deepspeed is not None)
             ),
             "backend": attempt(lambda: dist.is_backend_available(self._backend)),
             "memory": attempt(machine.memory),
             "products": attempt(repeatable.products),
             "shared memory": attempt(machine.shared_memory),
             "open files": attempt(machine.open_files),
-            "model": attempt(lambda: plan.seen(skeleton)),
+            "model": attempt(lambda: flags.seen(skeleton)),
         }
         gathered = self._meeting.gather("machine", found)
         if not self._first:
@@ -104,7 +109,7 @@ class Examination:
             self._judge(check, lambda: settled(check, asked, of(check), rule))
 
         judge("versions", lambda held: verdicts.versions(asked, held))
-        bfloat16 = "bfloat16" in (plan.settings.compute_dtype, plan.dtype)
+        bfloat16 = "bfloat16" in (flags.settings.compute_dtype, flags.dtype)
         judge("accelerators", lambda held: verdicts.accelerators(asked, held, bfloat16))
         judge("products", lambda held: verdicts.products(asked, held))
         judge("backend", lambda held: verdicts.backend(self._backend, all(held.values())))
@@ -121,7 +126,7 @@ class Examination:
         def memory(held: dict[int, Any]) -> Row:
             if isinstance(skeleton, Failed):
                 return Row("memory", "unchecked", "see model")
-            self._need = plan.needs(skeleton, world_size)
+            self._need = flags.needs(skeleton, world_size)
             accelerators = of("accelerators")
             if any(isinstance(one, Failed) for one in accelerators.values()):
                 return Row("memory", "unchecked", "see accelerators")
@@ -130,7 +135,7 @@ class Examination:
         judge("memory", memory)
 
     def _look_at_folder(self) -> None:
-        output, meeting = self._plan.output, self._meeting
+        output, meeting = self._flags.output, self._meeting
         if output is None:
             self._judge("run folder", lambda: Row("run folder", "unchecked", "no --output"))
             return
@@ -139,7 +144,7 @@ class Examination:
             seen = meeting.gather("seen", attempt(lambda: _sees(token)))
 
             def judge(held: dict[int, bool]) -> Row:
-                space, writes = machine.disk(output), self._plan.writes
+                space, writes = machine.disk(output), self._flags.writes
                 needed = self._need.disk if self._need else None
                 return resources.disk(self._asked, space, held, output, needed, writes)
 
@@ -151,7 +156,7 @@ class Examination:
         mute = {
             r: a for r, a in self._addresses.items() if isinstance(a, Failed) and r != meeting.rank
         }
-        tried: dict[int, Reached | Failed] = {**network.reach_all(meeting.rank, peers), **mute}
+        tried: dict[int, float | Failed] = {**network.reach_all(meeting.rank, peers), **mute}
         reached = meeting.gather("reached", attempt(lambda: tried))
         meeting.tell("tried", None)  # all of it, before links are filled
         leaders = [ranks[0] for ranks in asked.hosts.values()]
@@ -170,11 +175,10 @@ class Examination:
 
         self._judge("reachability", lambda: settled("reachability", asked, reached, ways))
         if self.rows[-1].status == "red":  # what is not reached would only be red again
-            self.rows += [Row(c, "unchecked", "see reachability") for c in ("bandwidth", "clocks")]
+            self._skip("bandwidth", "reachability")
             return
         found = {rank: rate for rank, rate in rates.items() if rate is not None}
         self._judge("bandwidth", lambda: verdicts.bandwidth(asked, found, self._sent()))
-        self._judge("clocks", lambda: verdicts.clocks(asked, tried))
 
     def _sent(self) -> int | None:
         """Bytes of weights that a forward brings to each host from others at least."""
@@ -186,7 +190,7 @@ class Examination:
 
     def _work_together(self) -> None:
         """What hangs where ranks do not reach each other, so each has an end."""
-        plan, meeting = self._plan, self._meeting
+        flags, meeting = self._flags, self._meeting
         lame = [row.check for row in self.rows if row.status == "red"]
         why = next((c for c in ("ranks", "reachability", "backend", "versions") if c in lame), None)
         if why := meeting.tell("not together", why):
@@ -194,7 +198,7 @@ class Examination:
             self._skip(selftest.CHECK, why)
             return
         seconds = meeting.gather(
-            "joined", attempt(lambda: within(meeting.wait, lambda: _joined(plan)))
+            "joined", attempt(lambda: within(meeting.wait, lambda: _joined(flags)))
         )
         self._judge(
             "collectives", lambda: settled("collectives", self._asked, seconds, self._collectives)
@@ -207,7 +211,7 @@ class Examination:
             attempt(
                 lambda: within(
                     meeting.wait,
-                    lambda: selftest.run(plan.settings, plan.deepspeed, meeting.world_size),
+                    lambda: selftest.run(flags.settings, flags.deepspeed, meeting.world_size),
                 )
             ),
         )
@@ -215,7 +219,7 @@ class Examination:
             selftest.CHECK,
             lambda: selftest.judge(
                 {rank: found.get(rank, Failed("no answer in time")) for rank in self._asked.ranks},
-                selftest.expected(meeting.world_size), plan.how,
+                selftest.expected(meeting.world_size), flags.how,
             ),
         )  # fmt: skip
 
@@ -246,13 +250,13 @@ def _sees(token: resources.Token | Failed | None) -> bool:
     return resources.sees(token)
 
 
-def _joined(plan: Plan) -> float:
+def _joined(flags: RunFlags) -> float:
     """Seconds of an all-reduce in the run's own world.
 
     Raises:
         ShardingError: it sums wrongly.
     """
-    join_world(plan.deepspeed is not None, plan.settings.fsdp, TIMEOUT)
+    join_world(flags.deepspeed is not None, flags.settings.fsdp, TIMEOUT)
     if not dist.is_initialized():
         return 0.0
     size, taken = dist.get_world_size(), 0.0

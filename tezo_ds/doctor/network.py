@@ -1,4 +1,4 @@
-"""Network checks: whether each rank reaches each other one, how fast, and how far their clocks are apart.
+"""Network checks: whether each rank reaches each other one, and how fast.
 
 Plain TCP between the addresses that the ranks' collectives would use, since a process group that
 cannot connect says neither which pair it was nor, within minutes, anything at all.
@@ -39,18 +39,6 @@ class Address(NamedTuple):
     port: int
 
 
-class Reached(NamedTuple):
-    """Result of pings to a rank.
-
-    Attributes:
-        round_trip: seconds of the shortest round trip.
-        ahead: seconds by which the other's clock is ahead, give or take half the round trip.
-    """
-
-    round_trip: float
-    ahead: float
-
-
 class Listener:
     """Context manager: this rank answers other ranks that try to reach it inside.
 
@@ -87,7 +75,7 @@ def _answer(connection: socket.socket, rank: int) -> None:
         taken = 0
         while data := connection.recv(CHUNK):
             if taken == 0 and data == b"p":
-                connection.sendall(_NUMBER.pack(time.time()))
+                connection.sendall(_NUMBER.pack(0))
                 continue
             taken += len(data)
         if taken:
@@ -96,7 +84,7 @@ def _answer(connection: socket.socket, rank: int) -> None:
         pass  # the other side says what it was
 
 
-def reach_all(own: int, peers: Mapping[int, Address]) -> dict[int, Reached | Failed]:
+def reach_all(own: int, peers: Mapping[int, Address]) -> dict[int, float | Failed]:
     """Pings every other rank, beginning with the one after `own`; returns what was found of each."""
     others = sorted((rank for rank in peers if rank != own), key=lambda rank: (rank < own, rank))
     with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -104,12 +92,12 @@ def reach_all(own: int, peers: Mapping[int, Address]) -> dict[int, Reached | Fai
         return dict(zip(others, tried, strict=True))
 
 
-def _ping_of(rank: int, address: Address) -> Callable[[], Reached]:
+def _ping_of(rank: int, address: Address) -> Callable[[], float]:
     return lambda: ping(rank, address)
 
 
-def ping(rank: int, address: Address) -> Reached:
-    """Sends a rank a few messages of a byte each, each answered with eight; returns the fastest.
+def ping(rank: int, address: Address) -> float:
+    """Sends a rank a few messages of a byte each; returns the seconds until the fastest answer.
 
     Raises:
         OSError: the peer does not answer, or is another rank.
@@ -117,10 +105,10 @@ def ping(rank: int, address: Address) -> Reached:
     found = []
     with _connected(rank, address) as connection:
         for _ in range(PINGS):
-            sent = time.time()
+            sent = time.perf_counter()
             connection.sendall(b"p")
-            theirs, back = _number(connection), time.time()
-            found.append(Reached(back - sent, theirs - (sent + back) / 2))
+            _number(connection)
+            found.append(time.perf_counter() - sent)
     return min(found)
 
 

@@ -50,7 +50,7 @@ def tiny_model() -> nn.Module:
 
 
 def batches(world_size: int) -> list[dict[str, Tensor]]:
-    """Of all ranks together, a step each: (2 · world_size + 1, LENGTH), with ragged ends."""
+    """Yields batches of all ranks together, one a step: (2 · world_size + 1, LENGTH), with ragged ends."""
     generator = torch.Generator().manual_seed(1)
     made = []
     for _ in range(STEPS):
@@ -110,7 +110,7 @@ def run(settings: Settings, deepspeed: dict[str, Any] | None, world_size: int) -
 
 
 def expected(world_size: int) -> Found:
-    """Those of one process, with the examples of all ranks."""
+    """Returns the coefficients of one process that has the examples of all ranks."""
     return {
         probe: coefficients(alone(tiny_model().to(local_device())), probe, world_size)
         for probe in PROBES

@@ -195,7 +195,7 @@ def reachability(
 
     Args:
         asked: where ranks are.
-        found: by rank, `network.Reached` or `Failed` of each other one.
+        found: by rank, seconds of a round trip to each other rank, or `Failed`.
         loopback: ranks whose collectives listen where no other host gets to.
     """
     check, several = "reachability", len(asked.hosts) > 1
@@ -219,7 +219,7 @@ def reachability(
         said = [f"{asked.name(a)} to {asked.name(b)}: {why}" for a, b, why in lost]
         more = f" (and {len(lost) - _SHOWN} more)" if len(lost) > _SHOWN else ""
         return Row(check, "red", "; ".join(said[:_SHOWN]) + more, advice)
-    trips = [(answer.round_trip, a, b) for a, held in found.items() for b, answer in held.items()]
+    trips = [(answer, a, b) for a, held in found.items() for b, answer in held.items()]
     slowest, a, b = max(trips)
     return Row(
         check, "green", f"all {len(trips)} ways; slowest round trip {1000 * slowest:.2f} ms, {asked.name(a)} "
@@ -256,30 +256,6 @@ def bandwidth(
         check, "yellow", text,
         "shard within each host: --fsdp-replicas, or zero_hpz_partition_size; then scalars travel alone",
     )  # fmt: skip
-
-
-def clocks(asked: Asked, from_first: Mapping[int, Any]) -> Row:
-    """Judges by how much the clocks of other hosts differ from rank 0's.
-
-    Args:
-        asked: where ranks are.
-        from_first: `network.Reached` or `Failed` of each other rank, as rank 0 found.
-    """
-    if len(asked.hosts) < 2:
-        return Row("clocks", "unchecked", "there is one host")
-    known = {
-        rank: answer
-        for rank, answer in from_first.items()
-        if not isinstance(answer, Failed) and asked.ranks[rank].host != asked.ranks[0].host
-    }
-    if not known:
-        return Row("clocks", "unchecked", "rank 0 reaches no other host")
-    rank = max(known, key=lambda rank: abs(known[rank].ahead))
-    ahead, bound = known[rank].ahead, known[rank].round_trip / 2
-    text = f"{asked.name(rank)} is {ahead:+.3f} s from rank 0, give or take {1000 * bound:.1f} ms"
-    if abs(ahead) - bound <= SKEW:
-        return Row("clocks", "green", text)
-    return Row("clocks", "yellow", text, "start ntp or chrony; only times in logs are affected")
 
 
 def shared_memory(asked: Asked, found: Mapping[int, Space], nccl: bool) -> Row:

@@ -53,25 +53,25 @@ class Absent(Sharding):
         self.fake, self.live, self.collectives = fake, live, Collectives()
 
     def forward(self, **inputs: Any) -> Any:
-        """See `Sharding`; what is made within it has no values either."""
+        """Runs a forward; tensors made inside have no values either."""
         with self.fake, self.live, self.collectives:
             return super().forward(**inputs)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """See `Sharding`; numbers that differ, as losses do."""
+        """Returns made-up sums that differ, as losses do."""
         with self.collectives:
             super().all_reduce(tensor)
         numbers = torch.arange(1, tensor.numel() + 1, dtype=tensor.dtype)
         return numbers.view(tensor.shape)
 
     def maxima(self, numbers: Sequence[int]) -> list[int]:
-        """See `Sharding`; of this rank alone."""
+        """Returns this rank's own numbers."""
         return list(numbers)
 
     def gather(self, thing: Thing) -> list[Thing]:
-        """See `Sharding`; all ranks would say the same."""
+        """Returns this rank's own text; all ranks would say the same."""
         return [thing] * self.everyone
 
 
 class AbsentFsdp2(Absent, Fsdp2):
-    """Of a module to which `fully_shard` was applied."""
+    """Sharding of a module to which `fully_shard` was applied."""

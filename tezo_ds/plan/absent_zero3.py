@@ -22,7 +22,7 @@ from tezo_ds.sharding.zero3_config import prepare
 
 
 class AbsentZero3(Absent, Zero3):
-    """Of a DeepSpeedEngine."""
+    """Sharding of a DeepSpeedEngine."""
 
 
 def config_of(job: Job) -> dict[str, Any]:
@@ -62,8 +62,8 @@ def partitioned(job: Job, module: nn.Module, fake: FakeTensorMode) -> AbsentZero
 
 @contextmanager
 def in_deepspeed() -> Iterator[None]:
-    """Within it, DeepSpeed computes on the CPU, as rank 0 of a process group that is there already, and does
-    not compare the layers' order over ranks, for which numbers would be needed."""
+    """Context manager: inside, DeepSpeed computes on the CPU, as rank 0 of a process group that is there
+    already, and does not compare the layers' order over ranks, for which numbers would be needed."""
     before, rank = get_accelerator(), os.environ.get("LOCAL_RANK")
     compared = coordinator.assert_ints_same_as_other_ranks
     set_accelerator(CPU_Accelerator())

@@ -32,7 +32,7 @@ from tezo_ds.rng import philox
 
 @dataclass(frozen=True)
 class Counted:
-    """Of a step.
+    """Counts of a step.
 
     Attributes:
         gathers: all-gathers.
@@ -107,7 +107,7 @@ def _batch(job: Job) -> dict[str, Tensor]:
 
 @contextmanager
 def _world(size: int) -> Iterator[None]:
-    """Within it, this process is rank 0 of so many."""
+    """Context manager: inside, this process is rank 0 of `size` ranks."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
@@ -119,8 +119,8 @@ def _world(size: int) -> Iterator[None]:
 
 @contextmanager
 def _without_numbers(fake: FakeTensorMode) -> Iterator[None]:
-    """Within it, random numbers addressed by rows (factors, dense directions) are not drawn; those of τ,
-    which have a key each, are."""
+    """Context manager: inside, random numbers addressed by rows (factors, dense directions) are not drawn;
+    τ, whose numbers have a key each, is."""
     drawn = philox._addressed
 
     def addressed(

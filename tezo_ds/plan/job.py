@@ -1,4 +1,4 @@
-"""A run that is planned, on a cluster that need not exist."""
+"""A planned run on a cluster that need not exist."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from tezo_ds.config import TezoConfig
 from tezo_ds.engine.engine import sums_are_shared
 from tezo_ds.plan.hardware import Cluster
-from tezo_ds.plan.needs import Layout, Needs, Skeleton, gathered_groups, needs, on_skeleton
+from tezo_ds.plan.needs import Layout, Needs, PlannedRun, gathered_groups, needs
 from tezo_ds.plan.prefetch import DEFAULTS, Gathered, Limits, gathered
 from tezo_ds.plan.shapes import Outline, outline
 
@@ -22,17 +22,17 @@ SHARDINGS: tuple[Sharded, ...] = ("zero3", "zero3-hpz", "fsdp2", "fsdp2-hybrid",
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be planned.
+    """A planned run with its cluster and the batches of a step.
 
     Attributes:
-        module: of `shapes.skeleton`.
-        config: of the run.
+        module: model of `shapes.skeleton`.
+        config: the run's config.
         sharding: zero3-hpz has a second copy of the weights on each node, fsdp2-hybrid the only one.
-        cluster: where.
-        examples: of each rank in a step.
-        length: tokens of each, padding included.
-        labels: positions of each example that carry a label.
-        limits: of ZeRO-3.
+        cluster: the cluster that the run would have.
+        examples: examples of each rank in a step.
+        length: tokens of an example, padding included.
+        labels: positions of an example that carry a label.
+        limits: ZeRO-3's limits of what is gathered at once.
     """
 
     module: nn.Module
@@ -45,19 +45,19 @@ class Job:
     limits: Limits = DEFAULTS
 
     @cached_property
-    def run(self) -> Skeleton:
-        """What its engine would be made of."""
-        return on_skeleton(self.module, self.config)
+    def run(self) -> PlannedRun:
+        """The run on one of the cluster's ranks."""
+        return PlannedRun(self.module, self.config, self.layout)
 
     @cached_property
     def shape(self) -> Outline:
-        """Of its model."""
+        """Outline of the model."""
         return outline(self.module)
 
     @cached_property
     def need(self) -> Needs:
-        """What lies there for the whole run."""
-        return needs(self.run, self.layout, None, snapshots=0, model=False)
+        """Bytes that a rank holds for the whole run."""
+        return needs(self.run)
 
     @cached_property
     def groups_of_weights(self) -> tuple[int, int]:
@@ -65,7 +65,7 @@ class Job:
         return gathered_groups(self.module, None)
 
     def with_examples(self, examples: int) -> Job:
-        """The same with so many examples a rank; shares what follows from the model."""
+        """Returns the job with another number of examples a rank; shares what follows from the model."""
         other = replace(self, examples=examples)
         other.__dict__.update(
             run=self.run, shape=self.shape, need=self.need, groups_of_weights=self.groups_of_weights,
@@ -88,7 +88,7 @@ class Job:
 
     @property
     def layout(self) -> Layout:
-        """How its weights are spread."""
+        """How the weights are spread."""
         if not self.gathers:
             return Layout()
         by_rows = self.sharding.startswith("fsdp2")
@@ -98,27 +98,27 @@ class Job:
 
     @cached_property
     def ahead(self) -> Gathered:
-        """By a forward under ZeRO-3, in DeepSpeed's order; nothing of another sharding."""
+        """Weights that a forward gathers under ZeRO-3, in DeepSpeed's order; empty for other shardings."""
         if not self.gathers or self.layout.by_rows or self.gather_ranks == 1:
             return Gathered((), ())
         return gathered(self.module, self.cluster.world, self.limits)
 
     @cached_property
     def gathered_bytes(self) -> int:
-        """By a forward, with the padding of shards to the largest one."""
+        """Bytes that a forward gathers, with the padding of shards to the largest one."""
         if not self.layout.by_rows:
             return sum(self.ahead.messages)
-        layout = Layout(self.gather_ranks, by_rows=True)
-        return self.gather_ranks * needs(self.run, layout, None, snapshots=0, model=False).shard
+        by_rows = replace(self.run, layout=Layout(self.gather_ranks, by_rows=True))
+        return self.gather_ranks * needs(by_rows).shard
 
     @property
     def messages(self) -> int:
-        """All-gathers of a forward."""
+        """Number of all-gathers of a forward."""
         return self.shape.layers + 1 if self.layout.by_rows else len(self.ahead.messages)
 
     @property
     def branches(self) -> int:
-        """That a rank measures in a step."""
+        """Number of branches that a rank measures in a step."""
         return (2 if self.config.difference == "central" else 1) * self._directions + (
             self.config.difference == "forward"
         )
@@ -129,41 +129,41 @@ class Job:
 
     @property
     def directions(self) -> int:
-        """Of a step, over all ranks."""
+        """Number of directions of a step, over all ranks."""
         return self._directions * self.groups
 
     @property
     def groups(self) -> int:
-        """Ranks with directions of their own."""
+        """Number of ranks with directions of their own."""
         return self.cluster.world if self.config.placement == "per_rank" else 1
 
     @property
     def branches_at_once(self) -> int:
-        """In one forward."""
+        """Number of branches in one forward."""
         if not self.run.fused:
             return 1
         return min(self.config.branch_chunk or self.branches, self.branches)
 
     @property
     def examples_at_once(self) -> int:
-        """Of one branch in one forward."""
+        """Number of examples of one branch in one forward."""
         return min(self.config.micro_batch or self.examples, self.examples)
 
     @property
     def forwards(self) -> int:
-        """Of a step."""
+        """Number of forwards of a step."""
         by_branch = math.ceil(self.branches / self.branches_at_once)
         return by_branch * math.ceil(self.examples / self.examples_at_once)
 
     @property
     def tokens(self) -> int:
-        """In one forward of a rank."""
+        """Number of tokens in one forward of a rank."""
         return self.branches_at_once * self.examples_at_once * self.length
 
     @property
     def scalars(self) -> tuple[int, ...]:
-        """Bytes of each all-reduce of a step: of loss sum and count of each branch, and whether to stop; and
-        of Σκτ, where ranks add it up."""
+        """Bytes of each all-reduce of a step: loss sum and count of each branch, with the request to stop;
+        and Σκτ, where ranks add it up."""
         losses, run = 16 * self.branches * self.groups + 8, self.run
         shared = sums_are_shared(run.method, run.space, self.directions - self._directions)
         return (losses, 8 * run.space.numel) if shared else (losses,)

@@ -7,8 +7,9 @@ libraries keep for themselves come on top.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from torch import nn
 
 from tezo_ds.config import TezoConfig
 from tezo_ds.directions.space import CoefficientSpace, Matrix
-from tezo_ds.engine.selection import select
+from tezo_ds.engine.selection import Selection, select
 from tezo_ds.methods import Method, make_method
+from tezo_ds.models.structure import blocks
 from tezo_ds.probes import choose_probe
 from tezo_ds.probes.inplace import keeps_copies
-from tezo_ds.sharding.replicated import alone
+from tezo_ds.settings import Settings
+from tezo_ds.sharding.replicated import Replicated, alone
 
 GIB = 1 << 30
 RECORDS = 64 << 20  # journal, metrics and curve of a long run
@@ -43,6 +46,20 @@ class Layout:
     second: int = 0
     gathers: bool = False
     offloaded: bool = False
+
+    @classmethod
+    def of(cls, settings: Settings, deepspeed: Mapping[str, Any] | None, ranks: int) -> Layout:
+        """Returns the layout that a run's flags give on `ranks` ranks."""
+        if settings.fsdp:
+            shards = max(ranks // settings.fsdp_replicas, 1)
+            return cls(shards, by_rows=True, gathers=True, offloaded=settings.fsdp_offload_params)
+        if deepspeed is None:
+            return cls()
+        zero = deepspeed["zero_optimization"]
+        hpz = zero.get("zero_hpz_partition_size", 1)
+        device = (zero.get("offload_param") or {}).get("device")
+        second = min(hpz, ranks) if hpz > 1 else 0
+        return cls(ranks, second=second, gathers=True, offloaded=device not in (None, "none"))
 
 
 @dataclass(frozen=True)
@@ -75,75 +92,79 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class Skeleton:
-    """A run whose model has no weights.
+class PlannedRun:
+    """A run that is not made: its model has no weights, and its ranks need not exist.
 
     Attributes:
         module: model of `loading.load_skeleton`.
         config: the run's config.
-        space: space of the coefficients to learn.
-        method: the method at its start.
-        fused: whether the run has the fused probe.
+        layout: how the weights are to be spread.
+        compute: dtype in which weights are gathered; None: their own.
     """
 
     module: nn.Module
     config: TezoConfig
-    space: CoefficientSpace
-    method: Method
-    fused: bool
+    layout: Layout = Layout()
+    compute: torch.dtype | None = None
+
+    @cached_property
+    def _chosen(self) -> Selection:
+        """With `rank: auto`, which weights decide, each matrix has the highest rank that it may get."""
+        ranks = None
+        if self.config.rank == "auto":
+            chosen = select(self._alone, self.config.model_copy(update={"rank": 1}))
+            ranks = {m.name: min(self.config.rank_max, *m.shape) for m in chosen.matrices}
+        return select(self._alone, self.config, ranks=ranks)
+
+    @cached_property
+    def _alone(self) -> Replicated:
+        return alone(self.module)
+
+    @cached_property
+    def space(self) -> CoefficientSpace:
+        """Space of the coefficients to learn."""
+        return CoefficientSpace(self._chosen.matrices, self.config.seed, self._chosen.vectors)
+
+    @cached_property
+    def method(self) -> Method:
+        """The method at its start."""
+        return make_method(self.config, self.space, self._alone.device)
+
+    @cached_property
+    def fused(self) -> bool:
+        """Whether the run has the fused probe."""
+        names, factors = self.space.slices.keys(), self.method.factors
+        return not choose_probe(self.config, self._alone, names, factors).writes
 
 
-def on_skeleton(module: nn.Module, config: TezoConfig) -> Skeleton:
-    """Builds a run on a model without weights; draws and sends nothing. With `rank: auto`, which weights
-    decide, each matrix has the highest rank that it may get.
+def needs(run: PlannedRun, snapshots: int = 0, merged: bool = False) -> Needs:
+    """Returns the bytes that a run needs.
 
     Args:
-        module: model of `loading.load_skeleton`.
-        config: the run's config.
+        run: the run; nothing is drawn or sent for it.
+        snapshots: number of snapshots that are kept; 0: none is made.
+        merged: whether the merged model is written.
 
     Raises:
         ConfigError, ProbeError: where the run would raise them.
     """
-    sharding, ranks = alone(module), None
-    if config.rank == "auto":
-        chosen = select(sharding, config.model_copy(update={"rank": 1}))
-        ranks = {m.name: min(config.rank_max, *m.shape) for m in chosen.matrices}
-    chosen = select(sharding, config, ranks=ranks)
-    space = CoefficientSpace(chosen.matrices, config.seed, chosen.vectors)
-    method = make_method(config, space, sharding.device)
-    probe = choose_probe(config, sharding, space.slices.keys(), method.factors)
-    return Skeleton(module, config, space, method, fused=not probe.writes)
-
-
-def needs(
-    run: Skeleton, layout: Layout, compute: torch.dtype | None, snapshots: int, model: bool
-) -> Needs:
-    """Returns the bytes that a run needs.
-
-    Args:
-        run: a run of `on_skeleton`.
-        layout: how the weights are to be spread.
-        compute: dtype in which weights are gathered; None: their own.
-        snapshots: number of snapshots that are kept; 0: none is made.
-        model: whether the merged model is written.
-    """
-    module, config = run.module, run.config
-    parameters = dict(module.named_parameters())
+    layout, compute, config = run.layout, run.compute, run.config
+    parameters = dict(run.module.named_parameters())
     shard = sum(_held(p, layout) * p.itemsize for p in parameters.values())
     trained = {name: parameters[name] for name in run.space.slices}
     numel = sum(_held(p, layout) for p in trained.values())
-    dense = config.facts.dense_moments  # moments, float32 beside 16 bits
+    dense = config.facts.dense_moments  # float32 beside 16 bits
     equal = sum(part.data.nbytes for part in run.method.state.values())
     whole = sum(p.numel() * _itemsize(p, compute) for p in parameters.values())
     weights = sum(p.numel() * (p.itemsize + 4 * dense) for p in trained.values())
     factors = factor_numel(run.method, config, run.space.matrices)
     disk = RECORDS + (snapshots + 1) * equal + 4 * factors
     disk += (snapshots + 1) * weights if writes(config) and snapshots else 0
-    disk += sum(p.nbytes for p in parameters.values()) if model else 0
+    disk += sum(p.nbytes for p in parameters.values()) if merged else 0
     return Needs(
         shard=shard,
-        gathered=_gathered(module, layout, compute),
-        probe=_of_probe(run, trained, layout, compute),
+        gathered=_gathered(run.module, layout, compute),
+        probe=_of_probe(run, trained),
         state=equal + 4 * dense * numel,
         disk=disk,
         sent=whole if layout.gathers else 0,
@@ -163,13 +184,11 @@ def factor_numel(method: Method, config: TezoConfig, matrices: Iterable[Matrix])
     return sum(m.rank * (lefts * m.shape[0] + m.shape[1]) for m in matrices)
 
 
-def _of_probe(
-    run: Skeleton, trained: dict[str, Any], layout: Layout, compute: torch.dtype | None
-) -> int:
-    itemsize = max((_itemsize(p, compute) for p in trained.values()), default=0)
+def _of_probe(run: PlannedRun, trained: dict[str, Any]) -> int:
+    itemsize = max((_itemsize(p, run.compute) for p in trained.values()), default=0)
     held = factor_numel(run.method, run.config, run.space.matrices) * itemsize
     if not run.fused and keeps_copies(run.config, run.method.factors):
-        held += sum(_held(p, layout) * p.itemsize for p in trained.values())
+        held += sum(_held(p, run.layout) * p.itemsize for p in trained.values())
     return held
 
 
@@ -189,8 +208,6 @@ def gathered_groups(module: nn.Module, compute: torch.dtype | None) -> tuple[int
         module: the model.
         compute: dtype in which weights are gathered; None: their own.
     """
-    from tezo_ds.models.structure import blocks
-
     sizes = [_bytes(block, compute) for block in blocks(module)]
     return _bytes(module, compute) - sum(sizes), max(sizes, default=0)
 

@@ -10,16 +10,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tezo_ds.plan import memory, traffic
 from tezo_ds.plan.columns import Column
 from tezo_ds.plan.dry_run import Counted
 from tezo_ds.plan.job import Job
 from tezo_ds.plan.needs import GIB
 from tezo_ds.plan.shapes import numel
-
-CLOSE = 0.1  # by which counted memory may differ from what was predicted
-
-Line = tuple[str, float, float, bool]  # what, predicted, counted, whether that will do
 
 
 def show(job: Job, columns: Sequence[Column], about: str, warnings: Sequence[str]) -> None:
@@ -37,32 +32,19 @@ def show(job: Job, columns: Sequence[Column], about: str, warnings: Sequence[str
         console.print(f"warning: {warning}", markup=False)
 
 
-def show_counted(lines: Sequence[Line]) -> None:
-    """Prints predicted beside counted."""
-    table = Table("dry run, of a rank and a step", box=box.SIMPLE_HEAD)
-    for name in ("predicted", "counted", ""):
-        table.add_column(name, justify="right")
-    for name, predicted, counted, fine in lines:
-        table.add_row(name, f"{predicted:,}", f"{counted:,}", "ok" if fine else "MISMATCH")
+def show_counted(counted: Counted) -> None:
+    """Prints what a dry run counted."""
+    table = Table("counted by a dry run, of a rank and a step", box=box.SIMPLE_HEAD)
+    table.add_column("", justify="right")
+    table.add_row("all-gathers", f"{counted.gathers:,}")
+    table.add_row("bytes gathered", f"{counted.gathered:,}")
+    table.add_row("bytes of scalars", f"{counted.scalars:,}")
+    table.add_row("bytes of tensors at the peak", f"{counted.tensors:,}")
     Console(highlight=False).print(table)
 
 
-def compared(job: Job, counted: Counted) -> list[Line]:
-    """What was predicted of a dry run, beside what it counted."""
-    moved, tensors = traffic.engine(job), memory.engine(job).tensors
-    scalars = sum(moved.scalars)
-    return [
-        ("all-gathers", moved.collectives, counted.gathers, moved.collectives == counted.gathers),
-        ("bytes gathered", moved.times * moved.gathered, counted.gathered,
-         moved.times * moved.gathered == counted.gathered),
-        ("bytes of scalars", scalars, counted.scalars, scalars == counted.scalars),
-        ("bytes of tensors at the peak", tensors, counted.tensors,
-         abs(tensors - counted.tensors) <= CLOSE * counted.tensors),
-    ]  # fmt: skip
-
-
 def as_json(
-    job: Job, columns: Sequence[Column], warnings: Sequence[str], lines: Sequence[Line] | None
+    job: Job, columns: Sequence[Column], warnings: Sequence[str], counted: Counted | None
 ) -> str:
     """One object; bytes and seconds."""
     found = {
@@ -75,9 +57,8 @@ def as_json(
         ],
         "warnings": list(warnings),
     }  # fmt: skip
-    if lines is not None:
-        keys = ("what", "predicted", "counted", "ok")
-        found["dry_run"] = [dict(zip(keys, line, strict=True)) for line in lines]
+    if counted is not None:
+        found["dry_run"] = asdict(counted)
     return json.dumps(found, indent=2)
 
 

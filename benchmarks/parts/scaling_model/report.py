@@ -8,11 +8,11 @@ from pathlib import Path
 
 from parts.common.pictures import load_pyplot
 from parts.directions.report import table
+from parts.scaling_model.counted import Line
 from parts.scaling_model.points import OURS, WAYS, Limit, Point, efficiency, limit, line_of
 from tezo_ds.plan import timing
 from tezo_ds.plan.hardware import Cluster, Gpu
 from tezo_ds.plan.needs import GIB
-from tezo_ds.plan.report import Line
 
 MARKERS = (
     "<!-- benchmarks/scaling_model.py: begin -->",

@@ -1,4 +1,4 @@
-"""The run that a doctor is asked about."""
+"""Flags of the run that a doctor is asked about."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from tezo_ds.doctor.report import Failed
 from tezo_ds.doctor.resources import Model
 from tezo_ds.errors import ConfigError
 from tezo_ds.models.loading import deepspeed_dtype, load_skeleton
-from tezo_ds.plan.needs import Layout, Needs, needs, on_skeleton, writes
+from tezo_ds.plan.needs import Layout, Needs, PlannedRun, needs, writes
 from tezo_ds.settings import Settings
 from tezo_ds.sharding.world import local_device
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The run that is to be made.
+class RunFlags:
+    """Flags of a run to come, as `tezo-ds train` would have them.
 
     Attributes:
         settings, config, deepspeed: as `tezo-ds train` has them; no model: "".
-        output: its folder.
-        hostfile: of its hosts.
-        snapshots: that it keeps; 0: it makes none.
-        merged: whether it writes the merged model.
+        output: the run's folder.
+        hostfile: file that names the hosts.
+        snapshots: number of snapshots that the run keeps; 0: it makes none.
+        merged: whether the run writes the merged model.
     """
 
     settings: Settings
@@ -43,7 +43,7 @@ class Plan:
 
     @property
     def how(self) -> str:
-        """Its sharding, in words."""
+        """The sharding, in words."""
         s, zero = self.settings, (self.deepspeed or {}).get("zero_optimization", {})
         if s.fsdp:
             return f"FSDP2, {s.fsdp_replicas} replicas" if s.fsdp_replicas > 1 else "FSDP2"
@@ -54,13 +54,13 @@ class Plan:
 
     @property
     def dtype(self) -> str:
-        """Of the weights; "auto": the checkpoint's."""
+        """Dtype of the weights; "auto": the checkpoint's."""
         asked = self.settings.dtype
         return asked if self.deepspeed is None else deepspeed_dtype(self.deepspeed, asked)
 
     @property
     def backend(self) -> str:
-        """Of its collectives."""
+        """Backend of the collectives."""
         if self.deepspeed is None:
             return str(dist.get_default_backend_for_device(local_device()))
         from deepspeed.accelerator import get_accelerator
@@ -69,18 +69,18 @@ class Plan:
 
     @property
     def writes(self) -> bool:
-        """Whether all ranks write their shards into its folder."""
+        """Whether all ranks write their shards into the run's folder."""
         return self.snapshots > 0 and writes(self.config)
 
     def skeleton(self) -> nn.Module:
-        """Its model without weights; see `loading.load_skeleton`."""
+        """Returns the model without weights; see `loading.load_skeleton`."""
         return load_skeleton(self.settings.model, self.dtype)
 
     def seen(self, skeleton: nn.Module | Failed | None) -> Model | None:
-        """What this rank sees of the model.
+        """Returns what this rank sees of the model.
 
         Raises:
-            ConfigError: it could not be made.
+            ConfigError: the model could not be built.
         """
         if skeleton is None:
             return None
@@ -96,22 +96,12 @@ class Plan:
         return Model(what, digest, None if there is None else bool(there))
 
     def layout(self, ranks: int) -> Layout:
-        """How its flags spread the weights over so many ranks."""
-        s = self.settings
-        if s.fsdp:
-            shards = max(ranks // s.fsdp_replicas, 1)
-            return Layout(shards, by_rows=True, gathers=True, offloaded=s.fsdp_offload_params)
-        if self.deepspeed is None:
-            return Layout()
-        zero = self.deepspeed["zero_optimization"]
-        hpz = zero.get("zero_hpz_partition_size", 1)
-        device = (zero.get("offload_param") or {}).get("device")
-        second = min(hpz, ranks) if hpz > 1 else 0
-        return Layout(ranks, second=second, gathers=True, offloaded=device not in (None, "none"))
+        """Returns how the weights are spread over `ranks` ranks."""
+        return Layout.of(self.settings, self.deepspeed, ranks)
 
     def needs(self, skeleton: nn.Module, ranks: int) -> Needs:
-        """What it needs, on so many ranks."""
+        """Returns what a rank of `ranks` needs."""
         name = self.settings.compute_dtype
         compute = None if name is None else getattr(torch, name)
-        run = on_skeleton(skeleton, self.config)
-        return needs(run, self.layout(ranks), compute, self.snapshots, self.merged)
+        run = PlannedRun(skeleton, self.config, self.layout(ranks), compute)
+        return needs(run, self.snapshots, self.merged)
