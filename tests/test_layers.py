@@ -30,11 +30,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config", "models"),
     ("sharding",),
     ("files",),
-    ("rng", "errors", "repeatable", ""),
+    ("rng", "errors", "launched", "repeatable", ""),
 )
 CORE = (
     "engine", "methods", "probes", "directions", "losses", "config", "models", "sharding", "files", "rng",
-    "errors",
+    "errors", "launched",
 )  # fmt: skip
 CORE_LINES = 6000  # of all its files, blank ones left out
 

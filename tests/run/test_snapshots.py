@@ -16,7 +16,7 @@ from tezo_ds.directions import lowrank
 from tezo_ds.methods import mezo
 from tezo_ds.run import shardfiles
 from tezo_ds.run.shardfiles import Stored, common_numel, copy_common, stored_in, write_file
-from tezo_ds.run.snapshots import load_shards, save_shards
+from tezo_ds.run.snapshots import checked_shards, save_shards
 from tezo_ds.sharding import ShardView
 
 FIELDS = {"method": "mezo-adam", "rho": 1e-2, "lr": 1e-2, "include": ["*layers.0*"]}
@@ -105,7 +105,7 @@ def test_one_process_has_its_own_again(
         monkeypatch.setattr(module, "BLOCK_NUMEL", 100)  # moments in many pieces
     saved, again = trained(dtype), engine(dtype)
     save_shards(saved, tmp_path / "at 3")
-    load_shards(again, tmp_path / "at 3")
+    checked_shards(again, tmp_path / "at 3")()
     ours, theirs = numbers_of(again), numbers_of(saved)
     assert ours.keys() == theirs.keys()
     assert {kind for _, kind in ours} == {"weight", "moment1", "moment2"}
@@ -118,7 +118,7 @@ def test_one_process_has_its_own_again(
 def test_before_the_first_update_there_are_no_moments(tmp_path: Path) -> None:
     save_shards(engine(), tmp_path / "at 0")
     later = trained()
-    load_shards(later, tmp_path / "at 0")
+    checked_shards(later, tmp_path / "at 0")()
     assert {kind for _, kind in numbers_of(later)} == {"weight"}
     for key, tensor in numbers_of(engine()).items():
         assert torch.equal(numbers_of(later)[key], tensor)
@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     def said(other: tezo_ds.Engine) -> str:
         before = numbers_of(other)
         with pytest.raises(tezo_ds.StorageError) as caught:
-            load_shards(other, folder)
+            checked_shards(other, folder)()
         assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
         assert all(torch.equal(x, before[key]) for key, x in numbers_of(other).items()) or moments
         return str(caught.value)

@@ -26,7 +26,7 @@ from tezo_ds.engine.live_bytes import LiveBytes
 from tezo_ds.errors import StorageError
 from tezo_ds.methods.mezo import Mezo
 from tezo_ds.run import shardfiles, snapshots
-from tezo_ds.run.snapshots import INDEX, load_shards, save_shards
+from tezo_ds.run.snapshots import INDEX, checked_shards, save_shards
 from tezo_ds.sharding import ShardView
 
 ADAM = {"method": "mezo-adam", "probe": "inplace", "lr": 3e-3}
@@ -101,11 +101,11 @@ def a_snapshot_fits_every_sharding(world: World) -> None:
     for way in ways:
         folder, one = world.folder / f"{way} {world.size}", alone()
         assert_each_range_is_stored_once(folder, WRITERS[way] & set(range(world.size)))
-        load_shards(one, folder)
+        checked_shards(one, folder)()
         for view, numbers in numbers_of(one):
             assert not torch.equal(numbers["weight"], before[view.name].flatten())
         for engine in engines.values():
-            load_shards(engine, folder)
+            checked_shards(engine, folder)()
             assert_parts_of(engine, one)
 
     # Without the handling: every replica writes all that it has, and the count shows it.
@@ -137,7 +137,7 @@ def a_snapshot_of_one_process_fits_a_world(world: World) -> None:
     dist.barrier()
     for way in ("ZeRO-3", "FSDP2"):
         engine = made(world, way)
-        load_shards(engine, folder)
+        checked_shards(engine, folder)()
         assert_parts_of(engine, one)
 
 
@@ -160,7 +160,7 @@ def goes_on(world: World, way: str, fields: dict) -> None:
 
     def resumed() -> tezo_ds.Engine:
         again = made(world, way, **fields)
-        load_shards(again, folder)
+        checked_shards(again, folder)()
         for name, packed in again.method.state.items():
             packed.data.copy_(state[name])
         again.step_index = 3
@@ -190,7 +190,7 @@ def shards_in_files_are_saved_and_filled(world: World) -> None:
         for step in range(3):
             engine.step(part_of(make_batch(4, seed=step), world.rank, world.size))
         save_shards(engine, world.folder / "offloaded")
-        load_shards(again, world.folder / "offloaded")
+        checked_shards(again, world.folder / "offloaded")()
         changed = 0
         for (view, ours), (_, theirs) in zip(numbers_of(again), numbers_of(engine), strict=True):
             assert ours.keys() == theirs.keys() > {"moment1"}
@@ -213,7 +213,7 @@ def damaged(
     if world.rank == 0:
         damage(file)
     dist.barrier()
-    message = refusal(lambda: load_shards(engine, file.parent), StorageError)
+    message = refusal(lambda: checked_shards(engine, file.parent)(), StorageError)
     for (_, ours), (_, theirs) in zip(numbers_of(engine), before, strict=True):
         assert ours.keys() == {"weight"} and torch.equal(ours["weight"], theirs["weight"])
     said: list[str] = [""] * world.size
@@ -254,14 +254,14 @@ def what_is_damaged_is_named_by_all_ranks(world: World) -> None:
     other = said(INDEX, lambda path: path.write_text(path.read_text().replace("61", "62")))
     assert f"{INDEX} is damaged" in other
     assert "No such file" in said(INDEX, Path.unlink)
-    load_shards(again, folder)  # put right, it is whole
+    checked_shards(again, folder)()  # put right, it is whole
 
     # Without the digests nobody would notice.
     if world.rank == 0:
         flip(folder / names[-1])
     dist.barrier()
     with mock.patch.object(snapshots, "_check_files"):
-        load_shards(again, folder)
+        checked_shards(again, folder)()
     dist.barrier()
 
 
@@ -296,12 +296,12 @@ def a_rank_that_cannot_write_stops_all_and_leaves_nothing(world: World) -> None:
     with mock.patch.object(snapshots, "_finish"), mock.patch.object(snapshots.shutil, "rmtree"):
         save_shards(engine, home / "x")
     assert [path.name for path in home.iterdir()] == [".x.partial"]
-    left = refusal(lambda: load_shards(engine, home / ".x.partial"), StorageError)
+    left = refusal(lambda: checked_shards(engine, home / ".x.partial")(), StorageError)
     assert INDEX in left
     save_shards(engine, home / "x")
     assert [path.name for path in home.iterdir()] == ["x"]
     assert "there already" in refusal(lambda: save_shards(engine, home / "x"), StorageError)
-    load_shards(engine, home / "x")
+    checked_shards(engine, home / "x")()
     assert json.loads((home / "x" / INDEX).read_text())["format"] == 1
 
 
@@ -313,4 +313,4 @@ def a_snapshot_takes_the_moments_of_one_shard(world: World) -> None:
     with LiveBytes() as memory:
         save_shards(engine, world.folder / "small")
     assert 2 * max(shards) <= memory.peak < 3 * max(shards) < sum(shards)
-    load_shards(again, world.folder / "small")
+    checked_shards(again, world.folder / "small")()

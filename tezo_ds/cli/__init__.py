@@ -11,6 +11,7 @@ import typer
 import tezo_ds
 from tezo_ds.cli import doctor, evaluate, export, plan, replay, train
 from tezo_ds.errors import TezoError
+from tezo_ds.launched import env_local_rank
 from tezo_ds.repeatable import ask_mkl
 
 app = typer.Typer(
@@ -54,7 +55,7 @@ def main() -> None:
 
     joins = "RANK" in os.environ and not _in_world()  # a launcher's world
     # On every node once: an error that one rank meets, its neighbours meet as well.
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    speaks = env_local_rank() == 0
     try:
         app()
     except TezoError as error:

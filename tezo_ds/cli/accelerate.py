@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from tezo_ds.errors import ConfigError
+from tezo_ds.launched import env_rank, env_world_size
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def launched() -> Launched:
 
 def _fsdp(compute_dtype: str | None) -> dict[str, Any]:
     idle = [name for name in IDLE if os.environ.get(name, "false") != "false"]
-    if idle and os.environ.get("RANK", "0") == "0":
+    if idle and env_rank() == 0:
         log.warning(
             "accelerate's %s: not used, as there is no backward pass and no FSDP checkpoint",
             ", ".join(map(_field, idle)),
@@ -103,7 +104,7 @@ def _fsdp(compute_dtype: str | None) -> dict[str, Any]:
 def _replicas() -> int:
     replicas = int(os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "1"))
     shards = os.environ.get("PARALLELISM_CONFIG_DP_SHARD_SIZE")
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = env_world_size()
     if shards is not None and replicas * int(shards) != ranks:
         raise ConfigError(
             f"accelerate's dp_replicate_size {replicas} times dp_shard_size {shards} is not the number "

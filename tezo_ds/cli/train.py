@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from tezo_ds.cli.options import DeepSpeed, complete, from_flags, refuse_idle, settings_from, takes
 from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError
+from tezo_ds.launched import env_rank
 from tezo_ds.settings import RunOptions, Settings
 
 TRAIN_HELP = """Fine-tune a model with forward passes alone.
@@ -59,7 +59,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
     asked = {**describe(settings, config), **about}
     with resuming.begun(options.output, options.resume, asked) as (folder, found):
         if found.finished and found.done >= options.steps:
-            if int(os.environ.get("RANK", "0")) == 0:
+            if env_rank() == 0:
                 print(
                     f"{options.output} is finished after {found.done} steps; there is nothing to do"
                 )

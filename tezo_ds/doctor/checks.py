@@ -3,7 +3,6 @@ ranks to reach each other comes last, and only if they do."""
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from tezo_ds.doctor.network import Address
 from tezo_ds.doctor.report import Failed, Row, attempt, row_of
 from tezo_ds.doctor.verdicts import Asked, Who, settled
 from tezo_ds.errors import ShardingError
+from tezo_ds.launched import env_local_rank
 from tezo_ds.plan.needs import Needs
 from tezo_ds.settings import TIMEOUT
 from tezo_ds.sharding.world import join_world, local_device
@@ -43,7 +43,7 @@ class Examination:
     def __init__(self, flags: RunFlags, meeting: Meeting) -> None:
         self._flags, self._meeting = flags, meeting
         self._first = meeting.rank == 0
-        self._local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self._local_rank = env_local_rank()
         self.rows: list[Row] = []
         self._need: Needs | None = None
         self._layout, self._backend = flags.layout(meeting.world_size), flags.backend

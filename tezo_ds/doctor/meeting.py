@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from tezo_ds.errors import ShardingError
+from tezo_ds.launched import env_rank, env_world_size
 
 Thing = TypeVar("Thing")
 THREAD = "tezo-doctor"
@@ -96,7 +97,7 @@ def meet(wait: float) -> Meeting:
     Raises:
         ShardingError: the store gives no answer.
     """
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = env_rank(), env_world_size()
     if world_size == 1:
         return Meeting(dist.HashStore(), 0, 1, wait)
     host, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))

@@ -20,7 +20,6 @@ from tezo_ds.repeatable import Products
 Thing = TypeVar("Thing")
 TIGHT = 0.8  # of what is free; more is a warning
 SHARED_MEMORY = GIB  # that NCCL's documentation asks for
-SKEW = 1.0  # seconds
 _SHOWN = 3
 
 

@@ -31,11 +31,6 @@ class Descent(ABC):
             count: steps since the state was empty, this one included; of each number, or of all.
         """
 
-    def reset(self) -> None:
-        """Forgets past gradients."""
-        for tensor in self.state.values():
-            tensor.zero_()
-
 
 class Sgd(Descent):
     """Plain descent: step(g) = g."""

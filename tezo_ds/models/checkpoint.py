@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from transformers.utils import logging as transformers_logging
+
+from tezo_ds.launched import env_rank
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ def misfit_of(report: Mapping[str, Any]) -> str | None:
 
 def note_left_over(report: Mapping[str, Any]) -> None:
     """Logs, on one rank, weights that the checkpoint has and the model does not."""
-    if (left := sorted(report["unexpected_keys"])) and os.environ.get("RANK", "0") == "0":
+    if (left := sorted(report["unexpected_keys"])) and env_rank() == 0:
         log.warning("left over in the checkpoint: %s (%d such)", left[0], len(left))
 
 

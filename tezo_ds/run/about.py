@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ from tezo_ds.config import BLOCK, TezoConfig, build
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError
 from tezo_ds.files.text import read_json
+from tezo_ds.launched import env_world_size
 from tezo_ds.run.folder import CONFIG
 from tezo_ds.settings import Dtype, Settings
 
@@ -102,7 +102,7 @@ def sharded_as(
     Returns:
         The DeepSpeed config (the run's with an empty tezo block), and whether to use FSDP2.
     """
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    alone = env_world_size() == 1
     if deepspeed is not None or fsdp is not None or alone:
         return deepspeed, bool(fsdp)
     content = read_about(folder)

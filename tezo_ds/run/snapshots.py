@@ -79,27 +79,18 @@ def save_shards(engine: Engine, folder: Path) -> None:
         raise
 
 
-def load_shards(engine: Engine, folder: Path) -> None:
-    """Fills the trained shards, and the moments beside them, from what `save_shards` wrote.
+@torch.no_grad()
+def checked_shards(engine: Engine, folder: Path) -> Callable[[], None]:
+    """Checks what `save_shards` wrote, and returns the function that fills the trained shards and the moments
+    beside them from it; nothing changes before that is called.
 
-    All ranks must call this; their number and sharding need not be those of the snapshot. Beside the
+    All ranks must call both; their number and sharding need not be those of the snapshot. Beside the
     run's own memory this takes the moments of one shard; files are mapped, and only the parts that a rank
     needs are copied.
 
     Args:
         engine: an engine of the same model, trained parameters and method.
         folder: folder of the snapshot.
-
-    Raises:
-        StorageError: the snapshot is damaged or does not fit; raised on all ranks.
-    """
-    checked_shards(engine, folder)()
-
-
-@torch.no_grad()
-def checked_shards(engine: Engine, folder: Path) -> Callable[[], None]:
-    """Checks a snapshot, and returns the function that fills the shards from it, see `load_shards`; nothing
-    changes before that is called.
 
     Raises:
         StorageError: the snapshot is damaged or does not fit; raised on all ranks.

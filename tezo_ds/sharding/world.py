@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tezo_ds.errors import TezoError
+from tezo_ds.launched import env_local_rank, env_world_size
 from tezo_ds.sharding.rendezvous import of_restart
 
 
@@ -27,11 +27,11 @@ def join_world(deepspeed: bool, fsdp: bool, timeout: float) -> None:
 
         zero3.init_distributed(limit)
         return
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several = env_world_size() > 1
     if dist.is_initialized() or not (several or fsdp):
         return
     if torch.accelerator.is_available():
-        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.accelerator.set_device_index(env_local_rank())
     if several:
         dist.init_process_group(timeout=limit, **of_restart(limit))
     else:
@@ -44,7 +44,7 @@ def local_device() -> torch.device:
         return torch.device("cpu")
     kind = torch.accelerator.current_accelerator()
     assert kind is not None
-    return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device(kind.type, env_local_rank())
 
 
 Thing = TypeVar("Thing")

@@ -3,7 +3,6 @@
 from tezo_ds.tasks.batches import batch_indices, rounds, shard_range
 from tezo_ds.tasks.data import Example, TaskData, load_task
 from tezo_ds.tasks.encoding import (
-    IGNORED,
     Encoded,
     candidates,
     collate,
@@ -15,7 +14,6 @@ from tezo_ds.tasks.spec import BUILTIN_TASKS, TaskSpec
 
 __all__ = [
     "BUILTIN_TASKS",
-    "IGNORED",
     "Encoded",
     "Example",
     "TaskData",

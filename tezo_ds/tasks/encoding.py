@@ -9,9 +9,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tezo_ds.errors import DataError
+from tezo_ds.losses.objective import IGNORE
 from tezo_ds.tasks.data import Example
 
-IGNORED = -100  # the label that torch's cross-entropy leaves out
 _TAIL = 32  # characters of a prompt's end that can matter to how the next word is tokenised
 
 
@@ -123,7 +123,7 @@ def collate(
     shape = (len(rows), -(-longest // multiple) * multiple)
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORED, dtype=torch.int64)
+    labels = torch.full(shape, IGNORE, dtype=torch.int64)
     for i, e in enumerate(rows):
         length = len(e.input_ids)
         ids = torch.tensor(e.input_ids, dtype=torch.int64)

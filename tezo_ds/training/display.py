@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from tezo_ds.engine.engine import Engine
 from tezo_ds.engine.report import StepReport
+from tezo_ds.launched import env_rank
 from tezo_ds.run.folder import COEFFICIENTS, JOURNAL
 from tezo_ds.tasks import TaskData
 from tezo_ds.tasks.evaluation import Score
@@ -34,7 +34,7 @@ def quieten() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed's calls of names that torch is about to drop.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
-    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
+    if env_rank() != 0 or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
 
 
