@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 
 DOCTOR_HELP = """Check a machine or a cluster before a long run.
 
-Takes all flags of `tezo-ds train`, none of which it needs: start it as the run will be started, with the word
-`train` replaced. Rank 0 prints a row for each check; the exit code is 1 where one failed, and 0
-otherwise. What the ranks found is collected through the launcher's store, so a connection that does
-not work is a row and not a hang.
+Takes all flags of `tezo-ds train` and needs none: start it as the run will be started, with the word `train`
+replaced. Rank 0 prints a row for each check; the exit code is 1 where a check failed, and 0 otherwise.
+Ranks report through the launcher's store, so a broken connection is a row and not a hang.
 
 ```
 tezo-ds doctor

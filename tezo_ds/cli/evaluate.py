@@ -11,13 +11,12 @@ from tezo_ds.cli.options import DeepSpeed, complete, refuse_idle, settings_from,
 from tezo_ds.errors import ConfigError
 from tezo_ds.settings import Settings
 
-EVALUATE_HELP = """Accuracy and loss of a run's result, or of a bare model, on a task's test examples.
+EVALUATE_HELP = """Measure accuracy and loss of a run's result, or of a bare model, on a task's test examples.
 
-What a run put into the weights is taken from its merged model; where there is none, as after an
-interrupt, the run's steps are replayed from the base model, without forward passes.
+Weights that a run wrote are read from its merged model; where there is none, as after an interrupt, the
+run's steps are replayed from the base model, without forward passes.
 
-Started by a launcher, the ranks shard a run's model as the run did; started plainly, one process holds
-it whole.
+Under a launcher the ranks shard the model as the run did; otherwise one process holds the whole model.
 
 ```
 tezo-ds evaluate --run runs/sst2

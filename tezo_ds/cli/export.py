@@ -17,9 +17,9 @@ if TYPE_CHECKING:  # what takes seconds to import is imported late, as --help ne
 
 EXPORT_HELP = """Write a run's result as a whole merged model, or as a LoRA adapter, for other tools.
 
-The merged model is written while it is gathered, tensor by tensor. Started by a launcher, the ranks
-shard it as the run did and none holds more than its shard and two layers; started plainly, one process
-holds the whole model.
+The merged model is written while it is gathered, tensor by tensor. Under a launcher the ranks shard the
+model as the run did, and none holds more than its shard and two layers; otherwise one process holds the
+whole model.
 
 ```
 tezo-ds export --run runs/sst2 --merged models/sst2

@@ -13,11 +13,11 @@ if TYPE_CHECKING:  # what takes seconds to import is imported late, as --help ne
     from tezo_ds.engine.engine import Engine
     from tezo_ds.training.display import Display
 
-REPLAY_HELP = """Make a run's result again from its journal, in one process, without forward passes.
+REPLAY_HELP = """Rebuild a run's result from its journal, in one process, without forward passes.
 
-Coefficients follow from the journal and the model's shapes alone; what a run wrote into weights takes the
-base model, too. --verify compares with the digests that the run left in its journal every --check-every
-steps: of what is equal on all ranks, which for tezo, tezo-m and tezo-adam-coef is the whole result.
+Coefficients follow from the journal and the model's shapes alone; weights that a run wrote take the base
+model, too. --verify compares the state that is equal on all ranks with the digests that the run left in its
+journal every --check-every steps; for tezo, tezo-m and tezo-adam-coef that state is the whole result.
 
 ```
 tezo-ds replay runs/sst2 --verify

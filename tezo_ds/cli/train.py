@@ -12,8 +12,8 @@ from tezo_ds.settings import RunOptions, Settings
 
 TRAIN_HELP = """Fine-tune a model with forward passes alone.
 
-Start it plainly, with `deepspeed`, `torchrun` or `accelerate launch`; the flags are the same. The `--`
-keeps launchers from taking `--nu` or `--run` for an option of their own.
+Takes the same flags on one process and under `deepspeed`, `torchrun` or `accelerate launch`. The `--`
+before the module keeps launchers from reading `--nu` or `--run` as an option of their own.
 
 ```
 deepspeed --num_gpus 8 --module -- tezo_ds train --deepspeed ds_configs/zero3_bf16.json \\
