@@ -22,6 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("training",),
     ("run", "doctor"),
     ("merged",),
+    ("intake",),
     ("tasks", "plan", "export"),
     ("settings",),
     ("engine",),

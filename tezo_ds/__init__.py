@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tezo_ds.config import TezoConfig
     from tezo_ds.directions.draws import factors, tau
-    from tezo_ds.engine.engine import Engine, initialize
+    from tezo_ds.engine.engine import Engine
     from tezo_ds.engine.report import StepReport
     from tezo_ds.errors import (
         ConfigError,
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         StorageError,
         TezoError,
     )
+    from tezo_ds.intake.initialize import initialize
 
 __version__ = "0.1.0"
 
@@ -39,7 +40,7 @@ __all__ = [
 
 _WHERE = {
     "Engine": "engine.engine", "StepReport": "engine.report", "TezoConfig": "config",
-    "factors": "directions.draws", "initialize": "engine.engine", "tau": "directions.draws",
+    "factors": "directions.draws", "initialize": "intake.initialize", "tau": "directions.draws",
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tezo_ds.config import TezoConfig, build, resolve
+from tezo_ds.intake.deepspeed_json import fit
 from tezo_ds.sharding import zero3
 
 FIELDS = sorted(TezoConfig.model_fields)
@@ -62,7 +63,8 @@ def test_deepspeed_files(tmp_path: Path, content: bytes) -> None:
 @examples(60)
 @given(changed(DEEPSPEED))
 def test_zero_blocks(config: dict[str, Any]) -> None:
-    outcome(lambda: zero3.prepare(config), "zero_optimization", "offload_param", "bf16")
+    for read in (zero3.prepare, fit):
+        outcome(lambda read=read: read(config), "zero_optimization", "offload_param", "bf16")
 
 
 def test_what_is_no_config_file(tmp_path: Path) -> None:

@@ -6,13 +6,12 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tezo_ds.config import TezoConfig, resolve
+from tezo_ds.config import TezoConfig
 from tezo_ds.directions.space import CoefficientSpace, as_rows, by_name
 from tezo_ds.engine.measuring import Measuring
 from tezo_ds.engine.merging import merged_tensors
@@ -26,7 +25,7 @@ from tezo_ds.errors import ConfigError, ShardingError
 from tezo_ds.losses.objective import LossFn, Objective
 from tezo_ds.methods import Method, Write, make_method
 from tezo_ds.probes import make_probe
-from tezo_ds.sharding import Sharding, sharding_of
+from tezo_ds.sharding import Sharding
 
 SHARED_FROM = 1 << 20  # numbers of τ
 
@@ -340,28 +339,3 @@ def _tokens(batch: Mapping[str, Any]) -> int:
         if isinstance(batch.get(key), Tensor):
             return int(batch[key].sum() if key == "attention_mask" else batch[key].numel())
     return 0
-
-
-def initialize(
-    model: nn.Module,
-    config: TezoConfig | dict[str, Any] | str | Path,
-    loss_fn: LossFn | None = None,
-) -> Engine:
-    """Returns an engine for `model`.
-
-    Args:
-        model: any module, or a DeepSpeed ZeRO-3 engine made without an optimizer; put in eval mode.
-            Weights are written by `Engine.merge`, methods that write weights, ended periods as they
-            are loaded and, for the time of a step, the in-place probe; by nothing else.
-        config: a TezoConfig; a dict of its fields; a DeepSpeed config (dict, or path to its JSON)
-            with a "tezo" block, by whose zero_optimization a plain module is then partitioned.
-        loss_fn: (outputs, batch) -> (loss_sum per example, count per example). The default is
-            cross-entropy on batch["labels"] (-100 ignored), next-token for causal models.
-
-    Raises:
-        ConfigError, ProbeError, ShardingError: one line that says what to change.
-    """
-    resolved, deepspeed_config = resolve(config)
-    engine = Engine(sharding_of(model, deepspeed_config), resolved, loss_fn)
-    engine.sharding.module.eval()
-    return engine

@@ -67,7 +67,7 @@ def prepare(config: dict[str, Any]) -> dict[str, Any]:
         ConfigError: the stage is not 3, parameters cannot be offloaded as asked, or a field is not what
             DeepSpeed takes.
     """
-    config = _without_auto(config)
+    config = without_auto(config)
     zero = config.setdefault("zero_optimization", {})
     for name in ("zero_optimization", "bf16", "fp16"):
         if not isinstance(config.get(name, {}), dict):
@@ -86,7 +86,8 @@ def prepare(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _without_auto(node: Any) -> Any:
+def without_auto(node: Any) -> Any:
+    """Returns a config without the fields that are "auto"."""
     if isinstance(node, dict):
-        return {key: _without_auto(value) for key, value in node.items() if value != "auto"}
+        return {key: without_auto(value) for key, value in node.items() if value != "auto"}
     return node

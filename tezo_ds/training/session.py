@@ -213,7 +213,7 @@ def read_config(
     if fsdp:
         deepspeed_config = None
     elif deepspeed_config is not None:
-        from tezo_ds.sharding import zero3
+        from tezo_ds.intake.deepspeed_json import fit
 
-        deepspeed_config = zero3.prepare(deepspeed_config)
+        deepspeed_config = fit(deepspeed_config)
     return config, deepspeed_config

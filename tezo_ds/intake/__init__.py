@@ -1,0 +1,1 @@
+"""What users bring, checked: model, tokenizer and data against each other."""

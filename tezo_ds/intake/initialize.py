@@ -1,0 +1,61 @@
+"""Entry of the Python API: an engine for a user's model and config, both checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tezo_ds.config import TezoConfig, resolve
+from tezo_ds.engine.engine import Engine
+from tezo_ds.errors import ConfigError
+from tezo_ds.losses.objective import LossFn
+from tezo_ds.sharding import sharding_of
+
+
+def initialize(
+    model: nn.Module,
+    config: TezoConfig | dict[str, Any] | str | Path,
+    loss_fn: LossFn | None = None,
+) -> Engine:
+    """Returns an engine for `model`.
+
+    Args:
+        model: any module, or a DeepSpeed ZeRO-3 engine made without an optimizer; put in eval mode.
+            Weights are written by `Engine.merge`, methods that write weights, ended periods as they
+            are loaded and, for the time of a step, the in-place probe; by nothing else.
+        config: a TezoConfig; a dict of its fields; a DeepSpeed config (dict, or path to its JSON)
+            with a "tezo" block, by whose zero_optimization a plain module is then partitioned.
+        loss_fn: (outputs, batch) -> (loss_sum per example, count per example). The default is
+            cross-entropy on batch["labels"] (-100 ignored), next-token for causal models.
+
+    Raises:
+        ConfigError, ProbeError, ShardingError: one line that says what to change.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"initialize: the model must be a torch.nn.Module, is {_kind(model)}; pass the loaded model"
+        )
+    if not isinstance(config, (TezoConfig, dict, str, Path)):
+        raise ConfigError(
+            f"initialize: the config must be a TezoConfig, a dict or the path of a JSON, is {_kind(config)}; "
+            'pass e.g. {"rank": 16}'
+        )
+    if loss_fn is not None and not callable(loss_fn):
+        raise ConfigError(
+            "initialize: loss_fn must be a function (outputs, batch) -> (loss sums, counts), is "
+            f"{_kind(loss_fn)}"
+        )
+    resolved, deepspeed_config = resolve(config)
+    if deepspeed_config is not None and "zero_optimization" in deepspeed_config:
+        from tezo_ds.intake.deepspeed_json import fit  # imports DeepSpeed, which takes seconds
+
+        deepspeed_config = fit(deepspeed_config)
+    engine = Engine(sharding_of(model, deepspeed_config), resolved, loss_fn)
+    engine.sharding.module.eval()
+    return engine
+
+
+def _kind(thing: object) -> str:
+    return "None" if thing is None else f"a {type(thing).__name__}"
