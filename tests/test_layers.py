@@ -30,8 +30,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("directions", "losses"),
     ("config", "models"),
     ("sharding",),
-    ("files",),
-    ("rng", "errors", "launched", "repeatable", ""),
+    ("files", "launched"),
+    ("rng", "errors", "repeatable", ""),
 )
 CORE = (
     "engine", "methods", "probes", "directions", "losses", "config", "models", "sharding", "files", "rng",

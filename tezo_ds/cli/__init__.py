@@ -11,7 +11,7 @@ import typer
 import tezo_ds
 from tezo_ds.cli import doctor, evaluate, export, plan, replay, train
 from tezo_ds.errors import TezoError
-from tezo_ds.launched import env_local_rank
+from tezo_ds.launched import env_local_rank, env_rank, env_world_size
 from tezo_ds.repeatable import ask_mkl
 
 app = typer.Typer(
@@ -53,10 +53,15 @@ def main() -> None:
     ask_mkl()
     from tezo_ds.training.interrupts import Interrupted
 
-    joins = "RANK" in os.environ and not _in_world()  # a launcher's world
-    # On every node once: an error that one rank meets, its neighbours meet as well.
-    speaks = env_local_rank() == 0
+    joins = bool(os.environ.get("RANK")) and not _in_world()  # a launcher's world
+    speaks = True
     try:
+        # On every node once: an error that one rank meets, its neighbours meet as well.
+        speaks = env_local_rank() == 0
+        env_rank(), env_world_size()  # refused here, before libraries read them in their own ways
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            if not os.environ.get(name, "unset").strip():
+                del os.environ[name]  # for the libraries, too
         app()
     except TezoError as error:
         if speaks if error.speaks is None else error.speaks:

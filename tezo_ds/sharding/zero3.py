@@ -209,7 +209,7 @@ def init_distributed(timeout: timedelta | None = None) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.distributed.is_initialized():
         return
-    if "RANK" not in os.environ:
+    if not os.environ.get("RANK"):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
