@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,8 @@ def _resolve_spec(
     given = {"template": template, "label_field": label_field}
     fields |= {name: value for name, value in given.items() if value is not None}
     if verbalizers is not None:
+        if any(isinstance(label, float) and _is_missing(label) for label in verbalizers):
+            raise DataError(f"{task}: verbalizers: a label is missing (NaN); leave it out")
         fields["verbalizers"] = {str(label): word for label, word in verbalizers.items()}
     try:
         spec = TaskSpec(**fields)
@@ -159,7 +162,12 @@ def _labels_as_words(tables: list[Table], spec: TaskSpec, required: bool) -> dic
             f"{tables[0].where}: all labels in column {column!r} are {labels.pop()!r};"
             " a task needs two"
         )
-    return {label: label for label in sorted(labels)}
+    # Of 1 and 1.0 the whole number's own spelling stays; `_label_of` finds it for the other.
+    return {
+        label: label
+        for label in sorted(labels)
+        if _whole(label) == label or _whole(label) not in labels
+    }
 
 
 def _examples(table: Table, spec: TaskSpec) -> list[Example]:
@@ -176,11 +184,26 @@ def _example(table: Table, number: int, row: dict[str, Any], spec: TaskSpec) -> 
         return Example(spec.fill(values), None, None)
     # Stripped, because some sets end each sentence in a space, and the template adds its own.
     prompt = spec.fill({column: value.strip() for column, value in values.items()})
-    label = _text(table, number, row, spec.label_field)
-    if label not in spec.verbalizers:
+    text = _text(table, number, row, spec.label_field)
+    label = _label_of(text, spec.verbalizers)
+    if label is None:
         known = ", ".join(spec.verbalizers)
-        raise DataError(f"{table.where}, row {number}: label {label!r} has no word; known: {known}")
+        raise DataError(f"{table.where}, row {number}: label {text!r} has no word; known: {known}")
     return Example(prompt, label, spec.verbalizers[label])
+
+
+def _label_of(text: str, known: Mapping[str, str]) -> str | None:
+    """Returns the label that a cell spells. A column of integers with a gap in it is one of floats to
+    pandas, and so 1.0 stands for 1, but where both are labels."""
+    if text in known:
+        return text
+    same = [label for label in known if _whole(label) == _whole(text)]
+    return same[0] if len(same) == 1 else None
+
+
+def _whole(text: str) -> str:
+    """Returns a whole number without the `.0` of a float; any other text as it is."""
+    return text[:-2] if text.endswith(".0") and text[:-2].lstrip("-").isdecimal() else text
 
 
 def _check_column(table: Table, column: str, named_by: str) -> None:
@@ -193,7 +216,7 @@ def _text(table: Table, number: int, row: dict[str, Any], column: str) -> str:
     """Returns a cell as text. Numbers and truth values are spelt as Python does: a JSON true is `True`."""
     value = row[column]
     where = f"{table.where}, row {number}, column {column!r}"
-    if value is None or (isinstance(value, str) and not value.strip()):
+    if _is_missing(value):
         raise DataError(f"{where}: missing or empty; fill it in or remove the row")
     if not isinstance(value, (str, int, float)):
         raise DataError(
@@ -205,6 +228,14 @@ def _text(table: Table, number: int, row: dict[str, Any], column: str) -> str:
     except UnicodeEncodeError:
         raise DataError(f"{where}: holds half of a surrogate pair; write the character") from None
     return text
+
+
+def _is_missing(value: Any) -> bool:
+    """Returns whether there is nothing in a cell. NaN is what pandas and json.dumps write for it; nor is an
+    infinite number one that a prompt or a label could be."""
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _deduplicate(examples: list[Example]) -> list[Example]:
