@@ -4,6 +4,7 @@ from tezo_ds.tasks.batches import batch_indices, rounds, shard_range
 from tezo_ds.tasks.data import Example, TaskData, load_task
 from tezo_ds.tasks.encoding import (
     Encoded,
+    answer_tokens,
     candidates,
     collate,
     encode,
@@ -18,6 +19,7 @@ __all__ = [
     "Example",
     "TaskData",
     "TaskSpec",
+    "answer_tokens",
     "batch_indices",
     "candidates",
     "collate",

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from tezo_ds.errors import DataError
 from tezo_ds.losses.objective import IGNORE
 from tezo_ds.tasks.data import Example
+from tezo_ds.tasks.reading import one_line
 
 _TAIL = 32  # characters of a prompt's end that can matter to how the next word is tokenised
 
@@ -79,6 +80,14 @@ def candidates(
         longest = max(len(answer) for _, answer in row)
         rows.append([_fit(before, p, a, example, max_length, longest) for p, a in row])
     return rows
+
+
+def answer_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, words: Sequence[str]
+) -> list[list[int]]:
+    """Returns the token ids of each word as an answer to the prompt, whose end alone is looked at."""
+    pairs = [(prompt[-_TAIL:], word) for word in words]
+    return [answer for _, answer in _prompt_and_answer_ids(tokenizer, pairs)]
 
 
 def first_tokens(
@@ -157,7 +166,15 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]
     """Returns token ids without special tokens. `verbose` is off, as `_fit` deals with length."""
     if not texts:
         return []
-    return list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+    try:
+        return list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+    except Exception as error:  # tokenizers' own have no common base
+        if len(texts) > 1:  # one of them is at fault: name it
+            return [ids for text in texts for ids in _ids(tokenizer, [text])]
+        raise DataError(
+            f"{type(tokenizer).__name__} cannot tokenise {texts[0][:80]!r} ({one_line(error)}); "
+            "is it the model's tokenizer?"
+        ) from None
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -7,6 +7,9 @@ from string import Formatter
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
+MOST_CHOICES = 256
+"""Most labels of a file without verbalizers that an answer is picked from; with more they are free text."""
+
 
 class TaskSpec(BaseModel):
     """Definition of one task.
@@ -37,6 +40,12 @@ class TaskSpec(BaseModel):
     def columns(self) -> list[str]:
         """The columns that the template names, in order, without repeats."""
         return list(dict.fromkeys(c for _, c in _parse(self.template) if c is not None))
+
+    @property
+    def is_free_text(self) -> bool:
+        """Whether the answers are texts rather than choices: too many labels, each its own word."""
+        words = self.verbalizers or {}
+        return len(words) > MOST_CHOICES and all(label == word for label, word in words.items())
 
     def fill(self, values: Mapping[str, str]) -> str:
         """Returns the prompt of one row; `values` has a text for each of `columns`."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from tezo_ds.config import BLOCK, TezoConfig, resolve
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError
+from tezo_ds.intake.words import check_words
 from tezo_ds.models.loading import load_model, load_tokenizer
 from tezo_ds.run.about import read_run, sharded_as
 from tezo_ds.run.results import Result, read_result
@@ -80,6 +81,7 @@ def open_session(
         test_examples=s.test_examples, seed=s.data_seed,
     )  # fmt: skip
     tokenizer = load_tokenizer(s.model)
+    check_words(tokenizer, task)
     if batch_size and config.query_schedule != "constant" and config.steps_per_epoch is None:
         steps = math.ceil(len(task.train) / batch_size)
         config = config.model_copy(update={"steps_per_epoch": steps})
