@@ -50,7 +50,7 @@ def failure(task: str, **options: Any) -> str:
         (
             "commas.csv",
             "text,label\na,b,x\nc,d,y\n",
-            ": the first row has 3 fields, the header 2; quote fields with commas",
+            ", line 2: the row has 3 fields, the header 2; quote fields with commas",
         ),
         (
             "null.jsonl",

@@ -178,7 +178,7 @@ def _examples(table: Table, spec: TaskSpec) -> list[Example]:
     return [_example(table, number, row, spec) for number, row in enumerate(table.rows, 1)]
 
 
-def _example(table: Table, number: int, row: dict[str, Any], spec: TaskSpec) -> Example:
+def _example(table: Table, number: int, row: Mapping[str, Any], spec: TaskSpec) -> Example:
     values = {column: _text(table, number, row, column) for column in spec.columns}
     if spec.verbalizers is None:
         return Example(spec.fill(values), None, None)
@@ -212,7 +212,7 @@ def _check_column(table: Table, column: str, named_by: str) -> None:
         raise DataError(f"{table.where}: {named_by} names column {column!r}; there are: {there}")
 
 
-def _text(table: Table, number: int, row: dict[str, Any], column: str) -> str:
+def _text(table: Table, number: int, row: Mapping[str, Any], column: str) -> str:
     """Returns a cell as text. Numbers and truth values are spelt as Python does: a JSON true is `True`."""
     value = row[column]
     where = f"{table.where}, row {number}, column {column!r}"

@@ -1,20 +1,17 @@
-"""Rows out of files and off the hub as plain Python values; all but JSON through `datasets`."""
+"""Rows out of files and off the hub as plain Python values; the hub's through `datasets`."""
 
 from __future__ import annotations
 
-import csv
-import glob
-import io
 import json
 import os
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tezo_ds.errors import DataError
+from tezo_ds.tasks.csv_rows import read_csv
 from tezo_ds.tasks.spec import TaskSpec
 
 if TYPE_CHECKING:
@@ -28,8 +25,8 @@ class Table:
     """The rows of one split; `where` names the split in error messages."""
 
     where: str
-    columns: list[str]
-    rows: list[dict[str, Any]]
+    columns: Sequence[str]
+    rows: Sequence[Mapping[str, Any]]
 
 
 def one_line(error: BaseException) -> str:
@@ -71,8 +68,7 @@ def read_file(path: Path) -> Table:
     if text.strip() in ("", "[]"):
         raise DataError(f"{path}: the file is empty")
     if path.suffix == ".csv":
-        features = _csv_features(path, text)
-        return _load_csv(path, features=features, keep_default_na=False)
+        return Table(str(path), *read_csv(str(path), text))
     return _read_json(path, text)
 
 
@@ -86,49 +82,6 @@ def _read_text(path: Path) -> str:
         raise DataError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _load_csv(path: Path, **options: Any) -> Table:
-    import datasets  # takes a second: not paid for by importing this module
-
-    # Every rank reads the file, at the same moment. A cache of its own, dropped at the end, needs
-    # no lock between them: datasets' shared one takes file locks, which network home folders may
-    # lack, and judges a file by its time stamp, so that a quick edit could bring back old rows.
-    with _quiet_datasets(), tempfile.TemporaryDirectory(prefix="tezo-ds-") as cache:
-        try:
-            dataset = datasets.load_dataset(
-                "csv",
-                data_files=glob.escape(str(path)),
-                split="train",
-                cache_dir=cache,
-                keep_in_memory=True,
-                **options,
-            )
-        except Exception as error:  # pyarrow's, pandas', datasets': no common base
-            raise DataError(f"{path}: {one_line(error)}") from error
-        return _table(str(path), dataset)
-
-
-def _csv_features(path: Path, text: str) -> Any:
-    """Returns all columns as text features: pandas would make the label `01` 1 and the word `NA` null."""
-    import datasets
-
-    try:
-        lines = (line for line in csv.reader(io.StringIO(text, newline="")) if line)
-        header, first = next(lines), next(lines, None)
-    except csv.Error as error:
-        raise DataError(f"{path}: {one_line(error)}") from None
-    if first is None:
-        raise DataError(f"{path}: the file has a header and no rows")
-    repeated = sorted({c for c in header if header.count(c) > 1})
-    if repeated:
-        raise DataError(f"{path}, line 1: column {repeated[0]!r} is there twice; rename one")
-    if len(first) > len(header):  # pandas would take the first column for an index
-        raise DataError(
-            f"{path}: the first row has {len(first)} fields, the header {len(header)};"
-            " quote fields with commas"
-        )
-    return datasets.Features({column: datasets.Value("string") for column in header})
 
 
 def _read_json(path: Path, text: str) -> Table:
