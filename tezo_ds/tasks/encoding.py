@@ -102,6 +102,8 @@ def first_tokens(
     if not words or not prompts:
         raise ValueError("first_tokens needs at least one word and one prompt")
     tails = sorted({prompt[-_TAIL:] for prompt in prompts})
+    if len(tails) > 1 and first_tokens(tokenizer, words, tails[:1]) is None:
+        return None  # found at once, however many words and prompts there are
     pairs = _prompt_and_answer_ids(tokenizer, [(t, w) for w in words for t in tails])
     found = []
     for i in range(len(words)):

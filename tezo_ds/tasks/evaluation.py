@@ -13,12 +13,15 @@ from tezo_ds.engine.engine import Engine
 from tezo_ds.tasks.batches import rounds, shard_range
 from tezo_ds.tasks.data import Example
 from tezo_ds.tasks.encoding import Encoded, candidates, collate, encode, first_tokens
-from tezo_ds.tasks.spec import TaskSpec
+from tezo_ds.tasks.spec import MOST_CHOICES, TaskSpec
 
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy (None for a language-model task) and mean loss a label token, over all ranks."""
+    """Accuracy and mean loss a label token, over all ranks.
+
+    A language-model task and one of answers in free text have no accuracy: None.
+    """
 
     accuracy: float | None
     loss: float
@@ -31,6 +34,10 @@ class Evaluator:
     Where one token tells the answers apart, an example is one sequence and its prediction the answer
     with the highest logit. Otherwise each answer is a sequence of its own and the prediction the
     answer with the lowest mean loss a token.
+
+    Attributes:
+        loss_alone: why answers are not picked from, in one line, where the task's are free text: each would
+            be compared with all others; None where accuracy is measured, or there are no answers.
     """
 
     def __init__(
@@ -50,13 +57,19 @@ class Evaluator:
         self._rounds = rounds(len(examples), batch_size, world_size)
         share = shard_range(len(examples), rank, world_size)
         mine = examples[share.start : share.stop]
-        self._truth = torch.tensor(
-            [self.labels.index(e.label) for e in mine if e.label is not None]
-        )
         words, self._choices = list((spec.verbalizers or {}).values()), 1
         self._tokens: list[int] | None = None
+        self.loss_alone: str | None = None
         if words:
             self._tokens = first_tokens(tokenizer, words, [e.prompt for e in examples])
+        if spec.is_free_text and self._tokens is None:
+            self.loss_alone = (
+                f"evaluations measure the loss alone: {len(words)} different answers are taken for free text "
+                f"(above {MOST_CHOICES}); --verbalizers makes them words to pick from"
+            )
+            words, self.labels = [], []
+        number = {label: i for i, label in enumerate(self.labels)}
+        self._truth = torch.tensor([number[e.label] for e in mine if e.label in number])
         if words and self._tokens is None:
             self._choices = len(words)
             rows = candidates(tokenizer, mine, words, max_length)

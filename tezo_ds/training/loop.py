@@ -138,6 +138,8 @@ class _Training:
 
     def _before(self) -> None:
         """Makes the evaluations that are missing: before all steps, and one that a kill has cut short."""
+        if self._evaluator is not None and self._evaluator.loss_alone:
+            self._display.note(self._evaluator.loss_alone)
         if 0 in self._scored:
             self._summary |= _scores("before", self._scored[0])
         else:

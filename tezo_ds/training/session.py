@@ -173,8 +173,9 @@ def _choices(tokenizer: PreTrainedTokenizerBase, task: TaskData) -> Tensor:
     prompts = [example.prompt for example in [*task.train, *task.test]]
     tokens = first_tokens(tokenizer, words, prompts) if words else None
     if tokens is None:
+        shown = f"{words}" if len(words) <= 10 else f"the {len(words)} words {words[:3]} …"
         raise ConfigError(
-            f"--objective choices needs words of one token each, all different; {words} are not "
+            f"--objective choices needs words of one token each, all different; {shown} are not "
             "for this tokenizer: choose others, or use --objective lm"
         )
     return torch.tensor(tokens)
