@@ -197,7 +197,10 @@ def test_other_examples_are_another_run(given: Given, tmp_path: Path, capfd: Cap
     assert call(*moved.train(tmp_path / "run", steps=2)) == 0
     (tmp_path / "films.jsonl").write_text(given.data.read_text().replace("felt", "feels"))
     assert call(*moved.train(tmp_path / "run", steps=3)) == 2
-    assert "holds a run of data" in capfd.readouterr().err
+    assert (
+        "films.jsonl, as the model's tokenizer encodes them, are not those"
+        in capfd.readouterr().err
+    )
 
 
 def test_ranks_that_were_changed_are_another_run(

@@ -41,6 +41,7 @@ def evaluate(
     from tezo_ds.cli import accelerate
     from tezo_ds.files.text import to_json
     from tezo_ds.run import results
+    from tezo_ds.run.changed import refuse_changed_weights
     from tezo_ds.training import session
     from tezo_ds.training.display import Display, quieten
 
@@ -63,6 +64,8 @@ def evaluate(
     config, deepspeed_config = session.resolve_config(source, {"rank": 1}, fsdp=settings.fsdp)
     quieten()
     opened = session.open_session(settings, ran or config, deepspeed_config, result.ranks)
+    if run is not None and given["model"] is None and result.model is None:
+        refuse_changed_weights(run, settings.model)
     sharding = opened.engine.sharding
     display = Display(sharding.rank, sharding.world_size, log_every=1, stderr=True)
     result.give(opened.engine, display)

@@ -63,6 +63,7 @@ def export(
     from tezo_ds.export.adapter import no_adapter_because, not_low_rank
     from tezo_ds.export.merged import refuse_filled
     from tezo_ds.run.card import model_card
+    from tezo_ds.run.changed import refuse_changed_weights
     from tezo_ds.run.results import journal_of
     from tezo_ds.training import session
     from tezo_ds.training.display import Display, quieten
@@ -88,6 +89,8 @@ def export(
     _, deepspeed_config = session.resolve_config(finished.deepspeed, fsdp=settings.fsdp)
     quieten()
     engine = session.open_engine(settings, config, deepspeed_config, result.ranks)
+    if result.model is None:
+        refuse_changed_weights(run, settings.model)
     sharding = engine.sharding
     display = Display(sharding.rank, sharding.world_size, log_every=1)
     kind = type(sharding).__name__

@@ -52,6 +52,7 @@ def replay(
     from tezo_ds.models.loading import load_skeleton
     from tezo_ds.run.about import read_run
     from tezo_ds.run.card import model_card
+    from tezo_ds.run.changed import refuse_changed_weights
     from tezo_ds.run.folder import JOURNAL
     from tezo_ds.run.results import journal_of, ranks_of
     from tezo_ds.sharding import sharding_of
@@ -77,6 +78,7 @@ def replay(
     writes = merged is not None or config.refresh_every or not config.facts.learns_coefficients
     if writes:
         engine = session.open_engine(settings, config, None, ranks_of(run, config))
+        refuse_changed_weights(run, settings.model)
     else:
         model = load_skeleton(settings.model, settings.dtype)
         engine = session.engine_for(settings, config, sharding_of(model), ranks_of(run, config))

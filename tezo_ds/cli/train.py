@@ -37,7 +37,8 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
     # Imported late, as transformers and DeepSpeed take seconds that --help need not wait for.
     from tezo_ds.cli import accelerate
     from tezo_ds.export.adapter import no_adapter_because
-    from tezo_ds.run import resuming
+    from tezo_ds.intake.weights import agreed_fingerprint
+    from tezo_ds.run import changed, resuming
     from tezo_ds.run.about import describe
     from tezo_ds.tasks import encode, truncations
     from tezo_ds.training import loop, session
@@ -53,7 +54,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         {"total_steps": options.steps}, settings.fsdp, options.timeout,
     )  # fmt: skip
     quieten()
-    about = {
+    about: dict[str, Any] = {
         "steps": options.steps, "batch_size": options.batch_size, "deepspeed": deepspeed_config
     }  # fmt: skip
     asked = {**describe(settings, config), **about}
@@ -81,6 +82,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
             display.note(f"no adapter will be written: {reason}")
         examples = encode(opened.tokenizer, opened.task.train, settings.max_length)
         display.data(opened.task, truncations(examples), settings.max_length)
+        about[changed.WEIGHTS] = agreed_fingerprint(settings.model)
         resuming.go_on(settings, opened.engine, examples, folder, found, about, display)
         options = options.model_copy(update={"save_model": saves})
         summary = loop.train(opened, options, examples, folder, display, found.scores)

@@ -19,6 +19,7 @@ from tezo_ds.errors import ConfigError, StorageError
 from tezo_ds.files.tensors import load, save
 from tezo_ds.files.text import read_json
 from tezo_ds.run.about import describe_run, read_about
+from tezo_ds.run.changed import refuse_changed
 from tezo_ds.run.folder import JOURNAL, METRICS, SNAPSHOTS, SUMMARY, RunFolder, read_metrics
 from tezo_ds.run.results import Display, refuse_foreign, replay
 from tezo_ds.run.snapshots import checked_shards, save_shards
@@ -217,6 +218,7 @@ def go_on(
     if "ranks" in config:  # chosen by the run, and read from config.json when it goes on
         header["ranks"] = _hash(sorted(config["ranks"].items()))
     if found.header:
+        refuse_changed(found.path, {**found.config, **found.header}, {**config, **header}, settings)
         refuse_other(found.path, {**found.config, **found.header}, {**config, **header})
     for notice in found.notices:
         display.note(notice)
