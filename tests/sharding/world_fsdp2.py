@@ -257,3 +257,11 @@ def fsdp2_refuses_what_it_cannot_do(world: World) -> None:
     split = tensor_parallel("llama", mesh)
     message = refusal(lambda: tezo_ds.initialize(split, FIELDS), tezo_ds.ShardingError)
     assert "fully_shard was not applied" in message
+
+
+@case(worlds=(2,))
+def weights_never_given_data_are_refused(world: World) -> None:
+    with torch.device("meta"):
+        model = shard(tiny())
+    message = refusal(lambda: tezo_ds.initialize(model, {"rank": 2}), tezo_ds.ShardingError)
+    assert "has no data" in message

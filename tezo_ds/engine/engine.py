@@ -26,6 +26,7 @@ from tezo_ds.losses.objective import LossFn, Objective
 from tezo_ds.methods import Method, Write, make_method
 from tezo_ds.probes import make_probe
 from tezo_ds.sharding import Sharding
+from tezo_ds.sharding.absent import refuse_absent
 
 SHARED_FROM = 1 << 20  # numbers of τ
 
@@ -71,6 +72,7 @@ class Engine:
         )
         self._watch = Watch(sharding, self.space)
         if sharding.filled_apart:
+            refuse_absent(sharding.absent if sharding.everyone > 1 else None, "replicas")
             self._watch.check(self.method.state, 0, weights=True)
 
     @_without_grad()
@@ -327,6 +329,7 @@ class Engine:
         return {name: merged[name] for name in self.sharding.module.state_dict()} if merged else {}
 
     def _refuse_quantised(self, what: str) -> None:
+        refuse_absent(self.sharding.absent, what)
         if self.sharding.quantised:
             raise ShardingError(
                 f"{what}: weights are stored or gathered quantised ({self.sharding.quantised}); "

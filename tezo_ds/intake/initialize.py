@@ -12,6 +12,7 @@ from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError
 from tezo_ds.losses.objective import LossFn
 from tezo_ds.sharding import sharding_of
+from tezo_ds.sharding.absent import absent_from, refuse_absent
 
 
 def initialize(
@@ -52,7 +53,13 @@ def initialize(
         from tezo_ds.intake.deepspeed_json import fit  # imports DeepSpeed, which takes seconds
 
         deepspeed_config = fit(deepspeed_config)
+    absent, brought_to = absent_from(model)
+    splits = "zero_optimization" in (deepspeed_config or {})
+    if brought_to is None or resolved.rank == "auto" or splits:
+        refuse_absent(absent, "initialize")
     engine = Engine(sharding_of(model, deepspeed_config), resolved, loss_fn)
+    if engine.probe.writes or resolved.refresh_every:
+        refuse_absent(absent, f"method {resolved.method} and probe {engine.probe.name}")
     engine.sharding.module.eval()
     return engine
 

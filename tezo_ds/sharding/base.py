@@ -26,11 +26,13 @@ class Sharding(ABC):
         place: this process's rank in the whole world.
         filled_apart: each rank filled its weights by itself, so replicas may differ from the start.
         quantised: why the weights cannot be written between forwards; None when they can.
+        absent: why they can be neither written nor read between forwards; see `absent_from`.
     """
 
     module: nn.Module
     device: torch.device
     quantised: str | None = None
+    absent: str | None = None
     filled_apart = False
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tezo_ds.sharding.absent import absent_from
 from tezo_ds.sharding.base import Sharding, named_state
 from tezo_ds.sharding.view import ShardView, as_matrix
 
@@ -19,9 +20,10 @@ class Replicated(Sharding):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module, group=None)
+        self.absent, brought_to = absent_from(module)
         device = next(module.parameters()).device
         # A replay needs shapes alone; what else it computes is no part of the model.
-        self.device = torch.device("cpu") if device.type == "meta" else device
+        self.device = (brought_to or torch.device("cpu")) if device.type == "meta" else device
 
     def each_shard(self, names: Collection[str], write: Callable[[ShardView], None]) -> None:
         """Calls `write` on one view of each whole parameter."""
