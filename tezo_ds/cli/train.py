@@ -80,8 +80,8 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
             )
         if not in_weights and (reason := no_adapter_because(opened.engine)):
             display.note(f"no adapter will be written: {reason}")
-        examples = encode(opened.tokenizer, opened.task.train, settings.max_length)
-        display.data(opened.task, truncations(examples), settings.max_length)
+        examples = encode(opened.tokenizer, opened.task.train, opened.settings.max_length)
+        display.data(opened.task, truncations(examples), opened.settings.max_length)
         about[changed.WEIGHTS] = agreed_fingerprint(settings.model)
         resuming.go_on(settings, opened.engine, examples, folder, found, about, display)
         options = options.model_copy(update={"save_model": saves})

@@ -48,9 +48,10 @@ class Evaluator:
         examples: Sequence[Example],
         batch_size: int,
         max_length: int,
+        pad_id: int | None = None,
     ) -> None:
         self._engine, self._batch_size = engine, batch_size
-        self._pad = int(tokenizer.pad_token_id)
+        self._pad = int(tokenizer.pad_token_id or 0) if pad_id is None else pad_id
         self.examples = len(examples)
         self.labels = list(spec.verbalizers or {})
         rank, world_size = engine.sharding.rank, engine.sharding.world_size

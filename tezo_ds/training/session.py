@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from tezo_ds.config import BLOCK, TezoConfig, resolve
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError
+from tezo_ds.intake.positions import fitting_length
+from tezo_ds.intake.tokens import check_ids, embedding_rows, padding_id
 from tezo_ds.intake.words import check_words
 from tezo_ds.models.loading import load_model, load_tokenizer
 from tezo_ds.run.about import read_run, sharded_as
@@ -28,17 +30,21 @@ from tezo_ds.tasks.evaluation import Evaluator
 
 @dataclass
 class Session:
-    """A model with its engine and its task's examples."""
+    """A model with its engine and its task's examples.
+
+    Attributes:
+        settings: as asked, but for a `max_length` above the model's positions.
+        engine: holds the model.
+        tokenizer: the model's.
+        task: the examples.
+        pad_id: token that pads a batch, masked out wherever it does.
+    """
 
     settings: Settings
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
     task: TaskData
-
-    @property
-    def pad_id(self) -> int:
-        """The token that pads a batch, masked out wherever it does; 0 for a tokenizer without one."""
-        return int(self.tokenizer.pad_token_id or 0)
+    pad_id: int
 
     def evaluator(self) -> Evaluator | None:
         """Returns an evaluator of the test examples; None where there are none."""
@@ -52,6 +58,7 @@ class Session:
             self.task.test,
             s.eval_batch_size,
             s.max_length,
+            self.pad_id,
         )
 
 
@@ -88,7 +95,11 @@ def open_session(
     engine = open_engine(s, config, deepspeed_config, ranks)
     if s.objective == "choices":
         engine.objective.choices = _choices(tokenizer, task)
-    return Session(settings, engine, tokenizer, task)
+    model = engine.sharding.module
+    s = s.model_copy(update={"max_length": fitting_length(model, s.max_length)})
+    rows, train = embedding_rows(model), task.train if batch_size else []
+    check_ids(tokenizer, rows, task.spec, train, task.test, s.max_length)
+    return Session(s, engine, tokenizer, task, padding_id(tokenizer, rows))
 
 
 def open_engine(

@@ -1,0 +1,85 @@
+"""Token ids against the rows of a model's embedding."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from tezo_ds.errors import DataError
+from tezo_ds.launched import env_rank
+from tezo_ds.tasks import Example, TaskSpec, candidates, encode
+
+log = logging.getLogger(__name__)
+
+
+def token_embedding(model: nn.Module) -> nn.Embedding | None:
+    """Returns the embedding of a model's input tokens; None for a model without a plain one."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = get() if get is not None else None
+    except NotImplementedError:
+        return None
+    return embedding if isinstance(embedding, nn.Embedding) else None
+
+
+def embedding_rows(model: nn.Module) -> int | None:
+    """Returns the number of tokens that a model has embeddings of, the same on each rank that holds shards
+    of them; None where it is unknown."""
+    embedding = token_embedding(model)
+    return None if embedding is None else embedding.num_embeddings
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> int:
+    """Returns the token that pads batches: the tokenizer's own, or 0 where it has none or the model has no
+    embedding of it. Padding is masked out wherever it stands, so any token does."""
+    own = tokenizer.pad_token_id
+    if own is None:
+        return 0
+    if rows is None or own < rows:
+        return int(own)
+    if env_rank() == 0:
+        log.warning(
+            "%s (id %d) is outside of the model's embedding of %d rows: batches are padded with id 0, "
+            "which is masked out, too",
+            tokenizer.pad_token, own, rows,
+        )  # fmt: skip
+    return 0
+
+
+def check_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: int | None,
+    spec: TaskSpec,
+    train: list[Example],
+    test: list[Example],
+    max_length: int,
+) -> None:
+    """Checks that the model has an embedding of each token of the examples, on all ranks alike.
+
+    Args:
+        tokenizer: the tokenizer.
+        rows: number of embeddings; None: unknown, and nothing is checked.
+        spec: the task; its words are tried as answers of the test examples.
+        train: examples to train on.
+        test: examples to evaluate.
+        max_length: tokens of an example.
+
+    Raises:
+        DataError: names the first token without an embedding.
+    """
+    if rows is None or max(tokenizer.get_vocab().values(), default=0) < rows:
+        return  # as for most models, so that the examples need not be tokenised here
+    words = list((spec.verbalizers or {}).values())
+    encoded = encode(tokenizer, [*train, *test], max_length)
+    if words:
+        encoded += [e for row in candidates(tokenizer, test, words, max_length) for e in row]
+    for each in encoded:
+        if (highest := max(each.input_ids)) >= rows:
+            token = tokenizer.convert_ids_to_tokens(highest)
+            raise DataError(
+                f"token {token!r} (id {highest}) is in the examples, but the model's embedding has "
+                f"{rows} rows; give the model a row for it (resize_token_embeddings(len(tokenizer)), then "
+                "save_pretrained), or leave it out of template and data"
+            )
