@@ -39,6 +39,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
     from tezo_ds.export.adapter import no_adapter_because
     from tezo_ds.intake.weights import agreed_fingerprint
     from tezo_ds.run import changed, resuming
+    from tezo_ds.intake.unused_fields import unused_fields
     from tezo_ds.run.about import describe
     from tezo_ds.tasks import encode, truncations
     from tezo_ds.training import loop, session
@@ -71,6 +72,8 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         sharding = opened.engine.sharding
         display = Display(sharding.rank, sharding.world_size, options.log_every)
         display.summary(opened.engine)
+        if unused := unused_fields(opened.engine):
+            display.note(f"warning: {unused}")
         in_weights = not config.facts.learns_coefficients
         saves = in_weights if options.save_model is None else options.save_model
         if saves and sharding.quantised:

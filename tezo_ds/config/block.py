@@ -44,10 +44,10 @@ class TezoConfig(BaseModel):
     rank_threshold: float = declared(
         0.25,
         "share of a matrix's largest singular value above which a singular value counts, under rank auto",
-        group=METHOD, used_by="tezo…", example=0.5, gt=0, le=1,
+        group=METHOD, used_by="rank auto", example=0.5, gt=0, le=1,
     )  # fmt: skip
     rank_max: int = declared(
-        64, "largest rank that auto may choose", group=METHOD, used_by="tezo…", example=32, ge=1
+        64, "largest rank that auto may choose", group=METHOD, used_by="rank auto", example=32, ge=1
     )
     refresh_every: int = declared(
         0,
@@ -116,8 +116,9 @@ class TezoConfig(BaseModel):
         0, "seed of U, V, τ and of the order of the data", group=DIRECTIONS, example=1, ge=0
     )
     queries: int = declared(
-        1, "directions Q measured in a step, two branches each", group=DIRECTIONS, example=8, ge=1
-    )
+        1, "directions Q measured in a step, two branches each", group=DIRECTIONS,
+        used_by="query_schedule constant", example=8, ge=1,
+    )  # fmt: skip
     query_schedule: Literal["constant", "adaptive", "adazeta"] = declared(
         "constant",
         "directions in later epochs: constant, or growing as in TT-ZO (adaptive) or AdaZeta (adazeta)",
@@ -126,10 +127,8 @@ class TezoConfig(BaseModel):
     queries_max: int | None = declared(
         None,
         "upper bound on queries under adaptive and adazeta",
-        group=DIRECTIONS,
-        example=16,
-        ge=1,
-    )
+        group=DIRECTIONS, used_by="query_schedule adaptive, adazeta", example=16, ge=1,
+    )  # fmt: skip
     query_alpha: float = declared(
         1.0, "α in AdaZeta's ⌊α epoch^β⌋ directions", group=DIRECTIONS, used_by="query_schedule adazeta",
         example=2.0, gt=0,

@@ -18,7 +18,8 @@ def declared(
         default: value of an unset field; `...`: the field is required.
         text: a sentence for `--help` and docs, which names values and unit.
         group: heading in `--help` and docs; None: the command's own.
-        used_by: methods or probes that use the field.
+        used_by: what uses the field: "all"; methods, "tezo…" for all whose names begin so; "fused probe" or
+            "in-place probe"; "methods that write weights"; or values of another field, "rank auto".
         example: a value to show.
         flag: whether the command line has an option for the field.
         bounds: bounds of the value, as pydantic's `Field` takes them.

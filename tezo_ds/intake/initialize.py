@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ from torch import nn
 from tezo_ds.config import TezoConfig, resolve
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError
+from tezo_ds.intake.unused_fields import unused_fields
 from tezo_ds.losses.objective import LossFn
 from tezo_ds.sharding import sharding_of
 from tezo_ds.sharding.absent import absent_from, refuse_absent
+
+log = logging.getLogger(__name__)
 
 
 def initialize(
@@ -61,6 +65,8 @@ def initialize(
     if engine.probe.writes or resolved.refresh_every:
         refuse_absent(absent, f"method {resolved.method} and probe {engine.probe.name}")
     engine.sharding.module.eval()
+    if engine.sharding.place == 0 and (unused := unused_fields(engine)):
+        log.warning("config: %s", unused)
     return engine
 
 
