@@ -11,6 +11,7 @@ from torch import nn
 from tezo_ds.config import TezoConfig, resolve
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError
+from tezo_ds.intake.patterns import check_patterns
 from tezo_ds.intake.unused_fields import unused_fields
 from tezo_ds.losses.objective import LossFn
 from tezo_ds.sharding import sharding_of
@@ -61,7 +62,9 @@ def initialize(
     splits = "zero_optimization" in (deepspeed_config or {})
     if brought_to is None or resolved.rank == "auto" or splits:
         refuse_absent(absent, "initialize")
-    engine = Engine(sharding_of(model, deepspeed_config), resolved, loss_fn)
+    sharding = sharding_of(model, deepspeed_config)
+    check_patterns(sharding, resolved)
+    engine = Engine(sharding, resolved, loss_fn)
     if engine.probe.writes or resolved.refresh_every:
         refuse_absent(absent, f"method {resolved.method} and probe {engine.probe.name}")
     engine.sharding.module.eval()

@@ -18,6 +18,7 @@ from tezo_ds.errors import ConfigError
 from tezo_ds.intake.positions import fitting_length
 from tezo_ds.intake.tokens import check_ids, embedding_rows, padding_id
 from tezo_ds.intake.words import check_words
+from tezo_ds.intake.patterns import check_patterns
 from tezo_ds.models.loading import load_model, load_tokenizer
 from tezo_ds.run.about import read_run, sharded_as
 from tezo_ds.run.results import Result, read_result
@@ -129,6 +130,7 @@ def engine_for(
     settings: Settings, config: TezoConfig, sharding: Sharding, ranks: Mapping[str, int] | None
 ) -> Engine:
     """Returns an engine of a model that is loaded already; see `open_session`."""
+    check_patterns(sharding, config)
     name = settings.factors_dtype
     return Engine(sharding, config, None, None if name is None else getattr(torch, name), ranks)
 

@@ -1,0 +1,51 @@
+"""Patterns of `include` and `exclude` that match no parameter although they are part of names."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from tezo_ds.config import TezoConfig
+from tezo_ds.errors import ConfigError
+from tezo_ds.sharding import Sharding
+
+log = logging.getLogger(__name__)
+
+
+def check_patterns(sharding: Sharding, config: TezoConfig) -> None:
+    """Checks that patterns are globs of whole names. Where others of them match, rank 0 says so in a line.
+
+    Raises:
+        ConfigError: no pattern of `include` matches, and globs around the given words would.
+    """
+    names = [name for name, _ in sharding.module.named_parameters()]
+    for field, patterns in (("include", config.include), ("exclude", config.exclude)):
+        meant = list(_meant(patterns, names))
+        if not meant:
+            continue
+        given = " and ".join(repr(pattern) for pattern, _ in meant)
+        globs = " ".join(f"--{field} '{glob}'" for _, several in meant for glob in several)
+        message = (
+            f"{field}: {given} matches no parameter, as a pattern is a glob of a whole name; use {globs} "
+            "(in a config a list of strings)"
+        )
+        if field == "include" and not any(_matches(pattern, names) for pattern in patterns):
+            raise ConfigError(message)
+        if sharding.place == 0:
+            log.warning("%s", message)
+
+
+def _meant(patterns: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yields each pattern that matches nothing, with globs that match something and were meant."""
+    for pattern in patterns:
+        if _matches(pattern, names):
+            continue
+        words = [word.strip(" '\"*[]()") for word in pattern.split(",")]
+        globs = [f"*{word}*" for word in words if word]
+        if found := [glob for glob in globs if _matches(glob, names)]:
+            yield pattern, found
+
+
+def _matches(pattern: str, names: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names)
