@@ -76,8 +76,8 @@ def evaluate(
         raise ConfigError(
             "there are no test examples; pass --test-data or a --test-fraction above 0"
         )
-    if evaluator.loss_alone:
-        display.note(evaluator.loss_alone)
+    for note in filter(None, (opened.task.note, evaluator.loss_alone)):
+        display.note(note)
     with display.evaluation(f"evaluating {evaluator.examples} test examples") as progress:
         score = evaluator(progress)
     if sharding.rank == 0:

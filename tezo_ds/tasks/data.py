@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from tezo_ds.errors import DataError
 from tezo_ds.tasks.reading import SUFFIXES, Table, find_splits, read_file, read_hub
 from tezo_ds.tasks.spec import BUILTIN_TASKS, TaskSpec
+from tezo_ds.tasks.unlabelled import unlabelled
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class TaskData:
     """Rows left out because their prompt was in an earlier row of the same file."""
     leaked: int = 0
     """Training examples left out because their prompt is in the test file."""
+    note: str | None = None
+    """What the user should know of how the file was understood."""
 
 
 def load_task(
@@ -84,7 +87,7 @@ def load_task(
         kept = train
     leaked = len(train) - len(kept)
     kept, test = _subset(kept, train_examples, seed), _subset(test, test_examples, seed)
-    return TaskData(spec, kept, test, duplicates, leaked)
+    return TaskData(spec, kept, test, duplicates, leaked, unlabelled(spec, tables[0].columns))
 
 
 def _source(task: str, data: str | None, test_data: str | None, template: str | None) -> str | None:

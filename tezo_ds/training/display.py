@@ -82,6 +82,8 @@ class Display:
         self.note(
             f"{task.spec.name}: {len(task.train)} training and {len(task.test)} test examples"
         )
+        if task.note:
+            self.note(task.note)
         if task.duplicates or task.leaked:
             self.note(
                 f"left out: {task.duplicates} repeats, {task.leaked} that are test prompts too"
