@@ -37,7 +37,8 @@ class Settings(BaseModel):
     )
     template: str | None = declared(
         None,
-        'prompt with columns in braces, e.g. "{text} It was"',
+        'prompt with columns in braces, e.g. "{text} It was"; \\n and \\t on the command line are a newline '
+        "and a tab",
         group=DATA,
         example="{text} It was",
     )

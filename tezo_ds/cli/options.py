@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import types
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -112,7 +113,18 @@ def settings_from(given: Mapping[str, Any], before: Mapping[str, Any]) -> Settin
     """
     if given.get("verbalizers") is not None:
         given = {**given, "verbalizers": _json_object(given["verbalizers"])}
+    if given.get("template") is not None:
+        given = {**given, "template": unescaped(given["template"])}
     return from_flags(Settings, given, before)
+
+
+def unescaped(text: str) -> str:
+    r"""Returns a text with `\n` and `\t` as newline and tab, which no shell's plain quotes can hold.
+
+    A second backslash before either keeps the two characters: `\\nu` is `\nu`. Other backslashes stay.
+    """
+    meant = {r"\n": "\n", r"\t": "\t", r"\\n": r"\n", r"\\t": r"\t"}
+    return re.sub(r"\\{1,2}[nt]", lambda found: meant[found[0]], text)
 
 
 def from_flags(
