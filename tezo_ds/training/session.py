@@ -19,6 +19,7 @@ from tezo_ds.intake.positions import fitting_length
 from tezo_ds.intake.tokens import check_ids, embedding_rows, padding_id
 from tezo_ds.intake.words import check_words
 from tezo_ds.intake.patterns import check_patterns
+from tezo_ds.intake.adapters import refuse_adapter
 from tezo_ds.models.loading import load_model, load_tokenizer
 from tezo_ds.run.about import read_run, sharded_as
 from tezo_ds.run.results import Result, read_result
@@ -88,6 +89,7 @@ def open_session(
         label_field=s.label_field, test_fraction=s.test_fraction, train_examples=s.train_examples,
         test_examples=s.test_examples, seed=s.data_seed,
     )  # fmt: skip
+    refuse_adapter(s.model)
     tokenizer = load_tokenizer(s.model)
     check_words(tokenizer, task)
     if batch_size and config.query_schedule != "constant" and config.steps_per_epoch is None:
@@ -120,6 +122,7 @@ def open_engine(
 
         compute_dtype = None if s.compute_dtype is None else getattr(torch, s.compute_dtype)
         plan = FsdpPlan(s.fsdp_replicas, compute_dtype, s.fsdp_offload_params, s.fsdp_layers)
+    refuse_adapter(s.model)
     model = load_model(s.model, s.dtype, deepspeed_config, plan)
     sharding = sharding_of(model, deepspeed_config)
     sharding.filled_apart |= s.fsdp  # copies on different nodes come from different files
