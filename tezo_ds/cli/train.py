@@ -37,9 +37,9 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
     # Imported late, as transformers and DeepSpeed take seconds that --help need not wait for.
     from tezo_ds.cli import accelerate
     from tezo_ds.export.adapter import no_adapter_because
+    from tezo_ds.intake.unused_fields import unused_fields
     from tezo_ds.intake.weights import agreed_fingerprint
     from tezo_ds.run import changed, resuming
-    from tezo_ds.intake.unused_fields import unused_fields
     from tezo_ds.run.about import describe
     from tezo_ds.tasks import encode, truncations
     from tezo_ds.training import loop, session
@@ -83,8 +83,9 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
             )
         if not in_weights and (reason := no_adapter_because(opened.engine)):
             display.note(f"no adapter will be written: {reason}")
-        examples = encode(opened.tokenizer, opened.task.train, opened.settings.max_length)
-        display.data(opened.task, truncations(examples), opened.settings.max_length)
+        max_length = opened.settings.max_length
+        examples = encode(opened.tokenizer, opened.task.train, max_length, opened.mask_token)
+        display.data(opened.task, truncations(examples), max_length)
         about[changed.WEIGHTS] = agreed_fingerprint(settings.model)
         resuming.go_on(settings, opened.engine, examples, folder, found, about, display)
         options = options.model_copy(update={"save_model": saves})

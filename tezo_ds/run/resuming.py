@@ -182,7 +182,10 @@ def _free(stored: Mapping[str, Any]) -> frozenset[str]:
 
 def fingerprint(examples: Sequence[Encoded]) -> str:
     """Returns a digest of the training examples, in their order."""
-    return _hash((example.input_ids, example.label_start) for example in examples)
+    return _hash(
+        (e.input_ids, e.label_start, *(() if e.mask is None else (e.label_end, e.mask)))
+        for e in examples
+    )
 
 
 def _hash(things: Iterable[object]) -> str:

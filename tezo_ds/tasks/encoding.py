@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tezo_ds.errors import DataError
+from tezo_ds.errors import ConfigError, DataError
 from tezo_ds.losses.objective import IGNORE
+from tezo_ds.models.structure import is_masked_lm
 from tezo_ds.tasks.data import Example
 from tezo_ds.tasks.reading import one_line
 
@@ -18,13 +20,18 @@ _TAIL = 32  # characters of a prompt's end that can matter to how the next word 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sequence of token ids; `input_ids[label_start:]` are its labels, `label` is the example's."""
+    """One sequence of token ids; `input_ids[label_start:label_end]` are its labels, `label` is the
+    example's."""
 
     input_ids: list[int]
     label_start: int
     label: str | None
     truncated: int = 0
     """How many tokens of the prompt's beginning were cut away; 0 for a whole prompt."""
+    label_end: int | None = None
+    """Where the labels end; None: with the sequence."""
+    mask: int | None = None
+    """The token that a masked model gets in the place of each label; None: the model gets the labels."""
 
 
 def truncations(encoded: Sequence[Encoded]) -> int:
@@ -32,8 +39,27 @@ def truncations(encoded: Sequence[Encoded]) -> int:
     return sum(e.truncated > 0 for e in encoded)
 
 
+def mask_token(module: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Returns the token that stands in the answer's place before a masked model; None for a causal model.
+
+    Raises:
+        ConfigError: a masked model's tokenizer has no such token.
+    """
+    if not is_masked_lm(module):
+        return None
+    if tokenizer.mask_token_id is None:
+        raise ConfigError(
+            f"{type(module).__name__} is a masked model, and its tokenizer has no mask token to put in "
+            "the answer's place; use the tokenizer that the model was trained with"
+        )
+    return int(tokenizer.mask_token_id)
+
+
 def encode(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    max_length: int,
+    mask: int | None = None,
 ) -> list[Encoded]:
     """Tokenises each prompt with its answer, joined by a space; the answer's tokens are the labels.
 
@@ -41,11 +67,15 @@ def encode(
     prompt and answer, nor after the answer. A language-model example (answer None) is its prompt
     with all default special tokens, and all tokens but the first are labels.
 
+    For a masked model `mask` (see `mask_token`) takes the place of each of the answer's tokens, and the
+    tokenizer's special tokens follow, as such models were trained.
+
     A sequence longer than `max_length` loses the beginning of its prompt (not BOS, nor any of the
-    answer) and says so in `truncated`. Raises DataError where no prompt token would be left, or
-    where a language-model text is a single token, with nothing to predict.
+    answer) and says so in `truncated`. Raises DataError where no prompt token would be left, where
+    a language-model text is a single token, with nothing to predict, or is for a masked model.
     """
     before, after = _special_ids(tokenizer)
+    end = [] if mask is None else after
     answered = [e for e in examples if e.answer is not None]
     pairs = iter(_prompt_and_answer_ids(tokenizer, [(e.prompt, str(e.answer)) for e in answered]))
     texts = iter(_ids(tokenizer, [e.prompt for e in examples if e.answer is None]))
@@ -53,8 +83,14 @@ def encode(
     for example in examples:
         if example.answer is not None:
             prompt, answer = next(pairs)
-            encoded.append(_fit(before, prompt, answer, example, max_length, len(answer)))
+            whole = _fit(before, prompt, answer, example, max_length, len(answer), end)
+            encoded.append(replace(whole, mask=mask))
             continue
+        if mask is not None:
+            raise DataError(
+                f"text {example.prompt[:40]!r} has no answer for a masked model to fill in; use a task "
+                "with answers, or a causal model"
+            )
         whole = _fit(before, next(texts), after, example, max_length, len(after))
         if len(whole.input_ids) < 2:
             raise DataError(f"text {example.prompt[:40]!r} is a single token: nothing to predict")
@@ -67,18 +103,22 @@ def candidates(
     examples: Sequence[Example],
     words: Sequence[str],
     max_length: int,
+    mask: int | None = None,
 ) -> list[list[Encoded]]:
     """Encodes each example with each of the words as its answer, as `encode` does: [example][word].
 
-    All candidates of an example see the same prompt, cut to fit the longest of them.
+    All candidates of an example see the same prompt, cut to fit the longest of them; a masked model gets
+    as many masks as the candidate has tokens.
     """
-    before, _ = _special_ids(tokenizer)
+    before, after = _special_ids(tokenizer)
+    end = [] if mask is None else after
     pairs = _prompt_and_answer_ids(tokenizer, [(e.prompt, w) for e in examples for w in words])
     rows = []
     for i, example in enumerate(examples):
         row = pairs[i * len(words) : (i + 1) * len(words)]
         longest = max(len(answer) for _, answer in row)
-        rows.append([_fit(before, p, a, example, max_length, longest) for p, a in row])
+        fits = [_fit(before, p, a, example, max_length, longest, end) for p, a in row]
+        rows.append([replace(fit, mask=mask) for fit in fits])
     return rows
 
 
@@ -120,7 +160,8 @@ def collate(
     """Pads a batch on the right to its longest sequence, rounded up to a multiple of `multiple`.
 
     Returns int64 tensors (B, T): input_ids, attention_mask, and labels, which are aligned with
-    input_ids (the loss does the shifting) and -100 where nothing is to be predicted.
+    input_ids (the loss does the shifting) and -100 where nothing is to be predicted. In input_ids a
+    masked model's mask stands where its labels are.
 
     A rank with nothing to do must still take part in a sharded forward: an empty batch gives one
     row of `filler` whose labels are all -100. Raises ValueError when batch and filler are missing.
@@ -129,7 +170,7 @@ def collate(
     if not rows:
         if filler is None:
             raise ValueError("collate: the batch is empty and there is no filler")
-        rows = [Encoded(filler.input_ids, len(filler.input_ids), None)]
+        rows = [replace(filler, label_start=len(filler.input_ids), label_end=None)]
     longest = max(len(e.input_ids) for e in rows)
     shape = (len(rows), -(-longest // multiple) * multiple)
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
@@ -140,7 +181,10 @@ def collate(
         ids = torch.tensor(e.input_ids, dtype=torch.int64)
         input_ids[i, :length] = ids
         attention_mask[i, :length] = 1
-        labels[i, e.label_start : length] = ids[e.label_start :]
+        answer = slice(e.label_start, length if e.label_end is None else e.label_end)
+        labels[i, answer] = ids[answer]
+        if e.mask is not None:
+            input_ids[i, answer] = e.mask
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
@@ -151,17 +195,19 @@ def _fit(
     example: Example,
     max_length: int,
     longest_answer: int,
+    after: Sequence[int] = (),
 ) -> Encoded:
     """Joins the parts, the prompt cut from the left to leave room for `longest_answer` tokens."""
-    room = max_length - len(before) - longest_answer
+    room = max_length - len(before) - longest_answer - len(after)
     if room < 1:
         raise DataError(
-            f"max_length {max_length} leaves no room for a prompt beside {len(before)} special and"
-            f" {longest_answer} answer tokens; raise it"
+            f"max_length {max_length} leaves no room for a prompt beside {len(before) + len(after)} special"
+            f" and {longest_answer} answer tokens; raise it"
         )
     cut = max(0, len(prompt) - room)
     ids = before + prompt[cut:] + answer
-    return Encoded(ids, len(ids) - len(answer), example.label, cut)
+    start, end = len(ids) - len(answer), len(ids) if after else None
+    return Encoded([*ids, *after], start, example.label, cut, end)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

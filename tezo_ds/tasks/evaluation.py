@@ -12,7 +12,14 @@ from transformers import PreTrainedTokenizerBase
 from tezo_ds.engine.engine import Engine
 from tezo_ds.tasks.batches import rounds, shard_range
 from tezo_ds.tasks.data import Example
-from tezo_ds.tasks.encoding import Encoded, candidates, collate, encode, first_tokens
+from tezo_ds.tasks.encoding import (
+    Encoded,
+    candidates,
+    collate,
+    encode,
+    first_tokens,
+    mask_token,
+)
 from tezo_ds.tasks.spec import MOST_CHOICES, TaskSpec
 
 
@@ -61,6 +68,7 @@ class Evaluator:
         words, self._choices = list((spec.verbalizers or {}).values()), 1
         self._tokens: list[int] | None = None
         self.loss_alone: str | None = None
+        mask = mask_token(engine.sharding.module, tokenizer)
         if words:
             self._tokens = first_tokens(tokenizer, words, [e.prompt for e in examples])
         if spec.is_free_text and self._tokens is None:
@@ -73,12 +81,12 @@ class Evaluator:
         self._truth = torch.tensor([number[e.label] for e in mine if e.label in number])
         if words and self._tokens is None:
             self._choices = len(words)
-            rows = candidates(tokenizer, mine, words, max_length)
+            rows = candidates(tokenizer, mine, words, max_length, mask)
             self.encoded = [encoded for row in rows for encoded in row]
         else:
-            self.encoded = encode(tokenizer, mine, max_length)
+            self.encoded = encode(tokenizer, mine, max_length, mask)
         # For a rank that has run out: any sequence will do, as none of its labels count.
-        self._filler = encode(tokenizer, examples[:1], max_length)[0]
+        self._filler = encode(tokenizer, examples[:1], max_length, mask)[0]
 
     def __call__(self, progress: Callable[[float], None] | None = None) -> Score:
         """Scores all batches; every rank must call this. `progress` is given the fraction done."""

@@ -15,11 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from tezo_ds.config import BLOCK, TezoConfig, resolve
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError
+from tezo_ds.intake.adapters import refuse_adapter
+from tezo_ds.intake.causality import refuse_seen_answers
+from tezo_ds.intake.patterns import check_patterns
 from tezo_ds.intake.positions import fitting_length
 from tezo_ds.intake.tokens import check_ids, embedding_rows, padding_id
 from tezo_ds.intake.words import check_words
-from tezo_ds.intake.patterns import check_patterns
-from tezo_ds.intake.adapters import refuse_adapter
 from tezo_ds.models.loading import load_model, load_tokenizer
 from tezo_ds.run.about import read_run, sharded_as
 from tezo_ds.run.results import Result, read_result
@@ -27,6 +28,7 @@ from tezo_ds.settings import TIMEOUT, Settings
 from tezo_ds.sharding import Sharding, sharding_of
 from tezo_ds.sharding.world import join_world
 from tezo_ds.tasks import TaskData, first_tokens, load_task
+from tezo_ds.tasks.encoding import mask_token
 from tezo_ds.tasks.evaluation import Evaluator
 
 
@@ -47,6 +49,11 @@ class Session:
     tokenizer: PreTrainedTokenizerBase
     task: TaskData
     pad_id: int
+
+    @property
+    def mask_token(self) -> int | None:
+        """The token that a masked model gets in the answer's place; None for a causal model."""
+        return mask_token(self.engine.sharding.module, self.tokenizer)
 
     def evaluator(self) -> Evaluator | None:
         """Returns an evaluator of the test examples; None where there are none."""
@@ -102,6 +109,7 @@ def open_session(
     s = s.model_copy(update={"max_length": fitting_length(model, s.max_length)})
     rows, train = embedding_rows(model), task.train if batch_size else []
     check_ids(tokenizer, rows, task.spec, train, task.test, s.max_length)
+    refuse_seen_answers(engine, tokenizer, task.train[0].prompt)
     return Session(s, engine, tokenizer, task, padding_id(tokenizer, rows))
 
 
