@@ -40,6 +40,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
     from tezo_ds.intake.unused_fields import unused_fields
     from tezo_ds.intake.weights import agreed_fingerprint
     from tezo_ds.run import changed, resuming
+    from tezo_ds.intake.notices import notices
     from tezo_ds.run.about import describe
     from tezo_ds.tasks import encode, truncations
     from tezo_ds.training import loop, session
@@ -72,8 +73,8 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         sharding = opened.engine.sharding
         display = Display(sharding.rank, sharding.world_size, options.log_every)
         display.summary(opened.engine)
-        if unused := unused_fields(opened.engine):
-            display.note(f"warning: {unused}")
+        for line in notices(opened.engine):
+            display.note(f"warning: {line}")
         in_weights = not config.facts.learns_coefficients
         saves = in_weights if options.save_model is None else options.save_model
         if saves and sharding.quantised:

@@ -38,7 +38,8 @@ def select(
     factors_dtype: torch.dtype | None = None,
     ranks: Mapping[str, int] | None = None,
 ) -> Selection:
-    """Selects the parameters that train; tied ones go by the first of their names.
+    """Selects the parameters that train; tied ones go by the first of their names. No rank is above a
+    matrix's min(m, n).
 
     Args:
         sharding: the model.
@@ -49,7 +50,7 @@ def select(
             the world must call this function where `rank` is "auto".
 
     Raises:
-        ConfigError: nothing trains, `rank` is above min(m, n) of a matrix, or `ranks` do not fit the model.
+        ConfigError: nothing trains, or `ranks` do not fit the model.
     """
     chosen = Selection()
     for name, parameter in sharding.module.named_parameters():
@@ -63,8 +64,11 @@ def select(
         if len(shape) < 2:
             chosen.vectors.append(Vector(name, shape.numel(), dtype))
         else:
-            rounding, rank = factors_dtype or dtype, 1 if config.rank == "auto" else config.rank
-            chosen.matrices.append(Matrix(name, matrix_shape(shape), rank, dtype, rounding))
+            rounding, of = factors_dtype or dtype, matrix_shape(shape)
+            rank = 1 if config.rank == "auto" else config.rank
+            if config.facts.rank is not None:  # directions of low rank, of a small table too
+                rank = min(rank, *of)
+            chosen.matrices.append(Matrix(name, of, rank, dtype, rounding))
     if config.rank == "auto":
         ranks = ranks or auto_ranks(
             sharding, chosen.matrices, config.rank_threshold, config.rank_max, config.seed
@@ -96,13 +100,4 @@ def _check(chosen: Selection, config: TezoConfig) -> None:
         raise ConfigError(
             f"no parameter trains: include {list(config.include)} without exclude "
             f"{list(config.exclude)} matches no matrix of the model; see model.named_parameters()"
-        )
-    if config.facts.rank is None:
-        return
-    small = [matrix for matrix in chosen.matrices if matrix.rank > min(matrix.shape)]
-    if small:
-        first = small[0]
-        raise ConfigError(
-            f"rank {first.rank} is above min(m, n) = {min(first.shape)} of {first.name} "
-            f"{first.shape} ({len(small)} such); lower rank, or add e.g. {first.name!r} to exclude"
         )

@@ -11,8 +11,8 @@ from torch import nn
 from tezo_ds.config import TezoConfig, resolve
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError
+from tezo_ds.intake.notices import notices
 from tezo_ds.intake.patterns import check_patterns
-from tezo_ds.intake.unused_fields import unused_fields
 from tezo_ds.losses.objective import LossFn
 from tezo_ds.sharding import sharding_of
 from tezo_ds.sharding.absent import absent_from, refuse_absent
@@ -41,16 +41,16 @@ def initialize(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(
-            f"initialize: the model must be a torch.nn.Module, is {_kind(model)}; pass the loaded model"
+            f"initialize: the model must be a torch.nn.Module, got {_kind(model)}; pass the loaded model"
         )
     if not isinstance(config, (TezoConfig, dict, str, Path)):
         raise ConfigError(
-            f"initialize: the config must be a TezoConfig, a dict or the path of a JSON, is {_kind(config)}; "
-            'pass e.g. {"rank": 16}'
+            "initialize: the config must be a TezoConfig, a dict or the path of a JSON, got "
+            f'{_kind(config)}; pass e.g. {{"rank": 16}}'
         )
     if loss_fn is not None and not callable(loss_fn):
         raise ConfigError(
-            "initialize: loss_fn must be a function (outputs, batch) -> (loss sums, counts), is "
+            "initialize: loss_fn must be a function (outputs, batch) -> (loss sums, counts), got "
             f"{_kind(loss_fn)}"
         )
     resolved, deepspeed_config = resolve(config)
@@ -68,10 +68,10 @@ def initialize(
     if engine.probe.writes or resolved.refresh_every:
         refuse_absent(absent, f"method {resolved.method} and probe {engine.probe.name}")
     engine.sharding.module.eval()
-    if engine.sharding.place == 0 and (unused := unused_fields(engine)):
-        log.warning("config: %s", unused)
+    for line in notices(engine) if sharding.place == 0 else []:
+        log.warning("config: %s", line)
     return engine
 
 
 def _kind(thing: object) -> str:
-    return "None" if thing is None else f"a {type(thing).__name__}"
+    return "None" if thing is None else type(thing).__name__

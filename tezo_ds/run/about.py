@@ -41,7 +41,9 @@ def describe(settings: Settings, config: TezoConfig) -> dict[str, Any]:
 def describe_run(settings: Settings, engine: Engine, extra: dict[str, Any]) -> dict[str, Any]:
     """Returns the content of config.json: all it takes to evaluate or repeat the run."""
     config, matrices = engine.config, engine.space.matrices
-    chosen = {"ranks": {m.name: m.rank for m in matrices}} if config.rank == "auto" else {}
+    ranks = {m.name: m.rank for m in matrices}
+    odd = config.rank == "auto" or set(ranks.values()) - {config.rank}  # chosen, or of small tables
+    chosen = {"ranks": ranks} if odd else {}
     return {
         **describe(settings, config),
         "weights_dtype": _name(next(engine.sharding.module.parameters()).dtype),
