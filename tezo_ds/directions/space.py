@@ -166,6 +166,9 @@ def as_rows(space: CoefficientSpace, coefficients: Mapping[str, Tensor]) -> Tens
     Raises:
         ConfigError: names, ranks or periods are not those of the space or of each other.
     """
+    if not isinstance(coefficients, Mapping):
+        got = type(coefficients).__name__
+        raise ConfigError(f"coefficients must be a dict of tensors by name, got {got}")
     if odd := coefficients.keys() ^ space.slices.keys():
         raise ConfigError(
             f"coefficients and engine differ in {len(odd)} parameters, e.g. {min(odd)}; "

@@ -86,11 +86,13 @@ class Engine:
                 call in step; a rank without examples passes one whose labels are all -100.
 
         Raises:
+            DataError: the batch is no dict of the model's inputs, or `loss_fn` returns no pair of tensors.
             ProbeError: no position carries a label, no branch differs, or directions failed (a loss was
                 not finite) in several steps in a row; before that they are left out.
             ShardingError: replicas differ; looked for before every `check_every`-th step.
         """
         start = time.perf_counter()
+        self.objective.check(batch)
         # 0. compare replicas, if due
         every = self.config.check_every
         if every and self.step_index and self.step_index % every == 0:
@@ -101,7 +103,11 @@ class Engine:
         # 2. losses at W + Δ_b over all ranks; before the first step also ρ, if auto
         measuring = self.measuring
         if math.isnan(self.run_state.rho):
-            measuring.choose_rho(batch, step)
+            try:
+                measuring.choose_rho(batch, step)
+            except BaseException:
+                self.run_state.rho = math.nan  # not chosen, where a caller goes on
+                raise
         losses = measuring.losses(batch, step)  # (groups, branches)
         # 3. slopes κ, NaN where a loss is not finite
         found = measuring.kappas(losses)
@@ -195,6 +201,7 @@ class Engine:
     @_without_grad()
     def loss(self, batch: Mapping[str, Any]) -> float:
         """Returns the unperturbed mean loss of a batch over all ranks at the current coefficients."""
+        self.objective.check(batch)
         return self.measuring.loss(batch, self.step_index)
 
     @contextmanager

@@ -134,20 +134,25 @@ def lora_config(engine: Engine, base_model: str) -> dict[str, Any]:
     }
 
 
-def save_adapter(engine: Engine, folder: Path, base_model: str, card: str = "") -> None:
+def save_adapter(
+    engine: Engine, folder: Path | str, base_model: str | None = None, card: str = ""
+) -> None:
     """Writes a folder that `peft.PeftModel.from_pretrained` loads. For one rank; replaces the folder
     whole or not at all. peft takes changed weights for good ones: `sha256sum -c SHA256SUMS` tells.
 
     Args:
         engine: an engine after training.
         folder: the folder to write.
-        base_model: name or path of the model that the adapter is for.
+        base_model: name or path of the model that the adapter is for; None: as the model's own config says.
         card: text of README.md.
 
     Raises:
         ConfigError: see `lora_tensors`.
         StorageError: the folder cannot be written.
     """
+    folder = Path(folder)
+    if base_model is None:
+        base_model = getattr(getattr(engine.sharding.module, "config", None), "_name_or_path", "")
     tensors, config = lora_tensors(engine), lora_config(engine, base_model)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:

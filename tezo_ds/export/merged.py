@@ -37,7 +37,7 @@ def is_complete(folder: Path) -> bool:
 
 def save_merged(
     engine: Engine,
-    folder: Path,
+    folder: Path | str,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | None = None,
     progress: Callable[[float], None] | None = None,
@@ -62,7 +62,7 @@ def save_merged(
         StorageError: the folder cannot be written.
         ShardingError: the weights are quantised.
     """
-    module = engine.sharding.module
+    folder, module = Path(folder), engine.sharding.module
     if not isinstance(module, PreTrainedModel):
         raise ConfigError(
             f"{type(module).__name__} is no transformers model, so from_pretrained cannot load it; "

@@ -61,6 +61,20 @@ class Objective:
         self.choices: Tensor | None = None
         self.micro_batch = 0
 
+    def check(self, batch: Any) -> None:
+        """Raises DataError unless `batch` holds tensors by names that the model's forward takes."""
+        wrong, names = "", self._parameters
+        by_name = batch if isinstance(batch, Mapping) else {}
+        if not any(isinstance(value, Tensor) and value.dim() for value in by_name.values()):
+            wrong = f"got a {type(batch).__name__} without tensors by name"
+        elif "input_ids" in names and not set(by_name) & (set(names) - {"labels"}):
+            wrong = f"got {', '.join(map(str, by_name))}, none of which is an input of the model's"
+        for key in ("input_ids", "attention_mask", *(["labels"] if self._loss_fn is None else [])):
+            if not wrong and not isinstance(by_name.get(key, torch.empty(0)), Tensor | None):
+                wrong = f"{key} is a {type(by_name[key]).__name__}"
+        if wrong:
+            raise DataError(f"batch: {wrong}; pass a dict of tensors, the first dim its examples")
+
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the part of a batch that the model's forward takes, on its device, without labels."""
         takes_any = all(p.kind.name.startswith("VAR_") for p in self._parameters.values())
@@ -89,7 +103,7 @@ class Objective:
             return self._sums(batch, branches)
         parts = list(_micro_batches(batch, self.micro_batch))
         most = self._sharding.maxima([len(parts)])[0]
-        parts += [_without_labels(parts[-1])] * (most - len(parts))
+        parts += [_without_labels(parts[-1]) for _ in range(most - len(parts))]
         return torch.stack([self._sums(part, branches) for part in parts]).sum(dim=0)
 
     def _sums(self, batch: Mapping[str, Any], branches: int) -> Tensor:
@@ -101,8 +115,15 @@ class Objective:
         device = self._sharding.device
         repeated = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in repeated.items()}
         outputs = self._sharding.forward(**self.inputs(repeated))
-        both = torch.stack([torch.as_tensor(t).double() for t in self._loss_fn(outputs, repeated)])
-        return both.view(2, branches, -1).sum(dim=2)
+        returned = self._loss_fn(outputs, repeated)
+        try:
+            both = torch.stack([torch.as_tensor(t).double() for t in returned])
+            return both.view(2, branches, -1).sum(dim=2)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(
+                "loss_fn must return (loss sums, counts), tensors of a number for each example it is "
+                f"given; got {type(returned).__name__} ({error})"
+            ) from error
 
     def _token_losses(self, head: Head, batch: Mapping[str, Any], branches: int) -> Tensor:
         positions, tokens = self._labelled(batch)
