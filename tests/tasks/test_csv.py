@@ -40,6 +40,7 @@ def failure(path: Path, content: str | bytes) -> str:
         '"","text","label"\n"1","fine film","pos"\n"2","no film","neg"\n',  # R's write.csv
         "text,label,\nfine film,pos,\nno film,neg,\n",
         "text,label,,\nfine film,pos,,\nno film,neg, ,\n",
+        " ,text,label, ,\t\n0,fine film,pos, ,\n1,no film,neg\n",
         "text,label\nfine film,pos,\nno film,neg,,\n",
         ",text,label,\n0,fine film,pos,\n1,no film,neg\n",
         "sep=,\n" + PLAIN,

@@ -34,6 +34,7 @@ def read_csv(where: str, text: str) -> tuple[list[str], list[Row]]:
     body, before = (text[named.end() :], 1) if named else (text, 0)
     delimiter = named[1] if named else _delimiter(where, body)
     (first, header), *lines = [(n + before, row) for n, row in _lines(where, body, delimiter)]
+    header = [name if name.strip() else "" for name in header]
     if not lines:
         raise DataError(f"{where}: the file has a header and no rows")
     repeated = sorted({name for name in header if name and header.count(name) > 1})
