@@ -41,7 +41,8 @@ def read_csv(where: str, text: str) -> tuple[list[str], list[Row]]:
     if repeated:
         raise DataError(f"{where}, line {first}: column {repeated[0]!r} is there twice; rename one")
     for number, row in lines:
-        _check_length(where, number, row, header, delimiter)
+        if len(row) > len(header):
+            _check_length(where, number, row, header, delimiter)
     _check_unnamed(where, header, lines, delimiter)
     columns = [(i, name) for i, name in enumerate(header) if name]
     rows = [{name: row[i] if i < len(row) else "" for i, name in columns} for _, row in lines]
