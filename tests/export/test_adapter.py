@@ -8,14 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import Given, Run, call
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from tiny import make_batch, tiny
 from trained import logits, trained
+from transformers import AutoTokenizer
 
 import tezo_ds
-from tezo_ds.export.adapter import CHECKSUMS, save_adapter
+from tezo_ds.export.adapter import CHECKSUMS, not_to_merge, save_adapter
 from tezo_ds.sharding import sharding_of
+
+pytest_plugins = ("cli_fixtures",)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +82,7 @@ def with_ranks(ranks: dict[str, int]) -> tezo_ds.Engine:
     return engine
 
 
-def test_each_matrix_has_its_rank(tmp_path: Path) -> None:
+def test_matrices_of_different_ranks_are_padded_to_one(tmp_path: Path) -> None:
     ranks = {"lm_head.weight": 5, "model.layers.1.mlp.up_proj.weight": 3}
     engine = with_ranks(ranks)
     save_adapter(engine, tmp_path / "adapter", "the base")
@@ -85,8 +90,14 @@ def test_each_matrix_has_its_rank(tmp_path: Path) -> None:
     merged.load_state_dict(engine.state_dict())
     adapted = PeftModel.from_pretrained(tiny(tied=False), tmp_path / "adapter")
     layers = {n: m for n, m in adapted.base_model.model.named_modules() if isinstance(m, LoraLayer)}
-    found = {f"{name}.weight": layer.r["default"] for name, layer in layers.items()}
-    assert found == {matrix.name: ranks.get(matrix.name, 2) for matrix in engine.space.matrices}
+    assert {layer.r["default"] for layer in layers.values()} == {5}
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    alpha_over_rank = {  # llama.cpp's scale of each pair: one alpha, over its own rank
+        config["lora_alpha"] / (part.shape[0] if "_A" in name else part.shape[1])
+        for name, part in tensors.items()
+    }
+    assert alpha_over_rank == {1.0}
     assert {layer.scaling["default"] for layer in layers.values()} == {1.0}
     torch.testing.assert_close(logits(adapted), logits(merged), rtol=0, atol=1e-5)
 
@@ -156,3 +167,53 @@ def test_checksums_tell_what_peft_does_not(tmp_path: Path) -> None:
     file.write_bytes(bits)
     PeftModel.from_pretrained(tiny(), tmp_path / "adapter")  # without a word
     assert subprocess.run(check, cwd=tmp_path / "adapter").returncode == 1
+
+
+def test_what_is_tied_is_said_not_to_merge() -> None:
+    for kind, tied, exclude, expected in (
+        ("llama", True, [], "model.embed_tokens and lm_head are tied"),
+        ("gpt2", True, [], "transformer.wte and lm_head are tied"),
+        ("llama", True, ["*embed*"], None),
+        ("llama", False, [], None),
+    ):
+        found = not_to_merge(trained(tiny(kind, tied), exclude))
+        assert (found or "").startswith(expected or "") and bool(found) == bool(expected), kind
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_pefts_merge_is_right_unless_it_is_warned_of(tied: bool, tmp_path: Path) -> None:
+    engine = trained(tiny("llama", tied))
+    save_adapter(engine, tmp_path / "adapter", "the base")
+    reached = tiny("llama", tied, seed=1)
+    reached.load_state_dict(engine.state_dict())
+    merged = PeftModel.from_pretrained(tiny("llama", tied), tmp_path / "adapter").merge_and_unload()
+    off = float((logits(merged) - logits(reached)).abs().max())
+    assert (off > 0.01) == bool(not_to_merge(engine)) == tied
+
+
+def test_a_folder_is_named_in_full_and_a_hubs_name_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for given, expected in (("base", str(tmp_path / "base")), ("owner/base", "owner/base")):
+        save_adapter(trained(tiny()), tmp_path / "adapter", given)
+        config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == expected
+
+
+def test_a_run_puts_its_tokenizer_and_a_warning_beside_the_adapter(
+    given: Given, plain: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert call("export", "--run", plain.path, "--adapter", tmp_path / "adapter") == 0
+    assert "warning: model.embed_tokens and lm_head are tied" in capfd.readouterr().out
+    base = AutoTokenizer.from_pretrained(given.model)
+    for folder in (plain.path / "adapter", tmp_path / "adapter"):
+        found = AutoTokenizer.from_pretrained(folder)
+        assert found("film 3 felt odd") == base("film 3 felt odd")
+        assert "merge_and_unload" in (folder / "README.md").read_text()
+    assert call(*given.train(tmp_path / "run", steps=1)) == 0
+    assert "the adapter: model.embed_tokens and lm_head are tied" in capfd.readouterr().out
+    assert call(*given.train(tmp_path / "free", steps=1, exclude="*embed*")) == 0
+    assert "merge" not in capfd.readouterr().out
+    assert "merge" not in (tmp_path / "free" / "adapter" / "README.md").read_text()

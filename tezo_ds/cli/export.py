@@ -60,7 +60,7 @@ def export(
 ) -> None:
     """Exports a run's result; see EXPORT_HELP."""
     from tezo_ds.cli import accelerate
-    from tezo_ds.export.adapter import no_adapter_because, not_low_rank
+    from tezo_ds.export.adapter import no_adapter_because, not_low_rank, not_to_merge
     from tezo_ds.export.merged import refuse_filled
     from tezo_ds.run.card import model_card
     from tezo_ds.run.changed import refuse_changed_weights
@@ -99,7 +99,7 @@ def export(
     if adapter is not None:
         if reason := no_adapter_because(engine):
             raise ConfigError(reason)
-        card = model_card(run, steps, adapter=True)
+        card = model_card(run, steps, adapter=True, warning=not_to_merge(engine))
         _export_adapter(engine, adapter, finished.base_model, card, display)
     if merged is not None:
         card = model_card(run, steps, adapter=False)
@@ -109,13 +109,17 @@ def export(
 def _export_adapter(
     engine: Engine, folder: Path, base_model: str, card: str, display: Display
 ) -> None:
-    from tezo_ds.export.adapter import save_adapter
+    from tezo_ds.export.adapter import not_to_merge, save_adapter
     from tezo_ds.files.text import writing
+    from tezo_ds.models.loading import load_tokenizer
 
+    tokenizer = load_tokenizer(base_model, pad=False)
     if engine.sharding.rank == 0:
         with writing(folder):
-            save_adapter(engine, folder, base_model, card)
+            save_adapter(engine, folder, base_model, card, tokenizer)
     display.note(f"adapter       {folder}")
+    if warning := not_to_merge(engine):
+        display.note(f"warning: {warning}")
 
 
 def export_merged(

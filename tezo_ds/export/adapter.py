@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from tezo_ds.config import TezoConfig
 from tezo_ds.directions.lowrank import FixedFactors
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError
+from tezo_ds.export.tokenizer import save_tokenizer
 from tezo_ds.files.tensors import digest
 from tezo_ds.files.text import writing
 from tezo_ds.models.structure import is_masked_lm, kind_of, uncovered, users
@@ -29,8 +31,9 @@ def lora_tensors(engine: Engine) -> dict[str, Tensor]:
     """Returns PEFT's tensors: B = U diag(a), A = Vᵀ for a Linear; A = (U diag(a))ᵀ, B = V for an Embedding or
     GPT-2's Conv1D, which are used transposed. U, V and a of several periods lie side by side.
 
-    No communication: U and V come from the seed. A tied matrix gives one pair for each module that
-    uses it, so the adapter is for adding on the side: peft's own merge would add both into one weight.
+    No communication: U and V come from the seed. All pairs are of one rank, the largest, with zeros beside
+    what is smaller: llama.cpp divides one alpha, the file's, by the rank of each pair. A tied matrix gives
+    one pair for each module that uses it, so the adapter is for adding on the side, see `not_to_merge`.
 
     Raises:
         ConfigError: what was learnt has no place in an adapter.
@@ -41,6 +44,7 @@ def lora_tensors(engine: Engine) -> dict[str, Tensor]:
     parameters = dict(module.named_parameters())
     coefficients, owners = engine.coefficients(), _owners(module)
     tensors: dict[str, Tensor] = {}
+    rank = max(part.numel() for part in coefficients.values())
     for matrix in engine.space.matrices:
         a = coefficients[matrix.name].view(-1, matrix.rank)  # (periods, rank)
         make = (FixedFactors(engine.space, period) for period in range(len(a)))
@@ -48,6 +52,8 @@ def lora_tensors(engine: Engine) -> dict[str, Tensor]:
         scaled = torch.cat([U.double() * c for (U, _), c in zip(pairs, a, strict=True)], dim=1)
         scaled = scaled.float()  # (m, periods * rank)
         V = torch.cat([V.float() for _, V in pairs], dim=1)  # (n, periods * rank)
+        unused = rank - V.shape[1]
+        scaled, V = (nn.functional.pad(part, (0, unused)) for part in (scaled, V))
         for path, kind in owners[id(parameters[matrix.name])]:
             prefix = f"base_model.model.{path}.lora_"
             if kind == "embedding":
@@ -106,36 +112,50 @@ def _owners(module: nn.Module) -> dict[int, list[tuple[str, str]]]:
     return owners
 
 
+def not_to_merge(engine: Engine) -> str | None:
+    """Returns why other tools must not merge this run's adapter, in one line; None if they may."""
+    owners = _owners(engine.sharding.module)
+    parameters = dict(engine.sharding.module.named_parameters())
+    for matrix in engine.space.matrices:
+        if len(used := owners.get(id(parameters[matrix.name]), [])) > 1:
+            paths = " and ".join(path for path, _ in used)
+            return (
+                f"{paths} are tied, and peft's merge_and_unload would add the update of each to the one "
+                f"weight; load the adapter without merging, or {INSTEAD}"
+            )
+    return None
+
+
 def lora_config(engine: Engine, base_model: str) -> dict[str, Any]:
     """Returns the content of adapter_config.json: scaling lora_alpha / r = 1, module paths in full."""
     owners, coefficients = _owners(engine.sharding.module), engine.coefficients()
     parameters = dict(engine.sharding.module.named_parameters())
-    ranks: dict[str, int] = {}  # by path
-    conv1d = False
-    for matrix in engine.space.matrices:
-        for path, kind in owners[id(parameters[matrix.name])]:
-            ranks[path] = coefficients[matrix.name].numel()
-            conv1d |= kind == "conv1d"
-    rank = max(ranks.values())
-    others = {f"^{path}": r for path, r in ranks.items() if r != rank}
+    used = [use for matrix in engine.space.matrices for use in owners[id(parameters[matrix.name])]]
+    rank = max(part.numel() for part in coefficients.values())
     return {
         "peft_type": "LORA",
         "task_type": None if is_masked_lm(engine.sharding.module) else "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": os.path.abspath(base_model)
+        if os.path.isdir(base_model)
+        else base_model,
         "r": rank,
         "lora_alpha": rank,
-        "rank_pattern": others,
-        "alpha_pattern": others,
-        "fan_in_fan_out": conv1d,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "fan_in_fan_out": any(kind == "conv1d" for _, kind in used),
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": list(ranks),
+        "target_modules": [path for path, _ in used],
         "inference_mode": True,
     }
 
 
 def save_adapter(
-    engine: Engine, folder: Path | str, base_model: str | None = None, card: str = ""
+    engine: Engine,
+    folder: Path | str,
+    base_model: str | None = None,
+    card: str = "",
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """Writes a folder that `peft.PeftModel.from_pretrained` loads. For one rank; replaces the folder
     whole or not at all. peft takes changed weights for good ones: `sha256sum -c SHA256SUMS` tells.
@@ -145,6 +165,7 @@ def save_adapter(
         folder: the folder to write.
         base_model: name or path of the model that the adapter is for; None: as the model's own config says.
         card: text of README.md.
+        tokenizer: the tokenizer to put beside the adapter.
 
     Raises:
         ConfigError: see `lora_tensors`.
@@ -161,7 +182,9 @@ def save_adapter(
             save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
             (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
             if card:
-                (partial / "README.md").write_text(card)
+                (partial / "README.md").write_text(card, encoding="utf-8")
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, partial)
             _write_checksums(partial)
             if folder.exists():
                 shutil.rmtree(folder)
@@ -171,7 +194,7 @@ def save_adapter(
 
 
 def _write_checksums(folder: Path) -> None:
-    """Writes the checksums of small files, in the format of sha256sum."""
+    """Writes the checksums of a folder's files, in the format of sha256sum."""
     hashed = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
     (folder / CHECKSUMS).write_text("".join(f"{h}  {name}\n" for name, h in hashed.items()))
 

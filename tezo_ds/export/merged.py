@@ -19,6 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError, ShardingError
+from tezo_ds.export.tokenizer import save_tokenizer
 from tezo_ds.files.text import writing
 from tezo_ds.models.structure import numbered_module
 from tezo_ds.sharding.base import named_state
@@ -81,7 +82,7 @@ def save_merged(
             folder.mkdir(parents=True, exist_ok=True)
             _write_configs(module, folder, tokenizer, dtype)
             if card:
-                (folder / "README.md").write_text(card)
+                (folder / "README.md").write_text(card, encoding="utf-8")
         _write_weights(module, chain([first], tensors), _plan(sizes), folder)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -151,10 +152,7 @@ def _write_configs(
         # without sampling.
         module.generation_config.to_json_file(folder / "generation_config.json")
     if tokenizer is not None:
-        try:
-            tokenizer.save_pretrained(folder)
-        except Exception as error:  # tokenizers raises nothing more exact
-            raise OSError(str(error)) from None
+        save_tokenizer(tokenizer, folder)
 
 
 def _write_weights(

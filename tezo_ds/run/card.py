@@ -24,13 +24,14 @@ _TOLD = (
 )
 
 
-def model_card(run: Path, steps: int, adapter: bool) -> str:
+def model_card(run: Path, steps: int, adapter: bool, warning: str | None = None) -> str:
     """Returns Markdown with the metadata that hubs read: base model, method, seed, steps, data, accuracy.
 
     Args:
         run: folder of the run.
         steps: number of steps after which the result is taken.
         adapter: whether the result is a LoRA adapter, and not a whole model.
+        warning: what users of the result have to know.
 
     Raises:
         ConfigError: the folder's config.json is missing or damaged.
@@ -53,11 +54,12 @@ def model_card(run: Path, steps: int, adapter: bool) -> str:
         "made by": ", ".join(f"{name} {at}" for name, at in content["versions"].items()),
     }
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items() if value != "")
+    warned = f"**Warning:** {warning}.\n\n" if warning else ""
     kind = "LoRA adapter" if adapter else "model"
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {Path(settings['model']).name}, fine-tuned on "
         f"{Path(settings['task']).name}\n\nA {kind} that was trained without backpropagation, by "
-        f"zeroth-order steps (`{block['method']}`).\n\n| | |\n|---|---|\n{table}\n"
+        f"zeroth-order steps (`{block['method']}`).\n\n{warned}| | |\n|---|---|\n{table}\n"
     )
 
 

@@ -110,6 +110,8 @@ class Display:
         self.console.print(table)
         if "merged_model" in summary:
             self.note(f"  model              {folder / summary['merged_model']}")
+        if "adapter_warning" in summary:
+            self.note(f"  warning            the adapter: {summary['adapter_warning']}")
         self.note(f"  run folder         {folder}")
 
     def note(self, text: str) -> None:

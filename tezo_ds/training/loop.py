@@ -8,10 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from tezo_ds.engine.engine import Engine
 from tezo_ds.engine.report import StepReport
 from tezo_ds.errors import ConfigError, StorageError
-from tezo_ds.export.adapter import save_adapter, save_coefficients
+from tezo_ds.export.adapter import not_to_merge, save_adapter, save_coefficients
 from tezo_ds.export.merged import save_merged
 from tezo_ds.files.tensors import digest
 from tezo_ds.files.text import writing
@@ -79,6 +81,8 @@ class _Training:
         self._folder, self._display, self._scored = folder, display, scores
         self._engine = engine = session.engine
         self._evaluator = session.evaluator()
+        # Without a token to pad with, unlike the session's. Here, as rank 0 alone writes the adapter.
+        self._tokenizer = load_tokenizer(session.settings.model, pad=False)
         self._logged = self._state
         self._summary: dict[str, Any] = {
             "status": "running", "model": session.settings.model, "task": session.task.spec.name,
@@ -207,10 +211,9 @@ class _Training:
         self._summary["status"] = "finished"
 
     def _save_model(self, path: Path) -> None:
-        tokenizer = load_tokenizer(self._session.settings.model, pad=False)
         card = model_card(path.parent, self._engine.step_index, adapter=False)
         with self._display.evaluation(f"writing {path}") as progress:
-            save_merged(self._engine, path, tokenizer, progress=progress, card=card)
+            save_merged(self._engine, path, self._tokenizer, progress=progress, card=card)
 
     def _evaluate(self, when: str | None) -> None:
         evaluator, step = self._evaluator, self._engine.step_index
@@ -233,7 +236,11 @@ class _Training:
         with deaf():
             try:
                 _write_results(
-                    self._engine, self._session.settings.model, self._folder, self._summary
+                    self._engine,
+                    self._session.settings.model,
+                    self._tokenizer,
+                    self._folder,
+                    self._summary,
                 )
             except StorageError as error:
                 if self._summary["status"] in ("finished", "stopped"):
@@ -249,13 +256,19 @@ def _scores(when: str, line: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _write_results(engine: Engine, model: str, folder: RunFolder, summary: dict[str, Any]) -> None:
+def _write_results(
+    engine: Engine, model: str, tokenizer: PreTrainedTokenizerBase, folder: RunFolder,
+    summary: dict[str, Any],
+) -> None:  # fmt: skip
     folder.close()
     if engine.config.facts.learns_coefficients:
         save_coefficients(engine.coefficients(), folder.path / COEFFICIENTS, engine.config.identity)
         try:
-            card = model_card(folder.path, engine.step_index, adapter=True)
-            save_adapter(engine, folder.path / ADAPTER, model, card)
+            warning = not_to_merge(engine)
+            card = model_card(folder.path, engine.step_index, adapter=True, warning=warning)
+            save_adapter(engine, folder.path / ADAPTER, model, card, tokenizer)
+            if warning:
+                summary["adapter_warning"] = warning
         except ConfigError as error:  # trained something that LoRA has no place for
             summary["adapter"] = str(error)
     if engine.step_index:
