@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from tezo_ds.run.folder import read_metrics
@@ -9,13 +10,15 @@ from tezo_ds.run.folder import read_metrics
 
 def draw_curve(metrics: Path, picture: Path) -> None:
     """Draws training loss by step, its running median, and test accuracy where there is any, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    # What a notebook left there may not be installed here, and matplotlib would not be imported.
+    os.environ.pop("MPLBACKEND", None)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     steps, scores = read_metrics(metrics)
-    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
     finite = [line for line in steps if line["loss"] is not None]
     x, loss = [line["step"] + 1 for line in finite], [line["loss"] for line in finite]
     axis.plot(x, loss, color="tab:blue", alpha=0.3, linewidth=1, label="training loss")
@@ -35,7 +38,6 @@ def draw_curve(metrics: Path, picture: Path) -> None:
         right.set_ylim(0, 100)
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(picture, dpi=120)
-    pyplot.close(figure)
 
 
 def _running_median(values: list[float], width: int = 15) -> list[float]:

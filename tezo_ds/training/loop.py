@@ -12,11 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from tezo_ds.engine.engine import Engine
 from tezo_ds.engine.report import StepReport
-from tezo_ds.errors import ConfigError, StorageError
+from tezo_ds.errors import StorageError
 from tezo_ds.export.adapter import not_to_merge, save_adapter, save_coefficients
 from tezo_ds.export.merged import save_merged
 from tezo_ds.files.tensors import digest
-from tezo_ds.files.text import writing
 from tezo_ds.models.loading import load_tokenizer
 from tezo_ds.run.card import model_card
 from tezo_ds.run.curve import draw_curve
@@ -236,12 +235,9 @@ class _Training:
         with deaf():
             try:
                 _write_results(
-                    self._engine,
-                    self._session.settings.model,
-                    self._tokenizer,
-                    self._folder,
-                    self._summary,
-                )
+                    self._engine, self._session.settings.model, self._tokenizer, self._folder,
+                    self._summary, self._display,
+                )  # fmt: skip
             except StorageError as error:
                 if self._summary["status"] in ("finished", "stopped"):
                     raise
@@ -258,8 +254,9 @@ def _scores(when: str, line: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_results(
     engine: Engine, model: str, tokenizer: PreTrainedTokenizerBase, folder: RunFolder,
-    summary: dict[str, Any],
+    summary: dict[str, Any], display: Display,
 ) -> None:  # fmt: skip
+    """Writes the results; what only shows them or repeats them may fail, and the rest is still written."""
     folder.close()
     if engine.config.facts.learns_coefficients:
         save_coefficients(engine.coefficients(), folder.path / COEFFICIENTS, engine.config.identity)
@@ -269,9 +266,13 @@ def _write_results(
             save_adapter(engine, folder.path / ADAPTER, model, card, tokenizer)
             if warning:
                 summary["adapter_warning"] = warning
-        except ConfigError as error:  # trained something that LoRA has no place for
-            summary["adapter"] = str(error)
+        except StorageError:
+            raise
+        except Exception as error:  # trained something that LoRA has no place for, or a library's
+            summary["adapter"] = str(error) or type(error).__name__
     if engine.step_index:
-        with writing(folder.path / CURVE):
+        try:
             draw_curve(folder.path / METRICS, folder.path / CURVE)
+        except Exception as error:  # of matplotlib, whose settings are the user's
+            display.note(f"no {CURVE}: {type(error).__name__}: {error}".split("\n")[0])
     folder.write_json(SUMMARY, summary)  # last, as a run that has it may count as finished
