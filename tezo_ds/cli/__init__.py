@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -51,6 +52,7 @@ app.command(help=plan.PLAN_HELP)(plan.plan)
 def main() -> None:
     """Runs the command line: errors of the user's in one line, exit code 2; signals 130."""
     ask_mkl()
+    _take_any_text()
     from tezo_ds.training.interrupts import Interrupted
 
     joins = bool(os.environ.get("RANK")) and not _in_world()  # a launcher's world
@@ -77,6 +79,13 @@ def main() -> None:
         if joins and not ended.code and _in_world():
             sys.modules["torch.distributed"].destroy_process_group()
         raise
+
+
+def _take_any_text() -> None:
+    """Lets stdout and stderr replace what their encoding lacks, such as κ in latin-1, in place of raising."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
 
 
 def _in_world() -> bool:
