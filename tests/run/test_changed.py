@@ -75,3 +75,39 @@ def test_results_over_other_weights_are_refused(
         assert OTHER in capfd.readouterr().err
     assert not (tmp_path / "merged").exists()
     assert call("evaluate", "--run", run, "--model", linked.model) == 0, "asked for by name"
+
+
+def test_other_test_examples_are_refused(given: Given, tmp_path: Path, capfd: Captured) -> None:
+    tests, run = tmp_path / "tests.jsonl", tmp_path / "run"
+    tests.write_text(given.data.read_text().replace("film", "play"))
+    options = {"test_data": tests}
+    assert call(*given.train(run, steps=2, **options)) == 0
+    assert call(*given.train(run, steps=3, **options)) == 0
+    assert "3, of them 1 now, in" in capfd.readouterr().out
+    tests.write_text(tests.read_text().replace("play 1 ", "song 1 "))
+    assert call(*given.train(run, steps=4, **options)) == 2
+    assert f"the test examples in {tests} {OTHER}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["config.json", "model", "summary.json"])
+def test_a_run_does_not_replace_what_is_no_runs(
+    name: str, given: Given, tmp_path: Path, capfd: Captured
+) -> None:
+    """Hazard: a model's own folder as --output."""
+    folder = tmp_path / "mine"
+    (folder / "model").mkdir(parents=True) if name == "model" else folder.mkdir()
+    file = folder / name / "weights" if name == "model" else folder / name
+    file.write_text("{}")
+    assert call(*given.train(folder, steps=1)) == 2
+    assert f"{folder / name} is no run's" in capfd.readouterr().err
+    assert file.read_text() == "{}"
+
+
+def test_other_files_beside_a_run_are_said_to_stay(
+    given: Given, tmp_path: Path, capfd: Captured
+) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    assert call(*given.train(tmp_path, steps=1)) == 0
+    assert "holds 1 other files or folders, e.g. notes.txt; they stay" in capfd.readouterr().out
+    assert (tmp_path / "notes.txt").read_text() == "mine"

@@ -21,10 +21,12 @@ from tezo_ds.files.text import read_json
 from tezo_ds.run.about import describe_run, read_about
 from tezo_ds.run.changed import refuse_changed
 from tezo_ds.run.folder import JOURNAL, METRICS, SNAPSHOTS, SUMMARY, RunFolder, read_metrics
+from tezo_ds.run.foreign import refuse_foreign_files
 from tezo_ds.run.results import Display, refuse_foreign, replay
 from tezo_ds.run.snapshots import checked_shards, save_shards
 from tezo_ds.settings import Settings
 from tezo_ds.sharding.world import agreed
+from tezo_ds.tasks import Example
 from tezo_ds.tasks.encoding import Encoded
 
 # Settings that may change on resume, as config.FREE of the block.
@@ -122,7 +124,7 @@ def look(folder: RunFolder, resume: bool | None, about: Mapping[str, Any]) -> Be
     if contents is None or contents.header is None:
         if resume:
             raise ConfigError(f"--resume: {path} holds no run that has begun; leave --resume out")
-        return Begun(path)
+        return Begun(path, notices=tuple(refuse_foreign_files(path)))
     if resume is False:
         raise ConfigError(f"{path} holds a run already; choose another --output, or remove it")
     config = read_about(path)
@@ -186,6 +188,11 @@ def fingerprint(examples: Sequence[Encoded]) -> str:
         (e.input_ids, e.label_start, *(() if e.mask is None else (e.label_end, e.mask)))
         for e in examples
     )
+
+
+def fingerprint_of_tests(examples: Sequence[Example]) -> str:
+    """Returns a digest of the test examples, in their order."""
+    return _hash((example.prompt, example.answer) for example in examples)
 
 
 def _hash(things: Iterable[object]) -> str:

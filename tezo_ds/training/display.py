@@ -91,8 +91,8 @@ class Display:
         if truncated:
             self.note(f"{truncated} training prompts cut to {max_length} tokens; see --max-length")
 
-    def end(self, summary: dict[str, Any], folder: Path) -> None:
-        """Prints the result of a run, in one place."""
+    def end(self, summary: dict[str, Any], folder: Path, begun_at: int = 0) -> None:
+        """Prints the result of a run, in one place; `begun_at` steps were made by earlier processes."""
         table = Table(show_header=False, box=None, padding=(0, 2))
         before, after = summary.get("accuracy_before"), summary.get("accuracy_after")
         if before is not None and after is not None:
@@ -102,7 +102,11 @@ class Display:
         elif "test_loss_after" in summary:
             losses = f"{summary['test_loss_before']:.4f} → {summary['test_loss_after']:.4f}"
             table.add_row("test loss", losses)
-        table.add_row("steps", f"{summary['steps']} in {summary['seconds_training']:.0f} s")
+        steps, seconds = summary["steps"], f"{summary['seconds_training']:.0f} s"
+        if begun_at:
+            table.add_row("steps", f"{steps}, of them {steps - begun_at} now, in {seconds}")
+        else:
+            table.add_row("steps", f"{steps} in {seconds}")
         if "adapter" in summary:
             table.add_row("no adapter", summary["adapter"])
         if "merged_model" not in summary and not (folder / COEFFICIENTS).exists():
