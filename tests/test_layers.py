@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config", "models"),
     ("sharding",),
     ("files", "launched"),
+    ("sources",),
     ("rng", "errors", "repeatable", ""),
 )
 CORE = (

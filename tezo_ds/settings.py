@@ -20,6 +20,11 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str = declared(..., "model folder or hub name", group=DATA, example="./my-model")
+    trust_remote_code: bool = declared(
+        False,
+        "run the Python code that the model folder or hub name brings along; read it before",
+        group=DATA, example=True,
+    )  # fmt: skip
     task: str = declared(
         ...,
         "built-in task (trec, rotten-tomatoes, sst2, boolq, rte, cb), or a file of examples, which needs "

@@ -103,7 +103,7 @@ def export(
         _export_adapter(engine, adapter, finished.base_model, card, display)
     if merged is not None:
         card = model_card(run, steps, adapter=False)
-        export_merged(engine, merged, finished.base_model, dtype, card, display)
+        export_merged(engine, merged, settings, finished.base_model, dtype, card, display)
 
 
 def _export_adapter(
@@ -123,8 +123,9 @@ def _export_adapter(
 
 
 def export_merged(
-    engine: Engine, folder: Path, base_model: str, dtype: str | None, card: str, display: Display
-) -> None:
+    engine: Engine, folder: Path, settings: Settings, base_model: str, dtype: str | None, card: str,
+    display: Display,
+) -> None:  # fmt: skip
     """Writes a merged model and says so; all ranks call this."""
     import torch
 
@@ -132,7 +133,7 @@ def export_merged(
     from tezo_ds.models.loading import load_tokenizer
     from tezo_ds.training.interrupts import Interrupted, turned_into_exceptions
 
-    tokenizer = load_tokenizer(base_model, pad=False)
+    tokenizer = load_tokenizer(base_model, pad=False, trust=settings.trust_remote_code)
     written = None if dtype is None else getattr(torch, dtype)
     try:
         with turned_into_exceptions(), display.evaluation(f"writing {folder}") as progress:

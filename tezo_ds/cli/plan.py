@@ -67,6 +67,9 @@ def plan(
             help="dtype of the weights: auto (the config's), bfloat16, float16 or float32"
         ),
     ] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run the Python code of the model's folder")
+    ] = False,
     memory: Annotated[float | None, _hardware("memory of a GPU in GiB")] = None,
     flops: Annotated[float | None, _hardware("dense arithmetic of a GPU in TFLOP/s")] = None,
     hbm: Annotated[float | None, _hardware("bandwidth of a GPU's own memory in GB/s")] = None,
@@ -145,8 +148,9 @@ def _job(given: dict[str, Any]) -> Job:
         given["efficiency"], reserved=int(given["reserved"] * GIB),
     )  # fmt: skip
     batch = given["batch"] or 4 * given["world"]
+    module = skeleton(given["model"], given["dtype"], given["trust_remote_code"])
     return Job(
-        skeleton(given["model"], given["dtype"]), config, given["sharding"], cluster,
+        module, config, given["sharding"], cluster,
         -(-batch // given["world"]), given["length"], given["labels"],
     )  # fmt: skip
 

@@ -80,14 +80,14 @@ def replay(
         engine = session.open_engine(settings, config, None, ranks_of(run, config))
         refuse_changed_weights(run, settings.model)
     else:
-        model = load_skeleton(settings.model, settings.dtype)
+        model = load_skeleton(settings.model, settings.dtype, settings.trust_remote_code)
         engine = session.engine_for(settings, config, sharding_of(model), ranks_of(run, config))
     _replay(engine, steps, verify, run, display)
     if coefficients is not None:
         _save(engine, coefficients, display)
     if merged is not None:
         card = model_card(run, engine.step_index, adapter=False)
-        export_merged(engine, merged, settings.model, None, card, display)
+        export_merged(engine, merged, settings, settings.model, None, card, display)
 
 
 def _replay(

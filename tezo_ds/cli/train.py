@@ -37,10 +37,9 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
     # Imported late, as transformers and DeepSpeed take seconds that --help need not wait for.
     from tezo_ds.cli import accelerate
     from tezo_ds.export.adapter import no_adapter_because
-    from tezo_ds.intake.unused_fields import unused_fields
+    from tezo_ds.intake.notices import notices
     from tezo_ds.intake.weights import agreed_fingerprint
     from tezo_ds.run import changed, resuming
-    from tezo_ds.intake.notices import notices
     from tezo_ds.run.about import describe
     from tezo_ds.tasks import encode, truncations
     from tezo_ds.training import loop, session

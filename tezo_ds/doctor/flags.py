@@ -74,7 +74,8 @@ class RunFlags:
 
     def skeleton(self) -> nn.Module:
         """Returns the model without weights; see `loading.load_skeleton`."""
-        return load_skeleton(self.settings.model, self.dtype)
+        s = self.settings
+        return load_skeleton(s.model, self.dtype, s.trust_remote_code)
 
     def seen(self, skeleton: nn.Module | Failed | None) -> Model | None:
         """Returns what this rank sees of the model.

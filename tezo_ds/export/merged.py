@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -15,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError, ShardingError
@@ -147,12 +149,22 @@ def _write_configs(
     config.dtype = dtype or module.dtype
     config.architectures = [type(module).__name__.removeprefix("FSDP")]
     config.save_pretrained(folder)
+    _copy_code(module, folder)
     if module.can_generate() and module.generation_config is not None:
         # Its save_pretrained would refuse what many published models have, e.g. a temperature
         # without sampling.
         module.generation_config.to_json_file(folder / "generation_config.json")
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder)
+
+
+def _copy_code(module: PreTrainedModel, folder: Path) -> None:
+    """Copies the Python code that a model brought along, without which nothing loads what is written."""
+    for kind in type(module).__mro__:
+        if kind.__module__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}."):
+            code = str(sys.modules[kind.__module__].__file__)
+            for file in (code, *get_relative_import_files(code)):
+                shutil.copy(file, folder)
 
 
 def _write_weights(

@@ -49,7 +49,12 @@ class FsdpPlan:
 
 
 def load_sharded(
-    loader: Any, name: str, dtype: torch.dtype | str, device: torch.device, plan: FsdpPlan
+    loader: Any,
+    name: str,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    plan: FsdpPlan,
+    trust: bool = False,
 ) -> nn.Module:
     """Loads a model under `fully_shard`; no rank ever holds more of the model than its shards.
 
@@ -59,6 +64,7 @@ def load_sharded(
         dtype: dtype of the shards; "auto": the checkpoint's.
         device: where forwards run.
         plan: how the model is sharded.
+        trust: whether to run Python code that comes with the model.
 
     Raises:
         ConfigError: `plan` does not fit the world or the model, or the installed transformers is too
@@ -78,7 +84,7 @@ def load_sharded(
             model, report = loader.from_pretrained(
                 name, dtype=dtype, device_map={"": "cpu" if plan.offload else device},
                 use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
-                distributed_config=DistributedConfig(),
+                distributed_config=DistributedConfig(), trust_remote_code=trust,
             )  # fmt: skip
     except OSError as error:
         if "file named" not in str(error):

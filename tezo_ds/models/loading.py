@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 import transformers
 from torch import nn
 
-from tezo_ds.errors import ConfigError, TezoError
+from tezo_ds.errors import ConfigError
 from tezo_ds.models.checkpoint import misfit_of, note_left_over, without_tables
 from tezo_ds.sharding.world import local_device
+from tezo_ds.sources import explained
 
 if TYPE_CHECKING:  # what only some ways of sharding need is imported where it is used
     from tezo_ds.models.fsdp import FsdpPlan
@@ -24,18 +20,21 @@ if TYPE_CHECKING:  # what only some ways of sharding need is imported where it i
 _zero_configs: list[Any] = []  # transformers partitions while it loads only as long as one is alive
 
 
-def load_tokenizer(name: str, pad: bool = True) -> transformers.PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str, pad: bool = True, trust: bool = False
+) -> transformers.PreTrainedTokenizerBase:
     """Loads the tokenizer of a model folder or hub name.
 
     Args:
         name: folder or hub name.
         pad: whether to give the tokenizer a pad token where it has none.
+        trust: whether to run Python code that comes with it.
 
     Raises:
         ConfigError: no such tokenizer.
     """
-    with _damage_explained("tokenizer", name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    with explained("tokenizer", name):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
     if pad and tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked out, so any token would do
     return tokenizer
@@ -46,6 +45,7 @@ def load_model(
     dtype: str = "auto",
     deepspeed_config: dict[str, Any] | None = None,
     fsdp: FsdpPlan | None = None,
+    trust: bool = False,
 ) -> nn.Module:
     """Loads a causal or masked language model, by `from_pretrained`.
 
@@ -56,6 +56,7 @@ def load_model(
         deepspeed_config: with zero_optimization, each rank keeps its partition only: the model is
             partitioned while it is built and filled.
         fsdp: each rank reads and keeps its shards only; not with a `deepspeed_config`.
+        trust: whether to run Python code that comes with the model.
 
     Raises:
         ConfigError: no such model; the DeepSpeed config contradicts `dtype`, or has buffers that are
@@ -71,75 +72,62 @@ def load_model(
         dtype = deepspeed_dtype(prepared, dtype)
         _zero_configs[:] = [HfDeepSpeedConfig(prepared)]
         with buffers_explained():
-            return _from_pretrained(name, dtype)
+            return _from_pretrained(name, dtype, None, trust)
     _zero_configs.clear()
-    model = _from_pretrained(name, dtype, fsdp)
+    model = _from_pretrained(name, dtype, fsdp, trust)
     return model.to(local_device()) if fsdp is None else model
 
 
-def load_skeleton(name: str, dtype: str) -> nn.Module:
+def load_skeleton(name: str, dtype: str, trust: bool = False) -> nn.Module:
     """Makes a model without weights: names, shapes and a dtype ("auto": its config's), on the meta device.
 
     Raises:
         ConfigError: no such model.
     """
-    with _damage_explained("model", name), torch.device("meta"):
-        config, loader = _kind(name)
+    with explained("model", name), torch.device("meta"):
+        config, loader = _kind(name, trust)
         chosen = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
-        model: nn.Module = loader.from_config(config, **chosen)
+        model: nn.Module = loader.from_config(config, trust_remote_code=trust, **chosen)
     return model
 
 
-def _kind(name: str) -> tuple[Any, Any]:
+def _kind(name: str, trust: bool) -> tuple[Any, Any]:
     """Returns a model's config, and the class of transformers that loads the model."""
-    config = transformers.AutoConfig.from_pretrained(name)
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust)
     masked = any(a.endswith("ForMaskedLM") for a in config.architectures or [])
     return config, (
         transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
     )
 
 
-def _from_pretrained(name: str, dtype: str, fsdp: FsdpPlan | None = None) -> nn.Module:
-    with _damage_explained("model", name):
-        config, loader = _kind(name)
+def _from_pretrained(name: str, dtype: str, fsdp: FsdpPlan | None, trust: bool) -> nn.Module:
+    with explained("model", name):
+        config, loader = _kind(name, trust)
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
         if fsdp is None:
-            return _load_whole(loader, name, wanted)
+            return _load_whole(loader, name, wanted, trust)
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError("its weights are quantised, which --fsdp does not shard")
         from tezo_ds.models.fsdp import load_sharded
 
-        return load_sharded(loader, name, wanted, local_device(), fsdp)
+        return load_sharded(loader, name, wanted, local_device(), fsdp, trust)
 
 
-def _load_whole(loader: Any, name: str, dtype: torch.dtype | str) -> nn.Module:
+def _load_whole(loader: Any, name: str, dtype: torch.dtype | str, trust: bool) -> nn.Module:
     """Loads a model unsharded; raises ValueError where transformers would make up missing weights."""
     with without_tables():
         model, report = loader.from_pretrained(
-            name, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+            name,
+            dtype=dtype,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=trust,
         )
     if misfit := misfit_of(report):
         raise ValueError(misfit)
     note_left_over(report)
     loaded: nn.Module = model
     return loaded
-
-
-@contextmanager
-def _damage_explained(what: str, name: str) -> Iterator[None]:
-    """Context manager: an error over a folder's files inside becomes a ConfigError that names the folder. A
-    ValueError's or OSError's words are for users; transformers, tokenizers and safetensors raise much else
-    over damaged files, with no common base."""
-    try:
-        yield
-    except (TezoError, AssertionError, dist.DistError, torch.OutOfMemoryError):
-        raise  # not about the files
-    except (OSError, ValueError) as error:
-        raise ConfigError(_not_loaded(what, name, str(error).split("\n")[0])) from None
-    except Exception as error:
-        cause = error.__cause__ or error
-        reason = textwrap.shorten(f"{type(cause).__name__}: {cause}", 300, placeholder=" …")
-        raise ConfigError(_not_loaded(what, name, f"its files are damaged ({reason})")) from error
 
 
 def deepspeed_dtype(config: dict[str, Any], asked: str) -> str:
@@ -160,8 +148,3 @@ def deepspeed_dtype(config: dict[str, Any], asked: str) -> str:
             'change its "bf16" or "fp16" block, or leave --dtype out'
         )
     return dtype
-
-
-def _not_loaded(what: str, name: str, reason: str) -> str:
-    hint = "" if os.path.isdir(name) else "; give a folder made by save_pretrained, or a hub name"
-    return f"cannot load a {what} from {name!r}: {reason}{hint}"

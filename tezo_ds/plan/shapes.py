@@ -67,12 +67,13 @@ BUILT_IN: dict[str, Callable[[], Any]] = {
 }
 
 
-def skeleton(model: str, dtype: str) -> nn.Module:
+def skeleton(model: str, dtype: str, trust: bool = False) -> nn.Module:
     """Builds a model on the meta device: names, shapes and dtype, no values.
 
     Args:
         model: a name of BUILT_IN; a folder with a config.json, or that file.
         dtype: dtype of the weights; "auto": the config's, bfloat16 of built-in shapes.
+        trust: whether to run Python code that comes with the model.
 
     Raises:
         ConfigError: `model` is none of these.
@@ -88,7 +89,7 @@ def skeleton(model: str, dtype: str) -> nn.Module:
         raise ConfigError(
             f"--model {model}: no such folder or config.json, and none of {', '.join(BUILT_IN)}"
         )
-    return load_skeleton(str(folder), dtype)
+    return load_skeleton(str(folder), dtype, trust)
 
 
 @dataclass(frozen=True)

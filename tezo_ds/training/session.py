@@ -97,7 +97,7 @@ def open_session(
         test_examples=s.test_examples, seed=s.data_seed,
     )  # fmt: skip
     refuse_adapter(s.model)
-    tokenizer = load_tokenizer(s.model)
+    tokenizer = load_tokenizer(s.model, trust=s.trust_remote_code)
     check_words(tokenizer, task)
     if batch_size and config.query_schedule != "constant" and config.steps_per_epoch is None:
         steps = math.ceil(len(task.train) / batch_size)
@@ -131,7 +131,7 @@ def open_engine(
         compute_dtype = None if s.compute_dtype is None else getattr(torch, s.compute_dtype)
         plan = FsdpPlan(s.fsdp_replicas, compute_dtype, s.fsdp_offload_params, s.fsdp_layers)
     refuse_adapter(s.model)
-    model = load_model(s.model, s.dtype, deepspeed_config, plan)
+    model = load_model(s.model, s.dtype, deepspeed_config, plan, s.trust_remote_code)
     sharding = sharding_of(model, deepspeed_config)
     sharding.filled_apart |= s.fsdp  # copies on different nodes come from different files
     return engine_for(s, config, sharding, ranks)
