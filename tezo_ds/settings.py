@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from tezo_ds.config.declared import declared
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Stored = Literal[Dtype, "float64"]  # dtypes that a checkpoint may have
 DATA, SHARDING = "Model and data", "Sharding and precision"
 TIMEOUT = 1800.0  # seconds that collectives wait for the slowest rank
 
@@ -84,10 +85,10 @@ class Settings(BaseModel):
     eval_batch_size: int = declared(
         32, "examples of a rank in one forward of an evaluation", group=DATA, example=8, ge=1
     )
-    dtype: Literal["auto", Dtype] = declared(
+    dtype: Literal["auto", Stored] = declared(
         "auto",
-        "dtype of the weights: auto (the checkpoint's), float32, bfloat16 or float16; a DeepSpeed config's "
-        "bf16 and fp16 blocks win",
+        "dtype of the weights: auto (the checkpoint's), float32, bfloat16, float16 or float64; a "
+        "DeepSpeed config's bf16 and fp16 blocks win",
         group=SHARDING, example="bfloat16",
     )  # fmt: skip
     compute_dtype: Dtype | None = declared(
@@ -96,7 +97,7 @@ class Settings(BaseModel):
         "their own",
         group=SHARDING, used_by="--fsdp", example="bfloat16",
     )  # fmt: skip
-    factors_dtype: Dtype | None = declared(
+    factors_dtype: Stored | None = declared(
         None,
         "dtype to which the run rounded U and V; unset: compute_dtype",
         group=SHARDING,

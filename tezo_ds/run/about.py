@@ -15,7 +15,7 @@ from tezo_ds.errors import ConfigError
 from tezo_ds.files.text import read_json
 from tezo_ds.launched import env_world_size
 from tezo_ds.run.folder import CONFIG
-from tezo_ds.settings import Dtype, Settings
+from tezo_ds.settings import Settings, Stored
 
 
 class _About(BaseModel):
@@ -25,8 +25,8 @@ class _About(BaseModel):
 
     tezo: dict[str, Any]
     settings: Settings
-    weights_dtype: Dtype
-    factors_dtype: Dtype | None = None
+    weights_dtype: Stored
+    factors_dtype: Stored | None = None
     batch_size: int
     deepspeed: dict[str, Any] | None = None
     ranks: dict[str, Annotated[int, Field(ge=1)]] | None = None
