@@ -41,7 +41,9 @@ def partitioned(tied: bool = True, **zero: object) -> deepspeed.DeepSpeedEngine:
 
 
 def trainer(model: nn.Module, **fields: object) -> tezo_ds.Engine:
-    return tezo_ds.initialize(model, {**FIELDS, **fields})
+    engine = tezo_ds.initialize(model, {**FIELDS, **fields})
+    engine.objective.first = None  # the forward that compares losses, once a run, is no step's
+    return engine
 
 
 def padded(parameters: Iterable[nn.Parameter], ranks: int) -> int:

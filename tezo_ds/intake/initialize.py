@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tezo_ds.config import TezoConfig, resolve
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError
 from tezo_ds.intake.notices import notices
+from tezo_ds.intake.own_loss import check_own_loss
 from tezo_ds.intake.patterns import check_patterns
 from tezo_ds.losses.objective import LossFn
 from tezo_ds.sharding import sharding_of
@@ -67,6 +69,8 @@ def initialize(
     engine = Engine(sharding, resolved, loss_fn)
     if engine.probe.writes or resolved.refresh_every:
         refuse_absent(absent, f"method {resolved.method} and probe {engine.probe.name}")
+    if loss_fn is None:
+        engine.objective.first = functools.partial(check_own_loss, engine.objective)
     engine.sharding.module.eval()
     for line in notices(engine) if sharding.place == 0 else []:
         log.warning("config: %s", line)

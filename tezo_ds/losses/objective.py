@@ -22,7 +22,7 @@ LossFn = Callable[[Any, Mapping[str, Any]], tuple[Tensor, Tensor]]
 
 def targets(module: nn.Module, labels: Tensor) -> Tensor:
     """Returns labels moved to the positions that predict them, IGNORE where there is none: (B, T)."""
-    if is_masked_lm(module):
+    if is_masked_lm(module) or getattr(module, "loss_type", None) == "ForTokenClassification":
         return labels
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
@@ -50,16 +50,17 @@ class Objective:
     Args:
         sharding: the model.
         loss_fn: (outputs, batch) -> (loss_sum, count), each (examples,). None: cross-entropy on
-            batch["labels"], next-token for causal models, in place for masked ones.
+            batch["labels"], next-token for causal models, in place for masked ones and token classes.
     """
 
     def __init__(self, sharding: Sharding, loss_fn: LossFn | None) -> None:
-        self._sharding = sharding
+        self.sharding = sharding
         self._loss_fn = loss_fn
         self._parameters = inspect.signature(sharding.module.forward).parameters
         self._head = Head(sharding) if loss_fn is None else None
         self.choices: Tensor | None = None
         self.micro_batch = 0
+        self.first: Callable[[Mapping[str, Any]], None] | None = None
 
     def check(self, batch: Any) -> None:
         """Raises DataError unless `batch` holds tensors by names that the model's forward takes."""
@@ -74,12 +75,15 @@ class Objective:
                 wrong = f"{key} is a {type(by_name[key]).__name__}"
         if wrong:
             raise DataError(f"batch: {wrong}; pass a dict of tensors, the first dim its examples")
+        if self.first is not None:
+            self.first(batch)
+            self.first = None
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the part of a batch that the model's forward takes, on its device, without labels."""
         takes_any = all(p.kind.name.startswith("VAR_") for p in self._parameters.values())
         chosen = {
-            key: value.to(self._sharding.device) if isinstance(value, Tensor) else value
+            key: value.to(self.sharding.device) if isinstance(value, Tensor) else value
             for key, value in batch.items()
             if key != "labels" and (takes_any or key in self._parameters)
         }
@@ -87,23 +91,17 @@ class Objective:
             chosen["use_cache"] = False  # keys and values of a forward that is never continued
         return chosen
 
-    @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any], branches: int) -> Tensor:
-        """Returns loss sums and counts, float64 (2, branches) on the model's device; over several forwards
-        where the batch has more examples than `micro_batch`, as many on every rank.
-
-        Args:
-            batch: this rank's batch; the first dim is the examples.
-            branches: copies of the batch in a forward.
-
-        Raises:
-            DataError: no "labels" and no loss_fn.
-        """
+        """Returns loss sums and counts of `branches` copies of this rank's batch, whose first dim is the
+        examples: float64 (2, branches) on the model's device. Over several forwards where there are more
+        examples than `micro_batch`, as many on every rank. Raises DataError: no "labels" and no loss_fn."""
         if not self.micro_batch:
             return self._sums(batch, branches)
-        parts = list(_micro_batches(batch, self.micro_batch))
-        most = self._sharding.maxima([len(parts)])[0]
-        parts += [_without_labels(parts[-1]) for _ in range(most - len(parts))]
+        parts = list(micro_batches(batch, self.micro_batch))
+        most = self.sharding.maxima([len(parts)])[0]
+        if len(parts) < most:  # as this rank has fewer examples: of these no label counts
+            idle = {**parts[-1], "labels": torch.full_like(parts[-1]["labels"], IGNORE)}
+            parts += [idle] * (most - len(parts))
         return torch.stack([self._sums(part, branches) for part in parts]).sum(dim=0)
 
     def _sums(self, batch: Mapping[str, Any], branches: int) -> Tensor:
@@ -112,9 +110,9 @@ class Objective:
             return self._token_losses(self._head, batch, branches)
         assert self._loss_fn is not None
         repeated = repeat(batch, branches)
-        device = self._sharding.device
+        device = self.sharding.device
         repeated = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in repeated.items()}
-        outputs = self._sharding.forward(**self.inputs(repeated))
+        outputs = self.sharding.forward(**self.inputs(repeated))
         returned = self._loss_fn(outputs, repeated)
         try:
             both = torch.stack([torch.as_tensor(t).double() for t in returned])
@@ -141,9 +139,9 @@ class Objective:
         choices where there are any: (k,)."""
         if "labels" not in batch:
             raise DataError('batch has no "labels"; add them (-100 where none), or pass a loss_fn')
-        wanted = targets(self._sharding.module, batch["labels"]).reshape(-1)  # (B * T,)
+        wanted = targets(self.sharding.module, batch["labels"]).reshape(-1)  # (B * T,)
         positions = (wanted != IGNORE).nonzero()[:, 0]
-        tokens = wanted[positions].to(self._sharding.device)
+        tokens = wanted[positions].to(self.sharding.device)
         if self.choices is None:
             return positions, tokens
         self.choices = self.choices.to(tokens.device)
@@ -160,20 +158,15 @@ class Objective:
     def score(
         self, batch: Mapping[str, Any], candidates: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores each labelled position by a plain forward, in the order of the flat batch.
+        """Scores each position with a label by a plain forward, in the order of the flat batch.
 
-        Args:
-            batch: a batch with "labels".
-            candidates: int64 (words,), token ids to compare.
-
-        Returns:
-            On the CPU: the example that each position belongs to, int64 (k,); the cross-entropy
-            of its label, float32 (k,); the candidates' logits, float32 (k, words).
+        Returns, on the CPU, the example that each position belongs to, int64 (k,); the cross-entropy of its
+        label, float32 (k,); the logits of the `candidates`, token ids (words,): float32 (k, words).
         """
         assert self._head is not None, "scores need the default loss"
         positions, tokens = self._labelled(batch)
         ids = torch.empty(0, dtype=torch.int64) if candidates is None else candidates
-        ids = ids.to(self._sharding.device)
+        ids = ids.to(self.sharding.device)
 
         def both(logits: Tensor, part: slice) -> Tensor:
             loss = self._cross_entropy(logits[0], tokens[part])
@@ -184,7 +177,7 @@ class Objective:
         return rows, result[:, 0], result[:, 1:]
 
 
-def _micro_batches(batch: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
+def micro_batches(batch: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
     """Yields parts of a batch, cut along the first dim of its longest tensors."""
     count = max(len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim())
     for start in range(0, count, size):
@@ -196,17 +189,8 @@ def _micro_batches(batch: Mapping[str, Any], size: int) -> Iterator[dict[str, An
         }
 
 
-def _without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a batch of which no label counts: for a rank that has fewer examples than others."""
-    return {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
-
-
 def _index_in(choices: Tensor, tokens: Tensor) -> Tensor:
-    """Returns the place of each token among the choices: (k,).
-
-    Raises:
-        DataError: a token is none of the choices.
-    """
+    """Returns the place of each token among the choices: (k,); raises DataError if it is none of them."""
     same = tokens[:, None] == choices
     if not bool(same.any(dim=1).all()):
         stranger = tokens[~same.any(dim=1)][0].item()

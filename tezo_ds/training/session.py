@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError
 from tezo_ds.intake.adapters import refuse_adapter
 from tezo_ds.intake.causality import refuse_seen_answers
+from tezo_ds.intake.own_loss import check_own_loss
 from tezo_ds.intake.patterns import check_patterns
 from tezo_ds.intake.positions import fitting_length
 from tezo_ds.intake.tokens import check_ids, embedding_rows, padding_id
@@ -143,7 +145,9 @@ def engine_for(
     """Returns an engine of a model that is loaded already; see `open_session`."""
     check_patterns(sharding, config)
     name = settings.factors_dtype
-    return Engine(sharding, config, None, None if name is None else getattr(torch, name), ranks)
+    engine = Engine(sharding, config, None, None if name is None else getattr(torch, name), ranks)
+    engine.objective.first = functools.partial(check_own_loss, engine.objective)
+    return engine
 
 
 @dataclass
