@@ -7,6 +7,7 @@ import os
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import huggingface_hub
 import torch
@@ -47,6 +48,8 @@ def explained(what: str, name: str) -> Iterator[None]:
         raise ConfigError(_not_loaded(what, name, reason)) from None
     except (OSError, ValueError) as error:
         reason = _own_code(str(error)) or str(error).split("\n")[0]
+        if what == "tokenizer" and "tiktoken" in reason and find_spec("sentencepiece") is None:
+            reason = "it needs SentencePiece, which is missing; pip install sentencepiece"
         if unreachable and isinstance(error, OSError):
             reason = f"{constants.ENDPOINT} does not answer, and it is not in the cache"
         raise ConfigError(_not_loaded(what, name, reason)) from None

@@ -94,6 +94,8 @@ def load_skeleton(name: str, dtype: str, trust: bool = False) -> nn.Module:
 def _kind(name: str, trust: bool) -> tuple[Any, Any]:
     """Returns a model's config, and the class of transformers that loads the model."""
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust)
+    if config.is_encoder_decoder:
+        raise ValueError("encoder-decoder models are not served; use a causal or a masked one")
     masked = any(a.endswith("ForMaskedLM") for a in config.architectures or [])
     return config, (
         transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM

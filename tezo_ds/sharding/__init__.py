@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from tezo_ds.errors import ConfigError
 from tezo_ds.sharding.base import Sharding
 from tezo_ds.sharding.replicated import Replicated
 from tezo_ds.sharding.view import ShardView
 
 __all__ = ["Replicated", "ShardView", "Sharding", "sharding_of"]
 
+_WRAPPERS = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"}  # of torch
 Takes = Callable[[nn.Module, Mapping[str, Any]], bool]
 
 
@@ -45,11 +47,16 @@ def sharding_of(model: nn.Module, deepspeed_config: dict[str, Any] | None = None
         deepspeed_config: a DeepSpeed config without our block.
 
     Raises:
-        ConfigError: a stage other than 3; a module already partitioned by `zero.Init` without a
-            DeepSpeed config. ShardingError: an engine with an optimizer; DTensors, or submodules
-            under `fully_shard`, in a model that is not.
+        ConfigError: a wrapper of torch, a stage other than 3, or a module already partitioned by
+            `zero.Init` without a DeepSpeed config. ShardingError: an engine with an optimizer;
+            DTensors, or submodules under `fully_shard`, in a model that is not.
     """
     config = deepspeed_config or {}
+    if found_in := _WRAPPERS & {type(module).__name__ for module in model.modules()}:
+        raise ConfigError(
+            f"the model is wrapped in {min(found_in)}; unwrap it (pass its .module), and shard it by "
+            "fully_shard (FSDP2) in place of FullyShardedDataParallel"
+        )
     module, _, function = next(made for takes, made in SHARDINGS if takes(model, config)).partition(
         ":"
     )
