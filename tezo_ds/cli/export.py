@@ -100,20 +100,20 @@ def export(
         if reason := no_adapter_because(engine):
             raise ConfigError(reason)
         card = model_card(run, steps, adapter=True, warning=not_to_merge(engine))
-        _export_adapter(engine, adapter, finished.base_model, card, display)
+        _export_adapter(engine, adapter, settings, finished.base_model, card, display)
     if merged is not None:
         card = model_card(run, steps, adapter=False)
         export_merged(engine, merged, settings, finished.base_model, dtype, card, display)
 
 
 def _export_adapter(
-    engine: Engine, folder: Path, base_model: str, card: str, display: Display
+    engine: Engine, folder: Path, settings: Settings, base_model: str, card: str, display: Display
 ) -> None:
     from tezo_ds.export.adapter import not_to_merge, save_adapter
     from tezo_ds.files.text import writing
     from tezo_ds.models.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(base_model, pad=False)
+    tokenizer = load_tokenizer(base_model, pad=False, trust=settings.trust_remote_code)
     if engine.sharding.rank == 0:
         with writing(folder):
             save_adapter(engine, folder, base_model, card, tokenizer)

@@ -81,7 +81,8 @@ class _Training:
         self._engine = engine = session.engine
         self._evaluator = session.evaluator()
         # Without a token to pad with, unlike the session's. Here, as rank 0 alone writes the adapter.
-        self._tokenizer = load_tokenizer(session.settings.model, pad=False)
+        asked = session.settings
+        self._tokenizer = load_tokenizer(asked.model, pad=False, trust=asked.trust_remote_code)
         self._logged = self._state
         self._summary: dict[str, Any] = {
             "status": "running", "model": session.settings.model, "task": session.task.spec.name,
