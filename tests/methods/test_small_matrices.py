@@ -88,6 +88,6 @@ def test_files_of_a_run_have_the_lower_ranks(
     assert {len(a) for a in run.coefficients.values()} == set(ranks.values())
     assert {name: len(a) for name, a in run.coefficients.items()} == ranks
     adapter = json.loads((run.path / "adapter" / "adapter_config.json").read_text())
-    assert adapter["r"] == 12 and set(adapter["rank_pattern"].values()) == {*ranks.values()} - {12}
+    assert adapter["r"] == 12 and not adapter["rank_pattern"], "padded to one rank"
     assert call(*given.train(run.path, rank=RANK, steps=3)) == 0  # goes on
     assert call("evaluate", "--run", run.path) == 0

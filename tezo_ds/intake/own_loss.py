@@ -13,6 +13,7 @@ from tezo_ds.errors import ConfigError
 from tezo_ds.losses.objective import IGNORE, Objective, micro_batches, targets
 
 
+@torch.no_grad()
 def check_own_loss(objective: Objective, batch: Mapping[str, Any]) -> None:
     """Raises ConfigError, on all ranks, if the default loss of a first batch is not the model's own."""
     if "labels" not in batch:

@@ -91,6 +91,7 @@ class Objective:
             chosen["use_cache"] = False  # keys and values of a forward that is never continued
         return chosen
 
+    @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any], branches: int) -> Tensor:
         """Returns loss sums and counts of `branches` copies of this rank's batch, whose first dim is the
         examples: float64 (2, branches) on the model's device. Over several forwards where there are more
