@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent / "tezo_ds"
 # From the top to the bottom; files beside the rooms go by their own names.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
-    ("cli",),
+    ("cli", "session"),
     ("training",),
     ("run", "doctor"),
     ("merged",),

@@ -60,7 +60,7 @@ class Objective:
         self._head = Head(sharding) if loss_fn is None else None
         self.choices: Tensor | None = None
         self.micro_batch = 0
-        self.first: Callable[[Mapping[str, Any]], None] | None = None
+        self.first: Callable[[Mapping[str, Any]], None] | None = None  # called once, with a batch
 
     def check(self, batch: Any) -> None:
         """Raises DataError unless `batch` holds tensors by names that the model's forward takes."""
