@@ -152,6 +152,11 @@ class RunOptions(BaseModel):
         500, "steps between snapshots to go on from; 0: none", example=1000, ge=0
     )
     snapshots: int = declared(2, "newest snapshots that are kept", example=3, ge=1)
+    stop_on_divergence: bool = declared(
+        False,
+        "end the run when the median loss of 20 steps is above twice that of its first 20; off: warn once",
+        example=True,
+    )
     save_model: bool | None = declared(
         None,
         "write the whole merged model into the run folder at the end; unset: for methods that write weights "

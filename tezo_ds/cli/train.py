@@ -90,5 +90,6 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         about[changed.TESTS] = resuming.fingerprint_of_tests(opened.task.test)
         resuming.go_on(settings, opened.engine, examples, folder, found, about, display)
         options = options.model_copy(update={"save_model": saves})
-        summary = loop.train(opened, options, examples, folder, display, found.scores)
+        losses = [line["loss"] for line in found.steps]
+        summary = loop.train(opened, options, examples, folder, display, found.scores, losses)
         display.end(summary, options.output, found.done)

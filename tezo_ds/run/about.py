@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,8 @@ from tezo_ds.launched import env_world_size
 from tezo_ds.run.folder import CONFIG
 from tezo_ds.settings import Settings, Stored
 
+_PLACES = ("model", "task", "data", "test_data")  # settings that may be paths
+
 
 class _About(BaseModel):
     """Fields of config.json that are read again; the rest is for people."""
@@ -30,12 +33,16 @@ class _About(BaseModel):
     batch_size: int
     deepspeed: dict[str, Any] | None = None
     ranks: dict[str, Annotated[int, Field(ge=1)]] | None = None
+    paths: dict[str, str] = {}  # absolute, of what was there when the run began
     versions: dict[str, str]
 
 
 def describe(settings: Settings, config: TezoConfig) -> dict[str, Any]:
     """Returns the part of config.json that is known before a model is loaded."""
-    return {BLOCK: config.model_dump(mode="json"), "settings": settings.model_dump(mode="json")}
+    places = {name: getattr(settings, name) for name in _PLACES}
+    paths = {k: str(Path(v).resolve()) for k, v in places.items() if v and os.path.exists(v)}
+    about = {BLOCK: config.model_dump(mode="json"), "settings": settings.model_dump(mode="json")}
+    return {**about, "paths": paths}
 
 
 def describe_run(settings: Settings, engine: Engine, extra: dict[str, Any]) -> dict[str, Any]:
@@ -60,7 +67,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def read_run(folder: Path) -> tuple[Settings, TezoConfig]:
-    """Reads settings and config of a run folder, with the dtypes that the run really had.
+    """Reads settings and config of a run folder, with the dtypes that the run really had, and with absolute
+    paths where what they name is still there.
 
     Raises:
         ConfigError: the folder is no run folder.
@@ -68,7 +76,8 @@ def read_run(folder: Path) -> tuple[Settings, TezoConfig]:
     content = read_about(folder)
     weights = content["weights_dtype"]
     dtypes = {"dtype": weights, "factors_dtype": content.get("factors_dtype", weights)}
-    return Settings(**{**content["settings"], **dtypes}), TezoConfig(**content[BLOCK])
+    there = {name: path for name, path in content["paths"].items() if os.path.exists(path)}
+    return Settings(**{**content["settings"], **there, **dtypes}), TezoConfig(**content[BLOCK])
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -87,7 +96,7 @@ def read_about(folder: Path) -> dict[str, Any]:
         fields = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
         raise ConfigError(f"{path}: missing or malformed: {fields}") from None
     config = build(content[BLOCK], f'{path}: "{BLOCK}" block')
-    return {**content, **describe(settings, config)}
+    return {**content, **describe(settings, config), "paths": content.get("paths", {})}
 
 
 def sharded_as(

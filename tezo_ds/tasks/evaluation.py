@@ -35,6 +35,10 @@ class Score:
     examples: int
 
 
+class Stopped(Exception):
+    """End of an evaluation that was asked to stop, on all ranks alike."""
+
+
 class Evaluator:
     """Scorer of one fixed set of examples, split over the ranks.
 
@@ -88,10 +92,23 @@ class Evaluator:
         # For a rank that has run out: any sequence will do, as none of its labels count.
         self._filler = encode(tokenizer, examples[:1], max_length, mask)[0]
 
-    def __call__(self, progress: Callable[[float], None] | None = None) -> Score:
-        """Scores all batches; every rank must call this. `progress` is given the fraction done."""
+    def __call__(
+        self,
+        progress: Callable[[float], None] | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Score:
+        """Scores all batches; every rank must call this.
+
+        Args:
+            progress: given the fraction done.
+            stop: asked on every rank after each batch.
+
+        Raises:
+            Stopped: `stop` said so on some rank; raised on all.
+        """
         totals = torch.zeros(3, dtype=torch.float64)  # correct, loss sum, label tokens
         per_batch = self._batch_size * self._choices
+        sharding = self._engine.sharding
         with self._engine.applied():
             for index in range(self._rounds):
                 part = slice(index * per_batch, (index + 1) * per_batch)
@@ -99,7 +116,8 @@ class Evaluator:
                 totals += self._batch(self.encoded[part], truth)
                 if progress is not None:
                     progress((index + 1) / self._rounds)
-        sharding = self._engine.sharding
+                if sharding.maxima([stop()])[0]:
+                    raise Stopped
         correct, loss_sum, tokens = sharding.all_reduce(totals.to(sharding.device)).tolist()
         accuracy = correct / self.examples if self.labels else None
         return Score(accuracy, loss_sum / max(tokens, 1), self.examples)

@@ -33,8 +33,9 @@ from tezo_ds.run.resuming import snapshot
 from tezo_ds.settings import RunOptions
 from tezo_ds.tasks.batches import batch_indices
 from tezo_ds.tasks.encoding import Encoded, collate
-from tezo_ds.tasks.evaluation import Score
+from tezo_ds.tasks.evaluation import Stopped
 from tezo_ds.training.display import Display
+from tezo_ds.training.divergence import Divergence
 from tezo_ds.training.interrupts import Interrupted, deaf, turned_into_exceptions
 from tezo_ds.training.liveness import Liveness
 from tezo_ds.training.session import Session
@@ -49,6 +50,7 @@ def train(
     folder: RunFolder | None,
     display: Display,
     scores: Mapping[int, Mapping[str, Any]] | None = None,
+    losses: Sequence[float | None] = (),
 ) -> dict[str, Any]:
     """Trains from the engine's next step on. Every rank calls this; `folder` is rank 0's, None elsewhere.
 
@@ -59,6 +61,7 @@ def train(
 
     Args:
         scores: lines of a resumed run's evaluations, by the steps before them.
+        losses: losses of a resumed run's steps.
 
     Returns:
         The summary, as in summary.json.
@@ -66,7 +69,8 @@ def train(
     Raises:
         TezoError: the engine's errors. Interrupted: a signal came.
     """
-    return _Training(session, options, examples, folder, display, scores or {}).run()
+    divergence = Divergence(losses, options.stop_on_divergence)
+    return _Training(session, options, examples, folder, display, scores or {}, divergence).run()
 
 
 class _Training:
@@ -74,11 +78,12 @@ class _Training:
 
     def __init__(
         self, session: Session, options: RunOptions, examples: Sequence[Encoded], folder: RunFolder | None,
-        display: Display, scores: Mapping[int, Mapping[str, Any]],
+        display: Display, scores: Mapping[int, Mapping[str, Any]], divergence: Divergence,
     ) -> None:  # fmt: skip
         self._session, self._options, self._examples = session, options, examples
         self._folder, self._display, self._scored = folder, display, scores
-        self._engine = engine = session.engine
+        self._engine, self._divergence = session.engine, divergence
+        engine = session.engine
         self._evaluator = session.evaluator()
         # Without a token to pad with, unlike the session's. Here, as rank 0 alone writes the adapter.
         asked = session.settings
@@ -94,6 +99,11 @@ class _Training:
     def _state(self) -> tuple[int, int]:
         """Steps done and periods finished: a step may end a period before it counts as begun."""
         return self._engine.step_index, len(self._engine.method.finished)
+
+    @property
+    def _stopping(self) -> bool:
+        """Whether the run ends here, on all ranks alike, as one was asked to stop."""
+        return self._engine.run_state.stopping
 
     def _halfway(self) -> bool:
         """Returns whether a step has changed the engine and is not in the journal yet; both have to agree."""
@@ -112,12 +122,13 @@ class _Training:
                 self._before()
                 trained = time.perf_counter()
                 with self._display.steps(self._options.steps):
-                    for report in self._steps(alive):
+                    for report in () if self._stopping else self._steps(alive):
                         self._log(report)
                         raise_waiting()
-                        if report.stopping:
+                        if not self._stopping:
+                            self._between(report.step + 1, alive)
+                        if self._stopping:
                             break
-                        self._between(report.step + 1, alive)
                 alive.at("the end of the run")
                 self._engine.check()
                 summary["seconds_training"] = round(time.perf_counter() - trained, 2)
@@ -179,6 +190,8 @@ class _Training:
             self._display.note(str(engine.radius))
         self._display.step(report)
         self._logged = self._state
+        if warning := self._divergence.step(report.loss, report.step):
+            self._display.note(f"warning: {warning}")
 
     def _between(self, done: int, alive: Liveness) -> None:
         """Makes the snapshot and the evaluation that are due after `done` steps."""
@@ -197,14 +210,15 @@ class _Training:
 
     def _after(self) -> None:
         """Ends the run after its last step: evaluates and saves the model, or notes a stop."""
-        if self._engine.run_state.stopping:
+        if not self._stopping:
+            self._evaluate("after")
+        if self._stopping:
             self._display.note(
                 f"stopped by SIGTERM after step {self._engine.step_index}; the same command goes on from "
                 "there"
             )
             self._summary["status"] = "stopped"
             return
-        self._evaluate("after")
         if self._options.save_model:
             self._save_model(self._options.output / MODEL)
             self._summary["merged_model"] = MODEL
@@ -220,8 +234,12 @@ class _Training:
         if evaluator is None:
             return
         label = f"evaluating {evaluator.examples} test examples"
-        with self._display.evaluation(label) as progress:
-            score: Score = evaluator(progress)
+        try:
+            with self._display.evaluation(label) as progress:
+                score = evaluator(progress, lambda: self._engine.measuring.asked)
+        except Stopped:
+            self._engine.run_state.stopping = True
+            return
         if self._folder is not None:
             self._folder.log_score(step, score.accuracy, score.loss, score.examples)
         self._display.score(step, score)
