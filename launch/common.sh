@@ -133,6 +133,8 @@ settle() {
         code=$((rank < 0 ? 256 + rank : rank))
     fi
     ((code <= 192)) || code=$((128 + 256 - code))
+    # Ctrl-C ends the ranks one after the other, and the last may take the first for dead.
+    [[ "$told" != INT || "$code" == 0 ]] || code=130
 }
 
 # What ranks said that they ended for: our own errors, and those of typer about flags, which are in a box.
@@ -140,5 +142,5 @@ errors() { grep -rhsE '^(\[[^]]*\]:)?(tezo-ds: error|│ )' "$logs" | sed 's/^\[
 complain() {
     ((code != 0)) || return 0
     say "exit code $code; each rank's output is in $logs"
-    errors >&2 || true
+    [[ "$told" == INT ]] || errors >&2 || true
 }

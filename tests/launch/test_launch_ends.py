@@ -120,6 +120,25 @@ def test_sigterm_goes_to_the_ranks(fakes: Fakes) -> None:
     assert (code, "ended by TERM" in out) == (0, True), err
 
 
+@pytest.mark.parametrize(("name", "expected", "said"), [("INT", 130, False), ("TERM", 2, True)])
+def test_ctrl_c_is_no_rank_that_gives_no_answer(
+    fakes: Fakes, name: str, expected: int, said: bool
+) -> None:
+    """A rank that ends last takes the first for dead; after a Ctrl-C of ours that is no news."""
+    gone = "tezo-ds: error: rank 0 gives no answer"
+    fakes.put(
+        "rank", f'trap "echo {gone} >&2; exit 2" {name}; touch $run/up; while :; do sleep 0.1; done'
+    )
+    fakes.put("deepspeed", f"trap : INT TERM; set -m; RANK=0 {fakes.bin}/rank & wait $!; wait $!")
+    process = fakes.start("single_node.sh")
+    until(fakes.run / "up")
+    process.send_signal(getattr(signal, f"SIG{name}"))
+    code, _, err = end(process)
+    assert code == expected, err
+    shown = err.split("output is in")[1].count(gone)  # beside what the ranks wrote at once
+    assert shown == said, err
+
+
 @pytest.mark.parametrize(
     ("steps", "status", "requeued"),
     [(3, "stopped", True), (0, "stopped", False), (3, "finished", False)],
