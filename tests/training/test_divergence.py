@@ -54,7 +54,7 @@ def test_a_run_that_diverges(
 
 
 def test_sigterm_ends_an_evaluation_between_its_batches(
-    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: Given, tmp_path: Path, hearing_again: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches, of_batch = [], Evaluator._batch
     asked: list[Engine] = []

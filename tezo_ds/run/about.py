@@ -33,14 +33,16 @@ class _About(BaseModel):
     batch_size: int
     deepspeed: dict[str, Any] | None = None
     ranks: dict[str, Annotated[int, Field(ge=1)]] | None = None
-    paths: dict[str, str] = {}  # absolute, of what was there when the run began
+    paths: dict[
+        str, str
+    ] = {}  # absolute, by the path as given, of what was there when the run began
     versions: dict[str, str]
 
 
 def describe(settings: Settings, config: TezoConfig) -> dict[str, Any]:
     """Returns the part of config.json that is known before a model is loaded."""
-    places = {name: getattr(settings, name) for name in _PLACES}
-    paths = {k: str(Path(v).resolve()) for k, v in places.items() if v and os.path.exists(v)}
+    places = (getattr(settings, name) for name in _PLACES)
+    paths = {place: os.path.abspath(place) for place in places if place and os.path.exists(place)}
     about = {BLOCK: config.model_dump(mode="json"), "settings": settings.model_dump(mode="json")}
     return {**about, "paths": paths}
 
@@ -68,7 +70,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def read_run(folder: Path) -> tuple[Settings, TezoConfig]:
     """Reads settings and config of a run folder, with the dtypes that the run really had, and with absolute
-    paths where what they name is still there.
+    paths for what is not seen from the present folder.
 
     Raises:
         ConfigError: the folder is no run folder.
@@ -76,8 +78,12 @@ def read_run(folder: Path) -> tuple[Settings, TezoConfig]:
     content = read_about(folder)
     weights = content["weights_dtype"]
     dtypes = {"dtype": weights, "factors_dtype": content.get("factors_dtype", weights)}
-    there = {name: path for name, path in content["paths"].items() if os.path.exists(path)}
-    return Settings(**{**content["settings"], **there, **dtypes}), TezoConfig(**content[BLOCK])
+    settings = {**content["settings"], **dtypes}
+    for name in _PLACES:  # what is not seen from here is perhaps where it was
+        path = content["paths"].get(settings.get(name))
+        if path and not os.path.exists(settings[name]) and os.path.exists(path):
+            settings[name] = path
+    return Settings(**settings), TezoConfig(**content[BLOCK])
 
 
 def read_about(folder: Path) -> dict[str, Any]:
