@@ -19,6 +19,7 @@ STREAMS = {
 
 
 @pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.slow
 def test_progress_and_help_are_shown(stream: str, given: Given, tmp_path: Path) -> None:
     command = (sys.executable, "-m", "tezo_ds")
     options = given.train(tmp_path / "run", steps=2, log_every=1)

@@ -16,6 +16,7 @@ pytest_plugins = ("cli_fixtures",)
 
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+@pytest.mark.slow
 def test_a_notebooks_backend_does_not_fail_a_run(
     backend: str, given: Given, tmp_path: Path
 ) -> None:
