@@ -99,8 +99,11 @@ def export(
     if adapter is not None:
         if reason := no_adapter_because(engine):
             raise ConfigError(reason)
-        card = model_card(run, steps, adapter=True, warning=not_to_merge(engine))
+        warning = not_to_merge(engine)
+        card = model_card(run, steps, adapter=True, warning=warning)
         _export_adapter(engine, adapter, settings, finished.base_model, card, display)
+        if warning:
+            display.note(f"warning: {warning}")
     if merged is not None:
         card = model_card(run, steps, adapter=False)
         export_merged(engine, merged, settings, finished.base_model, dtype, card, display)
@@ -109,7 +112,7 @@ def export(
 def _export_adapter(
     engine: Engine, folder: Path, settings: Settings, base_model: str, card: str, display: Display
 ) -> None:
-    from tezo_ds.export.adapter import not_to_merge, save_adapter
+    from tezo_ds.export.adapter import save_adapter
     from tezo_ds.files.text import writing
     from tezo_ds.models.loading import load_tokenizer
 
@@ -118,8 +121,6 @@ def _export_adapter(
         with writing(folder):
             save_adapter(engine, folder, base_model, card, tokenizer)
     display.note(f"adapter       {folder}")
-    if warning := not_to_merge(engine):
-        display.note(f"warning: {warning}")
 
 
 def export_merged(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ from torch import nn
 from tezo_ds.config import TezoConfig, resolve
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError
+from tezo_ds.intake.checked_engine import checked_engine
 from tezo_ds.intake.notices import notices
-from tezo_ds.intake.own_loss import check_own_loss
-from tezo_ds.intake.patterns import check_patterns
 from tezo_ds.losses.objective import LossFn
 from tezo_ds.sharding import sharding_of
 from tezo_ds.sharding.absent import absent_from, refuse_absent
@@ -65,12 +63,9 @@ def initialize(
     if brought_to is None or resolved.rank == "auto" or splits:
         refuse_absent(absent, "initialize")
     sharding = sharding_of(model, deepspeed_config)
-    check_patterns(sharding, resolved)
-    engine = Engine(sharding, resolved, loss_fn)
+    engine = checked_engine(sharding, resolved, loss_fn)
     if engine.probe.writes or resolved.refresh_every:
         refuse_absent(absent, f"method {resolved.method} and probe {engine.probe.name}")
-    if loss_fn is None:
-        engine.objective.first = functools.partial(check_own_loss, engine.objective)
     engine.sharding.module.eval()
     for line in notices(engine) if sharding.place == 0 else []:
         log.warning("config: %s", line)

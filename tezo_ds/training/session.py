@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,8 +17,7 @@ from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError
 from tezo_ds.intake.adapters import refuse_adapter
 from tezo_ds.intake.causality import refuse_seen_answers
-from tezo_ds.intake.own_loss import check_own_loss
-from tezo_ds.intake.patterns import check_patterns
+from tezo_ds.intake.checked_engine import checked_engine
 from tezo_ds.intake.positions import fitting_length
 from tezo_ds.intake.tokens import check_ids, embedding_rows, padding_id
 from tezo_ds.intake.words import check_words
@@ -104,7 +102,7 @@ def open_session(
     if batch_size and config.query_schedule != "constant" and config.steps_per_epoch is None:
         steps = math.ceil(len(task.train) / batch_size)
         config = config.model_copy(update={"steps_per_epoch": steps})
-    engine = open_engine(s, config, deepspeed_config, ranks)
+    engine = _open_engine(s, config, deepspeed_config, ranks)
     if s.objective == "choices":
         engine.objective.choices = _choices(tokenizer, task)
     model = engine.sharding.module
@@ -126,13 +124,22 @@ def open_engine(
     Raises:
         TezoError: one line that says what to change.
     """
+    refuse_adapter(settings.model)
+    return _open_engine(settings, config, deepspeed_config, ranks)
+
+
+def _open_engine(
+    settings: Settings,
+    config: TezoConfig,
+    deepspeed_config: dict[str, Any] | None,
+    ranks: Mapping[str, int] | None,
+) -> Engine:
     s, plan = settings, None
     if s.fsdp:
         from tezo_ds.models.fsdp import FsdpPlan
 
         compute_dtype = None if s.compute_dtype is None else getattr(torch, s.compute_dtype)
         plan = FsdpPlan(s.fsdp_replicas, compute_dtype, s.fsdp_offload_params, s.fsdp_layers)
-    refuse_adapter(s.model)
     model = load_model(s.model, s.dtype, deepspeed_config, plan, s.trust_remote_code)
     sharding = sharding_of(model, deepspeed_config)
     sharding.filled_apart |= s.fsdp  # copies on different nodes come from different files
@@ -143,11 +150,9 @@ def engine_for(
     settings: Settings, config: TezoConfig, sharding: Sharding, ranks: Mapping[str, int] | None
 ) -> Engine:
     """Returns an engine of a model that is loaded already; see `open_session`."""
-    check_patterns(sharding, config)
     name = settings.factors_dtype
-    engine = Engine(sharding, config, None, None if name is None else getattr(torch, name), ranks)
-    engine.objective.first = functools.partial(check_own_loss, engine.objective)
-    return engine
+    rounding = None if name is None else getattr(torch, name)
+    return checked_engine(sharding, config, factors_dtype=rounding, ranks=ranks)
 
 
 @dataclass

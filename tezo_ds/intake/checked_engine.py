@@ -1,0 +1,37 @@
+"""Engine over a sharded model, made with the checks that the Python API and the command line share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import torch
+
+from tezo_ds.config import TezoConfig
+from tezo_ds.engine.engine import Engine
+from tezo_ds.intake.own_loss import check_own_loss
+from tezo_ds.intake.patterns import check_patterns
+from tezo_ds.losses.objective import LossFn
+from tezo_ds.sharding import Sharding
+
+
+def checked_engine(
+    sharding: Sharding,
+    config: TezoConfig,
+    loss_fn: LossFn | None = None,
+    factors_dtype: torch.dtype | None = None,
+    ranks: Mapping[str, int] | None = None,
+) -> Engine:
+    """Returns an engine whose patterns match, and which compares a default loss at its first batch.
+
+    Args:
+        sharding, config, loss_fn, factors_dtype, ranks: as for `Engine`.
+
+    Raises:
+        TezoError: one line that says what to change.
+    """
+    check_patterns(sharding, config)
+    engine = Engine(sharding, config, loss_fn, factors_dtype, ranks)
+    if loss_fn is None:
+        engine.objective.first = functools.partial(check_own_loss, engine.objective)
+    return engine
