@@ -17,6 +17,7 @@ from tezo_ds.errors import ConfigError
 BLOCK = "tezo"
 # Fields that may change on resume: the steps stay the same, up to the rounding of losses.
 FREE = frozenset({"check_every", "branch_chunk", "memory_budget", "micro_batch"})
+FREE |= {"shared_trunk", "trunk_cache", "trunk_cache_gib"}
 
 
 METHOD, STEP, DIRECTIONS = "Method", "Step size", "Directions"
@@ -65,28 +66,19 @@ class TezoConfig(BaseModel):
         0.9, "β₁ of the methods with momentum", group=METHOD, used_by="tezo-m, lozo-m, mezo-m",
         example=0.95, ge=0, lt=1,
     )  # fmt: skip
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
-        declared(
-            (0.9, 0.999), "β₁ and β₂ of Adam", group=METHOD, used_by=ADAMS, example=(0.9, 0.99)
-        )
-    )
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = declared(
+        (0.9, 0.999), "β₁ and β₂ of Adam", group=METHOD, used_by=ADAMS, example=(0.9, 0.99)
+    )  # fmt: skip
     eps: float = declared(
         1e-8, "ε in the denominator of Adam", group=METHOD, used_by=ADAMS, example=1e-6, gt=0
     )
     bias_correction: bool = declared(
-        True,
-        "Adam bias correction (the TeZO paper omits it)",
-        group=METHOD,
-        used_by=ADAMS,
-        example=False,
-    )
+        True, "Adam bias correction (the TeZO paper omits it)", group=METHOD, used_by=ADAMS, example=False
+    )  # fmt: skip
 
     rho: Annotated[float, Field(gt=0)] | Literal["auto"] = declared(
-        1e-3,
-        'perturbation radius ρ; "auto" chooses it on the first batch',
-        group=STEP,
-        example="auto",
-    )
+        1e-3, 'perturbation radius ρ; "auto" chooses it on the first batch', group=STEP, example="auto"
+    )  # fmt: skip
     lr: float = declared(1e-6, "peak learning rate η", group=STEP, example=2e-6, ge=0)
     schedule: str = declared(
         "constant",
@@ -94,13 +86,8 @@ class TezoConfig(BaseModel):
         group=STEP, example="cosine",
     )  # fmt: skip
     warmup_steps: int = declared(
-        0,
-        "steps over which the learning rate rises from 0",
-        group=STEP,
-        example=100,
-        ge=0,
-        le=2**53,
-    )
+        0, "steps over which the learning rate rises from 0", group=STEP, example=100, ge=0, le=2**53
+    )  # fmt: skip
     total_steps: int | None = declared(
         None,
         "length of the run in steps, which linear, cosine and adaptive need; the command line takes --steps",
@@ -179,6 +166,24 @@ class TezoConfig(BaseModel):
     micro_batch: int = declared(
         0, "examples of a rank in one forward; 0: all", group=PROBE, example=2, ge=0
     )
+    shared_trunk: bool = declared(
+        True,
+        "run what comes before the first layer that trains once for all branches; off: once in each branch",
+        group=PROBE, used_by="fused probe", example=False,
+    )  # fmt: skip
+    trunk_cache: Literal["off", "memory", "disk"] = declared(
+        "off",
+        "keep the hidden states that enter the first layer that trains, so that from its second visit on an "
+        "example runs the late layers alone: off, memory (host memory of the rank) or disk (files in the "
+        "run's folder)",
+        group=PROBE, example="memory",
+    )  # fmt: skip
+    trunk_cache_gib: float | None = declared(
+        None,
+        "most GiB that trunk_cache may take on a rank; examples above that are computed each time; unset: no "
+        "bound",
+        group=PROBE, example=8.0, gt=0,
+    )  # fmt: skip
     stochastic_rounding: bool = declared(
         True,
         "round what is written into 16-bit weights at random, so that small updates count; off: to the "
