@@ -28,6 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine",),
     ("methods", "probes"),
     ("directions", "losses"),
+    ("trunk",),
     ("config", "models"),
     ("sharding",),
     ("files", "launched"),
@@ -39,6 +40,7 @@ CORE = (
     "errors", "launched",
 )  # fmt: skip
 CORE_LINES = 6000  # of all its files, blank ones left out
+ORACLE = "methods.reference"  # the methods as their papers have them, which no step runs
 
 
 def modules() -> dict[str, Path]:
@@ -124,7 +126,7 @@ def test_methods_do_not_know_of_ranks_and_models() -> None:
 def test_the_core_stays_small() -> None:
     lines: dict[str, int] = {}
     for module, path in modules().items():
-        if (room := room_of(module)) in CORE:
+        if (room := room_of(module)) in CORE and module != ORACLE:
             lines[room] = lines.get(room, 0) + sum(
                 bool(line.strip()) for line in path.read_text().splitlines()
             )

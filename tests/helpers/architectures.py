@@ -33,7 +33,7 @@ def tiny_of(name: str, vocabulary: int, **more: object) -> torch.nn.Module:
     config = getattr(transformers, f"{family}Config")
     torch.manual_seed(0)
     model: torch.nn.Module = getattr(transformers, name)(
-        config(vocab_size=vocabulary, **CONFIGS[family], **more)
+        config(vocab_size=vocabulary, **{**CONFIGS[family], **more})
     )
     return model.eval()
 

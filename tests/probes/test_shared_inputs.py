@@ -53,6 +53,7 @@ def test_models_of_each_kind(kind: str, expected: list[list[str]]) -> None:
 def test_no_forward_of_the_model_is_spent() -> None:
     engine, calls = made(), []
     engine.objective.check(make_batch(3))  # whose forward, once a run, is no step's
+    engine.settle(make_batch(3))  # likewise
     engine.sharding.module.register_forward_hook(lambda *_: calls.append(1))
     engine.step(make_batch(3))
     assert len(calls) == 1 and shared(engine)

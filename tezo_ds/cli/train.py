@@ -91,5 +91,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         resuming.go_on(settings, opened.engine, examples, folder, found, about, display)
         options = options.model_copy(update={"save_model": saves})
         losses = [line["loss"] for line in found.steps]
-        summary = loop.train(opened, options, examples, folder, display, found.scores, losses)
+        summary = loop.train(
+            opened, options, examples, folder, display, found.scores, losses, about[changed.WEIGHTS]
+        )
         display.end(summary, options.output, found.done)

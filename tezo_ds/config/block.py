@@ -17,7 +17,7 @@ from tezo_ds.errors import ConfigError
 BLOCK = "tezo"
 # Fields that may change on resume: the steps stay the same, up to the rounding of losses.
 FREE = frozenset({"check_every", "branch_chunk", "memory_budget", "micro_batch"})
-FREE |= {"shared_trunk", "trunk_cache", "trunk_cache_gib"}
+FREE |= {"shared_trunk", "trunk_cache_gib"}
 
 
 METHOD, STEP, DIRECTIONS = "Method", "Step size", "Directions"
@@ -169,7 +169,7 @@ class TezoConfig(BaseModel):
     shared_trunk: bool = declared(
         True,
         "run what comes before the first layer that trains once for all branches; off: once in each branch",
-        group=PROBE, used_by="fused probe", example=False,
+        group=PROBE, example=False,
     )  # fmt: skip
     trunk_cache: Literal["off", "memory", "disk"] = declared(
         "off",
@@ -182,7 +182,7 @@ class TezoConfig(BaseModel):
         None,
         "most GiB that trunk_cache may take on a rank; examples above that are computed each time; unset: no "
         "bound",
-        group=PROBE, example=8.0, gt=0,
+        group=PROBE, used_by="trunk_cache memory, disk", example=8.0, gt=0,
     )  # fmt: skip
     stochastic_rounding: bool = declared(
         True,
@@ -246,6 +246,8 @@ class TezoConfig(BaseModel):
             raise ValueError(f"query_schedule: {self.query_schedule} needs queries_max")
         if self.query_schedule == "adaptive" and self.total_steps is None:
             raise ValueError("query_schedule: adaptive needs total_steps, which is not set")
+        if self.trunk_cache != "off" and not self.shared_trunk:
+            raise ValueError("trunk_cache: needs shared_trunk; set it on, or trunk_cache to off")
         if self.memory_budget is not None and self.branch_chunk:
             raise ValueError("memory_budget: sets branch_chunk by itself; leave one of them out")
         if self.placement == "per_rank" and self.probe == "inplace":
@@ -273,6 +275,8 @@ class TezoConfig(BaseModel):
     def identity(self) -> str:
         """Hex digest, 64 bits, of the fields that must not change on resume; kept in a run's files."""
         fields = self.model_dump(mode="json", exclude_defaults=True, exclude={*FREE, "total_steps"})
+        if self.trunk_cache != "off":  # which sets the order of the data; memory and disk are alike
+            fields["trunk_cache"] = "on"
         text = json.dumps(fields, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 

@@ -27,6 +27,7 @@ from tezo_ds.methods import Method, Write, make_method
 from tezo_ds.probes import make_probe
 from tezo_ds.sharding import Sharding
 from tezo_ds.sharding.absent import refuse_absent
+from tezo_ds.trunk.trunk import EXAMPLE_IDS, trunk_of
 
 SHARED_FROM = 1 << 20  # numbers of τ
 
@@ -66,6 +67,8 @@ class Engine:
         self.probe = make_probe(config, sharding, self.space.slices.keys(), self.method.factors)
         self.objective = Objective(sharding, loss_fn)
         self.objective.micro_batch = config.micro_batch
+        if config.shared_trunk:
+            self.probe.trunk = self.objective.trunk = trunk_of(config, sharding, self.space.slices)
         self.run_state = StepState(math.nan if config.rho == "auto" else config.rho)
         self.measuring = Measuring(
             config, sharding, self.method, self.probe, self.objective, self.run_state
@@ -83,16 +86,20 @@ class Engine:
 
         Args:
             batch: this rank's examples, tensors whose first dim is the examples. All ranks must
-                call in step; a rank without examples passes one whose labels are all -100.
+                call in step; a rank without examples passes one whose labels are all -100. With a
+                `trunk_cache` also example_ids, int64 (examples,), their numbers in one data set.
 
         Raises:
             DataError: the batch is no dict of the model's inputs, or `loss_fn` returns no pair of tensors.
             ProbeError: no position carries a label, no branch differs, or directions failed (a loss was
                 not finite) in several steps in a row; before that they are left out.
             ShardingError: replicas differ; looked for before every `check_every`-th step.
+            ConfigError: a `trunk_cache`, and a batch without example_ids or a model without a trunk.
         """
         start = time.perf_counter()
         self.objective.check(batch)
+        if self.config.trunk_cache != "off" and EXAMPLE_IDS not in batch:
+            raise ConfigError(f"trunk_cache: the batch has no {EXAMPLE_IDS}, int64 (examples,)")
         # 0. compare replicas, if due
         every = self.config.check_every
         if every and self.step_index and self.step_index % every == 0:
@@ -121,6 +128,15 @@ class Engine:
             self.run_state.rho, lr, time.perf_counter() - start, _tokens(batch), int(found.isnan().sum()),
             quality(kappa, gradient if self.method.in_tau else None), self.run_state.stopping,
         )  # fmt: skip
+
+    @_without_grad()
+    def settle(self, batch: Mapping[str, Any]) -> None:
+        """Finds the model's trunk by forwards of two examples of a batch, as the first step would otherwise.
+
+        Raises:
+            ConfigError: there is none, and `trunk_cache` needs one.
+        """
+        self.measuring.settle(batch, self.step_index)
 
     def ask_to_stop(self) -> None:
         """Asks all ranks to stop: reports say `stopping` from the next step on, on all ranks from the same

@@ -108,6 +108,16 @@ class Measuring:
         each = max(four - two, 1) / 2
         return max(two - 2 * each, 0.0), each / tokens
 
+    def settle(self, batch: Mapping[str, Any], step: int) -> None:
+        """Finds the model's trunk, if that is not done yet, by forwards of two examples."""
+        self._sharding.module.eval()
+        if self._probe.writes:
+            self._objective.settle(batch, 1)
+            return
+        rho = 1e-3 if math.isnan(self._state.rho) else self._state.rho
+        with self._probe.held(self._method.branches(Ask(step, rho, ((0, 1), (0, -1))))):
+            self._objective.settle(batch, 2)
+
     def choose_rho(self, batch: Mapping[str, Any], step: int) -> None:
         """Sets ρ under `rho: auto`; weights and run are afterwards as before. The in-place probe takes a
         copy of the trained weights meanwhile, also where its steps need none.
@@ -159,7 +169,9 @@ class Measuring:
 
     def _ours(self, batch: Mapping[str, Any], asks: Iterable[Ask]) -> Tensor:
         """Returns loss sums and counts of this rank's batch at all asks: float64 (2, branches)."""
-        return torch.cat([self._sums(batch, self._method.branches(ask)) for ask in asks], dim=1)
+        asks = list(asks)
+        with self._objective.recurring(len(asks) > 1 or self._probe.writes):
+            return torch.cat([self._sums(batch, self._method.branches(ask)) for ask in asks], dim=1)
 
     def _sums(self, batch: Mapping[str, Any], branches: Branches) -> Tensor:
         """Returns loss sums and counts of this rank's batch at some branches: float64 (2, branches)."""

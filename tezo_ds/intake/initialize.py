@@ -58,6 +58,10 @@ def initialize(
         from tezo_ds.intake.deepspeed_json import fit  # imports DeepSpeed, which takes seconds
 
         deepspeed_config = fit(deepspeed_config)
+    if resolved.trunk_cache == "disk":
+        raise ConfigError(
+            "trunk_cache: disk keeps files in the run folder of `tezo-ds train`; use memory here"
+        )
     absent, brought_to = absent_from(model)
     splits = "zero_optimization" in (deepspeed_config or {})
     if brought_to is None or resolved.rank == "auto" or splits:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from tezo_ds.errors import DataError
 from tezo_ds.losses.head import Head
 from tezo_ds.models.structure import is_masked_lm
 from tezo_ds.sharding.base import Sharding
+from tezo_ds.trunk.trunk import EXAMPLE_IDS, Trunk
 
 IGNORE = -100  # the label of a position that has none, as in transformers
 
@@ -46,6 +48,7 @@ class Objective:
         choices: int64 (words,), tokens that alone count in the default loss: the cross-entropy of
             picking the right one of them, not of predicting it among all; None: all tokens count.
         micro_batch: examples of this rank in one forward; 0: all of a batch.
+        trunk: splits forwards where the first module that trains stands; None: they are whole.
 
     Args:
         sharding: the model.
@@ -60,6 +63,7 @@ class Objective:
         self._head = Head(sharding) if loss_fn is None else None
         self.choices: Tensor | None = None
         self.micro_batch = 0
+        self.trunk: Trunk | None = None
         self.first: Callable[[Mapping[str, Any]], None] | None = None  # called once, with a batch
 
     def check(self, batch: Any) -> None:
@@ -85,7 +89,7 @@ class Objective:
         chosen = {
             key: value.to(self.sharding.device) if isinstance(value, Tensor) else value
             for key, value in batch.items()
-            if key != "labels" and (takes_any or key in self._parameters)
+            if key not in ("labels", EXAMPLE_IDS) and (takes_any or key in self._parameters)
         }
         if "use_cache" in self._parameters:
             chosen["use_cache"] = False  # keys and values of a forward that is never continued
@@ -96,24 +100,58 @@ class Objective:
         """Returns loss sums and counts of `branches` copies of this rank's batch, whose first dim is the
         examples: float64 (2, branches) on the model's device. Over several forwards where there are more
         examples than `micro_batch`, as many on every rank. Raises DataError: no "labels" and no loss_fn."""
+        self.settle(batch, branches)
+        sums = [self._sums(part, branches, i) for i, part in enumerate(self._parts(batch))]
+        return sums[0] if len(sums) == 1 else torch.stack(sums).sum(dim=0)
+
+    def _parts(self, batch: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """Returns the parts of a batch that have a forward each, as many on every rank."""
         if not self.micro_batch:
-            return self._sums(batch, branches)
-        parts = list(micro_batches(batch, self.micro_batch))
+            return [batch]
+        parts: list[Mapping[str, Any]] = list(micro_batches(batch, self.micro_batch))
         most = self.sharding.maxima([len(parts)])[0]
         if len(parts) < most:  # as this rank has fewer examples: of these no label counts
             idle = {**parts[-1], "labels": torch.full_like(parts[-1]["labels"], IGNORE)}
             parts += [idle] * (most - len(parts))
-        return torch.stack([self._sums(part, branches) for part in parts]).sum(dim=0)
+        return parts
 
-    def _sums(self, batch: Mapping[str, Any], branches: int) -> Tensor:
-        """Returns loss sums and counts, float64 (2, branches), by one forward."""
+    @torch.no_grad()
+    def fill(self, batch: Mapping[str, Any]) -> None:
+        """Runs a batch through the trunk alone, as far as its cache lacks some of it on any rank."""
+        assert self.trunk is not None
+        for part in self._parts(batch):
+            self.trunk.fill(part, self.inputs(part))
+
+    def settle(self, batch: Mapping[str, Any], branches: int) -> None:
+        """Finds the model's trunk at the first batch, by some forwards of two of its examples."""
+        if self.trunk is not None and not self.trunk.settled:
+            two = _two_of(batch)
+            self.trunk.settle(lambda: self._sums(two, branches))
+
+    def recurring(self, several: bool) -> AbstractContextManager[None]:
+        """Returns a context manager: where `several` calls inside are of one batch, the trunk is run once."""
+        return self.trunk.recurring() if several and self.trunk is not None else nullcontext()
+
+    def _split(
+        self, batch: Mapping[str, Any], branches: int, positions: Tensor | None
+    ) -> AbstractContextManager[None]:
+        """Returns a context manager: the forward inside runs the trunk once for all branches."""
+        return (
+            nullcontext() if self.trunk is None else self.trunk.serving(batch, branches, positions)
+        )
+
+    def _sums(self, batch: Mapping[str, Any], branches: int, part: int = 0) -> Tensor:
+        """Returns loss sums and counts, float64 (2, branches), by one forward of a part of a batch."""
+        if self.trunk is not None:
+            self.trunk.part = part
         if self._head is not None:
             return self._token_losses(self._head, batch, branches)
         assert self._loss_fn is not None
         repeated = repeat(batch, branches)
         device = self.sharding.device
         repeated = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in repeated.items()}
-        outputs = self.sharding.forward(**self.inputs(repeated))
+        with self._split(batch, branches, None):
+            outputs = self.sharding.forward(**self.inputs(repeated))
         returned = self._loss_fn(outputs, repeated)
         try:
             both = torch.stack([torch.as_tensor(t).double() for t in returned])
@@ -132,7 +170,8 @@ class Objective:
             return self._cross_entropy(flat, tokens[part].repeat(branches)).view(branches, -1)
 
         inputs = self.inputs(repeat(batch, branches))
-        sums = head(inputs, positions, branches, losses).double().sum(dim=1)
+        with self._split(batch, branches, positions):
+            sums = head(inputs, positions, branches, losses).double().sum(dim=1)
         return torch.stack([sums, torch.full_like(sums, positions.numel())])
 
     def _labelled(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -173,9 +212,28 @@ class Objective:
             loss = self._cross_entropy(logits[0], tokens[part])
             return torch.cat([loss[None, :, None], logits[..., ids].float()], dim=-1)
 
-        result = self._head(self.inputs(batch), positions, 1, both)[0].cpu()  # (k, 1 + words)
+        if self.trunk is not None:
+            self.trunk.part = 0
+        with self._split(batch, 1, None):  # so that a run without the trunk gives the same bits
+            result = self._head(self.inputs(batch), positions, 1, both)[0].cpu()  # (k, 1 + words)
         rows = positions.cpu() // batch["labels"].shape[1]
         return rows, result[:, 0], result[:, 1:]
+
+
+def _two_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns two examples of a batch, those with the most labels; of a single one twice the same."""
+    tensors = [v for v in batch.values() if isinstance(v, Tensor) and v.dim()]
+    count, labels = max(map(len, tensors)), batch.get("labels")
+    rows = torch.arange(count)
+    if isinstance(labels, Tensor) and labels.dim() > 1:
+        rows = (labels != IGNORE).flatten(1).sum(dim=1).argsort(descending=True, stable=True).cpu()
+    rows = rows[[0, min(1, count - 1)]]
+    return {
+        key: value[rows.to(value.device)]
+        if isinstance(value, Tensor) and value.dim() and len(value) == count
+        else value
+        for key, value in batch.items()
+    }
 
 
 def micro_batches(batch: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:

@@ -61,7 +61,8 @@ def blocks(model: nn.Module, layers: Sequence[str] | None = None) -> list[nn.Mod
             f"fsdp_transformer_layer_cls_to_wrap: {type(model).__name__} has no {min(unknown)}"
         )
     if names:
-        found = [module for module in modules if type(module).__name__ in names]
+        # By base classes, too: `fully_shard` gives modules classes of its own.
+        found = [m for m in modules if names & {base.__name__ for base in type(m).__mro__}]
     else:
         found = [child for m in modules if isinstance(m, nn.ModuleList) for child in m]
     inner = {id(module) for block in found for module in block.modules() if module is not block}

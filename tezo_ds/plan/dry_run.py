@@ -29,6 +29,8 @@ from tezo_ds.plan.absent import Absent, AbsentFsdp2
 from tezo_ds.plan.job import Job
 from tezo_ds.rng import philox
 
+WHOLE = {"check_every": 0, "shared_trunk": False}  # both compare values
+
 
 @dataclass(frozen=True)
 class Counted:
@@ -66,7 +68,7 @@ def count(job: Job) -> Counted:
     fake, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
     with _world(job.cluster.world), _without_numbers(fake), live, _sharded(job, fake) as sharding:
         sharding.watched(fake, live)
-        engine = Engine(sharding, job.config.model_copy(update={"check_every": 0}), None)
+        engine = Engine(sharding, job.config.model_copy(update=WHOLE), None)
         sharding.module.eval()
         batch = _batch(job)
         for _ in range(2):

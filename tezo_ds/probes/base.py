@@ -14,6 +14,7 @@ from tezo_ds.directions.branches import Branches
 from tezo_ds.directions.lowrank import Factors
 from tezo_ds.losses.objective import Objective
 from tezo_ds.sharding.base import Sharding
+from tezo_ds.trunk.trunk import Trunk
 
 
 class Probe(ABC):
@@ -23,11 +24,13 @@ class Probe(ABC):
         name: value of the config's `probe`.
         writes: whether shards are written for the time of a forward, a branch at a time.
         copies: whether written shards are restored from copies, to the bit.
+        trunk: splits the objective's forwards; None: they are whole.
     """
 
     name: ClassVar[str]
     writes: ClassVar[bool] = False
     copies = False
+    trunk: Trunk | None = None
 
     @classmethod
     @abstractmethod

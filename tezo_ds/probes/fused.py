@@ -205,12 +205,14 @@ class FusedProbe(Probe):
     def _expect(self, inputs: tuple[Any, ...]) -> None:
         """Notes, before each forward, the shapes by which a layer's input shows its branches:
         (branches * B, …) as the batch goes in, (branches * B * T, …) flattened, (branches, …) at the
-        output layer."""
+        output layer and of the labelled positions in the last block, (branches * k, …) flattened."""
         shapes = [value.shape for value in inputs if isinstance(value, Tensor) and value.dim()]
         rows = max((shape[0] for shape in shapes), default=1)
         self._examples = rows // self._branches
         lengths = {shape[1] for shape in shapes if len(shape) > 1}
         self._leads = {rows, self._branches, *(rows * length for length in lengths)}
+        if self.trunk is not None and self.trunk.rows:
+            self._leads.add(self._branches * self.trunk.rows)
 
     def _add(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """Returns y plus the site's term."""

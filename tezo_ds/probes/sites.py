@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tezo_ds.models.structure import PLAIN, kind_of
 from tezo_ds.sharding.view import Block
+from tezo_ds.trunk.stand_ins import replaced
 
 
 class Site:
@@ -159,19 +160,6 @@ def attached(sites: list[Site], add: AddTerm) -> Iterator[None]:
         for site in sites:
             stack.enter_context(replaced(site.module, _wrapped(site, add)))
         yield
-
-
-@contextmanager
-def replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Context manager: a module has another forward inside; may be nested."""
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
-        if before is not None:
-            module.__dict__["forward"] = before
 
 
 def _wrapped(site: Site, add: AddTerm) -> Callable[..., Tensor]:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from tezo_ds.models.structure import PLAIN, kind_of, users
-from tezo_ds.probes.sites import replaced
 from tezo_ds.sharding.base import Sharding
 from tezo_ds.sharding.view import as_matrix
+from tezo_ds.trunk.stand_ins import replaced
 
 Norm = Callable[[Tensor], Tensor]
 

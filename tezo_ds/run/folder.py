@@ -21,6 +21,7 @@ from tezo_ds.run.journal import Contents, Journal, read_journal
 CONFIG, METRICS, SUMMARY, JOURNAL = "config.json", "metrics.jsonl", "summary.json", "journal.jsonl"
 COEFFICIENTS, ADAPTER, CURVE = "coefficients.safetensors", "adapter", "curve.png"
 MODEL, SNAPSHOTS, LOCK = "model", "snapshots", ".lock"
+TRUNK_CACHE = "trunk_cache"
 
 
 class RunFolder:

@@ -17,9 +17,11 @@ from tezo_ds.run.folder import (
     MODEL,
     SNAPSHOTS,
     SUMMARY,
+    TRUNK_CACHE,
 )
 
 _OURS = {CONFIG, METRICS, SUMMARY, JOURNAL, COEFFICIENTS, ADAPTER, CURVE, MODEL, SNAPSHOTS}
+_OURS |= {TRUNK_CACHE}
 _LOGS = "logs"  # of launch/, which makes it before a run begins
 
 

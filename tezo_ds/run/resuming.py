@@ -167,7 +167,11 @@ def refuse_other(path: Path, stored: Mapping[str, Any], now: Mapping[str, Any]) 
         names = asked.keys() - free if part else asked.keys() & set(_OTHERS)
         for name in sorted(names):
             unsaid = name == "steps_per_epoch" and asked[name] is None  # by the examples, later on
-            if was.get(name) != asked[name] and not unsaid:
+            kept = name == "trunk_cache" and "off" not in (
+                was.get(name),
+                asked[name],
+            )  # where is free
+            if was.get(name) != asked[name] and not unsaid and not kept:
                 raise ConfigError(
                     f"{path} holds a run of {name} {was.get(name)!r}, not {asked[name]!r}; use the same "
                     "to go on, or choose another --output"

@@ -28,8 +28,29 @@ def batch_indices(
     return [int(_permutation(n, seed, epoch)[i]) for epoch, i in places]
 
 
-@lru_cache(maxsize=2)  # a batch may lie across the end of an epoch
-def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+def lane_indices(
+    n: int, batch_size: int, step: int, seed: int, rank: int, world_size: int
+) -> list[int]:
+    """Returns this rank's share of the step's `batch_size` examples; each always comes to the same rank.
+
+    The first epoch is that of `batch_indices`. Its examples at place j of their steps are lane j, which goes
+    on at place j of later steps, in a fresh order of its own each time that it begins again. A step has the
+    same examples on any number of ranks.
+    """
+    _check(n, rank, world_size)
+    first, found = _permutation(n, seed, 0), []
+    for place in shard_range(batch_size, rank, world_size):
+        lane = first[place % n :: batch_size]  # above n, one example alone
+        epoch, index = divmod(step, len(lane))
+        order = _permutation(len(lane), f"{seed}:lane{place}", epoch) if epoch else range(len(lane))
+        found.append(int(lane[order[index]]))
+    return found
+
+
+@lru_cache(
+    maxsize=256
+)  # a batch may lie across the end of an epoch; each lane has an order of its own
+def _permutation(n: int, seed: int | str, epoch: int) -> np.ndarray:
     """Returns a permutation of range(n).
 
     Sorts the raw output of Philox, because NumPy promises that bit generators' streams stay the

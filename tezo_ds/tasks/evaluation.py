@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,8 @@ from tezo_ds.tasks.encoding import (
     mask_token,
 )
 from tezo_ds.tasks.spec import MOST_CHOICES, TaskSpec
+from tezo_ds.trunk.cache import Cache
+from tezo_ds.trunk.trunk import EXAMPLE_IDS
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Evaluator:
     answer with the lowest mean loss a token.
 
     Attributes:
+        encoded: this rank's sequences.
+        cache: hidden states of them after the trunk; None: none are kept.
         loss_alone: why answers are not picked from, in one line, where the task's are free text: each would
             be compared with all others; None where accuracy is measured, or there are no answers.
     """
@@ -72,6 +77,7 @@ class Evaluator:
         words, self._choices = list((spec.verbalizers or {}).values()), 1
         self._tokens: list[int] | None = None
         self.loss_alone: str | None = None
+        self.cache: Cache | None = None
         mask = mask_token(engine.sharding.module, tokenizer)
         if words:
             self._tokens = first_tokens(tokenizer, words, [e.prompt for e in examples])
@@ -109,11 +115,11 @@ class Evaluator:
         totals = torch.zeros(3, dtype=torch.float64)  # correct, loss sum, label tokens
         per_batch = self._batch_size * self._choices
         sharding = self._engine.sharding
-        with self._engine.applied():
+        with self._engine.applied(), self._cached():
             for index in range(self._rounds):
                 part = slice(index * per_batch, (index + 1) * per_batch)
                 truth = self._truth[index * self._batch_size : (index + 1) * self._batch_size]
-                totals += self._batch(self.encoded[part], truth)
+                totals += self._batch(self.encoded[part], truth, part.start)
                 if progress is not None:
                     progress((index + 1) / self._rounds)
                 if sharding.maxima([stop()])[0]:
@@ -122,10 +128,17 @@ class Evaluator:
         accuracy = correct / self.examples if self.labels else None
         return Score(accuracy, loss_sum / max(tokens, 1), self.examples)
 
-    def _batch(self, encoded: list[Encoded], truth: Tensor) -> Tensor:
+    def _cached(self) -> AbstractContextManager[None]:
+        trunk = self._engine.objective.trunk
+        return nullcontext() if trunk is None else trunk.using(self.cache)
+
+    def _batch(self, encoded: list[Encoded], truth: Tensor, start: int) -> Tensor:
         batch = collate(encoded, self._pad, filler=self._filler)
-        ids = None if self._tokens is None else torch.tensor(self._tokens)
-        rows, losses, logits = self._engine.objective.score(batch, ids)
+        if self.cache is not None:
+            ids = range(start, start + len(encoded))
+            batch[EXAMPLE_IDS] = torch.tensor(list(ids) or [-1])  # -1: the filler
+        words = None if self._tokens is None else torch.tensor(self._tokens)
+        rows, losses, logits = self._engine.objective.score(batch, words)
         sums = torch.zeros(len(encoded), dtype=torch.float64).index_add_(0, rows, losses.double())
         counts = torch.bincount(rows, minlength=len(encoded)).double()
         if self._tokens is not None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tezo_ds.engine.engine import Engine
@@ -31,7 +34,7 @@ from tezo_ds.run.folder import (
 )
 from tezo_ds.run.resuming import snapshot
 from tezo_ds.settings import RunOptions
-from tezo_ds.tasks.batches import batch_indices
+from tezo_ds.tasks.batches import batch_indices, lane_indices
 from tezo_ds.tasks.encoding import Encoded, collate
 from tezo_ds.tasks.evaluation import Stopped
 from tezo_ds.training.display import Display
@@ -39,6 +42,8 @@ from tezo_ds.training.divergence import Divergence
 from tezo_ds.training.interrupts import Interrupted, deaf, turned_into_exceptions
 from tezo_ds.training.liveness import Liveness
 from tezo_ds.training.session import Session
+from tezo_ds.training.trunk_caches import open_caches
+from tezo_ds.trunk.trunk import EXAMPLE_IDS
 
 REPLAYED = f"the steps so far from {JOURNAL} in the run folder"
 
@@ -51,6 +56,7 @@ def train(
     display: Display,
     scores: Mapping[int, Mapping[str, Any]] | None = None,
     losses: Sequence[float | None] = (),
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Trains from the engine's next step on. Every rank calls this; `folder` is rank 0's, None elsewhere.
 
@@ -62,6 +68,7 @@ def train(
     Args:
         scores: lines of a resumed run's evaluations, by the steps before them.
         losses: losses of a resumed run's steps.
+        base: fingerprint of the base model's weights.
 
     Returns:
         The summary, as in summary.json.
@@ -70,7 +77,9 @@ def train(
         TezoError: the engine's errors. Interrupted: a signal came.
     """
     divergence = Divergence(losses, options.stop_on_divergence)
-    return _Training(session, options, examples, folder, display, scores or {}, divergence).run()
+    training = _Training(session, options, examples, folder, display, scores or {}, divergence)
+    training.base = base
+    return training.run()
 
 
 class _Training:
@@ -85,6 +94,7 @@ class _Training:
         self._engine, self._divergence = session.engine, divergence
         engine = session.engine
         self._evaluator = session.evaluator()
+        self.base: str | None = None
         # Without a token to pad with, unlike the session's. Here, as rank 0 alone writes the adapter.
         asked = session.settings
         self._tokenizer = load_tokenizer(asked.model, pad=False, trust=asked.trust_remote_code)
@@ -153,6 +163,7 @@ class _Training:
 
     def _before(self) -> None:
         """Makes the evaluations that are missing: before all steps, and one that a kill has cut short."""
+        self._know_trunk()
         if self._evaluator is not None and self._evaluator.loss_alone:
             self._display.note(self._evaluator.loss_alone)
         if 0 in self._scored:
@@ -163,18 +174,48 @@ class _Training:
         if self._due(done) and done not in self._scored:
             self._evaluate(None)
 
+    def _know_trunk(self) -> None:
+        """Finds the model's trunk, says so, and opens its caches, filled as the steps so far did."""
+        engine, trunk = self._engine, self._engine.objective.trunk
+        if trunk is None:
+            return
+        engine.settle(self._batch(engine.step_index))
+        if trunk.found is not None:
+            self._display.note(f"trunk: {trunk}")
+        takes = open_caches(
+            engine, self._examples, self._evaluator, self.base, self._options.output
+        )
+        if not takes:
+            return
+        self._display.note(takes)
+        first_epoch = math.ceil(len(self._examples) / self._options.batch_size)
+        if again := min(engine.step_index, first_epoch):
+            with self._display.evaluation("filling the trunk cache") as progress:
+                for step in range(again):
+                    engine.objective.fill(self._batch(step))
+                    if progress is not None:
+                        progress((step + 1) / again)
+
+    def _batch(self, step: int) -> dict[str, Tensor]:
+        """Returns this rank's examples of a step, which with a trunk cache always come to the same rank."""
+        engine, sharding = self._engine, self._engine.sharding
+        cached = engine.config.trunk_cache != "off"
+        chosen = (lane_indices if cached else batch_indices)(
+            len(self._examples), self._options.batch_size, step, engine.config.seed, sharding.rank,
+            sharding.world_size,
+        )  # fmt: skip
+        batch = [self._examples[i] for i in chosen]
+        collated = collate(batch, self._session.pad_id, filler=self._examples[0])
+        if cached:
+            collated[EXAMPLE_IDS] = torch.tensor(chosen or [0])
+        return collated
+
     def _steps(self, alive: Liveness) -> Iterator[StepReport]:
-        engine, options = self._engine, self._options
-        rank, world_size = engine.sharding.rank, engine.sharding.world_size
-        for step in range(engine.step_index, options.steps):
+        for step in range(self._engine.step_index, self._options.steps):
             alive.at(f"the batch of step {step}")
-            chosen = batch_indices(
-                len(self._examples), options.batch_size, step, engine.config.seed, rank, world_size
-            )
-            batch = [self._examples[i] for i in chosen]
-            collated = collate(batch, self._session.pad_id, filler=self._examples[0])
+            collated = self._batch(step)
             alive.at(f"step {step}")
-            yield engine.step(collated)
+            yield self._engine.step(collated)
 
     def _log(self, report: StepReport) -> None:
         """Logs a step, which counts with its line in the journal."""

@@ -1,0 +1,1 @@
+"""The part of a model before the first module that trains, which all branches share."""

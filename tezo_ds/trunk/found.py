@@ -1,0 +1,182 @@
+"""Where a model's trunk ends, found by what one forward calls and in which order."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tezo_ds.models.structure import blocks, users
+from tezo_ds.trunk.outputs import extra_tensors, hidden_of, with_hidden
+from tezo_ds.trunk.stand_ins import Places, places
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model's blocks in the order of their calls, and the first that trains.
+
+    Attributes:
+        blocks: all L of them.
+        first: ℓ, the number of blocks before the first module that trains; L if that stands after all.
+        outputs: what each block gave, without its hidden states.
+        width, dtype: size and dtype of a token's hidden states after the trunk.
+        attention: name, within the last block, of the child that mixes positions; None: not known. Only a
+            guess, which `Trunk.settle` tries: the first that is told more than hidden states.
+        embedding, head: the model's input embedding and output layer, where it names them.
+        embedded: NaN, of the width and dtype of an embedding: (width,).
+        after: modules with weights that are called after the last block, and the width of what they give.
+        places: where these modules are held.
+    """
+
+    blocks: tuple[nn.Module, ...]
+    first: int
+    outputs: tuple[Any, ...]
+    width: int
+    dtype: torch.dtype
+    attention: str | None
+    embedding: nn.Module | None
+    head: nn.Module | None
+    embedded: Tensor
+    after: tuple[tuple[nn.Module, int], ...]
+    places: Places
+
+
+class Watch:
+    """Record of a forward's calls: of blocks, of modules whose parameters train, and of a block's children.
+
+    Args:
+        root: the model.
+        names: names of all parameters that train.
+    """
+
+    def __init__(self, root: nn.Module, names: Collection[str]) -> None:
+        self._root = root
+        held = {id(c) for m in root.modules() if isinstance(m, nn.ModuleList) for c in m}
+        self._blocks = [block for block in blocks(root) if id(block) in held]
+        self._training = {id(owner): name for name, owner, _ in users(root, set(names))}
+        inner = {id(m) for block in self._blocks for m in block.modules()}
+        self._outside = [
+            m
+            for m in root.modules()
+            if id(m) not in inner and any(True for _ in m.parameters(False))
+        ]
+        self._begin()
+
+    def _begin(self, *_: Any) -> None:
+        """Starts the record of a forward, of which there may be several."""
+        self._calls: list[nn.Module] = []
+        self._outputs: dict[int, Any] = {}
+        self._split = False  # hidden states are DTensors
+        self._complete = 0  # blocks returned before the first module that trains was called
+        self._first: str | None = None
+        self._embedded = torch.empty(0)
+        self._after: list[tuple[int, nn.Module, int]] = []  # blocks before it, a module, its width
+        self._mixing: dict[int, list[str]] = {id(block): [] for block in self._blocks}
+
+    def without_a_forward(self) -> str:
+        """Returns in a phrase why the model has no trunk, as far as that shows without one; "" otherwise."""
+        if not self._blocks:
+            return f"{type(self._root).__name__} has no blocks that are known"
+        first = [_named(self._root, "input"), *self._blocks[0].modules()]
+        found = [self._training[id(module)] for module in first if id(module) in self._training]
+        return _too_early(found[0]) if found else ""
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Context manager: the last forward inside is recorded."""
+        hooks: list[Any] = [self._root.register_forward_pre_hook(self._begin)]
+        hooks += [block.register_forward_hook(self._returned) for block in self._blocks]
+        hooks += [
+            module.register_forward_pre_hook(self._called)
+            for module in self._root.modules()
+            if id(module) in self._training
+        ]
+        hooks += [module.register_forward_hook(self._outside_called) for module in self._outside]
+        for block in self._blocks:
+            for name, child in block.named_children():
+                hooks.append(
+                    child.register_forward_pre_hook(self._mixes(block, name), with_kwargs=True)
+                )
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _returned(self, block: nn.Module, _: Any, output: Any) -> None:
+        self._calls.append(block)
+        extra = extra_tensors(output)
+        if not extra and extra is not None:
+            hidden = output if isinstance(output, Tensor) else output[0]
+            self._split |= hasattr(hidden, "to_local")
+            self._outputs[id(block)] = with_hidden(output, hidden.new_empty(0, hidden.shape[-1]))
+
+    def _called(self, module: nn.Module, _: Any) -> None:
+        if self._first is None:
+            self._first, self._complete = self._training[id(module)], len(self._calls)
+
+    def _outside_called(self, module: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            if module is _named(self._root, "input"):
+                self._embedded = output.new_full((output.shape[-1],), math.nan)
+            self._after.append((len(self._calls), module, output.shape[-1]))
+
+    def _mixes(self, block: nn.Module, name: str) -> Any:
+        def note(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            """Notes a child that is told more than hidden states: a mask, positions, a cache."""
+            if len(args) + len(kwargs) > 1 and name not in self._mixing[id(block)]:
+                self._mixing[id(block)].append(name)
+
+        return note
+
+    def result(self) -> Found | str:
+        """Returns what was found, or in a phrase why the model has no trunk."""
+        kind = type(self._root).__name__
+        times = Counter(id(block) for block in self._calls)
+        if self._first is None or not times:
+            return "no block was called, or no module that trains"
+        if not self._complete:
+            return _too_early(self._first)
+        if max(times.values()) > 1:
+            return f"{kind} calls a {type(self._calls[0]).__name__} several times"
+        for block in self._calls:
+            if id(block) not in self._outputs:
+                return (
+                    f"{kind}: a {type(block).__name__} hands on more than hidden states (blocks share "
+                    "state)"
+                )
+        if self._split:
+            return "hidden states are split by tensor parallelism"
+        last = self._calls[-1]
+        mixing = self._mixing[id(last)]
+        embedding, head = (_named(self._root, kind) for kind in ("input", "output"))
+        after = [
+            (m, width) for n, m, width in self._after if n == len(self._calls) and m is not head
+        ]
+        named = [module for module in (embedding, head, *dict(after)) if module is not None]
+        outputs = tuple(self._outputs[id(block)] for block in self._calls)
+        like = hidden_of(outputs[self._complete - 1])
+        return Found(
+            tuple(self._calls), self._complete, outputs, like.shape[-1], like.dtype,
+            mixing[0] if mixing else None, embedding, head, self._embedded, tuple(after),
+            places(self._root, [*self._calls, *named, *last.children()]),
+        )  # fmt: skip
+
+
+def _too_early(name: str) -> str:
+    return f"{name} trains, and acts before the first block returns"
+
+
+def _named(root: nn.Module, kind: str) -> nn.Module | None:
+    get = getattr(root, f"get_{kind}_embeddings", None)
+    try:
+        module = get() if get is not None else None
+    except (AttributeError, NotImplementedError):
+        return None
+    return module if isinstance(module, nn.Module) else None
