@@ -15,8 +15,9 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from tezo_ds.cli import app
+from tezo_ds.cli.options import shown_default
 from tezo_ds.config import TezoConfig
-from tezo_ds.config.declared import extra_of, shown_default
+from tezo_ds.config.declared import extra_of
 from tezo_ds.config.registry import METHODS
 from tezo_ds.settings import RunOptions, Settings
 

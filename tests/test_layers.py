@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config", "models"),
     ("sharding",),
     ("files", "launched"),
-    ("sources",),
+    ("sources", "patterns"),
     ("rng", "errors", "repeatable", ""),
 )
 CORE = (

@@ -12,8 +12,9 @@ import reference
 from pydantic import BaseModel
 
 import tezo_ds
+from tezo_ds.cli.options import flags_of
 from tezo_ds.config import TezoConfig
-from tezo_ds.config.declared import extra_of, flags_of
+from tezo_ds.config.declared import extra_of
 from tezo_ds.config.registry import METHODS
 from tezo_ds.config.schedules import LR_SCHEDULES
 from tezo_ds.settings import RunOptions, Settings

@@ -21,7 +21,7 @@ from tezo_ds.directions import auto_rank
 from tezo_ds.directions.auto_rank import auto_ranks
 from tezo_ds.directions.space import Matrix
 from tezo_ds.engine.live_bytes import LiveBytes
-from tezo_ds.models.structure import numbered_module
+from tezo_ds.patterns import numbered_module
 from tezo_ds.sharding import Sharding, ShardView, sharding_of
 from tezo_ds.sharding.view import matrix_shape
 

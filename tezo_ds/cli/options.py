@@ -13,7 +13,7 @@ import typer
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from tezo_ds.config.declared import extra_of, flags_of, shown_default
+from tezo_ds.config.declared import extra_of
 from tezo_ds.errors import ConfigError
 from tezo_ds.files.text import from_json
 from tezo_ds.settings import SHARDING, Settings
@@ -28,6 +28,11 @@ DeepSpeed = Annotated[
         rich_help_panel=SHARDING,
     ),
 ]
+
+
+def flags_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Returns the fields of a model for which the command line has an option."""
+    return {name: f for name, f in model.model_fields.items() if extra_of(f)["flag"]}
 
 
 def takes(
@@ -76,6 +81,17 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
         default=None,
         annotation=Annotated[kind | None, option],
     )
+
+
+def shown_default(field: FieldInfo) -> str:
+    """Returns a field's default as users would write it; "" where there is none."""
+    default = field.default
+    if field.is_required() or default is None or default == ():
+        return ""
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    values = default if isinstance(default, tuple) else (default,)
+    return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
 
 
 def text_of(field: FieldInfo) -> str:

@@ -196,11 +196,15 @@ class TezoConfig(BaseModel):
     )  # fmt: skip
 
     include: tuple[str, ...] = declared(
-        ("*",), "glob pattern of parameter names that train; may be given several times", group=TRAINS,
-        example=("*.v_proj.*",),
+        ("*",),
+        "what trains: a glob of parameter names; last:6, the model's last six layers; or layers:24-29, "
+        "these layers, counted from 0; may be given several times",
+        group=TRAINS, example=("*.v_proj.*",),
     )  # fmt: skip
     exclude: tuple[str, ...] = declared(
-        (), "glob pattern of parameter names that stay frozen although included; may be given several times",
+        (),
+        "what stays frozen although included: a glob of parameter names, last:6 or layers:24-29 as include "
+        "takes them; may be given several times",
         group=TRAINS, example=("*embed*",),
     )  # fmt: skip
     train_vectors: bool = declared(

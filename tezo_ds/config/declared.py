@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 from pydantic.fields import FieldInfo
 
 
@@ -33,19 +33,3 @@ def extra_of(field: FieldInfo) -> dict[str, Any]:
     extra = field.json_schema_extra
     assert isinstance(extra, dict), "a field that was not declared by `declared`"
     return dict(extra)
-
-
-def shown_default(field: FieldInfo) -> str:
-    """Returns a field's default as users would write it; "" where there is none."""
-    default = field.default
-    if field.is_required() or default is None or default == ():
-        return ""
-    if isinstance(default, bool):
-        return "on" if default else "off"
-    values = default if isinstance(default, tuple) else (default,)
-    return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
-
-
-def flags_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """Returns the fields of a model for which the command line has an option."""
-    return {name: f for name, f in model.model_fields.items() if extra_of(f)["flag"]}

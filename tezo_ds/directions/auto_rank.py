@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tezo_ds.directions.space import Matrix
 from tezo_ds.errors import ConfigError
-from tezo_ds.models.structure import numbered_module
+from tezo_ds.patterns import numbered_module
 from tezo_ds.rng.philox import derive_key, normals
 from tezo_ds.sharding.base import Sharding
 from tezo_ds.sharding.view import ShardView

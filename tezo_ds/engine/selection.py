@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 
 import torch
 
@@ -13,6 +12,7 @@ from tezo_ds.config import TezoConfig
 from tezo_ds.directions.auto_rank import auto_ranks
 from tezo_ds.directions.space import Matrix, Vector
 from tezo_ds.errors import ConfigError
+from tezo_ds.patterns import matching
 from tezo_ds.sharding.base import Sharding
 from tezo_ds.sharding.view import matrix_shape
 
@@ -50,12 +50,15 @@ def select(
             the world must call this function where `rank` is "auto".
 
     Raises:
-        ConfigError: nothing trains, or `ranks` do not fit the model.
+        ConfigError: nothing trains, a pattern names layers that are not there, or `ranks` do not fit the
+            model.
     """
-    chosen = Selection()
-    for name, parameter in sharding.module.named_parameters():
+    chosen, parameters = Selection(), dict(sharding.module.named_parameters())
+    included = matching(config.include, [*parameters])
+    included -= matching(config.exclude, [*parameters], "exclude")
+    for name, parameter in parameters.items():
         shape, dtype = sharding.shape(parameter), sharding.compute_dtype(parameter)
-        reason = _frozen_because(name, len(shape), parameter.requires_grad, config)
+        reason = _frozen_because(name in included, len(shape), parameter.requires_grad, config)
         if reason:
             chosen.frozen[reason] += 1
             chosen.frozen_numel += shape.numel()
@@ -83,16 +86,14 @@ def select(
     return chosen
 
 
-def _frozen_because(name: str, dims: int, requires_grad: bool, config: TezoConfig) -> str | None:
+def _frozen_because(
+    included: bool, dims: int, requires_grad: bool, config: TezoConfig
+) -> str | None:
     if dims < 2 and not config.train_vectors:
         return VECTOR
-    if not _matches(name, config.include) or _matches(name, config.exclude):
+    if not included:
         return EXCLUDED
     return None if requires_grad else NO_GRAD
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _check(chosen: Selection, config: TezoConfig) -> None:

@@ -23,7 +23,7 @@ from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError, ShardingError
 from tezo_ds.export.tokenizer import save_tokenizer
 from tezo_ds.files.text import writing
-from tezo_ds.models.structure import numbered_module
+from tezo_ds.patterns import numbered_module
 from tezo_ds.sharding.base import named_state
 
 

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatchcase
 
 from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError
+from tezo_ds.patterns import matching
 from tezo_ds.sharding import Sharding
 
 log = logging.getLogger(__name__)
 
 
 def check_patterns(sharding: Sharding, config: TezoConfig) -> None:
-    """Checks that patterns are globs of whole names. Where others of them match, rank 0 says so in a line.
+    """Checks that globs are of whole names. Where others of them match, rank 0 says so in a line.
 
     Raises:
-        ConfigError: no pattern of `include` matches, and globs around the given words would.
+        ConfigError: no pattern of `include` matches, and globs around the given words would; a pattern names
+            layers that the model does not have.
     """
     names = [name for name, _ in sharding.module.named_parameters()]
     for field, patterns in (("include", config.include), ("exclude", config.exclude)):
-        meant = list(_meant(patterns, names))
+        meant = list(_meant(field, patterns, names))
         if not meant:
             continue
         given = " and ".join(repr(pattern) for pattern, _ in meant)
@@ -30,22 +31,20 @@ def check_patterns(sharding: Sharding, config: TezoConfig) -> None:
             f"{field}: {given} matches no parameter, as a pattern is a glob of a whole name; use {globs} "
             "(in a config a list of strings)"
         )
-        if field == "include" and not any(_matches(pattern, names) for pattern in patterns):
+        if field == "include" and not matching(patterns, names):
             raise ConfigError(message)
         if sharding.place == 0:
             log.warning("%s", message)
 
 
-def _meant(patterns: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+def _meant(
+    field: str, patterns: Sequence[str], names: Sequence[str]
+) -> Iterator[tuple[str, list[str]]]:
     """Yields each pattern that matches nothing, with globs that match something and were meant."""
     for pattern in patterns:
-        if _matches(pattern, names):
+        if matching([pattern], names, field):
             continue
         words = [word.strip(" '\"*[]()") for word in pattern.split(",")]
         globs = [f"*{word}*" for word in words if word]
-        if found := [glob for glob in globs if _matches(glob, names)]:
+        if found := [glob for glob in globs if matching([glob], names)]:
             yield pattern, found
-
-
-def _matches(pattern: str, names: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names)

@@ -1,8 +1,7 @@
-"""A model's modules: kinds of linear maps, users of a parameter, transformer blocks, numbered layers."""
+"""A model's modules: kinds of linear maps, users of a parameter, transformer blocks."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -12,7 +11,6 @@ from tezo_ds.errors import ConfigError
 
 KINDS: dict[type[nn.Module], str] = {nn.Linear: "linear", nn.Embedding: "embedding"}
 PLAIN = (nn.Linear.forward, nn.Embedding.forward)
-_NUMBERED = re.compile(r"(.*?\.)?\d+(?=\.)")  # up to a name's first number, as in model.layers.3
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -77,12 +75,6 @@ def blocks(model: nn.Module, layers: Sequence[str] | None = None) -> list[nn.Mod
 def _uses(module: nn.Module) -> Counter[int]:
     """Counts the modules that hold each parameter, by the parameter's id."""
     return Counter(id(p) for m in module.modules() for p in m.parameters(recurse=False))
-
-
-def numbered_module(name: str) -> str | None:
-    """Returns the outermost numbered module of a parameter, as model.layers.3; None outside of any."""
-    found = _NUMBERED.match(name)
-    return found[0] if found else None
 
 
 def is_masked_lm(module: nn.Module) -> bool:

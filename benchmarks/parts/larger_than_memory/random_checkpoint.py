@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from tezo_ds.errors import StorageError
-from tezo_ds.models.structure import numbered_module
+from tezo_ds.patterns import numbered_module
 
 DEVIATION = 0.02
 PERIOD = (1 << 25) + 1  # numbers drawn, used again and again: no multiple of any usual width
