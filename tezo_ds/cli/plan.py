@@ -24,10 +24,15 @@ counts gathers, bytes and tensors.
 ```
 tezo-ds plan --model llama-30b --world 64 --per-node 8 --gpu h100-80g --batch 256 --sharding fsdp2 --dry-run
 
+tezo-ds plan --model llama-30b --world 64 --sharding fsdp2 --include last:12 --trunk-cache memory
+
 tezo-ds plan --model ./my-model --world 16 --gpu a100-40g --length 2048 --queries 4 --sharding zero3-hpz
 ```
 """
-BLOCK = ("method", "rank", "queries", "placement", "probe", "branch_chunk", "micro_batch")
+BLOCK = (
+    "method", "rank", "queries", "placement", "probe", "branch_chunk", "micro_batch", "shared_trunk",
+    "trunk_cache", "trunk_cache_gib", "include", "exclude", "train_vectors",
+)  # fmt: skip
 HARDWARE = "Overrides of --gpu and of what is assumed"
 
 
@@ -61,6 +66,19 @@ def plan(
         int, typer.Option(min=2, help="tokens of an example, padding included")
     ] = 512,
     labels: Annotated[int, typer.Option(min=1, help="labelled tokens of an example")] = 1,
+    train_examples: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="training examples of all ranks together, for what trunk_cache takes"
+        ),
+    ] = None,
+    mean_tokens: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="mean tokens of an example without padding, for trunk_cache; unset: --length",
+        ),
+    ] = None,
     dtype: Annotated[
         str,
         typer.Option(
@@ -112,14 +130,16 @@ def plan(
 
     quieten()
     from tezo_ds.plan import columns as plans
-    from tezo_ds.plan import report
+    from tezo_ds.plan import report, trunk_table
 
     job = _job(given)
     found = plans.columns(job, overlap)
     warnings = plans.advice(job, found[0])
+    ways, kept = trunk_table.ways(job, overlap), trunk_table.kept(job, train_examples, mean_tokens)
     counted = None
     if not as_json:
         report.show(job, found, f"{model} on {world} x {gpu}", warnings)
+        trunk_table.show(ways, trunk_table.lines(job, ways, kept))
     if dry_run:
         from tezo_ds.plan.dry_run import count
 
@@ -127,7 +147,8 @@ def plan(
         if not as_json:
             report.show_counted(counted)
     if as_json:
-        print(report.as_json(job, found, warnings, counted))
+        trunk = trunk_table.as_dict(job, ways, kept)
+        print(report.as_json(job, found, warnings, counted, trunk))
 
 
 def _job(given: dict[str, Any]) -> Job:

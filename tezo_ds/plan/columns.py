@@ -43,13 +43,12 @@ def columns(job: Job, overlapped: bool = True) -> list[Column]:
     kept = {"queries": job.config.queries, "micro_batch": job.config.micro_batch}
     dense, _ = resolve({"method": "mezo", **kept})
     mezo = replace(job, config=dense, sharding="zero3")
-    adam = replace(job, sharding="zero3")
     probe = "fused" if job.run.fused else "in place"
     ours = f"{job.config.method}, {probe}, {job.sharding}"
     return [
         _engine(ours, job, overlapped),
         _engine("MeZO in place, ZeRO-3", mezo, overlapped),
-        _adam("Adam, ZeRO-3", adam, overlapped),
+        _adam("Adam, ZeRO-3", mezo, overlapped),
     ]
 
 

@@ -29,8 +29,6 @@ from tezo_ds.plan.absent import Absent, AbsentFsdp2
 from tezo_ds.plan.job import Job
 from tezo_ds.rng import philox
 
-WHOLE = {"check_every": 0, "shared_trunk": False}  # both compare values
-
 
 @dataclass(frozen=True)
 class Counted:
@@ -50,7 +48,8 @@ class Counted:
 
 
 def count(job: Job) -> Counted:
-    """Runs two steps and counts the second; in the first one DeepSpeed learns the order of the layers.
+    """Runs two steps and counts the second; in the first one DeepSpeed learns the order of the layers. Every
+    branch runs all layers.
 
     Args:
         job: that gathers, in a process without a process group.
@@ -68,7 +67,8 @@ def count(job: Job) -> Counted:
     fake, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
     with _world(job.cluster.world), _without_numbers(fake), live, _sharded(job, fake) as sharding:
         sharding.watched(fake, live)
-        engine = Engine(sharding, job.config.model_copy(update=WHOLE), None)
+        plain = {"check_every": 0, "shared_trunk": False, "trunk_cache": "off"}  # these need values
+        engine = Engine(sharding, job.config.model_copy(update=plain), None)
         sharding.module.eval()
         batch = _batch(job)
         for _ in range(2):

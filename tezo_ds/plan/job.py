@@ -12,9 +12,10 @@ from torch import nn
 from tezo_ds.config import TezoConfig
 from tezo_ds.engine.engine import sums_are_shared
 from tezo_ds.plan.hardware import Cluster
-from tezo_ds.plan.needs import Layout, Needs, PlannedRun, gathered_groups, needs
+from tezo_ds.plan.needs import Layout, Needs, PlannedRun, gathered_groups, held_bytes, needs
 from tezo_ds.plan.prefetch import DEFAULTS, Gathered, Limits, gathered
 from tezo_ds.plan.shapes import Outline, outline
+from tezo_ds.plan.trunk import Trunk, trunk_of
 
 Sharded = Literal["zero3", "zero3-hpz", "fsdp2", "fsdp2-hybrid", "replicated"]
 SHARDINGS: tuple[Sharded, ...] = ("zero3", "zero3-hpz", "fsdp2", "fsdp2-hybrid", "replicated")
@@ -33,6 +34,8 @@ class Job:
         length: tokens of an example, padding included.
         labels: positions of an example that carry a label.
         limits: ZeRO-3's limits of what is gathered at once.
+        cached: whether the step is a later visit to its examples, of which `trunk_cache` has kept what
+            enters the first layer that trains.
     """
 
     module: nn.Module
@@ -43,6 +46,7 @@ class Job:
     length: int
     labels: int
     limits: Limits = DEFAULTS
+    cached: bool = False
 
     @cached_property
     def run(self) -> PlannedRun:
@@ -69,9 +73,19 @@ class Job:
         other = replace(self, examples=examples)
         other.__dict__.update(
             run=self.run, shape=self.shape, need=self.need, groups_of_weights=self.groups_of_weights,
-            ahead=self.ahead, gathered_bytes=self.gathered_bytes,
+            ahead=self.ahead, gathered_bytes=self.gathered_bytes, trunk=self.trunk, saved=self.saved,
         )  # fmt: skip
         return other
+
+    def as_way(self, *, shared: bool, cached: bool = False) -> Job:
+        """Returns the job with its trunk run once for all branches, or in each, or not at all (cached)."""
+        config = self.config.model_copy(update={"shared_trunk": shared})
+        return replace(self, config=config, cached=cached)
+
+    @cached_property
+    def trunk(self) -> Trunk:
+        """What comes before the first layer that trains; nothing where every branch runs it."""
+        return trunk_of(self.module, self.run.space.slices if self.config.shared_trunk else ())
 
     @property
     def gathers(self) -> bool:
@@ -110,6 +124,25 @@ class Job:
             return sum(self.ahead.messages)
         by_rows = replace(self.run, layout=Layout(self.gather_ranks, by_rows=True))
         return self.gather_ranks * needs(by_rows).shard
+
+    @cached_property
+    def saved(self) -> tuple[int, int]:
+        """Bytes and number of the messages that a forward does not gather where it leaves the trunk out."""
+        trunk = self.trunk
+        if not trunk.first or self.gather_ranks == 1:
+            return 0, 0
+        if (
+            self.layout.by_rows
+        ):  # what is outside of layers is one message, which later layers need, too
+            shards = held_bytes(trunk.weights, Layout(self.gather_ranks, by_rows=True))
+            return self.gather_ranks * shards, trunk.first
+        late = gathered(self.module, self.cluster.world, self.limits, trunk.modules).messages
+        return self.gathered_bytes - sum(late), self.messages - len(late)
+
+    @property
+    def trunk_forwards(self) -> int:
+        """Number of forwards of a step that run the trunk: one for each part of the examples."""
+        return 0 if self.cached else math.ceil(self.examples / self.examples_at_once)
 
     @property
     def messages(self) -> int:

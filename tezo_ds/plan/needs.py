@@ -150,7 +150,7 @@ def needs(run: PlannedRun, snapshots: int = 0, merged: bool = False) -> Needs:
     """
     layout, compute, config = run.layout, run.compute, run.config
     parameters = dict(run.module.named_parameters())
-    shard = sum(_held(p, layout) * p.itemsize for p in parameters.values())
+    shard = held_bytes(parameters.values(), layout)
     trained = {name: parameters[name] for name in run.space.slices}
     numel = sum(_held(p, layout) for p in trained.values())
     dense = config.facts.dense_moments  # float32 beside 16 bits
@@ -190,6 +190,11 @@ def _of_probe(run: PlannedRun, trained: dict[str, Any]) -> int:
     if not run.fused and keeps_copies(run.config, run.method.factors):
         held += sum(_held(p, run.layout) * p.itemsize for p in trained.values())
     return held
+
+
+def held_bytes(parameters: Iterable[nn.Parameter], layout: Layout) -> int:
+    """Returns the bytes of parameters on the rank that has most of them."""
+    return sum(_held(p, layout) * p.itemsize for p in parameters)
 
 
 def _held(parameter: nn.Parameter, layout: Layout) -> int:

@@ -9,7 +9,7 @@ the first of them is used, and the message stays beside the copies until the las
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -125,15 +125,19 @@ def _registered(module: nn.Module) -> Iterator[Visit]:
     yield Visit(module, False)
 
 
-def gathered(module: nn.Module, ranks: int, limits: Limits) -> Gathered:
+def gathered(
+    module: nn.Module, ranks: int, limits: Limits, without: Collection[nn.Module] = ()
+) -> Gathered:
     """Returns the gathers of a forward in which no parameter persists (stage3_param_persistence_threshold 0).
 
     Args:
         module: a model on the meta device.
         ranks: number of ranks that shards are padded to, two or more.
         limits: the run's limits.
+        without: modules that the forward leaves out.
     """
-    coordinator = _Coordinator(visits(module), ranks, limits)
+    entered = [visit for visit in visits(module) if visit.module not in without]
+    coordinator = _Coordinator(entered, ranks, limits)
     moments = []
     for visit in coordinator.visits:
         before = coordinator.peak = coordinator.held

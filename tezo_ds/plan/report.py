@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -44,8 +45,9 @@ def show_counted(counted: Counted) -> None:
 
 
 def as_json(
-    job: Job, columns: Sequence[Column], warnings: Sequence[str], counted: Counted | None
-) -> str:
+    job: Job, columns: Sequence[Column], warnings: Sequence[str], counted: Counted | None,
+    trunk: dict[str, Any] | None = None,
+) -> str:  # fmt: skip
     """One object; bytes and seconds."""
     found = {
         "parameters": numel(job.module),
@@ -57,6 +59,8 @@ def as_json(
         ],
         "warnings": list(warnings),
     }  # fmt: skip
+    if trunk is not None:
+        found["trunk"] = trunk
     if counted is not None:
         found["dry_run"] = asdict(counted)
     return json.dumps(found, indent=2)

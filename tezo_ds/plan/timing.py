@@ -48,7 +48,10 @@ class Timing:
 
 def engine(job: Job, traffic: Traffic, overlapped: bool) -> Timing:
     """Returns the timing of this engine."""
-    compute = job.forwards * _forward(job, job.tokens, job.run.fused)
+    late, early = _flops(job)
+    weights = job.shape.multiplied - job.trunk.multiplied
+    compute = job.forwards * _seconds(job, late, weights)
+    compute += job.trunk_forwards * _seconds(job, early, job.trunk.multiplied)
     update = 0.0
     if not job.run.fused:  # every branch is moved to, the last one left, and the update made
         moves = job.branches + 2
@@ -69,6 +72,21 @@ def adam(job: Job, traffic: Traffic, overlapped: bool) -> Timing:
     return _timing(job, traffic, compute, numel * 30 / job.cluster.gpu.hbm, overlapped)
 
 
+def step_flops(job: Job) -> float:
+    """Returns the FLOPs of all forwards of a step of this engine on a rank."""
+    late, early = _flops(job)
+    return job.forwards * late + job.trunk_forwards * early
+
+
+def _flops(job: Job) -> tuple[float, float]:
+    """Returns the FLOPs of a forward of all branches behind the trunk, and of one of the trunk, in which no
+    probe acts, on one copy of the examples."""
+    attention = 2 * job.length * job.shape.queries * job.trunk.first
+    token = 2.0 * (job.trunk.multiplied + attention)
+    late = flops(job, job.tokens, job.run.fused) - token * job.tokens
+    return late, token * (job.tokens // job.branches_at_once)
+
+
 def flops(job: Job, tokens: int, fused: bool, labels: int | None = None) -> float:
     """Returns the FLOPs of one forward of a rank: two for each weight and token, attention in full, and the
     skinny products of a fused probe."""
@@ -86,10 +104,14 @@ def _in_blocks(job: Job) -> list[Matrix]:
 
 
 def _forward(job: Job, tokens: int, fused: bool, labels: int | None = None) -> float:
+    return _seconds(job, flops(job, tokens, fused, labels), job.shape.multiplied)
+
+
+def _seconds(job: Job, arithmetic: float, weights: int) -> float:
+    """Returns the seconds of some FLOPs, or those in which the weights are read where these are more."""
     gpu = job.cluster.gpu
-    arithmetic = flops(job, tokens, fused, labels) / (gpu.flops * job.cluster.efficiency)
-    weights = job.shape.multiplied * job.shape.itemsize
-    return max(arithmetic, weights / gpu.hbm)
+    took = arithmetic / (gpu.flops * job.cluster.efficiency)
+    return max(took, weights * job.shape.itemsize / gpu.hbm)
 
 
 def _trained(job: Job) -> int:
@@ -101,8 +123,7 @@ def _timing(job: Job, traffic: Traffic, compute: float, update: float, overlappe
     ranks = job.gather_ranks if job.gathers else cluster.world
     gather = traffic.received / _rate(job, ranks) + traffic.collectives * _alpha(job, ranks)
     first = job.ahead.messages[0] if job.ahead.messages else job.groups_of_weights[0]
-    share = first / max(traffic.gathered, 1)
-    exposed = gather / max(traffic.times, 1) * share if job.gathers else gather
+    exposed = gather * first / max(traffic.total, 1) if job.gathers else gather
     return Timing(
         compute, gather, exposed, update,
         sum(_all_reduce(job, nbytes) for nbytes in traffic.scalars),
