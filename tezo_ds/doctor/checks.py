@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from tezo_ds import repeatable
-from tezo_ds.doctor import machine, network, resources, selftest, verdicts
+from tezo_ds.doctor import machine, network, resources, selftest, trunk_cache, verdicts
 from tezo_ds.doctor.flags import RunFlags
 from tezo_ds.doctor.hostfile import check_hostfile
 from tezo_ds.doctor.meeting import Meeting, within
@@ -46,6 +47,8 @@ class Examination:
         self._local_rank = env_local_rank()
         self.rows: list[Row] = []
         self._need: Needs | None = None
+        self._skeleton: nn.Module | Failed | None = None  # of rank 0, as what all ranks said is
+        self._machines: dict[int, dict[str, Any]] = {}
         self._layout, self._backend = flags.layout(meeting.world_size), flags.backend
 
     def run(self) -> list[Row]:
@@ -56,6 +59,7 @@ class Examination:
             self._look_at_machines()
             self._judge("hostfile", lambda: check_hostfile(hostfile, world_size))
             self._look_at_folder()
+            self._look_at_trunk_cache()
             self._try_network()
         self._work_together()
         return self.rows
@@ -101,6 +105,7 @@ class Examination:
         gathered = self._meeting.gather("machine", found)
         if not self._first:
             return
+        self._skeleton, self._machines = skeleton, gathered
 
         def of(check: str) -> dict[int, Any]:
             return {rank: facts[check] for rank, facts in gathered.items()}
@@ -149,6 +154,31 @@ class Examination:
                 return resources.disk(self._asked, space, held, output, needed, writes)
 
             self._judge("run folder", lambda: settled("run folder", self._asked, seen, judge))
+
+    def _look_at_trunk_cache(self) -> None:
+        """Adds a row only where the run asks for a cache."""
+        if self._flags.config.trunk_cache != "off":
+            self._judge(trunk_cache.CHECK, self._of_trunk_cache)
+
+    def _of_trunk_cache(self) -> Row:
+        flags, asked, need = self._flags, self._asked, self._need
+        if self._skeleton is None or isinstance(self._skeleton, Failed) or need is None:
+            why = "no --model" if self._skeleton is None else "see model"
+            return Row(trunk_cache.CHECK, "unchecked", why)
+        wanted = flags.trunk_cache(self._skeleton, self._meeting.world_size)
+        if row := trunk_cache.nothing_to_keep(wanted):
+            return row
+        if flags.config.trunk_cache == "disk":
+            if flags.output is None:
+                return Row(trunk_cache.CHECK, "unchecked", "no --output")
+            space = machine.disk(flags.output)
+            return trunk_cache.on_disk(asked, wanted, space, flags.output, need.disk)
+        hosts = {rank: facts["memory"] for rank, facts in self._machines.items()}
+        if any(isinstance(one, Failed) for one in hosts.values()):
+            return Row(trunk_cache.CHECK, "unchecked", "see memory")
+        kinds = {getattr(facts["accelerators"], "kind", "cpu") for facts in self._machines.values()}
+        beside = resources.bytes_on_host(need, self._layout, "cpu" in kinds)
+        return trunk_cache.in_memory(asked, wanted, hosts, beside)
 
     def _try_network(self) -> None:
         asked, meeting = self._asked, self._meeting

@@ -14,9 +14,11 @@ from torch import nn
 from tezo_ds.config import TezoConfig
 from tezo_ds.doctor.report import Failed
 from tezo_ds.doctor.resources import Model
+from tezo_ds.doctor.trunk_cache import Wanted
 from tezo_ds.errors import ConfigError
 from tezo_ds.models.loading import deepspeed_dtype, load_skeleton
-from tezo_ds.plan.needs import Layout, Needs, PlannedRun, needs, writes
+from tezo_ds.plan.needs import GIB, Layout, Needs, PlannedRun, needs, writes
+from tezo_ds.plan.trunk import Kept, hidden_size, trunk_of
 from tezo_ds.settings import Settings
 from tezo_ds.sharding.world import local_device
 
@@ -102,7 +104,22 @@ class RunFlags:
 
     def needs(self, skeleton: nn.Module, ranks: int) -> Needs:
         """Returns what a rank of `ranks` needs."""
-        name = self.settings.compute_dtype
-        compute = None if name is None else getattr(torch, name)
-        run = PlannedRun(skeleton, self.config, self.layout(ranks), compute)
+        run = PlannedRun(skeleton, self.config, self.layout(ranks), self._compute)
         return needs(run, self.snapshots, self.merged)
+
+    @property
+    def _compute(self) -> torch.dtype | None:
+        name = self.settings.compute_dtype
+        return None if name is None else getattr(torch, name)
+
+    def trunk_cache(self, skeleton: nn.Module, ranks: int) -> Wanted:
+        """Returns what a rank of `ranks` would cache, of examples of `max_length` tokens."""
+        trained = PlannedRun(skeleton, self.config).space.slices
+        itemsize = max((self._compute or p.dtype).itemsize for p in skeleton.parameters())
+        examples, bound = self.settings.train_examples, self.config.trunk_cache_gib
+        kept = Kept(
+            self.settings.max_length * hidden_size(skeleton) * itemsize,
+            None if examples is None else -(-examples // ranks),
+            None if bound is None else int(bound * GIB),
+        )
+        return Wanted(trunk_of(skeleton, trained).first, self.config.shared_trunk, kept)

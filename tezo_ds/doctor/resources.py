@@ -64,7 +64,7 @@ def memory(
     """
     on_cpu = next(iter(held.values())).kind == "cpu"
     on_device = need.device - (need.shard if layout.offloaded else 0)
-    on_host = need.device if on_cpu else need.shard if layout.offloaded else 0
+    on_host = bytes_on_host(need, layout, on_cpu)
     text = (
         f"{need.device / GIB:.2f} GiB a rank (shard {need.shard / GIB:.2f}, gathered "
         f"{need.gathered / GIB:.2f}, probe {need.probe / GIB:.2f}, state {need.state / GIB:.2f}); "
@@ -88,6 +88,11 @@ def memory(
     if part > TIGHT:
         return Row("memory", "yellow", text, f"little is left for activations: {advice}")
     return Row("memory", "green", text)
+
+
+def bytes_on_host(need: Needs, layout: Layout, on_cpu: bool) -> int:
+    """Returns the bytes of a rank's needs that lie in its host's memory."""
+    return need.device if on_cpu else need.shard if layout.offloaded else 0
 
 
 class Token(NamedTuple):

@@ -80,6 +80,13 @@ def _embedding(module: nn.Module) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
+def hidden_size(module: nn.Module) -> int:
+    """Returns the width of the hidden states between the layers of a transformers model."""
+    config: Any = module.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(text.hidden_size)
+
+
 @dataclass(frozen=True)
 class Kept:
     """Hidden states that `trunk_cache` keeps.
