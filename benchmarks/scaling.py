@@ -130,6 +130,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--length", type=int, default=32, help="tokens of an example")
     add("--queries", type=int, default=1, help="directions a step")
     add("--rank", type=int, default=16, help="r")
+    add("--include", nargs="+", default=["*"], help="what trains, as of tezo-ds train, e.g. last:6")
     add("--steps", type=int, default=9, help="that are timed")
     add(
         "--discard",
@@ -175,6 +176,8 @@ def checked(words: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--steps and --discard: at least 2 each")
     args.command = " ".join(["python", *sys.argv])
     args.name = f"llama {args.hidden}x{args.layers}" if args.hidden else Path(args.model).name
+    if args.include != ["*"]:  # rows of its own, compared with no others
+        args.name += f", {' '.join(args.include)}"
     return args
 
 

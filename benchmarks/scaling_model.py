@@ -69,6 +69,12 @@ def arguments() -> argparse.ArgumentParser:
     add("--examples", type=int, default=4, help="of a rank, in any world")
     add("--length", type=int, default=512, help="tokens of an example")
     add("--queries", type=int, default=1, help="directions of a rank (of MeZO: of all)")
+    add("--include", nargs="+", default=["*"], help="what trains, as of tezo-ds plan, e.g. last:6")
+    add(
+        "--cached",
+        action="store_true",
+        help="steps whose examples' hidden states before the first layer that trains are cached",
+    )
     add("--calibrate", type=Path, help="CSV of benchmarks/scaling.py")
     add("--no-count", dest="count", action="store_false", help="no dry runs")
     add("--page", type=Path, default=ROOT / "docs/scaling.md", help="where the tables go")
@@ -101,6 +107,14 @@ def dry_runs(args: argparse.Namespace) -> list[tuple[str, list[Line]]]:
     return found
 
 
+def _trained(args: argparse.Namespace) -> str:
+    """Says what of this engine's models trains, where that is not all."""
+    if args.include == ["*"]:
+        return ""
+    trunk = "cached" if args.cached else "run once for all branches"
+    return f"; this engine trains {', '.join(args.include)}, with the layers before {trunk}"
+
+
 def page(args: argparse.Namespace, found: Sequence[Point]) -> str:
     """Returns the text between the page's markers."""
     chip = gpu(args.gpu)
@@ -109,7 +123,7 @@ def page(args: argparse.Namespace, found: Sequence[Point]) -> str:
     fit = calibration(read(args.calibrate)) if args.calibrate else NOT_CALIBRATED
     setting = (
         f"{args.per_node} GPUs a node, {args.examples} examples of {args.length} tokens a rank in any world "
-        f"(weak scaling), Q = {args.queries} a rank"
+        f"(weak scaling), Q = {args.queries} a rank{_trained(args)}"
     )
     ways = "; ".join(f"*{way}*: {where}" for way, where in OURS.items())
     parts = [

@@ -122,6 +122,13 @@ def test_what_fits_a_world() -> None:
     assert examples_of("weak", 2, args) == 3 and examples_of("strong", 2, args) == 4
 
 
+def test_rows_of_late_layers_are_their_own() -> None:
+    words = ["--worlds", "2", "--hidden", "128", "--layers", "3"]
+    assert scaling.checked(words).name == "llama 128x3"
+    late = scaling.checked([*words, "--include", "last:2", "*head*"])
+    assert (late.name, late.include) == ("llama 128x3, last:2 *head*", ["last:2", "*head*"])
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -256,6 +256,28 @@ def test_the_page(page: Path, model: str) -> None:
         scaling_model.main([*words, "--calibrate", str(csv)])
 
 
+def test_late_layers_alone(page: Path, model: str, found: list[Point]) -> None:
+    late, cached = (
+        points(model, given("--include", "last:1", *more)) for more in ((), ("--cached",))
+    )
+    block = 2 * (12 * 5120**2 + 13 * 5120)  # bytes; the tied embedding is gathered all the same
+    for way in OURS:
+        all_, shared, last = (line_of(p, model, 400, way) for p in (found, late, cached))
+        for a, b, c in zip(all_, shared, last, strict=True):
+            assert a.column.traffic.total == b.column.traffic.total
+            saved = b.column.traffic.total - c.column.traffic.total
+            assert saved == pytest.approx(2 * block, rel=1e-3)
+            assert c.timing.compute < b.timing.compute < a.timing.compute
+    for way in ("MeZO in place", "Adam"):
+        steps = [[p.timing for p in line_of(each, model, 400, way)] for each in (found, cached)]
+        assert steps[0] == steps[1]
+    words = ["--models", model, "--worlds", "8", "16", "--no-count", "--page", str(page)]
+    scaling_model.main([*words, "--include", "last:1", "--cached"])
+    assert "trains last:1, with the layers before cached" in page.read_text()
+    with pytest.raises(SystemExit, match="'last:4': the model has 3 layers"):
+        scaling_model.main([*words, "--include", "last:4"])
+
+
 def test_a_model_that_is_not_known() -> None:
     with pytest.raises(SystemExit, match=r"scaling_model: error: --model gpt-5: no such folder"):
         scaling_model.main(["--models", "gpt-5"])

@@ -27,6 +27,7 @@ def settings(**more: object) -> Namespace:
         "model": random_model(HIDDEN, LAYERS, "float32"), "name": "tiny", "dtype": "float32",
         "length": 30, "queries": 2, "rank": 3, "steps": 2, "discard": 2, "threads": 1, "batch_size": 1,
         "global_batch": 4, "probes": ["fused", "inplace"], "modes": ["weak", "strong"],
+        "include": ["*"],
     }  # fmt: skip
     return Namespace(**{**given, **more})
 

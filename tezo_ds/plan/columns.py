@@ -42,7 +42,7 @@ def columns(job: Job, overlapped: bool = True) -> list[Column]:
     """This engine, MeZO in place under ZeRO-3, and Adam under ZeRO-3."""
     kept = {"queries": job.config.queries, "micro_batch": job.config.micro_batch}
     dense, _ = resolve({"method": "mezo", **kept})
-    mezo = replace(job, config=dense, sharding="zero3")
+    mezo = replace(job, config=dense, sharding="zero3", cached=False)
     probe = "fused" if job.run.fused else "in place"
     ours = f"{job.config.method}, {probe}, {job.sharding}"
     return [

@@ -123,7 +123,7 @@ def _steps(
     vocabulary = cast(Any, weights.module).config.vocab_size
     batch = make_batch(f"{examples}x{args.length}", vocabulary, "last", seed=weights.place)
     fields = {"rank": args.rank, "queries": args.queries, "lr": 1e-9, "probe": probe}
-    config, _ = resolve({**fields, "check_every": 0})
+    config, _ = resolve({**fields, "include": args.include, "check_every": 0})
     with live:  # from the first forward on, whose buffers FSDP2 keeps
         engine = Engine(weights, config, None)
         for _ in range(args.discard):

@@ -73,8 +73,11 @@ def job_at(module: nn.Module, args: argparse.Namespace, world: int, gbit: float)
         world, gbit: GPUs, and Gbit/s into a node.
     """
     cluster = Cluster(gpu(args.gpu), world, args.per_node, gbit * 1e9 / 8, args.efficiency)
-    config, _ = resolve({"placement": "per_rank", "queries": args.queries})
-    return Job(module, config, "zero3", cluster, args.examples, args.length, labels=1)
+    fields = {"placement": "per_rank", "queries": args.queries, "include": args.include}
+    config, _ = resolve(fields)
+    return Job(
+        module, config, "zero3", cluster, args.examples, args.length, labels=1, cached=args.cached
+    )
 
 
 def points(name: str, args: argparse.Namespace) -> list[Point]:
