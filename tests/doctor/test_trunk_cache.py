@@ -25,7 +25,7 @@ MIB = 1 << 20
 
 
 def wanted(examples: int | None = None, bound: int | None = None) -> Wanted:
-    return Wanted(3, True, Kept(4 * MIB, examples, bound))
+    return Wanted(3, Kept(4 * MIB, examples, bound))
 
 
 def test_room_in_memory() -> None:
@@ -56,11 +56,10 @@ def test_room_on_disk(tmp_path: Path) -> None:
 
 def test_nothing_to_keep() -> None:
     kept = Kept(1, 1, None)
-    for first, shared, said in ((0, True, "no trunk to keep"), (3, False, "shared_trunk is off")):
-        row = nothing_to_keep(Wanted(first, shared, kept))
-        assert row is not None
-        assert_row(row, "red", said)
-    assert nothing_to_keep(Wanted(3, True, kept)) is None
+    row = nothing_to_keep(Wanted(0, kept))
+    assert row is not None
+    assert_row(row, "red", "no trunk to keep", "--include last:6")
+    assert nothing_to_keep(Wanted(3, kept)) is None
 
 
 def flags(**settings: Any) -> RunFlags:
@@ -70,9 +69,11 @@ def flags(**settings: Any) -> RunFlags:
 
 def test_what_a_run_wants() -> None:
     found = flags(max_length=100).trunk_cache(tiny(), 4)
-    assert found == Wanted(1, True, Kept(100 * 22 * 4, None, GIB // 2))
+    assert found == Wanted(1, Kept(100 * 22 * 4, None, GIB // 2))
     few = flags(max_length=100, train_examples=9, fsdp=True, compute_dtype="bfloat16")
     assert few.trunk_cache(tiny("gpt2"), 4).kept == Kept(100 * 22 * 2, 3, GIB // 2)
+    tested = flags(max_length=100, train_examples=9, test_examples=5)
+    assert tested.trunk_cache(tiny(), 4).kept == Kept(100 * 22 * 4, 3 + 2, GIB // 2)
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk"])

@@ -89,6 +89,15 @@ def test_gathers_by_hand() -> None:
         assert traffic.engine(replace(other, cached=True)).received == 0
 
 
+def test_scalars_by_hand() -> None:
+    losses = 16 * 2 + 8
+    assert llama().scalars == llama(include=("*",), trunk_cache="memory").scalars == (losses,)
+    asking = llama(trunk_cache="memory")  # whether any rank has to run the trunk
+    assert asking.scalars == replace(llama(), cached=True).scalars == (16, losses)
+    assert llama(trunk_cache="disk", micro_batch=2).scalars == (16, 16, losses)
+    assert asking.as_way(shared=False).scalars == (losses,)
+
+
 def test_arithmetic_by_hand() -> None:
     job = llama(queries=2)
     layer = 2.0 * (BLOCK + 2 * 512 * 6656)  # of a token
@@ -163,7 +172,6 @@ def test_what_is_said() -> None:
     text = said({"trunk_cache": "disk", "trunk_cache_gib": 0.05}, 64 * 100)
     assert "7 of a rank's 100 examples" in text and "computed at each visit" in text
     assert "at most 0.05 GiB" in said({"trunk_cache": "memory", "trunk_cache_gib": 0.05})
-    assert "needs shared_trunk" in said({"trunk_cache": "memory", "shared_trunk": False})
 
 
 @pytest.mark.parametrize(

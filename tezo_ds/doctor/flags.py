@@ -113,13 +113,15 @@ class RunFlags:
         return None if name is None else getattr(torch, name)
 
     def trunk_cache(self, skeleton: nn.Module, ranks: int) -> Wanted:
-        """Returns what a rank of `ranks` would cache, of examples of `max_length` tokens."""
+        """Returns what a rank of `ranks` would cache, of examples of `max_length` tokens: its part of the
+        training and, where their number is set, of the test examples."""
         trained = PlannedRun(skeleton, self.config).space.slices
         itemsize = max((self._compute or p.dtype).itemsize for p in skeleton.parameters())
         examples, bound = self.settings.train_examples, self.config.trunk_cache_gib
+        tests = -(-(self.settings.test_examples or 0) // ranks)
         kept = Kept(
             self.settings.max_length * hidden_size(skeleton) * itemsize,
-            None if examples is None else -(-examples // ranks),
+            None if examples is None else -(-examples // ranks) + tests,
             None if bound is None else int(bound * GIB),
         )
-        return Wanted(trunk_of(skeleton, trained).first, self.config.shared_trunk, kept)
+        return Wanted(trunk_of(skeleton, trained).first, kept)

@@ -21,21 +21,15 @@ class Wanted:
 
     Attributes:
         first: ℓ, number of layers before the first that trains.
-        shared: whether branches share the trunk, without which nothing is kept.
         kept: what a rank keeps at most.
     """
 
     first: int
-    shared: bool
     kept: Kept
 
 
 def nothing_to_keep(wanted: Wanted) -> Row | None:
     """Returns the row of a run that has nothing to cache; None where it has."""
-    if not wanted.shared:
-        return Row(
-            CHECK, "red", "shared_trunk is off, which the cache needs", "leave out one of them"
-        )
     if not wanted.first:
         return Row(
             CHECK, "red", "no trunk to keep: the first layer, or what stands before it, trains",

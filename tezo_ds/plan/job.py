@@ -142,7 +142,12 @@ class Job:
     @property
     def trunk_forwards(self) -> int:
         """Number of forwards of a step that run the trunk: one for each part of the examples."""
-        return 0 if self.cached else math.ceil(self.examples / self.examples_at_once)
+        return 0 if self.cached else self._parts
+
+    @property
+    def _parts(self) -> int:
+        """Number of parts that a rank's examples are cut into, by micro_batch."""
+        return math.ceil(self.examples / self.examples_at_once)
 
     @property
     def messages(self) -> int:
@@ -186,7 +191,7 @@ class Job:
     def forwards(self) -> int:
         """Number of forwards of a step."""
         by_branch = math.ceil(self.branches / self.branches_at_once)
-        return by_branch * math.ceil(self.examples / self.examples_at_once)
+        return by_branch * self._parts
 
     @property
     def tokens(self) -> int:
@@ -195,8 +200,10 @@ class Job:
 
     @property
     def scalars(self) -> tuple[int, ...]:
-        """Bytes of each all-reduce of a step: loss sum and count of each branch, with the request to stop;
-        and Σκτ, where ranks add it up."""
+        """Bytes of each all-reduce of a step: with a cache, whether any rank has to run the trunk; loss sum
+        and count of each branch, with the request to stop; and Σκτ, where ranks add it up."""
         losses, run = 16 * self.branches * self.groups + 8, self.run
         shared = sums_are_shared(run.method, run.space, self.directions - self._directions)
-        return (losses, 8 * run.space.numel) if shared else (losses,)
+        asks = self.trunk.first and (self.cached or self.config.trunk_cache != "off")
+        sums = (losses, 8 * run.space.numel) if shared else (losses,)
+        return (16,) * (self._parts if asks else 0) + sums

@@ -97,8 +97,6 @@ def lines(job: Job, ways: Sequence[Way], kept: Kept) -> list[str]:
     ]
     if chosen == "off":
         return found
-    if not job.config.shared_trunk:
-        return [*found, f"trunk_cache {chosen}: needs shared_trunk, which is off"]
     where = "host memory" if chosen == "memory" else "the run's folder"
     each = f"trunk_cache {chosen}: an example takes {kept.each / 2**20:.3g} MiB of {where}"
     if kept.kept is None or kept.examples is None:
