@@ -88,7 +88,7 @@ def later_visits_gather_the_late_blocks_alone(world: World) -> None:
                     engine.step(mine(step, world))
                 seen.append(traffic)
             gathered = [traffic.gathered for traffic in seen]
-            # Where the order changes DeepSpeed reads ahead in the old one, and learns the new one in two steps.
+            # Where the order changes DeepSpeed reads ahead in the old one, and takes two steps to learn.
             assert gathered[1:3] == [first] * 2, (name, gathered, first)
             assert gathered[5:] == [later] * 3, (name, gathered, later)
             assert max(gathered[3:5]) <= first
