@@ -15,6 +15,7 @@ CONFIGS = {
     "Bert": BERT,
     "Roberta": {**BERT, "type_vocab_size": 1},
     "Electra": {**BERT, "embedding_size": 24},
+    "Albert": {**BERT, "embedding_size": 12},
     "DistilBert": {"dim": 24, "n_layers": 2, "n_heads": 2, "hidden_dim": 37, "initializer_range": 0.1},
     "XLNet": {"d_model": 24, "n_layer": 2, "n_head": 2, "d_inner": 37, "initializer_range": 0.1},
     "GPT2": {"n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 64},

@@ -219,6 +219,7 @@ def test_what_else_of_the_trunk_is_read_later(caplog: pytest.LogCaptureFixture) 
     [
         ("T5ForConditionalGeneration", "decoder.block.1.*", "T5Block hands on more than hidden states"),
         ("BartForConditionalGeneration", "*decoder.layers.1.*", "blocks share state"),
+        ("AlbertForMaskedLM", "*predictions.dense*", "calls a AlbertLayerGroup several times"),
         ("LlamaForCausalLM", "*", "embed_tokens.weight trains, and acts before the first block returns"),
     ],
 )  # fmt: skip

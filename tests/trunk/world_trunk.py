@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
+import tiny as shapes
 import torch
 import world_fsdp2
-from deep import FIELDS, VISITS, deep, engine_of, numbered
-from tiny import part_of
+from deep import FIELDS, LAYERS, VISITS, deep, engine_of, numbered
+from tiny import part_of, tiny
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from traffic import Traffic
@@ -95,6 +98,22 @@ def later_visits_gather_the_late_blocks_alone(world: World) -> None:
             others = [c.nbytes for c in seen[-1].calls if not c.gathers]
             scalars = 16 * 2 * FIELDS["queries"] + 8
             assert others == [16] * bool(fields) + [scalars], (name, seen[-1].calls)
+
+
+@case(worlds=(2,))
+def split_forwards_go_with_tensor_parallelism(world: World) -> None:
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "model"))
+    with mock.patch.dict(shapes.SIZES, num_hidden_layers=LAYERS):
+        split = world_fsdp2.tensor_parallel("llama", mesh["model"])
+        whole = tiny("llama", False, mlp=world_fsdp2.MLP)
+    engine = engine_of(world_fsdp2.shard(split, mesh["data"]), **CACHED)
+    alone = engine_of(whole, shared_trunk=False)
+    alone.sharding.world_size = 1
+    for rows in VISITS:
+        ours, theirs = engine.step(numbered(rows)), alone.step(numbered(rows))
+        torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=0)
+        torch.testing.assert_close(ours.kappa, theirs.kappa, rtol=5e-3, atol=5e-3)
+    assert engine.objective.trunk is not None and engine.objective.trunk.found is not None
 
 
 @case(worlds=(2, 3))
