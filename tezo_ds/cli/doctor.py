@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tezo_ds.cli.imports import uncollected
 from tezo_ds.cli.train import train
 from tezo_ds.config import TezoConfig
 from tezo_ds.settings import RunOptions
@@ -95,10 +96,11 @@ def _flags_of_train(arguments: list[str]) -> dict[str, Any]:
 
 
 def _run_flags(given: dict[str, Any], hostfile: Path | None) -> RunFlags:
-    from tezo_ds.cli import accelerate
-    from tezo_ds.cli.options import from_flags, refuse_idle, settings_from
-    from tezo_ds.doctor.flags import RunFlags
-    from tezo_ds.training import session
+    with uncollected():
+        from tezo_ds.cli import accelerate
+        from tezo_ds.cli.options import from_flags, refuse_idle, settings_from
+        from tezo_ds.doctor.flags import RunFlags
+        from tezo_ds.training import session
 
     launched = accelerate.launched()
     settings = settings_from(given, {"model": "", "task": "", **launched.settings})

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tezo_ds.cli.imports import uncollected
 from tezo_ds.cli.options import DeepSpeed, complete, refuse_idle, settings_from, takes
 from tezo_ds.errors import ConfigError
 from tezo_ds.settings import Settings
@@ -36,14 +37,15 @@ def evaluate(
     **given: Any,
 ) -> None:
     """Evaluates a run or a model; see EVALUATE_HELP."""
-    import torch  # imported late, as --help need not wait for it
+    with uncollected():
+        import torch  # imported late, as --help need not wait for it
 
-    from tezo_ds.cli import accelerate
-    from tezo_ds.files.text import to_json
-    from tezo_ds.run import results
-    from tezo_ds.run.changed import refuse_changed_weights
-    from tezo_ds.training import session
-    from tezo_ds.training.display import Display, quieten
+        from tezo_ds.cli import accelerate
+        from tezo_ds.files.text import to_json
+        from tezo_ds.run import results
+        from tezo_ds.run.changed import refuse_changed_weights
+        from tezo_ds.training import session
+        from tezo_ds.training.display import Display, quieten
 
     launched = accelerate.launched()
     deepspeed = deepspeed or launched.deepspeed

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tezo_ds.cli.imports import uncollected
 from tezo_ds.cli.options import complete, takes
 from tezo_ds.errors import ConfigError
 from tezo_ds.settings import Settings
@@ -59,14 +60,15 @@ def export(
     **given: Any,
 ) -> None:
     """Exports a run's result; see EXPORT_HELP."""
-    from tezo_ds.cli import accelerate
-    from tezo_ds.export.adapter import no_adapter_because, not_low_rank, not_to_merge
-    from tezo_ds.export.merged import refuse_filled
-    from tezo_ds.run.card import model_card
-    from tezo_ds.run.changed import refuse_changed_weights
-    from tezo_ds.run.results import journal_of
-    from tezo_ds.training import session
-    from tezo_ds.training.display import Display, quieten
+    with uncollected():
+        from tezo_ds.cli import accelerate
+        from tezo_ds.export.adapter import no_adapter_because, not_low_rank, not_to_merge
+        from tezo_ds.export.merged import refuse_filled
+        from tezo_ds.run.card import model_card
+        from tezo_ds.run.changed import refuse_changed_weights
+        from tezo_ds.run.results import journal_of
+        from tezo_ds.training import session
+        from tezo_ds.training.display import Display, quieten
 
     if run is None:
         raise ConfigError("--run is missing; name the folder of a run, e.g. runs/first")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tezo_ds.cli.imports import uncollected
 from tezo_ds.cli.options import complete, takes
 from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError
@@ -126,7 +127,8 @@ def plan(
 ) -> None:
     """Plans a run; see PLAN_HELP."""
     given = {**locals(), **block}
-    from tezo_ds.training.display import quieten
+    with uncollected():
+        from tezo_ds.training.display import quieten
 
     quieten()
     from tezo_ds.plan import columns as plans

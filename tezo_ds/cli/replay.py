@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tezo_ds.cli.imports import uncollected
 from tezo_ds.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:  # what takes seconds to import is imported late, as --help need not wait for it
@@ -47,17 +48,18 @@ def replay(
     ] = None,
 ) -> None:
     """Rebuilds a run's result; see REPLAY_HELP."""
-    from tezo_ds.cli.export import export_merged
-    from tezo_ds.export.merged import refuse_filled
-    from tezo_ds.models.loading import load_skeleton
-    from tezo_ds.run.about import read_run
-    from tezo_ds.run.card import model_card
-    from tezo_ds.run.changed import refuse_changed_weights
-    from tezo_ds.run.folder import JOURNAL
-    from tezo_ds.run.results import journal_of, ranks_of
-    from tezo_ds.sharding import sharding_of
-    from tezo_ds.training import session
-    from tezo_ds.training.display import Display, quieten
+    with uncollected():
+        from tezo_ds.cli.export import export_merged
+        from tezo_ds.export.merged import refuse_filled
+        from tezo_ds.models.loading import load_skeleton
+        from tezo_ds.run.about import read_run
+        from tezo_ds.run.card import model_card
+        from tezo_ds.run.changed import refuse_changed_weights
+        from tezo_ds.run.folder import JOURNAL
+        from tezo_ds.run.results import journal_of, ranks_of
+        from tezo_ds.sharding import sharding_of
+        from tezo_ds.training import session
+        from tezo_ds.training.display import Display, quieten
 
     if not verify and coefficients is None and merged is None:
         raise ConfigError("nothing to do: add --verify, --coefficients FILE or --merged FOLDER")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tezo_ds.cli.imports import uncollected
 from tezo_ds.cli.options import DeepSpeed, complete, from_flags, refuse_idle, settings_from, takes
 from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError
@@ -35,15 +36,16 @@ tezo-ds train --model ./SmolLM2 --task reviews.jsonl --template "{text} It was" 
 def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
     """Fine-tunes a model; see TRAIN_HELP."""
     # Imported late, as transformers and DeepSpeed take seconds that --help need not wait for.
-    from tezo_ds.cli import accelerate
-    from tezo_ds.export.adapter import no_adapter_because
-    from tezo_ds.intake.notices import notices
-    from tezo_ds.intake.weights import agreed_fingerprint
-    from tezo_ds.run import changed, resuming
-    from tezo_ds.run.about import describe
-    from tezo_ds.tasks import encode, truncations
-    from tezo_ds.training import loop, session
-    from tezo_ds.training.display import Display, quieten
+    with uncollected():
+        from tezo_ds.cli import accelerate
+        from tezo_ds.export.adapter import no_adapter_because
+        from tezo_ds.intake.notices import notices
+        from tezo_ds.intake.weights import agreed_fingerprint
+        from tezo_ds.run import changed, resuming
+        from tezo_ds.run.about import describe
+        from tezo_ds.tasks import encode, truncations
+        from tezo_ds.training import loop, session
+        from tezo_ds.training.display import Display, quieten
 
     options = from_flags(RunOptions, given)
     launched = accelerate.launched()
