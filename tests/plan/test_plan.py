@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -72,11 +73,16 @@ def test_an_outline_is_read_from_the_modules() -> None:
         outline(torch.nn.Linear(3, 3))
 
 
+@cache
+def llama_30b() -> torch.nn.Module:
+    """Makes the model of `llama`, whose forward is then followed once for all tests."""
+    return skeleton("llama-30b", "auto")
+
+
 def llama(world: int = 64, sharding: Any = "fsdp2", **fields: Any) -> Job:
     """Makes a job of LLaMA-30B on nodes of 8 H100s."""
     cluster = Cluster(GPUS["h100-80g"], world, 8)
-    job = Job(skeleton("llama-30b", "auto"), TezoConfig(**fields), sharding, cluster, 4, 512, 1)
-    return job
+    return Job(llama_30b(), TezoConfig(**fields), sharding, cluster, 4, 512, 1)
 
 
 def test_traffic_by_hand() -> None:
