@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Worlds take the other cores, and threads that wait for each other on busy cores take for ever.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+gc.disable()  # until all is imported, as collections would go through it again and again
 # Started in the background of a shell, we and all that we start would ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Asked to end, we end what we have started, too.
@@ -102,6 +104,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if not session.config.option.collectonly:
         background = worlds.Background({size: asked[size] for size in sorted(asked, reverse=True)})
         session.config.stash[BACKGROUND] = background
+    gc.freeze()  # what is imported by now is no garbage, and most of what collections would go through
+    gc.enable()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

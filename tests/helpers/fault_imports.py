@@ -1,5 +1,7 @@
 """The imports of a rank: `fault_runs` has them made once, in a server that forks."""
 
+import gc
+
 import datasets  # noqa: F401
 import deepspeed.runtime.zero  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
@@ -16,3 +18,5 @@ from tezo_ds.rng import compiled  # noqa: F401
 from tezo_ds.run import curve, resuming  # noqa: F401
 from tezo_ds.sharding import fsdp2, zero3  # noqa: F401
 from tezo_ds.training import loop, session  # noqa: F401
+
+gc.freeze()  # so that no fork's collections go through what is imported, nor copy its pages

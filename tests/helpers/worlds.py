@@ -11,6 +11,7 @@ sizes, each with its folder, run one after the other.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import multiprocessing
@@ -219,13 +220,22 @@ def _one_world(size: int, folder: Path, first: int, deadline: float) -> None:
 
 
 def main() -> None:
+    gc.disable()  # until all is imported, as collections would go through it again and again
     import torch
 
     torch.set_num_threads(1)  # also because a fork takes no other threads along
     for module in MODULES:
         load(module)
-    import tezo_ds.rng.compiled  # noqa: F401  # compiled once, draws of any size are 20 times as fast
+    # Compiled once, draws of any size are 20 times as fast; DeepSpeed's engines import the others late.
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    import matplotlib.backends.backend_agg  # noqa: F401
+    import setuptools  # noqa: F401
 
+    import tezo_ds.rng.compiled
+    import tezo_ds.training.loop  # noqa: F401
+
+    gc.freeze()  # so that no rank's collections go through what is imported, nor copy its pages
+    gc.enable()
     failed = False
     for size, folder in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
         with Path(folder, "log").open("w") as log:
