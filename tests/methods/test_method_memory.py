@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -112,6 +113,7 @@ def test_each_method_takes_what_it_is_meant_to() -> None:
 if __name__ == "__main__":
     import tezo_ds.rng.compiled
 
+    gc.freeze()  # so that no fork's collections go through what is imported, nor copy its pages
     lanes = [FORK.Process(target=run_lane, args=(names,)) for names in LANES]
     for lane in lanes:
         lane.start()
