@@ -8,11 +8,13 @@ import socket
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer.main
 from safetensors.torch import load_file
 
 from tezo_ds.cli import main
@@ -23,6 +25,7 @@ WORDS = {"bad": "terrible", "good": "great", "mixed": "okay"}
 STEPS, BATCH = 6, 4
 BLOCK = {"rank": 4, "lr": 0.002, "seed": 3}
 TIMEOUT = 120  # seconds, of a process
+_command = cache(typer.main.get_command)  # as a process does once, too
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ def call(*arguments: object) -> int:
     """Runs `tezo-ds ARGUMENTS` in this process and returns its exit code."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(sys, "argv", ["tezo-ds", *map(str, arguments)])
+        patch.setattr(typer.main, "get_command", _command)
         main()
     code = stopped.value.code
     assert code is None or isinstance(code, int), code
