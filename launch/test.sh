@@ -37,7 +37,7 @@ if [[ "${1:-}" == --fast ]]; then
     tests -m "not launches and not world and not slow" -n 2 --dist loadfile || failed+=("one process")
 else
     # Compiles the libraries' modules once, if that was not done yet, instead of in each process.
-    PYTHONPATH=tests "$bin/python" -c "import fault_imports" 2>/dev/null || true
+    PYTHONPATH=tests/helpers "$bin/python" -c "import fault_imports" >"$logs/imports" 2>&1 || cat "$logs/imports"
     names+=(launches)
     behind launches tests -m launches
     tests -m "not launches and not world" || failed+=("one process")
