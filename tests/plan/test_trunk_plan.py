@@ -11,6 +11,7 @@ import pytest
 import torch
 from command_line import call
 from parts.scaling_model.counted import compared
+from test_plan import llama_30b
 from tiny import tiny
 from world_plan import TIGHT, job_of, small
 
@@ -21,7 +22,7 @@ from tezo_ds.plan.dry_run import count
 from tezo_ds.plan.hardware import GPUS, Cluster
 from tezo_ds.plan.job import Job
 from tezo_ds.plan.prefetch import Limits
-from tezo_ds.plan.shapes import numel, skeleton
+from tezo_ds.plan.shapes import numel
 from tezo_ds.plan.trunk import Kept, trunk_of
 
 GIB = 1 << 30
@@ -32,7 +33,7 @@ def llama(world: int = 64, sharding: Any = "fsdp2", **fields: Any) -> Job:
     """Makes a job of LLaMA-30B on nodes of 8 H100s, of which the last 12 layers train."""
     cluster = Cluster(GPUS["h100-80g"], world, 8)
     config = TezoConfig(**{"include": ("last:12",), **fields})
-    return Job(skeleton("llama-30b", "auto"), config, sharding, cluster, 4, 512, 1)
+    return Job(llama_30b(), config, sharding, cluster, 4, 512, 1)
 
 
 @pytest.mark.parametrize(
