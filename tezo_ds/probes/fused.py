@@ -27,7 +27,7 @@ from tezo_ds.errors import ProbeError
 from tezo_ds.losses.objective import Objective
 from tezo_ds.models.structure import kind_of, uncovered, users
 from tezo_ds.probes.base import Probe
-from tezo_ds.probes.shared_inputs import Hollow
+from tezo_ds.probes.shared_inputs import readers
 from tezo_ds.probes.sites import Group, Site, attached
 from tezo_ds.probes.vectors import (
     VectorSite,
@@ -61,7 +61,7 @@ class FusedProbe(Probe):
         self._vector_sites = list(find_vector_sites(sharding, vectors))
         self._all: list[Site | VectorSite] = [*self._sites, *self._vector_sites]
         self._changes: dict[str, Tensor] = {}  # of each vector, (branches, numel)
-        self._hollow: Hollow | None = self._make_hollow()  # until it has shown who shares a product
+        self._joined = sum(map(_may_share, self._sites)) < 2  # known who shares a product
         self._branches = self._examples = 1
         self._leads: set[int] = set()  # sizes of a leading dim that counts branch-major rows
 
@@ -118,8 +118,8 @@ class FusedProbe(Probe):
             site.calls = 0
 
         def expect(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._hollow is not None:
-                self._join(self._hollow, args, kwargs)
+            if not self._joined:
+                self._join(args, kwargs)
                 self._start(branches)
             self._expect((*args, *kwargs.values()))
 
@@ -143,23 +143,14 @@ class FusedProbe(Probe):
             group.start(by_dtype[_wide(group)][..., start : start + group.width])
             start += group.width
 
-    def _make_hollow(self) -> Hollow | None:
-        if sum(map(_may_share, self._sites)) < 2:
-            return None
-        try:
-            return Hollow(self._sharding)
-        except Exception as error:  # whatever a module of unknown kind may object to
-            _warn_of_own_products(error)
-            return None
-
-    def _join(self, hollow: Hollow, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _join(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Groups the sites that read one tensor, before the first forward."""
-        self._hollow = None
+        self._joined = True
         get = getattr(self._sharding.module, "get_output_embeddings", None)
         head = get() if get is not None else None  # which sees chosen positions alone
         sites = {s.path: s for s in self._sites if _may_share(s) and s.module is not head}
         try:
-            runs = hollow.readers(sites, args, kwargs)
+            runs = readers(self._sharding, sites, args, kwargs)
         except Exception as error:  # the model's code asks for values, in ways of its own
             _warn_of_own_products(error)
             return
