@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine",),
     ("methods", "probes"),
     ("directions", "losses"),
-    ("trunk",),
+    ("solving", "trunk"),
     ("config", "models"),
     ("sharding",),
     ("files", "launched"),

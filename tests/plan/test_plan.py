@@ -289,3 +289,12 @@ def test_what_cannot_be_planned_is_said_in_one_line(
 
 def test_gpus_by_name() -> None:
     assert gpu("a100-40g").memory == 40 * GIB
+
+
+def test_a_solved_step_has_one_more_forward_of_its_scales() -> None:
+    plain, solved = llama(queries=4), llama(queries=4, method="tezo-gn")
+    assert solved.forwards == 2 and solved.full_forwards == 1 + 4 / 8
+    assert solved.scalars == (*plain.scalars, 8 * (16 + 4 + 1), 16 * 4)
+    one, two = traffic.engine(plain), traffic.engine(solved)
+    assert two.collectives == 2 * one.collectives and two.total == 2 * one.total
+    assert timing.step_flops(solved) == pytest.approx(1.5 * timing.step_flops(plain))

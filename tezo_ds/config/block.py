@@ -33,7 +33,8 @@ class TezoConfig(BaseModel):
     method: str = declared(
         "tezo",
         "update rule: tezo, tezo-m (momentum), tezo-adam (as published), tezo-adam-coef (Adam on the "
-        "coefficients), lozo, lozo-m, mezo, mezo-m or mezo-adam",
+        "coefficients), tezo-gn (Gauss-Newton in the span of a step's directions), lozo, lozo-m, mezo, "
+        "mezo-m or mezo-adam",
         group=METHOD, example="lozo",
     )  # fmt: skip
     rank: Annotated[int, Field(ge=1)] | Literal["auto"] = declared(
@@ -76,10 +77,23 @@ class TezoConfig(BaseModel):
         True, "Adam bias correction (the TeZO paper omits it)", group=METHOD, used_by=ADAMS, example=False
     )  # fmt: skip
 
+    damping: float = declared(
+        0.1, "what tezo-gn adds to the diagonal of its matrix, over the diagonal's mean", group=METHOD,
+        used_by="tezo-gn", example=0.3, ge=0,
+    )  # fmt: skip
+    step_scales: tuple[Annotated[float, Field(gt=0)], ...] = declared(
+        (0.25, 0.5, 1.0),
+        "scales of tezo-gn's step that one more forward tries, beside 0; the one with the least loss of the "
+        "batch is taken",
+        group=METHOD, used_by="tezo-gn", example=(1.0,),
+    )  # fmt: skip
+
     rho: Annotated[float, Field(gt=0)] | Literal["auto"] = declared(
         1e-3, 'perturbation radius ρ; "auto" chooses it on the first batch', group=STEP, example="auto"
     )  # fmt: skip
-    lr: float = declared(1e-6, "peak learning rate η", group=STEP, example=2e-6, ge=0)
+    lr: float = declared(
+        1e-6, "peak learning rate η; 1 by default under tezo-gn", group=STEP, example=2e-6, ge=0
+    )
     schedule: str = declared(
         "constant",
         "learning rate after the warm-up: constant, or falling to 0 at total_steps by linear or cosine",
@@ -226,13 +240,14 @@ class TezoConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _rank_of_method(cls, fields: Any) -> Any:
+    def _defaults_of_method(cls, fields: Any) -> Any:
         if not isinstance(fields, dict) or "method" not in fields:
             return fields
         with suppress(ValueError):  # no method, which the field's own check says
-            rank = facts_of(str(fields["method"])).rank
-            if rank not in (None, cls.model_fields["rank"].default):
-                return {"rank": rank, **fields}
+            facts = facts_of(str(fields["method"]))
+            for name, value in (("rank", facts.rank), ("lr", facts.lr)):
+                if value not in (None, cls.model_fields[name].default):
+                    fields = {name: value, **fields}
         return fields
 
     @model_validator(mode="after")
@@ -242,6 +257,17 @@ class TezoConfig(BaseModel):
                 raise ValueError(f"refresh_every: is for tezo, not for method {self.method}")
             if self.rank == "auto":
                 raise ValueError(f"rank: auto is for tezo, not for method {self.method}")
+        if self.facts.solves:
+            odd = {
+                "probe": self.probe == "inplace", "placement": self.placement != "shared",
+                "branch_chunk": self.branch_chunk > 0, "memory_budget": self.memory_budget is not None,
+                "clip_kappa": self.clip_kappa is not None,
+            }  # fmt: skip
+            if wrong := [name for name, is_odd in odd.items() if is_odd]:
+                raise ValueError(
+                    f"{wrong[0]}: {self.method} needs all branches of a step in one fused forward, the same "
+                    f"on every rank; leave {wrong[0]} as it is by default"
+                )
         return self
 
     @model_validator(mode="after")

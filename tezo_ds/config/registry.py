@@ -29,6 +29,8 @@ class MethodFacts:
         fresh_left: U is drawn anew for each direction of each step, V every ν steps.
         learns_coefficients: a run's result is its coefficients, those of ended periods included; otherwise
             the result is in the weights, and can be rebuilt from the slopes alone.
+        solves: a step solves for the weights of its directions, by the changes of the logits along them.
+        lr: default of the field `lr`.
     """
 
     make: str
@@ -38,6 +40,8 @@ class MethodFacts:
     fixed_factors: bool = False
     fresh_left: bool = False
     learns_coefficients: bool = False
+    solves: bool = False
+    lr: float = 1e-6
 
     @property
     def dense_moments(self) -> int:
@@ -61,6 +65,14 @@ METHODS: dict[str, MethodFacts] = {
     ),
     "tezo-adam-coef": MethodFacts(
         _TEZO, "Adam on TeZO's coefficients", "adam", fixed_factors=True, learns_coefficients=True
+    ),
+    "tezo-gn": MethodFacts(
+        _TEZO,
+        "Gauss-Newton in the span of TeZO's directions",
+        fixed_factors=True,
+        learns_coefficients=True,
+        solves=True,
+        lr=1.0,
     ),
     "lozo": MethodFacts(_LOZO, "LOZO", rank=2, fresh_left=True),
     "lozo-m": MethodFacts(_LOZO, "LOZO with momentum", "momentum", rank=2, fresh_left=True),

@@ -20,10 +20,12 @@ from tezo_ds.engine.replicas import Watch, require_same_start
 from tezo_ds.engine.report import StepReport
 from tezo_ds.engine.selection import Selection, select
 from tezo_ds.engine.slopes import clip, quality, slopes_of
+from tezo_ds.engine.solving import Solving
 from tezo_ds.engine.state import StepState, pack, refuse_unfit, unpack, unpack_method
 from tezo_ds.errors import ConfigError, ShardingError
 from tezo_ds.losses.objective import LossFn, Objective
 from tezo_ds.methods import Method, Write, make_method
+from tezo_ds.methods.tezo import Tezo
 from tezo_ds.probes import make_probe
 from tezo_ds.sharding import Sharding
 from tezo_ds.sharding.absent import refuse_absent
@@ -73,6 +75,10 @@ class Engine:
         self.measuring = Measuring(
             config, sharding, self.method, self.probe, self.objective, self.run_state
         )
+        self._solving: Solving | None = None
+        if config.facts.solves:
+            assert isinstance(self.method, Tezo)
+            self._solving = Solving(config, sharding, self.method, self.measuring, self.objective)
         self._watch = Watch(sharding, self.space)
         if sharding.filled_apart:
             refuse_absent(sharding.absent if sharding.everyone > 1 else None, "replicas")
@@ -115,18 +121,24 @@ class Engine:
             except BaseException:
                 self.run_state.rho = math.nan  # not chosen, where a caller goes on
                 raise
-        losses = measuring.losses(batch, step)  # (groups, branches)
+        solved = None
+        if self._solving is not None:
+            losses, solved = self._solving.losses(batch, step)
+        else:
+            losses = measuring.losses(batch, step)  # (groups, branches)
         # 3. slopes κ, NaN where a loss is not finite
         found = measuring.kappas(losses)
         measuring.check(losses, found, step)
         kappa = self._clip(found)
         # 4. update by g = Σκτ/Q
-        gradient = self._finish(step, kappa, lr, measuring.own(step))
+        slopes = slopes_of(kappa) if solved is None else solved
+        gradient = self._finish(step, slopes, lr, measuring.own(step))
         finite = losses[losses.isfinite()]
         return StepReport(
             step, finite.mean().item() if len(finite) else math.nan, tuple(found.tolist()),
             self.run_state.rho, lr, time.perf_counter() - start, _tokens(batch), int(found.isnan().sum()),
-            quality(kappa, gradient if self.method.in_tau else None), self.run_state.stopping,
+            quality(kappa, gradient if self.method.in_tau and solved is None else None),
+            self.run_state.stopping, None if solved is None else tuple(solved.tolist()),
         )  # fmt: skip
 
     @_without_grad()
@@ -162,17 +174,17 @@ class Engine:
         """Choice that `rho: auto` made; None before the first step, and where ρ was given."""
         return self.measuring.radius
 
-    def _finish(self, step: int, kappa: Tensor, lr: float, own: range) -> Tensor:
-        """Updates by κ, (Q,) with NaN for directions that failed; returns g = Σκτ/Q, (D,).
+    def _finish(self, step: int, slopes: Tensor, lr: float, own: range) -> Tensor:
+        """Updates by the slopes of all directions, (Q,); returns g = Σ slope · τ, (D,).
 
         Args:
             step: the step's index.
-            kappa: κ of all directions.
+            slopes: κ over the number of directions, 0 for those that failed; or what a step solved for.
             lr: η.
             own: directions that this rank sums, if not all.
         """
-        slopes, everything = slopes_of(kappa), range(len(kappa))
-        if sums_are_shared(self.method, self.space, len(kappa) - len(own)):
+        everything = range(len(slopes))
+        if sums_are_shared(self.method, self.space, len(slopes) - len(own)):
             total = self.space.weighted(step, slopes, own).to(self.sharding.device)
             total = self.sharding.all_reduce(total).cpu()
         elif self.method.in_tau or self.space.vectors:
@@ -186,7 +198,10 @@ class Engine:
         return gradient
 
     @_without_grad()
-    def replay(self, step: int, kappa: Sequence[float | None], lr: float, rho: float) -> None:
+    def replay(
+        self, step: int, kappa: Sequence[float | None], lr: float, rho: float,
+        solved: Sequence[float] | None = None,
+    ) -> None:  # fmt: skip
         """Replays a step that was measured before: all that `step` does to the run, without forwards.
 
         Args:
@@ -194,12 +209,17 @@ class Engine:
             kappa: slopes, as in the step's `StepReport`; None or NaN for directions that failed.
             lr: the step's learning rate.
             rho: the step's ρ.
+            solved: as in the step's `StepReport`.
 
         Raises:
-            ConfigError: `step` is not the next one.
+            ConfigError: `step` is not the next one, or its method solves and `solved` is missing.
         """
         if step != self.step_index:
             raise ConfigError(f"step {step} cannot be replayed after {self.step_index} steps")
+        if (solved is None) == self.config.facts.solves:
+            raise ConfigError(
+                f"step {step}: method {self.config.method} and its journal disagree on solved"
+            )
         self.run_state.rho = rho
         self._write(self.method.begin(step))
         measured = torch.tensor([math.nan if k is None else k for k in kappa], dtype=torch.float64)
@@ -207,7 +227,10 @@ class Engine:
             for ask in self.measuring.asks(step, range(len(kappa)), self.config.branch_chunk):
                 self.probe.retrace(self.method.branches(ask))
         self.measuring.count(measured)
-        self._finish(step, self._clip(measured), lr, range(len(kappa)))
+        slopes = slopes_of(self._clip(measured))
+        if solved is not None:
+            slopes = torch.tensor(solved, dtype=torch.float64)
+        self._finish(step, slopes, lr, range(len(kappa)))
 
     def _write(self, write: Write | None) -> None:
         """Applies a method's write to every shard."""

@@ -163,6 +163,10 @@ class Measuring:
         """Returns the unperturbed loss over all ranks, whose examples may differ."""
         return self._over_ranks(self._sums(batch, self._method.kept_aside()), step).item()
 
+    def losses_along(self, batch: Mapping[str, Any], step: int, changes: Tensor) -> Tensor:
+        """Returns the loss over all ranks at a + each change, (k, D): float64 (k,) on the CPU."""
+        return self._over_ranks(self._sums(batch, self._method.along(changes)), step)
+
     def kappas(self, losses: Tensor) -> Tensor:
         """Returns κ of all directions from `losses`: float64 (Q,) on the CPU, NaN for failed ones."""
         return kappas(losses, self._state.rho, self._central).flatten()

@@ -21,6 +21,8 @@ class StepReport:
         tokens: tokens of this rank's batch (its attention mask's sum), counted once whatever the branches.
         dropped: number of directions that failed, as a loss was not finite; their κ is NaN.
         quality: quality of the slopes as an estimate of the gradient.
+        solved: what the step descends by along each direction, in place of κ over their number; None in
+            methods that solve for nothing.
         stopping: whether a rank had been asked to stop (`Engine.ask_to_stop`); the same on every rank.
     """
 
@@ -34,3 +36,4 @@ class StepReport:
     dropped: int
     quality: Quality
     stopping: bool = False
+    solved: tuple[float, ...] | None = None

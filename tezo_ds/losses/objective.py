@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from tezo_ds.errors import DataError
 from tezo_ds.losses.head import Head
 from tezo_ds.models.structure import is_masked_lm
 from tezo_ds.sharding.base import Sharding
+from tezo_ds.solving.responses import Responses
 from tezo_ds.trunk.trunk import EXAMPLE_IDS, Trunk
 
 IGNORE = -100  # the label of a position that has none, as in transformers
@@ -64,6 +65,7 @@ class Objective:
         self.choices: Tensor | None = None
         self.micro_batch = 0
         self.trunk: Trunk | None = None
+        self._responses: Responses | None = None
         self.first: Callable[[Mapping[str, Any]], None] | None = None  # called once, with a batch
 
     def check(self, batch: Any) -> None:
@@ -125,8 +127,26 @@ class Objective:
     def settle(self, batch: Mapping[str, Any], branches: int) -> None:
         """Finds the model's trunk at the first batch, by some forwards of two of its examples."""
         if self.trunk is not None and not self.trunk.settled:
-            two = _two_of(batch)
-            self.trunk.settle(lambda: self._sums(two, branches))
+            two, aside = _two_of(batch), self._responses  # which are a whole batch's
+            self._responses = None
+            try:
+                self.trunk.settle(lambda: self._sums(two, branches))
+            finally:
+                self._responses = aside
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether losses are cross-entropies of logits, and not a `loss_fn`'s."""
+        return self._head is not None
+
+    @contextmanager
+    def responding(self, responses: Responses) -> Iterator[None]:
+        """Context manager: logits of forwards inside, each of all branches of a step, go into `responses`."""
+        self._responses = responses
+        try:
+            yield
+        finally:
+            self._responses = None
 
     def recurring(self, several: bool) -> AbstractContextManager[None]:
         """Returns a context manager: where `several` calls inside are of one batch, the trunk is run once."""
@@ -166,6 +186,9 @@ class Objective:
         positions, tokens = self._labelled(batch)
 
         def losses(logits: Tensor, part: slice) -> Tensor:
+            if self._responses is not None:
+                words = logits if self.choices is None else logits[..., self.choices]
+                self._responses.add(words, tokens[part])
             flat = logits.flatten(0, 1)  # (branches * j, vocabulary)
             return self._cross_entropy(flat, tokens[part].repeat(branches)).view(branches, -1)
 

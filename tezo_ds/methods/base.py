@@ -63,6 +63,11 @@ class Method(ABC):
     def branches(self, ask: Ask) -> Branches:
         """Returns Δ = (change kept aside) + ρ · sign · Z_q for each branch that is asked for."""
 
+    def along(self, changes: Tensor) -> Branches:
+        """Returns branches (change kept aside) + each of some changes of the coefficients, float64 (k, D), in
+        methods whose directions are fixed factors."""
+        raise NotImplementedError(f"{type(self).__name__} has no fixed factors")
+
     @abstractmethod
     def kept_aside(self) -> Branches:
         """Returns one branch: the change that is not in the weights."""

@@ -63,8 +63,10 @@ class Tezo(Method):
         return lambda view: ended.move_(view, None, 0, store)
 
     def branches(self, ask: Ask) -> LowRank:
-        c = self.coefficients + self.offsets(ask)
-        return LowRank(c[:, None], self.factors)
+        return self.along(self.offsets(ask))
+
+    def along(self, changes: Tensor) -> LowRank:
+        return LowRank((self.coefficients + changes)[:, None], self.factors)
 
     def kept_aside(self) -> LowRank:
         return LowRank(self.coefficients[None, None], self.factors)

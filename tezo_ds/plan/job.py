@@ -191,7 +191,15 @@ class Job:
     def forwards(self) -> int:
         """Number of forwards of a step."""
         by_branch = math.ceil(self.branches / self.branches_at_once)
-        return by_branch * self._parts
+        return (by_branch + self.config.facts.solves) * self._parts
+
+    @property
+    def full_forwards(self) -> float:
+        """Forwards of a step in units of one with all branches: that of tezo-gn's scales has fewer."""
+        if not self.config.facts.solves:
+            return self.forwards
+        scales = 1 + len(self.config.step_scales)
+        return self._parts * (1 + scales / self.branches)
 
     @property
     def tokens(self) -> int:
@@ -201,9 +209,13 @@ class Job:
     @property
     def scalars(self) -> tuple[int, ...]:
         """Bytes of each all-reduce of a step: with a cache, whether any rank has to run the trunk; loss sum
-        and count of each branch, with the request to stop; and Σκτ, where ranks add it up."""
+        and count of each branch, with the request to stop; Σκτ, where ranks add it up; what tezo-gn solves
+        by, and the losses of its scales."""
         losses, run = 16 * self.branches * self.groups + 8, self.run
         shared = sums_are_shared(run.method, run.space, self.directions - self._directions)
         asks = self.trunk.first and (self.cached or self.config.trunk_cache != "off")
-        sums = (losses, 8 * run.space.numel) if shared else (losses,)
+        sums: tuple[int, ...] = (losses, 8 * run.space.numel) if shared else (losses,)
+        if self.config.facts.solves:
+            count, scales = self._directions, 1 + len(self.config.step_scales)
+            sums += (8 * (count**2 + count + 1), 16 * scales)
         return (16,) * (self._parts if asks else 0) + sums

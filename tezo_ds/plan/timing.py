@@ -50,7 +50,7 @@ def engine(job: Job, traffic: Traffic, overlapped: bool) -> Timing:
     """Returns the timing of this engine."""
     late, early = _flops(job)
     weights = job.shape.multiplied - job.trunk.multiplied
-    compute = job.forwards * _seconds(job, late, weights)
+    compute = job.full_forwards * _seconds(job, late, weights)
     compute += job.trunk_forwards * _seconds(job, early, job.trunk.multiplied)
     update = 0.0
     if not job.run.fused:  # every branch is moved to, the last one left, and the update made
@@ -75,7 +75,7 @@ def adam(job: Job, traffic: Traffic, overlapped: bool) -> Timing:
 def step_flops(job: Job) -> float:
     """Returns the FLOPs of all forwards of a step of this engine on a rank."""
     late, early = _flops(job)
-    return job.forwards * late + job.trunk_forwards * early
+    return job.full_forwards * late + job.trunk_forwards * early
 
 
 def _flops(job: Job) -> tuple[float, float]:

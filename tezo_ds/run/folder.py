@@ -170,6 +170,8 @@ class RunFolder:
         found, journal = report.quality, self._journal
         assert journal is not None, "opened before"
         slopes = {"step": report.step, "kappa": report.kappa, "rho": report.rho, "lr": report.lr}
+        if report.solved is not None:
+            slopes["solved"] = report.solved
         self._log({
             **slopes, "loss": report.loss, "seconds": round(report.seconds, 4), "tokens": report.tokens,
             "dropped": report.dropped, "kappa_mean": found.mean, "kappa_spread": found.spread,

@@ -76,7 +76,7 @@ def replay(
     display.note(f"replaying {len(steps)} steps of {JOURNAL}")
     with display.evaluation("replaying") as progress:
         for done, line in enumerate(steps, start=1):
-            engine.replay(line["step"], line["kappa"], line["lr"], line["rho"])
+            engine.replay(line["step"], line["kappa"], line["lr"], line["rho"], line.get("solved"))
             if after is not None:
                 after(line)
             if progress is not None:

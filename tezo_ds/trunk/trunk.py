@@ -141,6 +141,9 @@ class Trunk:
     @contextmanager
     def recurring(self) -> Iterator[None]:
         """Context manager: several forwards of the same examples come; the first alone runs the trunk."""
+        if self._kept is not None:  # within another
+            yield
+            return
         self._kept = {}
         try:
             yield

@@ -1,0 +1,1 @@
+"""Steps that solve for the weights of their directions, by the changes of the logits along them."""
