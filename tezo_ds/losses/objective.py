@@ -16,7 +16,7 @@ from tezo_ds.losses.head import Head
 from tezo_ds.models.structure import is_masked_lm
 from tezo_ds.sharding.base import Sharding
 from tezo_ds.solving.responses import Responses
-from tezo_ds.trunk.trunk import EXAMPLE_IDS, Trunk
+from tezo_ds.trunk.trunk import EXAMPLE_IDS, Trunk, two_of
 
 IGNORE = -100  # the label of a position that has none, as in transformers
 
@@ -127,7 +127,7 @@ class Objective:
     def settle(self, batch: Mapping[str, Any], branches: int) -> None:
         """Finds the model's trunk at the first batch, by some forwards of two of its examples."""
         if self.trunk is not None and not self.trunk.settled:
-            two, aside = _two_of(batch), self._responses  # which are a whole batch's
+            two, aside = two_of(batch), self._responses  # which are a whole batch's
             self._responses = None
             try:
                 self.trunk.settle(lambda: self._sums(two, branches))
@@ -241,22 +241,6 @@ class Objective:
             result = self._head(self.inputs(batch), positions, 1, both)[0].cpu()  # (k, 1 + words)
         rows = positions.cpu() // batch["labels"].shape[1]
         return rows, result[:, 0], result[:, 1:]
-
-
-def _two_of(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns two examples of a batch, those with the most labels; of a single one twice the same."""
-    tensors = [v for v in batch.values() if isinstance(v, Tensor) and v.dim()]
-    count, labels = max(map(len, tensors)), batch.get("labels")
-    rows = torch.arange(count)
-    if isinstance(labels, Tensor) and labels.dim() > 1:
-        rows = (labels != IGNORE).flatten(1).sum(dim=1).argsort(descending=True, stable=True).cpu()
-    rows = rows[[0, min(1, count - 1)]]
-    return {
-        key: value[rows.to(value.device)]
-        if isinstance(value, Tensor) and value.dim() and len(value) == count
-        else value
-        for key, value in batch.items()
-    }
 
 
 def micro_batches(batch: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:

@@ -267,3 +267,19 @@ def budget_of(config: TezoConfig) -> Budget:
     """Returns the bytes that a rank's caches may take."""
     most = config.trunk_cache_gib
     return Budget(None if most is None else int(most * 2**30))
+
+
+def two_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns two examples of a batch, those with the most labels; of a single one twice the same."""
+    tensors = [v for v in batch.values() if isinstance(v, Tensor) and v.dim()]
+    count, labels = max(map(len, tensors)), batch.get("labels")
+    rows = torch.arange(count)
+    if isinstance(labels, Tensor) and labels.dim() > 1:
+        rows = (labels != -100).flatten(1).sum(dim=1).argsort(descending=True, stable=True).cpu()
+    rows = rows[[0, min(1, count - 1)]]
+    return {
+        key: value[rows.to(value.device)]
+        if isinstance(value, Tensor) and value.dim() and len(value) == count
+        else value
+        for key, value in batch.items()
+    }
