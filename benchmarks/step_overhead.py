@@ -133,18 +133,22 @@ def contestants(args: argparse.Namespace, shape: str, rank: int) -> dict[str, Ca
 
 
 def measure(
-    steps: dict[str, Callable[[], object]], rounds: int, label: str, quiet: bool
-) -> dict[str, list[float]]:
-    """Times each contestant, in turn within each round; two rounds of warm-up are dropped."""
+    steps: dict[str, Callable[[], object]], rounds: int, label: str, quiet: bool,
+    clock: Callable[[], float] = time.perf_counter, before: int = 0,
+) -> dict[str, list[float]]:  # fmt: skip
+    """Times each contestant, in turn within each round and after `before` steps of its own that are not
+    timed; two rounds of warm-up are dropped."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in track(range(rounds + 2), label, console=Console(stderr=True, quiet=quiet)):
         for name, step in steps.items():
+            for _ in range(before):
+                step()
             settle()
-            start = time.perf_counter()
+            start = clock()
             step()
             settle()
             if turn >= 2:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
@@ -154,15 +158,15 @@ def report(seconds: dict[str, list[float]], title: str) -> Table:
     plain = seconds["plain forward"]
     for name, values in seconds.items():
         ratios = [value / base for value, base in zip(values, plain, strict=True)]
-        spread, around = _spread(values, 1e3, 1), _spread(ratios, 1, 3)
         table.add_row(
-            name, f"{statistics.median(values) * 1e3:.1f}", spread,
-            f"{statistics.median(ratios):.3f}", around,
+            name, f"{statistics.median(values) * 1e3:.1f}", spread(values, 1e3, 1),
+            f"{statistics.median(ratios):.3f}", spread(ratios, 1, 3),
         )  # fmt: skip
     return table
 
 
-def _spread(values: list[float], scale: float, digits: int) -> str:
+def spread(values: list[float], scale: float, digits: int) -> str:
+    """Returns where 10 and 90 % of the values lie."""
     ordered = sorted(values)
     low, high = ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]
     return f"{low * scale:.{digits}f}–{high * scale:.{digits}f}"
