@@ -2,6 +2,7 @@
 
     python benchmarks/larger_than_memory.py --folder /big/disk/random-13b
     python benchmarks/larger_than_memory.py --model llama-30b --folder /big/disk/random-30b --pages ahead
+    python benchmarks/larger_than_memory.py --folder /big/disk/random-13b --include last:8 --pages kernel
 
 One process on the CPU takes whole TeZO steps (fused probe, all matrices) on random tokens. TeZO never
 writes a weight, so `load_model` maps the checkpoint's files and weights are read as each layer needs
@@ -11,6 +12,10 @@ them. Each way runs in a process of its own, after the files have left the page 
 - ahead: `mapped_weights.read_ahead` reads the next block while one computes, and drops it after.
 - memory: weights are copied into memory at the start; for models that fit.
 
+With --include late layers train alone. All steps are then of one batch: a plain one, whose branches run all
+layers, one that fills the cache of hidden states, and cached ones. Before each, all pages of the files are
+given back, so that what a step reads is seen by what is in memory after it, and by bytes from the disk.
+
 --folder is a checkpoint, which is left as it is; or a new folder, for which random weights are drawn (see
 random_checkpoint.py) and which is deleted at the end unless --keep.
 """
@@ -19,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import shutil
 import subprocess
 import sys
@@ -28,9 +34,15 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from parts.common.machine import describe
 from parts.directions.report import table
-from parts.larger_than_memory.mapped_weights import extents, read_ahead
+from parts.larger_than_memory.mapped_weights import (
+    extents,
+    give_back,
+    pages_of,
+    read_ahead,
+)
 from parts.larger_than_memory.random_checkpoint import leave_cache, write_random
 from parts.methods.report import put_between_markers
 from step_overhead import ROOT, make_batch
@@ -40,6 +52,7 @@ import tezo_ds
 from tezo_ds.errors import ConfigError, TezoError
 from tezo_ds.models.loading import load_model
 from tezo_ds.plan.shapes import skeleton
+from tezo_ds.trunk.trunk import EXAMPLE_IDS
 
 PAGES = ("kernel", "ahead", "memory")
 PAGE = ROOT / "docs" / "larger-than-memory.md"
@@ -55,6 +68,7 @@ PEAKS = (
     "factors s",
 )
 STEPS = ("pages", "step", "s", "GB read", "GB/s", "tokens", "loss", "κ", "max abs a")
+VISITS = ("pages", "step", "s", "GB read", "GB in memory after", "pages after", "of the weights")
 
 Record = dict[str, Any]
 
@@ -87,8 +101,10 @@ class Peaks:
             self.total = now["VmHWM"]
 
 
-def train(folder: Path, pages: str, steps: int, shape: str, rank: int) -> Record:
-    """Trains some steps, each on a batch of its own.
+def train(
+    folder: Path, pages: str, steps: int, shape: str, rank: int, include: str | None = None
+) -> Record:
+    """Trains some steps, each on a batch of its own; with `include` one more, and all on the same batch.
 
     Args:
         folder: a checkpoint.
@@ -96,10 +112,12 @@ def train(folder: Path, pages: str, steps: int, shape: str, rank: int) -> Record
         steps: how many.
         shape: shape of a batch, B x T.
         rank: r.
+        include: what trains, where that is late layers alone: a first step is plain, the others cache.
 
     Returns:
         seconds of loading and of drawing factors; of each step its seconds, bytes read from the disk, loss,
-        κ, tokens and the largest coefficient after it; peaks of memory, bytes.
+        κ, tokens and the largest coefficient after it, with `include` also the bytes of the files that are
+        in memory after it; peaks of memory, bytes.
 
     Raises:
         ConfigError: the weights are not mapped.
@@ -114,10 +132,19 @@ def train(folder: Path, pages: str, steps: int, shape: str, rank: int) -> Record
             extents(model)
         loaded, read = time.perf_counter(), _bytes_read() - before
         fields = {"rank": rank, "lr": RATE, "probe": "fused", "check_every": 0}
-        engine = tezo_ds.initialize(model, fields)
-        drawn = time.perf_counter()
-        with read_ahead(engine) if pages == "ahead" else nullcontext():
-            taken = [_step(engine, shape, model.config.vocab_size) for _ in range(steps)]
+        turns = _turns(model, fields, steps, include)
+        drawn, taken = time.perf_counter(), []
+        with read_ahead(turns[-1][0]) if pages == "ahead" else nullcontext():
+            for engine, kind in turns:
+                if kind and pages == "kernel":
+                    give_back(model)
+                batch = make_batch(
+                    shape, model.config.vocab_size, "all", seed=0 if kind else engine.step_index
+                )
+                step = _step(engine, batch)
+                if kind:
+                    step |= {"kind": kind, "pages": pages_of(folder, "Rss")}
+                taken.append(step)
     return {
         "pages": pages, "load_seconds": loaded - start, "load_read": read, "factor_seconds": drawn - loaded,
         "weights": sum(p.nbytes for p in model.parameters()), "steps": taken,
@@ -126,8 +153,21 @@ def train(folder: Path, pages: str, steps: int, shape: str, rank: int) -> Record
     }  # fmt: skip
 
 
-def _step(engine: tezo_ds.Engine, shape: str, vocabulary: int) -> Record:
-    batch = make_batch(shape, vocabulary, "all", seed=engine.step_index)
+def _turns(
+    model: PreTrainedModel, fields: Record, steps: int, include: str | None
+) -> list[tuple[tezo_ds.Engine, str]]:
+    """Returns the engine of each step and, with `include`, the step's kind."""
+    if include is None:
+        return [(tezo_ds.initialize(model, fields), "")] * steps
+    fields = {**fields, "include": [include]}
+    plain = tezo_ds.initialize(model, {**fields, "shared_trunk": False})
+    cached = tezo_ds.initialize(model, {**fields, "trunk_cache": "memory"})
+    return [(plain, "plain"), (cached, "first"), *[(cached, "cached")] * (steps - 1)]
+
+
+def _step(engine: tezo_ds.Engine, batch: dict[str, torch.Tensor]) -> Record:
+    if engine.config.trunk_cache != "off":
+        batch = {**batch, EXAMPLE_IDS: torch.arange(len(batch["input_ids"]))}
     before = _bytes_read()
     report = engine.step(batch)
     step = {
@@ -169,21 +209,35 @@ def markdown(records: list[Record], command: str, setting: str) -> str:
          f"{r['load_seconds']:.1f}", f"{r['factor_seconds']:.1f}"]
         for r in records
     ]  # fmt: skip
-    steps = [
-        [r["pages"], str(number), f"{s['seconds']:.1f}", f"{s['read'] / 1e9:.2f}",
-         f"{s['read'] / 1e9 / s['seconds']:.2f}", str(s["tokens"]), f"{s['loss']:.4f}",
-         ", ".join(f"{k:.4g}" for k in s["kappa"]), f"{s['largest']:.3g}"]
-        for r in records
-        for number, s in enumerate(r["steps"], start=1)
-    ]  # fmt: skip
+    visits = any("kind" in step for step in first["steps"])
     return "\n\n".join([
         f"`{command}`",
         f"{first['numel'] / 1e9:.2f} billion weights, {first['weights'] / 1e9:.2f} GB; the machine has "
         f"{memory['MemTotal'] / 1e9:.2f} GB of memory and {memory['SwapTotal'] / 1e9:.2f} of swap. {setting}",
         f"Measured on: {describe()}.",
         table(PEAKS, peaks),
-        table(STEPS, steps),
+        table(VISITS, _visits(records)) if visits else table(STEPS, _steps(records)),
     ])  # fmt: skip
+
+
+def _steps(records: list[Record]) -> list[list[str]]:
+    return [
+        [r["pages"], str(number), f"{s['seconds']:.1f}", f"{s['read'] / 1e9:.2f}",
+         f"{s['read'] / 1e9 / s['seconds']:.2f}", str(s["tokens"]), f"{s['loss']:.4f}",
+         ", ".join(f"{k:.4g}" for k in s["kappa"]), f"{s['largest']:.3g}"]
+        for r in records
+        for number, s in enumerate(r["steps"], start=1)
+    ]  # fmt: skip
+
+
+def _visits(records: list[Record]) -> list[list[str]]:
+    return [
+        [r["pages"], s["kind"], f"{s['seconds']:.1f}", f"{s['read'] / 1e9:.3f}",
+         f"{s['pages'] / 1e9:.3f}", f"{s['pages'] // mmap.PAGESIZE:,}",
+         f"{s['pages'] / r['weights']:.1%}"]
+        for r in records
+        for s in r["steps"]
+    ]  # fmt: skip
 
 
 def markers(folder: Path) -> tuple[str, str]:
@@ -201,6 +255,10 @@ def parse() -> argparse.Namespace:
     add("--steps", type=int, default=3)
     add("--shape", default="2x16", help="examples x tokens of a batch; a step has two such in it")
     add("--rank", type=int, default=16)
+    add(
+        "--include",
+        help="late layers that train, e.g. last:8, with a cache of the hidden states before",
+    )
     add("--pages", nargs="+", choices=PAGES, default=["ahead"])
     add(
         "--page",
@@ -215,7 +273,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     if args.one:
-        print(json.dumps(train(args.folder, args.one, args.steps, args.shape, args.rank)))
+        given = args.folder, args.one, args.steps, args.shape, args.rank, args.include
+        print(json.dumps(train(*given)))
         return
     new = not args.folder.exists()
     try:

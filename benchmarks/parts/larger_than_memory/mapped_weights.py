@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -49,7 +49,6 @@ class Extent:
 
 Extents = Sequence[Extent]
 Files = dict[str, int]  # descriptors by path
-Task = Callable[[Extents, Files], None]
 
 
 def extents(module: nn.Module) -> list[Extent]:
@@ -85,23 +84,40 @@ def _mappings() -> Iterator[Extent]:
             yield Extent(start, stop - start, file[0], int(offset, 16))
 
 
-def pages_of(folder: Path, field: str) -> int:
-    """Returns bytes of one field of /proc/self/smaps, over the mappings of a folder's files: "Rss" are pages
-    that this process has in memory, "Anonymous" those of them that it has written and so copied."""
-    total, within = 0, False
+def pages_of(place: Path, field: str) -> int:
+    """Returns bytes of one field of /proc/self/smaps, over the mappings of a file, or a folder's files: "Rss"
+    are pages that this process has in memory, "Anonymous" those of them that it has written and so copied."""
+    total, within, place = 0, False, place.resolve()
     for line in Path("/proc/self/smaps").read_text().splitlines():
         key, *rest = line.split(maxsplit=5)
         if not key.endswith(":"):
-            within = len(rest) == 5 and rest[4].startswith(f"{folder.resolve()}/")
+            within = len(rest) == 5 and Path(rest[4]).is_relative_to(place)
         elif within and key == f"{field}:":
             total += int(rest[0]) * 1024
     return total
 
 
+def give_back(module: nn.Module) -> None:
+    """Drops all pages of a module's weights from this process, and from the page cache.
+
+    Raises:
+        ConfigError: a parameter is not mapped from a file.
+    """
+    pages = extents(module)
+    with ExitStack() as stack:
+        _drop(pages, _opened(stack, pages))
+
+
+def _opened(stack: ExitStack, pages: Extents) -> Files:
+    names = {extent.file for extent in pages}
+    return {name: stack.enter_context(open(name, "rb")).fileno() for name in names}
+
+
 @contextmanager
 def read_ahead(engine: Engine) -> Iterator[None]:
     """Context manager: forwards inside, of a model whose weights are mapped, have about two blocks in memory,
-    and what lies outside of blocks.
+    and what lies outside of blocks. The block that is read ahead is the one that came next the last time, as
+    a cached trunk's are left out.
 
     Raises:
         ConfigError: a parameter is not mapped, or training would write it: what is dropped is read
@@ -114,23 +130,24 @@ def read_ahead(engine: Engine) -> Iterator[None]:
         )
     found = blocks(engine.sharding.module)
     pages = [extents(block) for block in found]
+    count, ran = len(found), [len(found) - 1]
+    following = [(number + 1) % count for number in range(count)]
     with ExitStack() as stack:
-        names = {extent.file for block in pages for extent in block}
-        files = {name: stack.enter_context(open(name, "rb")).fileno() for name in names}
+        files = _opened(stack, [extent for block in pages for extent in block])
         worker = stack.enter_context(ThreadPoolExecutor(1))  # in turn, so few blocks are asked for
+
+        def ask(number: int, *_: object) -> None:
+            following[ran.pop()] = number
+            ran.append(number)
+            worker.submit(_ask, pages[following[number]], files)
+
+        def drop(number: int, *_: object) -> None:
+            worker.submit(_drop, pages[number], files)
+
         for number, block in enumerate(found):
-            following = pages[(number + 1) % len(pages)]
-            for register, task, its in (
-                (block.register_forward_pre_hook, _ask, following),
-                (block.register_forward_hook, _drop, pages[number]),
-            ):
-                hook = partial(_submit, worker, task, its, files)
-                stack.callback(register(hook).remove)
+            stack.callback(block.register_forward_pre_hook(partial(ask, number)).remove)
+            stack.callback(block.register_forward_hook(partial(drop, number)).remove)
         yield
-
-
-def _submit(worker: ThreadPoolExecutor, task: Task, its: Extents, files: Files, *_: object) -> None:
-    worker.submit(task, its, files)
 
 
 def _ask(wanted: Extents, files: Files) -> None:
