@@ -10,8 +10,9 @@ within each round, beside what they would be if blocks alone took time, and the 
     python benchmarks/trunk.py --late 6 --queries 16 --labels all --clock processor --json trunk.json
     python benchmarks/trunk.py --sharding zero3 --ranks 2 --late 6 --queries 1
 
-With --sharding every rank has a batch of its own, a time is that of the slowest rank, and before each timed
-step under ZeRO-3 come two of the same kind, as DeepSpeed has to learn the order of layers anew.
+With --sharding every rank has a batch of its own, a wall time is that of the slowest rank and a processor
+time that of rank 0, and before each timed step under ZeRO-3 come two of the same kind, as DeepSpeed has to
+learn the order of layers anew.
 "Gathered" are bytes of whole all-gathers in a step, padding included; "peak" those of tensors alive at once
 beside shards of weights and factors, the cache included.
 """
@@ -22,6 +23,7 @@ import argparse
 import gc
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -233,7 +235,9 @@ def arguments() -> argparse.ArgumentParser:
 def main(words: Sequence[str] | None = None) -> None:
     parser = arguments()
     args = parser.parse_args(words)
-    args.command = " ".join(["python benchmarks/trunk.py", *(words or [])])
+    args.command = " ".join(
+        ["python benchmarks/trunk.py", *(sys.argv[1:] if words is None else words)]
+    )
     if args.sharding == "none":
         run(0, args)
     elif args.ranks < (fewest := 4 if args.sharding == "zero3-hpz" else 2):
