@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("settings",),
     ("engine",),
     ("methods", "probes"),
+    ("output_layer",),
     ("directions", "losses"),
     ("solving", "trunk"),
     ("config", "models"),

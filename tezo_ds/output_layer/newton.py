@@ -1,0 +1,75 @@
+"""Newton's method by conjugate gradients, whose every bit is the same on any processor.
+
+Ranks minimise one function, whose slopes come out of an all-reduce, each by itself. Libraries sum in an
+order that depends on the processor, so sums are made here by halves, out of additions of single numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+STEPS, PRODUCTS, HALVINGS = 60, 500, 30
+CLOSE = 0.1  # largest residual of a step's equation, over the gradient; smaller as that gets small
+
+Product = Callable[[Tensor], Tensor]
+Slopes = Callable[[Tensor], tuple[Tensor, Product]]
+
+
+def dot(a: Tensor, b: Tensor) -> float:
+    """Returns the inner product of two vectors, with the same bits on any processor."""
+    products = a * b
+    while len(products) > 1:
+        half = len(products) // 2
+        halves = products[:half] + products[half : 2 * half]
+        products = torch.cat([halves, products[2 * half :]])
+    return float(products[0])
+
+
+def minimise(slopes: Slopes, start: Tensor, tolerance: float) -> Tensor:
+    """Returns where a strictly convex function is least.
+
+    Args:
+        slopes: x -> (gradient, function that multiplies by the Hessian there), of float64 (n,).
+        start: where to begin, float64 (n,).
+        tolerance: length of the gradient at which to end.
+    """
+    x, (gradient, product) = start, slopes(start)
+    for _ in range(STEPS):
+        length = math.sqrt(dot(gradient, gradient))
+        if length <= tolerance:
+            break
+        step = _solve(product, gradient, min(CLOSE, math.sqrt(length)) * length)
+        slope, share = dot(gradient, step), 1.0
+        for _ in range(HALVINGS):
+            ahead = x + share * step
+            there, product_there = slopes(ahead)
+            # Not as steep upwards as it was downwards, so of a convex function lower than x is.
+            if dot(there, step) <= -0.9 * slope:
+                break
+            share /= 2
+        else:  # rounding is all that is left
+            break
+        x, gradient, product = ahead, there, product_there
+    return x
+
+
+def _solve(product: Product, gradient: Tensor, tolerance: float) -> Tensor:
+    """Returns the x for which H x = -gradient up to a residual of length `tolerance`."""
+    x, residual = torch.zeros_like(gradient), -gradient
+    direction, square = residual, dot(residual, residual)
+    for _ in range(PRODUCTS):
+        image = product(direction)
+        curvature = dot(direction, image)
+        if curvature <= 0:  # of rounding
+            break
+        x = x + square / curvature * direction
+        residual = residual - square / curvature * image
+        before, square = square, dot(residual, residual)
+        if math.sqrt(square) <= tolerance:
+            break
+        direction = residual + square / before * direction
+    return x
