@@ -45,6 +45,9 @@ OVERRIDES: dict[str, Any] = {
     "branch_chunk": 0,
     "memory_budget": 1.0,
     "micro_batch": 1,
+    "shared_trunk": False,
+    "trunk_cache": "off",
+    "trunk_cache_gib": 1.0,
     "clip_kappa": 0.9,
     "rank_max": 8,
     "refresh_every": 3,
@@ -56,6 +59,9 @@ OVERRIDES: dict[str, Any] = {
     "restore": "copy",
     "stochastic_rounding": False,
     "train_vectors": True,
+    "output_layer": "fit",
+    "output_layer_every": 2,
+    "output_layer_examples": 9,
     "seed": 11,
     "queries": 2,
     "probe": "fused",
@@ -107,7 +113,10 @@ def test_every_field_of_the_block_has_an_option(given: Given, tmp_path: Path) ->
     fields = tezo_ds.TezoConfig.model_fields
     assert OVERRIDES.keys() == fields.keys()
     same = {name for name, value in OVERRIDES.items() if value == fields[name].get_default()}
-    assert same == {"branch_chunk"}  # memory_budget sets it
+    assert same == {
+        "branch_chunk",
+        "trunk_cache",
+    }  # memory_budget sets one, the other needs a trunk
     options = {k: v[0] if k in ("include", "exclude") else v for k, v in OVERRIDES.items()}
     options["betas"] = tuple(OVERRIDES["betas"])
     assert call(*given.train(tmp_path / "run", **options, steps=3)) == 0

@@ -62,8 +62,9 @@ def export(
     """Exports a run's result; see EXPORT_HELP."""
     with uncollected():
         from tezo_ds.cli import accelerate
-        from tezo_ds.export.adapter import no_adapter_because, not_low_rank, not_to_merge
+        from tezo_ds.export.adapter import no_adapter_because, not_low_rank, to_know
         from tezo_ds.export.merged import refuse_filled
+        from tezo_ds.export.output_layer import not_in_merged
         from tezo_ds.run.card import model_card
         from tezo_ds.run.changed import refuse_changed_weights
         from tezo_ds.run.results import journal_of
@@ -101,13 +102,16 @@ def export(
     if adapter is not None:
         if reason := no_adapter_because(engine):
             raise ConfigError(reason)
-        warning = not_to_merge(engine)
+        warning = to_know(engine)
         card = model_card(run, steps, adapter=True, warning=warning)
         _export_adapter(engine, adapter, settings, finished.base_model, card, display)
         if warning:
             display.note(f"warning: {warning}")
     if merged is not None:
-        card = model_card(run, steps, adapter=False)
+        warning = not_in_merged(engine)
+        card = model_card(run, steps, adapter=False, warning=warning)
+        if warning:
+            display.note(f"warning: the merged model: {warning}")
         export_merged(engine, merged, settings, finished.base_model, dtype, card, display)
 
 

@@ -12,6 +12,7 @@ from tezo_ds.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:  # what takes seconds to import is imported late, as --help need not wait for it
     from tezo_ds.engine.engine import Engine
+    from tezo_ds.run.terms import Terms
     from tezo_ds.training.display import Display
 
 REPLAY_HELP = """Rebuild a run's result from its journal, in one process, without forward passes.
@@ -51,12 +52,13 @@ def replay(
     with uncollected():
         from tezo_ds.cli.export import export_merged
         from tezo_ds.export.merged import refuse_filled
+        from tezo_ds.export.output_layer import not_in_merged
         from tezo_ds.models.loading import load_skeleton
         from tezo_ds.run.about import read_run
         from tezo_ds.run.card import model_card
         from tezo_ds.run.changed import refuse_changed_weights
         from tezo_ds.run.folder import JOURNAL
-        from tezo_ds.run.results import journal_of, ranks_of
+        from tezo_ds.run.results import journal_of, ranks_of, read_terms
         from tezo_ds.sharding import sharding_of
         from tezo_ds.training import session
         from tezo_ds.training.display import Display, quieten
@@ -84,17 +86,17 @@ def replay(
     else:
         model = load_skeleton(settings.model, settings.dtype, settings.trust_remote_code)
         engine = session.engine_for(settings, config, sharding_of(model), ranks_of(run, config))
-    _replay(engine, steps, verify, run, display)
+    _replay(engine, steps, read_terms(run, config), verify, run, display)
     if coefficients is not None:
         _save(engine, coefficients, display)
     if merged is not None:
-        card = model_card(run, engine.step_index, adapter=False)
+        card = model_card(run, engine.step_index, adapter=False, warning=not_in_merged(engine))
         export_merged(engine, merged, settings, settings.model, None, card, display)
 
 
 def _replay(
-    engine: Engine, steps: list[dict[str, Any]], verify: bool, run: Path, display: Display
-) -> None:
+    engine: Engine, steps: list[dict[str, Any]], terms: Terms, verify: bool, run: Path, display: Display
+) -> None:  # fmt: skip
     from tezo_ds.files.tensors import digest
     from tezo_ds.run.folder import JOURNAL
     from tezo_ds.run.results import replay
@@ -111,7 +113,7 @@ def _replay(
                 )
             compared += 1
 
-    replay(engine, steps, display, compare)
+    replay(engine, steps, display, compare, terms)
     if verify and not compared:
         raise ConfigError(
             f"{run / JOURNAL} has no digest in these {len(steps)} steps; the run makes them every "

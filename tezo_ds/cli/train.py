@@ -46,6 +46,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         from tezo_ds.tasks import encode, truncations
         from tezo_ds.training import loop, session
         from tezo_ds.training.display import Display, quieten
+        from tezo_ds.training.output_layer import refuse_unfit
 
     options = from_flags(RunOptions, given)
     launched = accelerate.launched()
@@ -85,6 +86,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
             )
         if not in_weights and (reason := no_adapter_because(opened.engine)):
             display.note(f"no adapter will be written: {reason}")
+        refuse_unfit(opened, saves)
         max_length = opened.settings.max_length
         examples = encode(opened.tokenizer, opened.task.train, max_length, opened.mask_token)
         display.data(opened.task, truncations(examples), max_length)
@@ -94,6 +96,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         options = options.model_copy(update={"save_model": saves})
         losses = [line["loss"] for line in found.steps]
         summary = loop.train(
-            opened, options, examples, folder, display, found.scores, losses, about[changed.WEIGHTS]
-        )
+            opened, options, examples, folder, display, found.scores, losses, about[changed.WEIGHTS],
+            max(found.terms, default=None),
+        )  # fmt: skip
         display.end(summary, options.output, found.done)

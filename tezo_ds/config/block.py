@@ -224,6 +224,20 @@ class TezoConfig(BaseModel):
     train_vectors: bool = declared(
         False, "train biases and norm weights, too", group=TRAINS, example=True
     )
+    output_layer: Literal["frozen", "bias", "fit"] = declared(
+        "frozen",
+        "term on the logits of a task's label words, fitted in closed form to hidden states of plain "
+        "forwards: none (frozen), a bias for each word (bias), or a bias and a change of its row (fit)",
+        group=TRAINS, example="fit",
+    )  # fmt: skip
+    output_layer_every: int = declared(
+        0, "steps after which the output layer is fitted again; 0: once, before the first step",
+        group=TRAINS, used_by="output_layer bias, fit", example=100, ge=0,
+    )  # fmt: skip
+    output_layer_examples: int | None = declared(
+        None, "training examples, at most, that the output layer is fitted to; unset: all",
+        group=TRAINS, used_by="output_layer bias, fit", example=1000, ge=5,
+    )  # fmt: skip
 
     @field_validator("method")
     @classmethod

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tezo_ds.config import TezoConfig
-from tezo_ds.directions.space import CoefficientSpace, as_rows, by_name
+from tezo_ds.directions.space import CoefficientSpace, Packed, as_rows, by_name
 from tezo_ds.engine.measuring import Measuring
 from tezo_ds.engine.merging import merged_tensors
 from tezo_ds.engine.radius import Radius
@@ -26,6 +26,7 @@ from tezo_ds.errors import ConfigError, ShardingError
 from tezo_ds.losses.objective import LossFn, Objective
 from tezo_ds.methods import Method, Write, make_method
 from tezo_ds.methods.tezo import Tezo
+from tezo_ds.output_layer.term import OutputTerm
 from tezo_ds.probes import make_probe
 from tezo_ds.sharding import Sharding
 from tezo_ds.sharding.absent import refuse_absent
@@ -68,6 +69,7 @@ class Engine:
             self._refuse_quantised(f"method {config.method} writes weights")
         self.probe = make_probe(config, sharding, self.space.slices.keys(), self.method.factors)
         self.objective = Objective(sharding, loss_fn)
+        self.output_layer = OutputTerm(sharding)
         self.objective.micro_batch = config.micro_batch
         if config.shared_trunk:
             self.probe.trunk = self.objective.trunk = trunk_of(config, sharding, self.space.slices)
@@ -297,7 +299,7 @@ class Engine:
 
     def state(self) -> dict[str, Tensor]:
         """Returns all that the next step depends on and that is equal on every rank: CPU copies, by name."""
-        return pack(self.run_state, self.method)
+        return pack(self.run_state, self.method) | self.output_layer.state
 
     @_without_grad()
     def load_state(self, tensors: Mapping[str, Tensor], written: bool) -> None:
@@ -315,6 +317,7 @@ class Engine:
         period, finished = unpack(tensors, self.run_state)
         self.go_to_period(period, finished, written)
         unpack_method(tensors, self.method)
+        self.output_layer.load(tensors)
 
     def check(self) -> None:
         """Compares replicas over all ranks: the method's state, and the weights that several ranks hold
@@ -324,7 +327,9 @@ class Engine:
             ShardingError: something differs; names the first parameter and the ranks.
         """
         weights = self.method.writes or self.probe.writes
-        self._watch.check(self.method.state, self.step_index, weights)
+        words = {"the label words": slice(None)}
+        term = {k: Packed(part.flatten(), words) for k, part in self.output_layer.state.items()}
+        self._watch.check({**self.method.state, **term}, self.step_index, weights)
 
     @_without_grad()
     def merge(self) -> None:
@@ -357,9 +362,12 @@ class Engine:
 
         Raises:
             ShardingError: the weights are quantised on their way to the forward.
+            ConfigError: there is a term of an output layer that is tied.
         """
         self._refuse_quantised("merged weights")
-        return merged_tensors(self.sharding, self.space, self.method.kept_aside(), dtype)
+        self.output_layer.refuse_merged()
+        add = self.output_layer.merge_into
+        return merged_tensors(self.sharding, self.space, self.method.kept_aside(), dtype, add)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns all of `merged_tensors` at once, in the order of the model's own state_dict: on the CPU

@@ -18,6 +18,7 @@ from tezo_ds.config import TezoConfig
 from tezo_ds.directions.lowrank import FixedFactors
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError
+from tezo_ds.export.output_layer import not_in_weights, pair_of, save_biases, width_of
 from tezo_ds.export.tokenizer import save_tokenizer
 from tezo_ds.files.tensors import digest
 from tezo_ds.files.text import writing
@@ -34,6 +35,7 @@ def lora_tensors(engine: Engine) -> dict[str, Tensor]:
     No communication: U and V come from the seed. All pairs are of one rank, the largest, with zeros beside
     what is smaller: llama.cpp divides one alpha, the file's, by the rank of each pair. A tied matrix gives
     one pair for each module that uses it, so the adapter is for adding on the side, see `not_to_merge`.
+    A term of the output layer is a pair of its own there, beside that of a matrix that trains.
 
     Raises:
         ConfigError: what was learnt has no place in an adapter.
@@ -44,7 +46,7 @@ def lora_tensors(engine: Engine) -> dict[str, Tensor]:
     parameters = dict(module.named_parameters())
     coefficients, owners = engine.coefficients(), _owners(module)
     tensors: dict[str, Tensor] = {}
-    rank = max(part.numel() for part in coefficients.values())
+    rank = _rank(engine)
     for matrix in engine.space.matrices:
         a = coefficients[matrix.name].view(-1, matrix.rank)  # (periods, rank)
         make = (FixedFactors(engine.space, period) for period in range(len(a)))
@@ -63,7 +65,29 @@ def lora_tensors(engine: Engine) -> dict[str, Tensor]:
                 inner, outer = (scaled, V) if kind == "conv1d" else (V, scaled)
                 tensors[f"{prefix}A.weight"] = inner.t().contiguous()
                 tensors[f"{prefix}B.weight"] = outer.clone()
+    if width := width_of(engine):
+        prefix, (outer, inner) = (
+            f"base_model.model.{engine.output_layer.path}.lora_",
+            pair_of(engine),
+        )
+        A, B = tensors.get(f"{prefix}A.weight"), tensors.get(f"{prefix}B.weight")
+        A = inner.new_zeros(rank, inner.shape[1]) if A is None else A
+        B = outer.new_zeros(outer.shape[0], rank) if B is None else B
+        A[rank - width :], B[:, rank - width :] = inner, outer  # of no use to a matrix that trains
+        tensors[f"{prefix}A.weight"], tensors[f"{prefix}B.weight"] = A, B
     return tensors
+
+
+def _rank(engine: Engine) -> int:
+    """Returns the one rank of all pairs: room for the largest, and for the output layer's term."""
+    module, coefficients = engine.sharding.module, engine.coefficients()
+    ranks = [part.numel() for part in coefficients.values()]
+    if width := width_of(engine):
+        own = dict(module.named_parameters(remove_duplicate=False))
+        weight = own[f"{engine.output_layer.path}.weight"]
+        beside = [part.numel() for name, part in coefficients.items() if own[name] is weight]
+        ranks.append(width + sum(beside))
+    return max(ranks)
 
 
 def not_low_rank(config: TezoConfig) -> str | None:
@@ -116,6 +140,11 @@ def not_to_merge(engine: Engine) -> str | None:
     """Returns why other tools must not merge this run's adapter, in one line; None if they may."""
     owners = _owners(engine.sharding.module)
     parameters = dict(engine.sharding.module.named_parameters())
+    if width_of(engine) and (tied := engine.output_layer.tied):
+        return (
+            f"{tied} and {engine.output_layer.path} are tied, and peft's merge_and_unload would add the "
+            "output layer's update to both; load the adapter without merging"
+        )
     for matrix in engine.space.matrices:
         if len(used := owners.get(id(parameters[matrix.name]), [])) > 1:
             paths = " and ".join(path for path, _ in used)
@@ -126,12 +155,19 @@ def not_to_merge(engine: Engine) -> str | None:
     return None
 
 
+def to_know(engine: Engine) -> str | None:
+    """Returns all that users of this run's adapter have to know, in one line; None if there is nothing."""
+    return "; ".join(filter(None, (not_to_merge(engine), not_in_weights(engine)))) or None
+
+
 def lora_config(engine: Engine, base_model: str) -> dict[str, Any]:
     """Returns the content of adapter_config.json: scaling lora_alpha / r = 1, module paths in full."""
-    owners, coefficients = _owners(engine.sharding.module), engine.coefficients()
+    owners = _owners(engine.sharding.module)
     parameters = dict(engine.sharding.module.named_parameters())
     used = [use for matrix in engine.space.matrices for use in owners[id(parameters[matrix.name])]]
-    rank = max(part.numel() for part in coefficients.values())
+    targets, rank = [path for path, _ in used], _rank(engine)
+    if width_of(engine) and engine.output_layer.path not in targets:
+        targets.append(engine.output_layer.path)
     return {
         "peft_type": "LORA",
         "task_type": None if is_masked_lm(engine.sharding.module) else "CAUSAL_LM",
@@ -145,7 +181,7 @@ def lora_config(engine: Engine, base_model: str) -> dict[str, Any]:
         "fan_in_fan_out": any(kind == "conv1d" for _, kind in used),
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": [path for path, _ in used],
+        "target_modules": targets,
         "inference_mode": True,
     }
 
@@ -181,6 +217,7 @@ def save_adapter(
             partial.mkdir(parents=True)
             save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
             (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+            save_biases(engine, partial)
             if card:
                 (partial / "README.md").write_text(card, encoding="utf-8")
             if tokenizer is not None:

@@ -21,6 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, TRANSFORMERS_DYNAMIC_MOD
 
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError, ShardingError
+from tezo_ds.export.output_layer import save_biases
 from tezo_ds.export.tokenizer import save_tokenizer
 from tezo_ds.files.text import writing
 from tezo_ds.patterns import numbered_module
@@ -83,6 +84,8 @@ def save_merged(
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             _write_configs(module, folder, tokenizer, dtype)
+            if not engine.output_layer.has_bias:
+                save_biases(engine, folder)
             if card:
                 (folder / "README.md").write_text(card, encoding="utf-8")
         _write_weights(module, chain([first], tensors), _plan(sizes), folder)

@@ -62,6 +62,11 @@ def initialize(
         raise ConfigError(
             "trunk_cache: disk keeps files in the run folder of `tezo-ds train`; use memory here"
         )
+    if resolved.output_layer != "frozen":
+        raise ConfigError(
+            f"output_layer: {resolved.output_layer} is fitted by `tezo-ds train`, which knows the label "
+            "words; leave it frozen here"
+        )
     absent, brought_to = absent_from(model)
     splits = "zero_optimization" in (deepspeed_config or {})
     if brought_to is None or resolved.rank == "auto" or splits:

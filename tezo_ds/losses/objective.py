@@ -97,6 +97,11 @@ class Objective:
             chosen["use_cache"] = False  # keys and values of a forward that is never continued
         return chosen
 
+    @property
+    def head_mode(self) -> str:
+        """Logits that the model lets be left out, see `Head.mode`; "whole" with a loss_fn."""
+        return "whole" if self._head is None else self._head.mode
+
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any], branches: int) -> Tensor:
         """Returns loss sums and counts of `branches` copies of this rank's batch, whose first dim is the

@@ -66,7 +66,11 @@ def model_card(run: Path, steps: int, adapter: bool, warning: str | None = None)
 def _accuracy(run: Path, steps: int) -> str:
     """Returns the accuracy on the run's test examples, in words; "" if not evaluated after `steps` steps."""
     scores = read_metrics(run / METRICS)[1] if (run / METRICS).exists() else []
-    at = {line["step"]: line for line in scores if line["test_accuracy"] is not None}
+    at = {
+        line["step"]: line
+        for line in scores
+        if line["test_accuracy"] is not None and "after" not in line
+    }
     if steps not in at:
         return ""
     before = f", {at[0]['test_accuracy']:.1%} before training" if 0 in at and steps else ""

@@ -21,7 +21,7 @@ from tezo_ds.run.journal import Contents, Journal, read_journal
 CONFIG, METRICS, SUMMARY, JOURNAL = "config.json", "metrics.jsonl", "summary.json", "journal.jsonl"
 COEFFICIENTS, ADAPTER, CURVE = "coefficients.safetensors", "adapter", "curve.png"
 MODEL, SNAPSHOTS, LOCK = "model", "snapshots", ".lock"
-TRUNK_CACHE = "trunk_cache"
+TRUNK_CACHE, OUTPUT_LAYER = "trunk_cache", "output_layer"
 
 
 class RunFolder:
@@ -179,11 +179,18 @@ class RunFolder:
         })  # fmt: skip
         journal.append({**slopes, "loss": report.loss, "seen": seen, **(more or {})})
 
-    def log_score(self, step: int, accuracy: float | None, loss: float, examples: int) -> None:
-        """Writes one line for an evaluation after `step` steps."""
-        self._log(
-            {"step": step, "test_accuracy": accuracy, "test_loss": loss, "test_examples": examples}
-        )
+    def log_score(
+        self,
+        step: int,
+        accuracy: float | None,
+        loss: float,
+        examples: int,
+        after: str | None = None,
+    ) -> None:
+        """Writes one line for an evaluation after `step` steps, and `after` what else, if anything."""
+        line = {"step": step, "test_accuracy": accuracy, "test_loss": loss}
+        more = {} if after is None else {"after": after}
+        self._log({**line, "test_examples": examples, **more})
 
     def _log(self, line: dict[str, Any]) -> None:
         assert self._metrics is not None, "opened before"

@@ -15,13 +15,14 @@ from tezo_ds.run.folder import (
     JOURNAL,
     METRICS,
     MODEL,
+    OUTPUT_LAYER,
     SNAPSHOTS,
     SUMMARY,
     TRUNK_CACHE,
 )
 
 _OURS = {CONFIG, METRICS, SUMMARY, JOURNAL, COEFFICIENTS, ADAPTER, CURVE, MODEL, SNAPSHOTS}
-_OURS |= {TRUNK_CACHE}
+_OURS |= {TRUNK_CACHE, OUTPUT_LAYER}
 _LOGS = "logs"  # of launch/, which makes it before a run begins
 
 

@@ -20,6 +20,7 @@ from tezo_ds.files.tensors import digest, read
 from tezo_ds.files.text import read_json
 from tezo_ds.run.folder import COEFFICIENTS, CONFIG, JOURNAL, MODEL, SUMMARY
 from tezo_ds.run.journal import Contents, read_journal
+from tezo_ds.run.terms import Terms, terms_of
 
 
 class Display(Protocol):
@@ -42,12 +43,14 @@ class Result:
             to do.
         steps: lines of the journal, from the first step on.
         ranks: rank of each matrix, where the run chose ranks itself.
+        terms: terms of the output layer, by the steps before each fit.
     """
 
     coefficients: dict[str, Tensor] = field(default_factory=dict)
     model: Path | None = None
     steps: list[dict[str, Any]] = field(default_factory=list)
     ranks: dict[str, int] | None = None
+    terms: Terms = field(default_factory=dict)
 
     @property
     def writes(self) -> bool:
@@ -63,24 +66,34 @@ class Result:
         if self.coefficients:
             engine.load_coefficients(self.coefficients)
         if not self.steps:
+            give_last(engine, self.terms, max(self.terms, default=0))
             return
-        replay(engine, self.steps, display)
+        replay(engine, self.steps, display, terms=self.terms)
         engine.check()  # ranks may have read the file of a run that still goes on
 
 
 def replay(
     engine: Engine, steps: Sequence[dict[str, Any]], display: Display,
-    after: Callable[[dict[str, Any]], None] | None = None,
+    after: Callable[[dict[str, Any]], None] | None = None, terms: Terms | None = None,
 ) -> None:  # fmt: skip
-    """Replays the lines of a journal on an engine, and calls `after` with each."""
+    """Replays the lines of a journal on an engine, each with its term of the output layer, and calls `after`
+    with each; the engine has the last term in the end."""
     display.note(f"replaying {len(steps)} steps of {JOURNAL}")
     with display.evaluation("replaying") as progress:
         for done, line in enumerate(steps, start=1):
+            engine.output_layer.load((terms or {}).get(line["step"], engine.output_layer.state))
             engine.replay(line["step"], line["kappa"], line["lr"], line["rho"], line.get("solved"))
             if after is not None:
                 after(line)
             if progress is not None:
                 progress(done / len(steps))
+    give_last(engine, terms or {}, engine.step_index)
+
+
+def give_last(engine: Engine, terms: Terms, steps: int) -> None:
+    """Gives an engine the last of the terms that were fitted after so many steps or fewer."""
+    if fitted := [done for done in terms if done <= steps]:
+        engine.output_layer.load(terms[max(fitted)])
 
 
 def read_result(folder: Path, config: TezoConfig, base: bool = False) -> Result:
@@ -94,15 +107,29 @@ def read_result(folder: Path, config: TezoConfig, base: bool = False) -> Result:
     Raises:
         ConfigError: there is no result. StorageError: the result's file is damaged, or another run's.
     """
-    ranks = ranks_of(folder, config)
+    ranks, terms = ranks_of(folder, config), read_terms(folder, config)
     path = folder / COEFFICIENTS
     if config.facts.learns_coefficients and path.exists():
-        return Result(coefficients=_coefficients(path, config), ranks=ranks)
-    if is_complete(folder / MODEL) and not base:
+        return Result(coefficients=_coefficients(path, config), ranks=ranks, terms=terms)
+    merged = is_complete(folder / MODEL) and not terms  # whose biases a model has no place for
+    if merged and not base:
         return Result(model=folder / MODEL, ranks=ranks)
     if not (folder / JOURNAL).exists():
         raise ConfigError(f"{path} does not exist, and no {JOURNAL} either; is it a run folder?")
-    return Result(steps=_steps(folder, config), ranks=ranks)
+    return Result(steps=_steps(folder, config), ranks=ranks, terms=terms)
+
+
+def read_terms(folder: Path, config: TezoConfig) -> Terms:
+    """Reads the terms of the output layer that a run had, by the steps before each fit.
+
+    Raises:
+        StorageError: a file is missing or damaged.
+    """
+    if config.output_layer == "frozen":
+        return {}
+    summary = read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else {}
+    contents = journal_of(folder, config)
+    return terms_of(folder, config, contents.header or {}, contents.steps, summary)
 
 
 def _coefficients(path: Path, config: TezoConfig) -> dict[str, Tensor]:

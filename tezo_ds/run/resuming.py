@@ -22,8 +22,9 @@ from tezo_ds.run.about import describe_run, read_about
 from tezo_ds.run.changed import refuse_changed
 from tezo_ds.run.folder import JOURNAL, METRICS, SNAPSHOTS, SUMMARY, RunFolder, read_metrics
 from tezo_ds.run.foreign import refuse_foreign_files
-from tezo_ds.run.results import Display, refuse_foreign, replay
+from tezo_ds.run.results import Display, give_last, refuse_foreign, replay
 from tezo_ds.run.snapshots import checked_shards, save_shards
+from tezo_ds.run.terms import Terms, terms_of
 from tezo_ds.settings import Settings
 from tezo_ds.sharding.world import agreed
 from tezo_ds.tasks import Example
@@ -62,9 +63,10 @@ class Begun:
         header: the journal's header.
         snapshots: whole snapshots, the newest first.
         steps: lines of the journal.
-        scores: lines of metrics.jsonl of evaluations, by the steps before them.
+        scores: lines of metrics.jsonl of evaluations, by the steps before them or what else came before.
         finished: whether the run came to its end.
         notices: messages to the user.
+        terms: terms of the output layer, by the steps before each fit.
     """
 
     path: Path
@@ -72,9 +74,10 @@ class Begun:
     header: dict[str, Any] = field(default_factory=dict)
     snapshots: tuple[Snapshot, ...] = ()
     steps: list[dict[str, Any]] = field(default_factory=list)
-    scores: dict[int, dict[str, Any]] = field(default_factory=dict)
+    scores: dict[int | str, dict[str, Any]] = field(default_factory=dict)
     finished: bool = False
     notices: tuple[str, ...] = ()
+    terms: Terms = field(default_factory=dict)
 
     @property
     def done(self) -> int:
@@ -129,17 +132,19 @@ def look(folder: RunFolder, resume: bool | None, about: Mapping[str, Any]) -> Be
         raise ConfigError(f"{path} holds a run already; choose another --output, or remove it")
     config = read_about(path)
     refuse_other(path, config, about)
-    refuse_foreign(path / JOURNAL, contents.header, TezoConfig(**config[BLOCK]))
+    block = TezoConfig(**config[BLOCK])
+    refuse_foreign(path / JOURNAL, contents.header, block)
     notices = [f"{path} goes on after {len(contents.steps)} steps"]
     if contents.torn:
         notices.append(f"{JOURNAL}: {contents.torn}; dropped")
     snapshots = tuple(_snapshots(path, contents.steps, config, notices))
     scores = read_metrics(path / METRICS)[1] if (path / METRICS).exists() else []
     summary = read_json(path / SUMMARY) if (path / SUMMARY).exists() else {}
+    terms = terms_of(path, block, contents.header, contents.steps, summary)
     return Begun(
         path, config, contents.header, snapshots, contents.steps,
-        scores={line["step"]: line for line in scores},
-        finished=summary.get("status") == "finished", notices=tuple(notices),
+        scores={"output_layer" if "after" in line else line["step"]: line for line in scores},
+        finished=summary.get("status") == "finished", notices=tuple(notices), terms=terms,
     )  # fmt: skip
 
 
@@ -262,7 +267,8 @@ def restore(engine: Engine, found: Begun, display: Display) -> None:
         steps = steps[snapshot.after :]
         break
     if steps:
-        replay(engine, steps, display)
+        replay(engine, steps, display, terms=found.terms)
+    give_last(engine, found.terms, found.done)
     engine.check()
 
 

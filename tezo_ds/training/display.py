@@ -97,6 +97,10 @@ class Display:
         before, after = summary.get("accuracy_before"), summary.get("accuracy_after")
         if before is not None and after is not None:
             table.add_row("accuracy before", f"{before:.1%}")
+            if (fitted := summary.get("accuracy_output_layer")) is not None:
+                table.add_row(
+                    "output layer", f"{fitted:.1%} ({100 * (fitted - before):+.1f} points)"
+                )
             table.add_row("accuracy after", f"{after:.1%} ({100 * (after - before):+.1f} points)")
             table.add_row("test examples", f"{summary['test_examples']}")
         elif "test_loss_after" in summary:
@@ -173,11 +177,12 @@ class Display:
             task = bar.add_task(label, total=1.0)
             yield lambda fraction: bar.update(task, completed=fraction)
 
-    def score(self, step: int, score: Score) -> None:
-        """Prints the result of an evaluation."""
+    def score(self, step: int, score: Score, when: str | None = None) -> None:
+        """Prints the result of an evaluation, after so many steps or `when`."""
         accuracy = "" if score.accuracy is None else f"accuracy {score.accuracy:.1%}, "
         self.note(
-            f"after {step} steps: {accuracy}loss {score.loss:.4f} on {score.examples} test examples"
+            f"{when or f'after {step} steps'}: {accuracy}loss {score.loss:.4f} on {score.examples} test "
+            "examples"
         )
 
 

@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from tezo_ds.engine.engine import Engine
 from tezo_ds.engine.report import StepReport
 from tezo_ds.errors import StorageError
-from tezo_ds.export.adapter import not_to_merge, save_adapter, save_coefficients
+from tezo_ds.export.adapter import save_adapter, save_coefficients, to_know
 from tezo_ds.export.merged import save_merged
+from tezo_ds.export.output_layer import not_in_merged
 from tezo_ds.files.tensors import digest
 from tezo_ds.models.loading import load_tokenizer
 from tezo_ds.run.card import model_card
@@ -41,6 +42,7 @@ from tezo_ds.training.display import Display
 from tezo_ds.training.divergence import Divergence
 from tezo_ds.training.interrupts import Interrupted, deaf, turned_into_exceptions
 from tezo_ds.training.liveness import Liveness
+from tezo_ds.training.output_layer import OutputLayerFits
 from tezo_ds.training.session import Session
 from tezo_ds.training.trunk_caches import open_caches
 from tezo_ds.trunk.trunk import EXAMPLE_IDS
@@ -54,9 +56,10 @@ def train(
     examples: Sequence[Encoded],
     folder: RunFolder | None,
     display: Display,
-    scores: Mapping[int, Mapping[str, Any]] | None = None,
+    scores: Mapping[int | str, Mapping[str, Any]] | None = None,
     losses: Sequence[float | None] = (),
     base: str | None = None,
+    fitted: int | None = None,
 ) -> dict[str, Any]:
     """Trains from the engine's next step on. Every rank calls this; `folder` is rank 0's, None elsewhere.
 
@@ -69,6 +72,7 @@ def train(
         scores: lines of a resumed run's evaluations, by the steps before them.
         losses: losses of a resumed run's steps.
         base: fingerprint of the base model's weights.
+        fitted: steps before the fit of the output layer that a resumed run goes on with.
 
     Returns:
         The summary, as in summary.json.
@@ -79,6 +83,7 @@ def train(
     divergence = Divergence(losses, options.stop_on_divergence)
     training = _Training(session, options, examples, folder, display, scores or {}, divergence)
     training.base = base
+    training.fits.go_on(fitted)
     return training.run()
 
 
@@ -87,7 +92,7 @@ class _Training:
 
     def __init__(
         self, session: Session, options: RunOptions, examples: Sequence[Encoded], folder: RunFolder | None,
-        display: Display, scores: Mapping[int, Mapping[str, Any]], divergence: Divergence,
+        display: Display, scores: Mapping[int | str, Mapping[str, Any]], divergence: Divergence,
     ) -> None:  # fmt: skip
         self._session, self._options, self._examples = session, options, examples
         self._folder, self._display, self._scored = folder, display, scores
@@ -95,6 +100,7 @@ class _Training:
         engine = session.engine
         self._evaluator = session.evaluator()
         self.base: str | None = None
+        self.fits = OutputLayerFits(session, examples, folder, display)
         # Without a token to pad with, unlike the session's. Here, as rank 0 alone writes the adapter.
         asked = session.settings
         self._tokenizer = load_tokenizer(asked.model, pad=False, trust=asked.trust_remote_code)
@@ -129,7 +135,7 @@ class _Training:
                 ) as raise_waiting,
                 Liveness(self._engine.sharding, self._options.timeout) as alive,
             ):
-                self._before()
+                self._before(alive)
                 trained = time.perf_counter()
                 with self._display.steps(self._options.steps):
                     for report in () if self._stopping else self._steps(alive):
@@ -157,11 +163,13 @@ class _Training:
             raise
         finally:
             seconds = round(time.perf_counter() - start, 2)
+            if self.fits.found is not None:
+                summary["output_layer"] = self.fits.found
             summary |= {"steps": self._engine.step_index, "seconds": seconds}
             self._leave()
         return summary
 
-    def _before(self) -> None:
+    def _before(self, alive: Liveness) -> None:
         """Makes the evaluations that are missing: before all steps, and one that a kill has cut short."""
         self._know_trunk()
         if self._evaluator is not None and self._evaluator.loss_alone:
@@ -169,10 +177,23 @@ class _Training:
         if 0 in self._scored:
             self._summary |= _scores("before", self._scored[0])
         else:
-            self._evaluate("before")
+            with self._engine.output_layer.off():  # which a killed run may have left
+                self._evaluate("before")
         done = self._engine.step_index
+        self._fit(alive)
+        if "output_layer" in self._scored:
+            self._summary |= _scores("output_layer", self._scored["output_layer"])
+        elif not done and self.fits.found is not None:
+            self._evaluate("output_layer")
         if self._due(done) and done not in self._scored:
             self._evaluate(None)
+
+    def _fit(self, alive: Liveness) -> None:
+        """Fits the output layer if that is due after the steps so far."""
+        if self._stopping:
+            return
+        alive.at(f"the fit of the output layer after {self._engine.step_index} steps")
+        self.fits.fit_if_due()
 
     def _know_trunk(self) -> None:
         """Finds the model's trunk, says so, and opens its caches, filled as the steps so far did."""
@@ -221,7 +242,7 @@ class _Training:
         """Logs a step, which counts with its line in the journal."""
         engine, every = self._engine, self._engine.config.check_every
         if self._folder is not None:
-            more: dict[str, Any] = {}
+            more: dict[str, Any] = dict(self.fits.field(report.step))
             if every and engine.step_index % every == 0:
                 more["state"] = digest(engine.state())
             if engine.run_state.cost is not None:
@@ -235,11 +256,12 @@ class _Training:
             self._display.note(f"warning: {warning}")
 
     def _between(self, done: int, alive: Liveness) -> None:
-        """Makes the snapshot and the evaluation that are due after `done` steps."""
+        """Makes the snapshot, the fit and the evaluation that are due after `done` steps."""
         options = self._options
         if options.snapshot_every and done % options.snapshot_every == 0:
             alive.at(f"the snapshot after {done} steps")
             snapshot(self._engine, options.output, self._folder, options.snapshots)
+        self._fit(alive)
         if self._due(done):
             alive.at(f"the evaluation after {done} steps")
             self._evaluate(None)
@@ -266,7 +288,8 @@ class _Training:
         self._summary["status"] = "finished"
 
     def _save_model(self, path: Path) -> None:
-        card = model_card(path.parent, self._engine.step_index, adapter=False)
+        warning = not_in_merged(self._engine)
+        card = model_card(path.parent, self._engine.step_index, adapter=False, warning=warning)
         with self._display.evaluation(f"writing {path}") as progress:
             save_merged(self._engine, path, self._tokenizer, progress=progress, card=card)
 
@@ -274,6 +297,7 @@ class _Training:
         evaluator, step = self._evaluator, self._engine.step_index
         if evaluator is None:
             return
+        fit = when == "output_layer"
         label = f"evaluating {evaluator.examples} test examples"
         try:
             with self._display.evaluation(label) as progress:
@@ -282,8 +306,9 @@ class _Training:
             self._engine.run_state.stopping = True
             return
         if self._folder is not None:
-            self._folder.log_score(step, score.accuracy, score.loss, score.examples)
-        self._display.score(step, score)
+            after = when if fit else None
+            self._folder.log_score(step, score.accuracy, score.loss, score.examples, after)
+        self._display.score(step, score, "with the output layer fitted" if fit else None)
         if when is not None:
             line = {"test_accuracy": score.accuracy, "test_loss": score.loss}
             self._summary |= _scores(when, {**line, "test_examples": score.examples})
@@ -321,7 +346,7 @@ def _write_results(
     if engine.config.facts.learns_coefficients:
         save_coefficients(engine.coefficients(), folder.path / COEFFICIENTS, engine.config.identity)
         try:
-            warning = not_to_merge(engine)
+            warning = to_know(engine)
             card = model_card(folder.path, engine.step_index, adapter=True, warning=warning)
             save_adapter(engine, folder.path / ADAPTER, model, card, tokenizer)
             if warning:

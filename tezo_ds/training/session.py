@@ -31,6 +31,8 @@ from tezo_ds.tasks import TaskData, first_tokens, load_task
 from tezo_ds.tasks.encoding import mask_token
 from tezo_ds.tasks.evaluation import Evaluator
 
+_OTHER = {"--objective": "lm", "--output-layer": "frozen"}  # values that need no words of one token
+
 
 @dataclass
 class Session:
@@ -42,6 +44,7 @@ class Session:
         tokenizer: the model's.
         task: the examples.
         pad_id: token that pads a batch, masked out wherever it does.
+        words: tokens of the label words, int64 (words,); None where a run asks for none.
     """
 
     settings: Settings
@@ -49,6 +52,7 @@ class Session:
     tokenizer: PreTrainedTokenizerBase
     task: TaskData
     pad_id: int
+    words: Tensor | None = None
 
     @property
     def mask_token(self) -> int | None:
@@ -103,14 +107,17 @@ def open_session(
         steps = math.ceil(len(task.train) / batch_size)
         config = config.model_copy(update={"steps_per_epoch": steps})
     engine = _open_engine(s, config, deepspeed_config, ranks)
+    words = None
     if s.objective == "choices":
-        engine.objective.choices = _choices(tokenizer, task)
+        words = engine.objective.choices = _choices(tokenizer, task, "--objective choices")
+    elif batch_size and engine.config.output_layer != "frozen":
+        words = _choices(tokenizer, task, f"--output-layer {config.output_layer}")
     model = engine.sharding.module
     s = s.model_copy(update={"max_length": fitting_length(model, s.max_length)})
     rows, train = embedding_rows(model), task.train if batch_size else []
     check_ids(tokenizer, rows, task.spec, train, task.test, s.max_length)
     refuse_seen_answers(engine, tokenizer, task.train[0].prompt)
-    return Session(s, engine, tokenizer, task, padding_id(tokenizer, rows))
+    return Session(s, engine, tokenizer, task, padding_id(tokenizer, rows), words)
 
 
 def open_engine(
@@ -196,8 +203,8 @@ def open_result(
     return Finished(settings, config, result, base_model, source)
 
 
-def _choices(tokenizer: PreTrainedTokenizerBase, task: TaskData) -> Tensor:
-    """Returns the token of each verbaliser's word.
+def _choices(tokenizer: PreTrainedTokenizerBase, task: TaskData, wanted: str) -> Tensor:
+    """Returns the token of each verbaliser's word, which `wanted`, a flag, needs.
 
     Raises:
         ConfigError: one token does not tell the words apart.
@@ -208,8 +215,8 @@ def _choices(tokenizer: PreTrainedTokenizerBase, task: TaskData) -> Tensor:
     if tokens is None:
         shown = f"{words}" if len(words) <= 10 else f"the {len(words)} words {words[:3]} …"
         raise ConfigError(
-            f"--objective choices needs words of one token each, all different; {shown} are not "
-            "for this tokenizer: choose others, or use --objective lm"
+            f"{wanted} needs words of one token each, all different; {shown} are not "
+            f"for this tokenizer: choose others, or use {wanted.split()[0]} {_OTHER[wanted.split()[0]]}"
         )
     return torch.tensor(tokens)
 

@@ -1,0 +1,173 @@
+"""The term on the label words' logits: z'_c = z_c + ΔW_c·h + b_c, in every forward of the model.
+
+It stands within the output layer's own forward, underneath whatever else replaces that for a time (the
+probes, chunks of chosen positions), so each branch's h gets it and generation sees it as well. Where
+the weight is tied to an embedding, that side stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tezo_ds.config import TezoConfig
+from tezo_ds.errors import ConfigError
+from tezo_ds.sharding.base import Sharding
+
+TOKENS, WEIGHT, BIAS = "output_layer.tokens", "output_layer.weight", "output_layer.bias"
+INSTEAD = "export an adapter (tezo-ds export --adapter)"
+
+
+def due_by(config: TezoConfig, done: int) -> int:
+    """Returns after how many steps, `done` at the most, the last fit is due, of a config that has fits."""
+    every = config.output_layer_every
+    return done - done % every if every else 0
+
+
+class OutputTerm:
+    """What is added to the output layer's logits of a few tokens; nothing until it is loaded.
+
+    Attributes:
+        layer: the model's output layer; None: it has none.
+
+    Args:
+        sharding: the model.
+    """
+
+    def __init__(self, sharding: Sharding) -> None:
+        self._sharding = sharding
+        get = getattr(sharding.module, "get_output_embeddings", None)
+        self.layer: nn.Module | None = get() if get is not None else None
+        self._loaded: dict[str, Tensor] = {}
+        self._placed: tuple[Any, ...] | None = None  # (device and dtype, tokens, weight, bias)
+        self._attached = self._off = False
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Tokens int64 (C,), ΔW float32 (C, d) and b float32 (C,) by name; {} where nothing is added."""
+        return dict(self._loaded)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes the term from among tensors by name, as of `state`; they may have none.
+
+        Raises:
+            ConfigError: the term is of another model.
+        """
+        self._placed = None
+        self._loaded = {name: tensors[name] for name in (TOKENS, WEIGHT, BIAS) if name in tensors}
+        if not self._loaded:
+            return
+        shape = self.shape
+        tokens, width = self._loaded[TOKENS], self._loaded[WEIGHT].shape[1]
+        if shape is None or shape[1] != width or int(tokens.max()) >= shape[0]:
+            raise ConfigError(
+                f"output_layer: fitted for hidden states of {width} numbers, and this model's output layer "
+                f"is {shape or 'missing'}; use the run's own model"
+            )
+        if not self._attached:
+            assert self.layer is not None
+            self.layer.__dict__["forward"] = self._around(self.layer.forward)
+            self._attached = True
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """Shape (vocabulary, d) of the whole layer, whoever holds it; None where there is no linear one."""
+        layer = self.layer
+        return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else None
+
+    def _around(self, project: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def forward(input: Tensor) -> Tensor:  # torch's own name: callers may use it
+            logits = project(input)
+            return logits if self._off or not self._loaded else self._added(input, logits)
+
+        return forward
+
+    def _added(self, hidden: Tensor, logits: Tensor) -> Tensor:
+        """Adds the term to logits (…, vocabulary) of hidden states (…, d), in float32 or wider."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        key = (hidden.device, wide)
+        if self._placed is None or self._placed[0] != key:
+            tokens, weight, bias = self._loaded.values()
+            tokens = tokens.to(hidden.device)
+            self._placed = key, tokens, *(x.to(hidden.device, wide) for x in (weight, bias))
+        _, tokens, weight, bias = self._placed
+        term = F.linear(hidden.to(wide), weight, bias)  # (…, C)
+        logits[..., tokens] = (logits[..., tokens] + term).to(logits.dtype)
+        return logits
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Context manager: nothing is added inside."""
+        self._off = True
+        try:
+            yield
+        finally:
+            self._off = False
+
+    def refuse_unfit(self) -> None:
+        """Raises ConfigError unless the model's output layer can have a term at all."""
+        name = type(self._sharding.module).__name__
+        if self.shape is None:
+            raise ConfigError(f"output_layer: {name} has no linear output layer; leave it frozen")
+        if self._sharding.everyone != self._sharding.world_size:
+            raise ConfigError(
+                "output_layer: tensor parallelism splits the output layer, and no rank has the hidden "
+                "states and all logits; leave it frozen"
+            )
+
+    @property
+    def _names(self) -> list[str]:
+        """Names of the output layer's weight, one for each module that holds it; its own module's last."""
+        if self.layer is None:
+            return []
+        named = self._sharding.module.named_modules(remove_duplicate=False)
+        holders = [
+            (module is self.layer, f"{path}.weight")
+            for path, module in named
+            if getattr(module, "weight", None) is self.layer.weight
+        ]
+        return [name for _, name in sorted(holders)]
+
+    @property
+    def path(self) -> str:
+        """Path of the output layer in the model."""
+        return self._names[-1].removesuffix(".weight")
+
+    @property
+    def tied(self) -> str | None:
+        """Path of a module that the output layer shares its weight with; None where it has its own."""
+        names = self._names
+        return names[0].removesuffix(".weight") if len(names) > 1 else None
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the output layer has a bias of its own."""
+        return getattr(self.layer, "bias", None) is not None
+
+    def unmergeable(self) -> str | None:
+        """Returns what stands against adding the term to the weights, in one line; None if nothing does."""
+        if (tied := self.tied) is None:
+            return None
+        return (
+            f"output_layer: {self.path} shares its weight with {tied}, so its rows cannot change alone in a "
+            f"merged model; {INSTEAD}"
+        )
+
+    def refuse_merged(self) -> None:
+        """Raises ConfigError if there is a term that no merged weight can hold."""
+        if self._loaded and (reason := self.unmergeable()):
+            raise ConfigError(reason)
+
+    def merge_into(self, names: Sequence[str], tensor: Tensor) -> None:
+        """Adds ΔW to the rows of a gathered weight, and b to a gathered bias, if these are its names."""
+        if not self._loaded:
+            return
+        tokens, weight, bias = self._loaded.values()
+        for name, part in ((f"{self.path}.weight", weight), (f"{self.path}.bias", bias)):
+            if name in names:
+                tensor[tokens] = (tensor[tokens] + part).to(tensor.dtype)
