@@ -1,0 +1,180 @@
+"""The output layer fitted on several ranks: the term of one process, on every rank the same bits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+import world_fsdp2
+import world_fsdp_runs
+from command_line import Run, flags
+from tiny import make_batch, part_of, tiny
+from torch import Tensor, nn
+from traffic import Traffic
+from world_everywhere import WAYS
+from world_replicated import FIELDS, assert_equal_on_all_ranks
+from world_zero3 import ZERO3
+from worlds import World, case
+
+import tezo_ds
+from tezo_ds.errors import ConfigError, ShardingError
+from tezo_ds.files.tensors import load
+from tezo_ds.output_layer.fit import FOLD, Fitted, States, fit
+from tezo_ds.output_layer.states import collect
+from tezo_ds.output_layer.term import BIAS, TOKENS, WEIGHT
+from tezo_ds.run.terms import path_of
+from tezo_ds.sharding import zero3
+
+WORDS = torch.tensor([7, 40, 12])
+EXAMPLES = 31  # divides by nothing
+
+
+def examples() -> dict[str, Tensor]:
+    """Makes a batch of examples with one label each, among the words."""
+    batch = make_batch(EXAMPLES)
+    batch["labels"][:] = -100
+    chosen = WORDS[batch["input_ids"][:, 4] % 3]
+    batch["input_ids"][:, 5] = batch["labels"][:, 5] = chosen
+    return batch
+
+
+def engine_of(model: nn.Module) -> tezo_ds.Engine:
+    engine = tezo_ds.initialize(model, FIELDS)
+    engine.objective.choices = WORDS
+    generator = torch.Generator().manual_seed(1)
+    engine.method.coefficients.normal_(std=0.02, generator=generator)
+    return engine
+
+
+def fitted(engine: tezo_ds.Engine, rank: int, size: int) -> tuple[States, Fitted]:
+    """Fits the term to the examples of all ranks, and gives it to the engine."""
+    batch, held = part_of(examples(), rank, size), torch.arange(EXAMPLES) % FOLD == FOLD - 1
+    layer = engine.output_layer.layer
+    assert layer is not None
+    with engine.applied(), engine.output_layer.off():
+        mine = held.tensor_split(size)[rank]
+        states = collect(engine.objective, layer, [(batch, mine)], WORDS)
+    found = fit(states, False, engine.sharding.all_reduce)
+    engine.output_layer.load({TOKENS: WORDS, WEIGHT: found.weight, BIAS: found.bias})
+    return states, found
+
+
+def ways() -> dict[str, Callable[[bool], nn.Module]]:
+    return {
+        "replicated": lambda tied: tiny("llama", tied),
+        "zero3": lambda tied: zero3.wrap(tiny("llama", tied), ZERO3),
+        "fsdp2": lambda tied: world_fsdp2.shard(tiny("llama", tied)),
+    }
+
+
+@case(worlds=(1, 2, 3))
+def every_sharding_finds_the_term_of_one_process(world: World) -> None:
+    for tied in (True, False):
+        alone = engine_of(tiny("llama", tied))
+        alone.sharding.world_size = 1
+        _, expected = fitted(alone, 0, 1)
+        assert float(expected.weight.abs().max()) > 1e-3
+        batch = make_batch(7)
+        batch["labels"] = torch.where(batch["labels"] < 0, -100, WORDS[batch["labels"] % 3])
+        theirs = alone.step(batch)
+        for name, make in ways().items():
+            engine = engine_of(make(tied))
+            _, found = fitted(engine, world.rank, world.size)
+            for part, its in ((found.weight, expected.weight), (found.bias, expected.bias)):
+                assert_equal_on_all_ranks(part)
+                torch.testing.assert_close(part, its, rtol=1e-3, atol=1e-4, msg=name)
+            assert found.examples == EXAMPLES
+            engine.check()
+            share = {
+                key: value.tensor_split(world.size)[world.rank] for key, value in batch.items()
+            }
+            ours = engine.step(share)
+            assert ours.loss == pytest.approx(theirs.loss, rel=1e-4), name
+            assert ours.kappa == pytest.approx(theirs.kappa, rel=2e-2, abs=1e-2), name
+
+
+@case(worlds=(2, 3), bits=True)
+def shardings_find_the_same_bits_from_the_same_states(world: World) -> None:
+    found = [fitted(engine_of(make(False)), world.rank, world.size)[1] for make in ways().values()]
+    for other in found[1:]:
+        assert torch.equal(other.weight, found[0].weight) and torch.equal(other.bias, found[0].bias)
+
+
+@case(worlds=(2,))
+def a_fit_sends_what_it_says_and_steps_send_nothing_more(world: World) -> None:
+    engine = engine_of(tiny())
+    states, _ = fitted(engine, world.rank, world.size)
+    with Traffic() as traffic:
+        found = fit(states, False, engine.sharding.all_reduce)
+    assert len(traffic.calls) == found.messages
+    assert max(call.nbytes for call in traffic.calls) == found.message_bytes == 8 * 3 * 23
+    batch = part_of(examples(), world.rank, world.size)
+    sent = []
+    for loaded in (engine.output_layer.state, {}):
+        engine.output_layer.load(loaded)
+        engine.step(batch)
+        with Traffic() as traffic:
+            engine.step(batch)
+        sent.append([(call.op, call.nbytes) for call in traffic.calls])
+    assert sent[0] == sent[1]
+
+
+@case(worlds=(2, 3))
+def a_term_that_differs_stops_all_ranks(world: World) -> None:
+    engine = engine_of(tiny())
+    fitted(engine, world.rank, world.size)
+    term = engine.output_layer.state
+    if world.rank == 1:
+        term[BIAS] = term[BIAS] + 1e-7
+    engine.output_layer.load(term)
+    with pytest.raises(ShardingError, match=f"{BIAS} of the label words on rank "):
+        engine.check()
+
+
+@case(worlds=(4,))
+def tensor_parallelism_is_refused(world: World) -> None:
+    model, _ = next(way for way in WAYS if way.share > 1).model(world)
+    engine = tezo_ds.initialize(model, FIELDS)
+    with pytest.raises(ConfigError, match="output_layer: tensor parallelism splits"):
+        engine.output_layer.refuse_unfit()
+
+
+@case(worlds=(2,), bits=True)
+def runs_resume_and_are_evaluated_as_they_were_trained(world: World) -> None:
+    """Runs by the command line under FSDP2 and ZeRO-3: the same numbers, resumed and in one process."""
+    given, config = world_fsdp_runs.given_to(world), world.folder / "zero3.json"
+    if world.rank == 0:
+        config.write_text(json.dumps({**ZERO3, "tezo": {}}))
+    dist.barrier()
+    options = {"output_layer": "fit", "objective": "choices", "output_layer_every": 2}
+    words = {"fsdp": ["--fsdp"], "zero3": ["--deepspeed", str(config)]}
+    runs = {}
+    for name, switches in words.items():
+        for steps in ((2, 4), (4,)):
+            folder = world.folder / f"output-layer-{name}-{len(steps)}"
+            for until in steps:
+                out = world_fsdp_runs.call(*given.train(folder, steps=until, **options), *switches)
+            if world.rank == 0:
+                assert "messages of" in out and "output layer: fit to 22 examples" in out
+            runs[name, len(steps)] = Run(folder)
+    if world.rank == 0:
+        for name in words:
+            whole, resumed = runs[name, 1], runs[name, 2]
+            for done in (0, 2, 4):
+                one, other = (load(path_of(run.path, done))[0] for run in (whole, resumed))
+                assert all(torch.equal(one[key], other[key]) for key in one), (name, done)
+            assert whole.summary["accuracy_after"] == resumed.summary["accuracy_after"]
+    dist.barrier()
+    for name, switches in words.items():
+        after = runs[name, 1].summary["accuracy_after"]
+        for how in ([], switches):
+            out = world_fsdp_runs.call("evaluate", "--run", runs[name, 1].path, *how)
+            if world.rank == 0:
+                assert json.loads(out)["accuracy"] == after, (name, how)
+        adapter = world.folder / f"adapter-{name}"
+        words_of = flags({"run": runs[name, 1].path, "adapter": adapter})
+        world_fsdp_runs.call("export", *words_of)
+        assert (adapter / "generation_config.json").exists()
