@@ -57,6 +57,7 @@ FORWARD_ONLY: tuple[str, ...] = tuple(METHODS)
 # step: a direction's entries have variance 16, 2 and 1, κ grows with their root (about 50 for tezo on
 # TREC), and Adam divides it away.
 SCALE = {
+    "tezo-gn": 1.0,
     "tezo": 2e-5, "tezo-m": 2e-5, "tezo-adam": 4e-3, "tezo-adam-coef": 1e-3, "lozo": 1.6e-4,
     "lozo-m": 1.6e-4, "mezo": 3.2e-4, "mezo-m": 3.2e-4, "mezo-adam": 4e-3, LORA: 1e-3,
 }  # fmt: skip

@@ -241,7 +241,9 @@ def test_no_finished_run_is_repeated_and_seeds_are_added(
 @pytest.mark.parametrize("method", methods.FORWARD_ONLY)
 def test_state_bytes_are_those_of_a_run(method: str) -> None:
     model = tiny("opt").to(torch.bfloat16)
-    fields = {"method": method, "lr": 1e-3, "rho": 1e-1, "probe": "inplace"}
+    fields = {"method": method, "lr": 1e-3, "rho": 1e-1}
+    if method != "tezo-gn":  # which is for the fused probe
+        fields["probe"] = "inplace"
     rank = {"rank": 5} if method.startswith("tezo") else {}
     engine = tezo_ds.initialize(model, {**fields, **rank})
     engine.step(make_batch(3))

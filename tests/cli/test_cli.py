@@ -56,6 +56,8 @@ OVERRIDES: dict[str, Any] = {
     "betas": [0.8, 0.99],
     "eps": 1e-6,
     "bias_correction": False,
+    "damping": 0.2,
+    "step_scales": [0.5],
     "restore": "copy",
     "stochastic_rounding": False,
     "train_vectors": True,
@@ -118,7 +120,7 @@ def test_every_field_of_the_block_has_an_option(given: Given, tmp_path: Path) ->
         "trunk_cache",
     }  # memory_budget sets one, the other needs a trunk
     options = {k: v[0] if k in ("include", "exclude") else v for k, v in OVERRIDES.items()}
-    options["betas"] = tuple(OVERRIDES["betas"])
+    options |= {name: tuple(OVERRIDES[name]) for name in ("betas", "step_scales")}
     assert call(*given.train(tmp_path / "run", **options, steps=3)) == 0
     assert Run(tmp_path / "run").config["tezo"] == OVERRIDES
 

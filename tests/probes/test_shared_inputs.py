@@ -87,10 +87,10 @@ def test_groups_that_are_found_late_change_bits() -> None:
     """Hazard: a process that finds groups late would begin with products that it never makes again."""
     join, late = FusedProbe._join, []
 
-    def join_late(self: FusedProbe, hollow: Any, args: Any, kwargs: Any) -> None:
+    def join_late(self: FusedProbe, args: Any, kwargs: Any) -> None:
         late.append(1)
         if len(late) > 1:
-            join(self, hollow, args, kwargs)
+            join(self, args, kwargs)
 
     with OtherKernels("shapes"), mock.patch.object(FusedProbe, "_join", join_late):
         first, plain, again, plainly = losses(made())
