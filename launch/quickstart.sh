@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a fine-tuned model: makes .venv, fetches a small real model and data set, fine-tunes it
-# under ZeRO-3 on all GPUs, or with two ranks on the CPU, and prints accuracy before and after.
+# under ZeRO-3 on all GPUs, or with two ranks on the CPU: the output layer of the label words in closed form,
+# then zeroth-order steps. Prints the accuracy before, after the one and after the other.
 #
 #   launch/quickstart.sh                          what README shows
 #   launch/quickstart.sh --steps 20 --seed 1      any flag of `tezo-ds train` goes at the end
@@ -25,5 +26,5 @@ PATH="$bin:$PATH" deepspeed --num_gpus "$ranks" --master_port "${MASTER_PORT:-29
     --module -- tezo_ds train \
     --deepspeed ds_configs/quickstart.json \
     --model "$cache/SmolLM2-135M-Instruct" --task trec --data "$cache/trec" \
-    --objective choices --steps 80 --eval-every 40 --test-examples 400 \
+    --objective choices --output-layer fit --output-layer-examples 1000 --steps 16 --test-examples 400 \
     --batch-size $((ranks * ((16 + ranks - 1) / ranks))) --output "$output" "$@"

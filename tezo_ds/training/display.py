@@ -24,6 +24,7 @@ from tezo_ds.engine.report import StepReport
 from tezo_ds.launched import env_rank
 from tezo_ds.run.folder import COEFFICIENTS, JOURNAL
 from tezo_ds.tasks import TaskData
+from tezo_ds.tasks.baselines import majority_accuracy
 from tezo_ds.tasks.evaluation import Score
 
 WINDOW = 20  # steps that shown figures are medians of
@@ -88,6 +89,8 @@ class Display:
             self.note(
                 f"left out: {task.duplicates} repeats, {task.leaked} that are test prompts too"
             )
+        if (share := majority_accuracy(task.train, task.test)) is not None:
+            self.note(f"accuracy of always answering with the most frequent class: {share:.1%}")
         if truncated:
             self.note(f"{truncated} training prompts cut to {max_length} tokens; see --max-length")
 
