@@ -59,6 +59,20 @@ def test_no_forward_of_the_model_is_spent() -> None:
     assert len(calls) == 1 and shared(engine)
 
 
+def test_generation_may_be_the_first_forward() -> None:
+    prompt, found = make_batch(3)["input_ids"][:, :5], []
+    for forwards_before in (0, 1):
+        engine = made()
+        at_coefficients(engine)
+        with engine.applied():
+            for _ in range(forwards_before):
+                engine.sharding.module(prompt)
+            words = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+            found.append(engine.sharding.module.generate(prompt, **words).tolist())
+        assert shared(engine)
+    assert found[0] == found[1] and len(found[0][0]) > 5
+
+
 def losses(engine: tezo_ds.Engine) -> list[float]:
     """Returns the losses of the same batch four times, as a run's first steps and as evaluations."""
     at_coefficients(engine)

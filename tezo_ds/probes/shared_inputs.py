@@ -38,6 +38,10 @@ def readers(
     sharding: Sharding, paths: Collection[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> list[list[str]]:
     """Returns what `Hollow.readers` does, which is asked once for models that are alike."""
+    if (
+        "past_key_values" in kwargs
+    ):  # which the forward to come fills, and a run without values must not
+        kwargs = {**kwargs, "past_key_values": None, "use_cache": False}
     key = _alike(sharding, paths, args, kwargs)
     if key in _FOUND:
         return _FOUND[key]
