@@ -47,7 +47,7 @@ from tezo_ds.trunk.trunk import EXAMPLE_IDS
 PLAIN = "plain forward"
 AIMS = {("shared", 6, 1): 0.62, ("shared", 6, 16): 0.27, ("cached", 6, 1): 0.23,
         ("cached", 6, 4): 0.23, ("cached", 6, 16): 0.23}  # fmt: skip
-AIMED = 30  # layers of the model that these are for
+AIMED = 30  # layers of the model that these are for, in one process, of a label an example
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 LEARNING = 2  # steps in which DeepSpeed learns the order of layers
 
@@ -125,6 +125,7 @@ def rows_of(
 ) -> Iterator[list[Row]]:  # fmt: skip
     """Yields the rows of each number of layers and of directions."""
     layers = len(blocks(model))
+    aimed = (layers, args.labels, args.sharding) == (AIMED, "last", "none")
     for late in args.late:
         for queries in args.queries:
             batch = make_batch(shape, vocabulary, args.labels, seed=rank)
@@ -136,7 +137,7 @@ def rows_of(
                     "shared": (layers - late + 2 * queries * late) / (2 * queries * layers),
                     "cached": late / layers,
                 }.get(way, 1.0)
-                aim = AIMS.get((way, late, queries)) if layers == AIMED else None
+                aim = AIMS.get((way, late, queries)) if aimed else None
                 row = Row(way, shape, late, queries, share, aim)
                 row.gathered, row.peak = cost(step, live, 1 + learning)
                 rows.append(row)
