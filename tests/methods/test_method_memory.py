@@ -29,7 +29,7 @@ FIELDS = {PLAIN: {}, COPYING: {"probe": "inplace"}, WHOLE: {"method": "tezo-adam
 }
 LANES = (  # two at once; dense directions take longest
     ("mezo-adam", PLAIN, "tezo", "tezo-m", "tezo-adam-coef", COPYING, "lozo", "lozo-m"),
-    ("mezo", "mezo-m", "tezo-adam", WHOLE),
+    ("mezo", "mezo-m", "tezo-adam", WHOLE, "tezo-gn"),
 )
 FORK = multiprocessing.get_context("fork")
 ENVIRONMENT = {

@@ -200,7 +200,8 @@ class _Training:
         engine, trunk = self._engine, self._engine.objective.trunk
         if trunk is None:
             return
-        engine.settle(self._batch(engine.step_index))
+        if trunk.worth_a_forward:
+            engine.settle(self._batch(engine.step_index))
         if trunk.found is not None:
             self._display.note(f"trunk: {trunk}")
         takes = open_caches(

@@ -61,6 +61,12 @@ class Trunk:
         first, count = self.found.first, len(self.found.blocks)
         return f"blocks 0 to {first - 1} of {count} run once an example, the others in every branch"
 
+    @property
+    def worth_a_forward(self) -> bool:
+        """Whether `settle` would run forwards, or has to say that there is no trunk."""
+        without = Watch(self._sharding.module, self._names).without_a_forward()
+        return not self.settled and (self._needed or not without)
+
     @torch.no_grad()
     def settle(self, run: Callable[[], Tensor]) -> None:
         """Finds the trunk by a plain forward, and tries whether forwards that are split there give the same
