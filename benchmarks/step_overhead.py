@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from parts.common.backends import BACKENDS, place, settle, spawn
+from parts.common.backends import BACKENDS, on_ranks, place, settle
 from parts.common.machine import describe
 from rich.console import Console
 from rich.progress import track
@@ -204,12 +204,7 @@ def main() -> None:
     parser.add_argument("--sharding", default="none", choices=BACKENDS)
     parser.add_argument("--ranks", type=int, default=2, help="processes of a sharded run")
     args = parser.parse_args()
-    if args.sharding == "none":
-        run(0, args)
-    elif args.ranks < (fewest := 4 if args.sharding == "zero3-hpz" else 2):
-        parser.error(f"--sharding {args.sharding} takes at least {fewest} --ranks")
-    else:
-        spawn(args.ranks, args.sharding, run, args)
+    on_ranks(parser, args, run)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from parts.common.backends import BACKENDS, place, spawn
+from parts.common.backends import BACKENDS, on_ranks, place
 from parts.common.machine import describe
 from parts.scaling.measure import Traffic, gathered
 from rich.console import Console
@@ -239,12 +239,7 @@ def main(words: Sequence[str] | None = None) -> None:
     args.command = " ".join(
         ["python benchmarks/trunk.py", *(sys.argv[1:] if words is None else words)]
     )
-    if args.sharding == "none":
-        run(0, args)
-    elif args.ranks < (fewest := 4 if args.sharding == "zero3-hpz" else 2):
-        parser.error(f"--sharding {args.sharding} takes at least {fewest} --ranks")
-    else:
-        spawn(args.ranks, args.sharding, run, args)
+    on_ranks(parser, args, run)
 
 
 if __name__ == "__main__":

@@ -127,10 +127,8 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
     assert_found_again(one, capfd, 1e-6)
 
 
-def test_a_fit_whose_step_never_came_is_kept(
-    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Captured
-) -> None:
-    arguments = given.train(tmp_path / "run", **FIT)
+def killed_before_a_step(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs until a step would be logged, and ends as a killed process does."""
 
     def die(*_: Any) -> None:
         raise Killed
@@ -139,6 +137,13 @@ def test_a_fit_whose_step_never_came_is_kept(
         gone.setattr(RunFolder, "log_step", die)
         gone.setattr("tezo_ds.training.loop._write_results", lambda *_: None)
         call(*arguments)
+
+
+def test_a_fit_whose_step_never_came_is_kept(
+    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Captured
+) -> None:
+    arguments = given.train(tmp_path / "run", **FIT)
+    killed_before_a_step(arguments, monkeypatch)
     capfd.readouterr()
     (before,) = terms(tmp_path / "run").values()
     assert call(*arguments) == 0
@@ -262,14 +267,7 @@ def test_a_damaged_file_that_no_step_rests_on_may_be_removed(
 ) -> None:
     arguments = given.train(tmp_path / "run", **FIT)
     log_step = RunFolder.log_step
-
-    def die(*_: Any) -> None:
-        raise Killed
-
-    with monkeypatch.context() as gone, pytest.raises(Killed):
-        gone.setattr(RunFolder, "log_step", die)
-        gone.setattr("tezo_ds.training.loop._write_results", lambda *_: None)
-        call(*arguments)
+    killed_before_a_step(arguments, monkeypatch)
     assert RunFolder.log_step is log_step
     damage(tmp_path / "run", "bits", 0)
     assert call(*arguments) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import socket
@@ -84,3 +85,15 @@ def settle() -> None:
         torch.accelerator.synchronize()
     if dist.is_initialized():
         dist.barrier()
+
+
+def on_ranks(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, run: Callable[..., None]
+) -> None:
+    """Runs `run(rank, args)` in this process, or in as many as --sharding and --ranks say."""
+    if args.sharding == "none":
+        run(0, args)
+    elif args.ranks < (fewest := 4 if args.sharding == "zero3-hpz" else 2):
+        parser.error(f"--sharding {args.sharding} takes at least {fewest} --ranks")
+    else:
+        spawn(args.ranks, args.sharding, run, args)
