@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tezo_ds.errors import DataError
 from tezo_ds.launched import env_rank
+from tezo_ds.models.structure import embeddings
 from tezo_ds.tasks import Example, TaskSpec, candidates, encode
 
 log = logging.getLogger(__name__)
@@ -16,11 +17,7 @@ log = logging.getLogger(__name__)
 
 def token_embedding(model: nn.Module) -> nn.Embedding | None:
     """Returns the embedding of a model's input tokens; None for a model without a plain one."""
-    get = getattr(model, "get_input_embeddings", None)
-    try:
-        embedding = get() if get is not None else None
-    except NotImplementedError:
-        return None
+    embedding = embeddings(model, "input")
     return embedding if isinstance(embedding, nn.Embedding) else None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tezo_ds.models.structure import embeddings
 from tezo_ds.sharding.base import Sharding
 
 CHUNK_NUMEL = 1 << 24  # logits at a time
@@ -30,8 +31,7 @@ class Head:
 
     def __init__(self, sharding: Sharding) -> None:
         self._sharding = sharding
-        get = getattr(sharding.module, "get_output_embeddings", None)
-        self._layer: nn.Module | None = get() if get is not None else None
+        self._layer = embeddings(sharding.module, "output")
         self.mode = "chunks" if self._layer is not None else "whole"
 
     def __call__(

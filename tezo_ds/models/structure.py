@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from torch import nn
 
@@ -19,6 +20,16 @@ def kind_of(module: nn.Module) -> str | None:
     if (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
         return "conv1d"
     return next((name for base, name in KINDS.items() if isinstance(module, base)), None)
+
+
+def embeddings(model: nn.Module, which: Literal["input", "output"]) -> nn.Module | None:
+    """Returns a model's input embedding or its output layer; None where it names none."""
+    get = getattr(model, f"get_{which}_embeddings", None)
+    try:
+        found = get() if get is not None else None
+    except (AttributeError, NotImplementedError):  # transformers' default, of models without one
+        return None
+    return found if isinstance(found, nn.Module) else None
 
 
 def users(module: nn.Module, names: set[str]) -> Iterator[tuple[str, nn.Module, str]]:

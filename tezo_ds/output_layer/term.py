@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError
+from tezo_ds.models.structure import embeddings
 from tezo_ds.sharding.base import Sharding
 
 TOKENS, WEIGHT, BIAS = "output_layer.tokens", "output_layer.weight", "output_layer.bias"
@@ -41,8 +42,7 @@ class OutputTerm:
 
     def __init__(self, sharding: Sharding) -> None:
         self._sharding = sharding
-        get = getattr(sharding.module, "get_output_embeddings", None)
-        self.layer: nn.Module | None = get() if get is not None else None
+        self.layer = embeddings(sharding.module, "output")
         self._loaded: dict[str, Tensor] = {}
         self._placed: tuple[Any, ...] | None = None  # (device and dtype, tokens, weight, bias)
         self._attached = self._off = False

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from tezo_ds.models.structure import embeddings
 from tezo_ds.patterns import numbered_layers, numbered_module
 
 
@@ -49,7 +50,7 @@ def trunk_of(module: nn.Module, trained: Collection[str]) -> Trunk:
         return Trunk(0, len(layers), (), frozenset())
     weights = [p for name, p in parameters.items() if numbered_module(name) in within]
     modules = {m for layer in within for m in module.get_submodule(layer).modules()}
-    embedding = _embedding(module)
+    embedding = embeddings(module, "input")
     return Trunk(
         first, len(layers), tuple(weights),
         frozenset(modules | ({embedding} if embedding is not None else set())),
@@ -69,15 +70,6 @@ def _places(
         before = max(before, at + 1) if layer in index else before
         if name in trained:
             yield 0 if layer not in index and "embed" in name else at
-
-
-def _embedding(module: nn.Module) -> nn.Module | None:
-    get: Any = getattr(module, "get_input_embeddings", None)
-    try:
-        found = get() if get is not None else None
-    except (AttributeError, NotImplementedError):
-        return None
-    return found if isinstance(found, nn.Module) else None
 
 
 def hidden_size(module: nn.Module) -> int:

@@ -25,7 +25,7 @@ from tezo_ds.directions.branches import Branches, LowRank
 from tezo_ds.directions.lowrank import Factors
 from tezo_ds.errors import ProbeError
 from tezo_ds.losses.objective import Objective
-from tezo_ds.models.structure import kind_of, uncovered, users
+from tezo_ds.models.structure import embeddings, kind_of, uncovered, users
 from tezo_ds.probes.base import Probe
 from tezo_ds.probes.shared_inputs import readers
 from tezo_ds.probes.sites import Group, Site, attached
@@ -146,8 +146,7 @@ class FusedProbe(Probe):
     def _join(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Groups the sites that read one tensor, before the first forward."""
         self._joined = True
-        get = getattr(self._sharding.module, "get_output_embeddings", None)
-        head = get() if get is not None else None  # which sees chosen positions alone
+        head = embeddings(self._sharding.module, "output")  # which sees chosen positions alone
         sites = {s.path: s for s in self._sites if _may_share(s) and s.module is not head}
         try:
             runs = readers(self._sharding, sites, args, kwargs)

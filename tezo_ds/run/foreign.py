@@ -21,8 +21,10 @@ from tezo_ds.run.folder import (
     TRUNK_CACHE,
 )
 
-_OURS = {CONFIG, METRICS, SUMMARY, JOURNAL, COEFFICIENTS, ADAPTER, CURVE, MODEL, SNAPSHOTS}
-_OURS |= {TRUNK_CACHE, OUTPUT_LAYER}
+_OURS = {
+    CONFIG, METRICS, SUMMARY, JOURNAL, COEFFICIENTS, ADAPTER, CURVE, MODEL, SNAPSHOTS, TRUNK_CACHE,
+    OUTPUT_LAYER,
+}  # fmt: skip
 _LOGS = "logs"  # of launch/, which makes it before a run begins
 
 

@@ -79,7 +79,7 @@ class Cache(ABC):
                 OSError,
                 RuntimeError,
                 MemoryError,
-            ) as error:  # torch raises RuntimeError for memory
+            ) as error:  # torch's own of memory is the second
                 fits, why = False, f"{error}".split("\n")[0]
         if not fits:
             self.full = True

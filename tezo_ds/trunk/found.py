@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tezo_ds.models.structure import blocks, users
-from tezo_ds.trunk.outputs import extra_tensors, hidden_of, with_hidden
+from tezo_ds.models.structure import blocks, embeddings, users
+from tezo_ds.trunk.outputs import hidden_alone, hidden_of, with_hidden
 from tezo_ds.trunk.stand_ins import Places, places
 
 
@@ -25,7 +25,6 @@ class Found:
         blocks: all L of them.
         first: ℓ, the number of blocks before the first module that trains; L if that stands after all.
         outputs: what each block gave, without its hidden states.
-        width, dtype: size and dtype of a token's hidden states after the trunk.
         attention: name, within the last block, of the child that mixes positions; None: not known. Only a
             guess, which `Trunk.settle` tries: the first that is told more than hidden states.
         embedding, head: the model's input embedding and output layer, where it names them.
@@ -37,14 +36,22 @@ class Found:
     blocks: tuple[nn.Module, ...]
     first: int
     outputs: tuple[Any, ...]
-    width: int
-    dtype: torch.dtype
     attention: str | None
     embedding: nn.Module | None
     head: nn.Module | None
     embedded: Tensor
     after: tuple[tuple[nn.Module, int], ...]
     places: Places
+
+    @property
+    def width(self) -> int:
+        """Size of a token's hidden states after the trunk."""
+        return hidden_of(self.outputs[self.first - 1]).shape[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the hidden states after the trunk."""
+        return hidden_of(self.outputs[self.first - 1]).dtype
 
 
 class Watch:
@@ -57,6 +64,7 @@ class Watch:
 
     def __init__(self, root: nn.Module, names: Collection[str]) -> None:
         self._root = root
+        self._embedding, self._head = embeddings(root, "input"), embeddings(root, "output")
         held = {id(c) for m in root.modules() if isinstance(m, nn.ModuleList) for c in m}
         self._blocks = [block for block in blocks(root) if id(block) in held]
         self._training = {id(owner): name for name, owner, _ in users(root, set(names))}
@@ -83,7 +91,7 @@ class Watch:
         """Returns in a phrase why the model has no trunk, as far as that shows without one; "" otherwise."""
         if not self._blocks:
             return f"{type(self._root).__name__} has no blocks that are known"
-        first = [_named(self._root, "input"), *self._blocks[0].modules()]
+        first = [self._embedding, *self._blocks[0].modules()]
         found = [self._training[id(module)] for module in first if id(module) in self._training]
         return _too_early(found[0]) if found else ""
 
@@ -111,9 +119,8 @@ class Watch:
 
     def _returned(self, block: nn.Module, _: Any, output: Any) -> None:
         self._calls.append(block)
-        extra = extra_tensors(output)
-        if not extra and extra is not None:
-            hidden = output if isinstance(output, Tensor) else output[0]
+        if hidden_alone(output):
+            hidden = hidden_of(output)
             self._split |= hasattr(hidden, "to_local")
             self._outputs[id(block)] = with_hidden(output, hidden.new_empty(0, hidden.shape[-1]))
 
@@ -123,7 +130,7 @@ class Watch:
 
     def _outside_called(self, module: nn.Module, _: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            if module is _named(self._root, "input"):
+            if module is self._embedding:
                 self._embedded = output.new_full((output.shape[-1],), math.nan)
             self._after.append((len(self._calls), module, output.shape[-1]))
 
@@ -155,15 +162,11 @@ class Watch:
             return "hidden states are split by tensor parallelism"
         last = self._calls[-1]
         mixing = self._mixing[id(last)]
-        embedding, head = (_named(self._root, kind) for kind in ("input", "output"))
-        after = [
-            (m, width) for n, m, width in self._after if n == len(self._calls) and m is not head
-        ]
+        calls, embedding, head = len(self._calls), self._embedding, self._head
+        after = [(m, width) for n, m, width in self._after if n == calls and m is not head]
         named = [module for module in (embedding, head, *dict(after)) if module is not None]
-        outputs = tuple(self._outputs[id(block)] for block in self._calls)
-        like = hidden_of(outputs[self._complete - 1])
         return Found(
-            tuple(self._calls), self._complete, outputs, like.shape[-1], like.dtype,
+            tuple(self._calls), self._complete, tuple(self._outputs[id(b)] for b in self._calls),
             mixing[0] if mixing else None, embedding, head, self._embedded, tuple(after),
             places(self._root, [*self._calls, *named, *last.children()]),
         )  # fmt: skip
@@ -171,12 +174,3 @@ class Watch:
 
 def _too_early(name: str) -> str:
     return f"{name} trains, and acts before the first block returns"
-
-
-def _named(root: nn.Module, kind: str) -> nn.Module | None:
-    get = getattr(root, f"get_{kind}_embeddings", None)
-    try:
-        module = get() if get is not None else None
-    except (AttributeError, NotImplementedError):
-        return None
-    return module if isinstance(module, nn.Module) else None

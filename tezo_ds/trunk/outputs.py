@@ -21,13 +21,13 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
     return type(output)([hidden, *output[1:]])
 
 
-def extra_tensors(output: Any) -> bool | None:
-    """Returns whether a block gives other tensors than hidden states; None where it gives no such."""
+def hidden_alone(output: Any) -> bool:
+    """Returns whether a block's output is hidden states, and no other tensor or state."""
     if isinstance(output, Tensor):
-        return False
+        return True
     if type(output) not in (tuple, list) or not output or not isinstance(output[0], Tensor):
-        return None
-    return any(part is not None for part in output[1:])
+        return False
+    return all(part is None for part in output[1:])
 
 
 def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
