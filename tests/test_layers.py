@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("settings",),
     ("engine",),
     ("methods", "probes"),
-    ("output_layer",),
+    ("output_layer", "auto"),
     ("directions", "losses"),
     ("solving", "trunk"),
     ("config", "models"),
@@ -41,8 +41,8 @@ CORE = (
     "errors", "launched",
 )  # fmt: skip
 CORE_LINES = 6000  # of all its files, blank ones left out
-# Left out: the methods as their papers have them, which no step runs, and the step of one method alone.
-APART = ("methods.reference", "engine.solving")
+# Left out: the methods as their papers have them, which no step runs, and the one method that solves.
+APART = ("methods.reference", "methods.tezo_gn", "engine.solving")
 
 
 def modules() -> dict[str, Path]:

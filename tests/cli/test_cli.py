@@ -26,6 +26,7 @@ from tezo_ds.tasks import batch_indices, collate, encode, load_task
 pytest_plugins = ("cli_fixtures",)
 
 OVERRIDES: dict[str, Any] = {
+    "recall": False,
     "method": "tezo-m",
     "rank": 3,
     "rho": "auto",

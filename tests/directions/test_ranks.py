@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import tezo_ds
-from tezo_ds.directions import auto_rank
-from tezo_ds.directions.auto_rank import auto_ranks
+from tezo_ds.auto import rank as auto_rank
+from tezo_ds.auto.rank import auto_ranks
 from tezo_ds.directions.space import Matrix
 from tezo_ds.engine.live_bytes import LiveBytes
 from tezo_ds.patterns import numbered_module

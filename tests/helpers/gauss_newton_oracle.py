@@ -24,8 +24,10 @@ def run(
     rho: float,
     damping: float,
     scales: tuple[float, ...],
-) -> Iterator[Weights]:
-    """Takes steps from `weights`, which are left as they are, and yields the weights after each.
+    recall: bool = True,
+    words: int = 0,
+) -> Iterator[tuple[Weights, Tensor]]:
+    """Takes steps from `weights`, which are left as they are, and yields weights and biases after each.
 
     Args:
         weights: matrices by name.
@@ -36,43 +38,59 @@ def run(
         rho: ρ.
         damping: δ.
         scales: scales of the step that are tried, beside 0.
+        recall: whether the last step is a direction, of length √D as coefficients.
+        words: number of words, if they have biases, 0 at first, that each step moves as well.
     """
     W = {name: w.detach().to("cpu", torch.float64, copy=True) for name, w in weights.items()}
+    bias, last, D = torch.zeros(words).double(), None, rank * len(W)
     for step in range(steps):
-        Z = [
-            {name: _direction(name, w, rank, seed, step, q) for name, w in W.items()}
-            for q in range(queries)
+        drawn = [
+            {name: tau(name, rank, seed, step, q).double() for name in W} for q in range(queries)
         ]
+        directions = ([last] if recall and last else []) + drawn  # coefficients by name
+        Z = [{name: _matrix(name, W[name], of[name], seed) for name in W} for of in directions]
 
         def at(
-            shift: Weights, scale: float, here: Weights = W, now: int = step
+            shift: Weights, scale: float, lean: Tensor, here: Weights = W, now: int = step
         ) -> tuple[Tensor, Tensor]:
-            return logits(now, {name: w + scale * shift[name] for name, w in here.items()})
+            z, labels = logits(now, {name: w + scale * shift[name] for name, w in here.items()})
+            return (z + lean if words else z), labels
 
-        above, below = [at(z, rho)[0] for z in Z], [at(z, -rho)[0] for z in Z]
-        labels = at(Z[0], 0.0)[1]
+        above, below = [at(z, rho, bias)[0] for z in Z], [at(z, -rho, bias)[0] for z in Z]
+        labels = at(Z[0], 0.0, bias)[1]
         p = torch.stack(above + below).mean(dim=0).softmax(dim=1)  # (n, words)
         changes = [(plus - minus) / (2 * rho) for plus, minus in zip(above, below, strict=True)]
-        n, H, g = len(labels), torch.zeros(queries, queries).double(), torch.zeros(queries).double()
-        for q in range(queries):
+        changes += [torch.eye(words).double()[c].expand_as(p) for c in range(words)]
+        Q, n = len(changes), len(labels)
+        H, g = torch.zeros(Q, Q).double(), torch.zeros(Q).double()
+        for q in range(Q):
             for i in range(n):
                 g[q] += (p[i] * changes[q][i]).sum() - changes[q][i, labels[i]]
-                for r in range(queries):
+                for r in range(Q):
                     both = (p[i] * changes[q][i] * changes[r][i]).sum()
                     H[q, r] += both - (p[i] * changes[q][i]).sum() * (p[i] * changes[r][i]).sum()
         H, g = H / n, g / n
-        inverse = torch.linalg.inv(H + damping * H.diagonal().mean() * torch.eye(queries).double())
+        own = H.diagonal()[: len(Z)].mean().repeat(len(Z))
+        theirs = H.diagonal()[len(Z) :].mean().repeat(words) if words else torch.empty(0).double()
+        inverse = torch.linalg.inv(H + damping * torch.diag(torch.cat([own, theirs])))
         foreseen = float(g @ inverse @ g) / 2
         w = -max(0.0, 1 - float((inverse @ H).trace()) / (2 * n) / foreseen) * (inverse @ g)
-        step_of = {name: sum(w[q] * Z[q][name] for q in range(queries)) for name in W}
-        losses = [float(F.cross_entropy(*at(step_of, s))) for s in (0.0, *scales)]
+        move = {name: sum(w[q] * Z[q][name] for q in range(len(Z))) for name in W}
+        losses = [
+            float(F.cross_entropy(*at(move, s, bias + s * w[len(Z) :] if words else bias)))
+            for s in (0.0, *scales)
+        ]
         best = (0.0, *scales)[losses.index(min(losses))]
-        W = {name: value + best * step_of[name] for name, value in W.items()}
-        yield {name: value.clone() for name, value in W.items()}
+        W = {name: value + best * move[name] for name, value in W.items()}
+        bias = bias + best * w[len(Z) :]
+        if best:
+            moved = {name: sum(w[q] * of[name] for q, of in enumerate(directions)) for name in W}
+            length = torch.cat(list(moved.values())).norm()
+            last = {name: value * D**0.5 / length for name, value in moved.items()}
+        yield {name: value.clone() for name, value in W.items()}, bias
 
 
-def _direction(name: str, weight: Tensor, rank: int, seed: int, step: int, q: int) -> Tensor:
-    """Returns Z = U diag(τ) Vᵀ of one direction, in the weight's shape."""
-    U, V = factors(name, matrix_shape(weight.shape), rank, seed)
-    of = tau(name, rank, seed, step, q).double()
+def _matrix(name: str, weight: Tensor, of: Tensor, seed: int) -> Tensor:
+    """Returns U diag(of) Vᵀ, in the weight's shape."""
+    U, V = factors(name, matrix_shape(weight.shape), len(of), seed)
     return (U.double() @ torch.diag(of) @ V.double().T).view_as(weight)

@@ -27,6 +27,7 @@ from tezo_ds.run.folder import (
     RunFolder,
 )
 from tezo_ds.run.journal import read_journal
+from tezo_ds.run.terms import last_term
 
 pytest_plugins = ("cli_fixtures",)
 
@@ -125,6 +126,28 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
         assert one.summary[name] == other.summary[name]
     capfd.readouterr()
     assert_found_again(one, capfd, 1e-6)
+
+
+def test_biases_that_steps_move_are_found_again(
+    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Captured
+) -> None:
+    """tezo-gn, whose steps solve for the words' biases: they are in no file but the journal."""
+    options = {**FIT, "method": "tezo-gn", "rank": 2, "queries": 2, "rho": 1e-2, "lr": 0.5}
+    options |= {"snapshot_every": 3, "check_every": 2, "output_layer_examples": 10, "steps": 5}
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert call(*given.train(whole, **options)) == 0
+    arguments = given.train(run, **options)
+    killed_after(2, arguments, monkeypatch)  # before the snapshot
+    killed_after(4, arguments, monkeypatch)
+    assert call(*arguments) == 0
+    assert kappas(run) == kappas(whole) and same(run, whole)
+    lines = read_journal(run / JOURNAL).steps
+    (term,) = terms(run).values()
+    state = last_term({0: term}, lines)
+    assert len(lines[0]["solved"]) == 2 + len(WORDS) and not torch.equal(state[BIAS], term[BIAS])
+    capfd.readouterr()
+    assert_found_again(Run(run), capfd, 1e-6)
+    assert call("replay", run, "--verify") == 0
 
 
 def killed_before_a_step(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,22 @@ def test_gradient_and_matrix_are_those_of_the_loss(central: bool) -> None:
     torch.testing.assert_close(single.gram, hessian, rtol=1e-4, atol=1e-4)
 
 
+def test_biases_are_directions_that_need_no_branch() -> None:
+    z, changes, labels = drawn(7, 5), drawn(2, 7, 5, seed=1), torch.tensor([0, 1, 2, 3, 4, 0, 1])
+    matrix = Ask.of(0, range(2), 0.25).matrix()
+    found = Responses(matrix, 5)
+    found.add(z + torch.einsum("bq,qkv->bkv", matrix, changes), labels)
+    ones = torch.eye(5, dtype=torch.float64)[:, None].expand(-1, 7, -1)
+    longer = responses(z, torch.cat([changes, ones]), labels, True)
+    torch.testing.assert_close(found.gram, longer.gram, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.slope, longer.slope, rtol=1e-9, atol=1e-9)
+    # Each kind is damped by its own diagonal, whatever unit directions have.
+    unit = torch.tensor([1e3, 1e3, 1, 1, 1, 1, 1], dtype=torch.float64)
+    one = solve(found.gram, found.slope, 70, 0.3, 5)
+    other = solve(found.gram * unit * unit[:, None], found.slope * unit, 70, 0.3, 5)
+    torch.testing.assert_close(other.weights * unit, one.weights)
+
+
 def test_the_step_is_newtons_less_what_noise_gains() -> None:
     z, changes, labels = drawn(400, 4), drawn(2, 400, 4, seed=1), torch.arange(400) % 4
     found = responses(z, changes, labels, True)

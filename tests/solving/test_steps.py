@@ -9,12 +9,15 @@ import torch
 from gauss_newton_oracle import run
 from tiny import make_batch, tiny
 from torch import Tensor
+from torch.nn import functional as F
 
 import tezo_ds
 from tezo_ds.errors import ConfigError
+from tezo_ds.output_layer.term import BIAS, TOKENS, WEIGHT
 
 FIELDS = {"method": "tezo-gn", "rank": 3, "seed": 7, "rho": 1e-2, "queries": 4, "damping": 0.2}
 STEPS = 6
+CHOICES = torch.arange(5, 61)  # all that occur
 
 
 def batch_of(step: int) -> dict[str, Tensor]:
@@ -22,8 +25,8 @@ def batch_of(step: int) -> dict[str, Tensor]:
 
 
 @functools.cache
-def expected(steps: int = STEPS) -> dict[str, Tensor]:
-    """Returns the oracle's weights after some steps of a model in float64."""
+def expected(recall: bool = True, choices: int = 0) -> tuple[dict[str, Tensor], Tensor]:
+    """Returns the oracle's weights after STEPS of a model in float64, and the biases of so many choices."""
     model = tiny("llama", tied=False).double()
 
     def logits(step: int, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -31,42 +34,83 @@ def expected(steps: int = STEPS) -> dict[str, Tensor]:
         inputs = {k: v for k, v in batch.items() if k != "labels"}
         found = torch.func.functional_call(model, weights, (), inputs).logits[:, :-1].flatten(0, 1)
         labels = batch["labels"][:, 1:].flatten()
-        return found[labels != -100], labels[labels != -100]
+        found, labels = found[labels != -100], labels[labels != -100]
+        return (found[:, CHOICES], labels - CHOICES[0]) if choices else (found, labels)
 
     weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
     with torch.no_grad():
-        *_, last = run(weights, logits, steps, 4, 3, 7, 1e-2, 0.2, (0.25, 0.5, 1.0))
+        scales = (0.25, 0.5, 1.0)
+        *_, last = run(weights, logits, STEPS, 4, 3, 7, 1e-2, 0.2, scales, recall, choices)
     return last
 
 
-def assert_the_oracles(found: dict[str, Tensor], close: float = 1e-5) -> None:
+def assert_the_oracles(
+    found: dict[str, Tensor], close: float = 1e-5, recall: bool = True, choices: int = 0
+) -> None:
     before = tiny("llama", tied=False).double().state_dict()
-    for name, weight in expected().items():
+    for name, weight in expected(recall, choices)[0].items():
         change, theirs = found[name] - before[name], weight - before[name]
         assert theirs.abs().max() > 1e-4
         torch.testing.assert_close(change, theirs, rtol=0, atol=close * float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize("micro_batch", [0, 3])
-def test_steps_are_the_oracles(micro_batch: int) -> None:
-    engine = tezo_ds.initialize(
-        tiny("llama", tied=False).double(), {**FIELDS, "micro_batch": micro_batch}
-    )
+def started(**fields: object) -> tezo_ds.Engine:
+    return tezo_ds.initialize(tiny("llama", tied=False).double(), {**FIELDS, **fields})
+
+
+@pytest.mark.parametrize(("micro_batch", "recall"), [(0, True), (3, True), (0, False)])
+def test_steps_are_the_oracles(micro_batch: int, recall: bool) -> None:
+    engine = started(micro_batch=micro_batch, recall=recall)
     reports = [engine.step(batch_of(step)) for step in range(STEPS)]
-    assert_the_oracles(engine.state_dict())
+    assert_the_oracles(engine.state_dict(), recall=recall)
+    assert {len(report.kappa) for report in reports} == {4, 4 + recall}
     # Replayed by what was solved for, to the bit.
-    again = tezo_ds.initialize(tiny("llama", tied=False).double(), FIELDS)
+    again = started(recall=recall)
     for report in reports:
         again.replay(report.step, report.kappa, report.lr, report.rho, report.solved)
-    assert torch.equal(again.method.coefficients, engine.method.coefficients)
+    assert all(torch.equal(again.state()[k], part) for k, part in engine.state().items())
     with pytest.raises(ConfigError, match="disagree on solved"):
         again.replay(STEPS, [1.0] * 4, 1.0, 1e-2)
+    with pytest.raises(ConfigError, match="3 numbers were solved for, and a step of this run has"):
+        again.replay(STEPS, [1.0] * 4, 1.0, 1e-2, [1.0] * 3)
+
+
+def with_biases(engine: tezo_ds.Engine) -> tezo_ds.Engine:
+    """Gives an engine choices, whose words have biases of 0."""
+    engine.objective.choices = CHOICES
+    zeros = {WEIGHT: torch.zeros(len(CHOICES), 22), BIAS: torch.zeros(len(CHOICES))}
+    engine.output_layer.load({TOKENS: CHOICES, **zeros})
+    return engine
+
+
+@pytest.mark.parametrize("micro_batch", [0, 3])
+def test_biases_of_words_are_columns_of_the_solve(micro_batch: int) -> None:
+    engine = with_biases(started(micro_batch=micro_batch))
+    reports = [engine.step(batch_of(step)) for step in range(STEPS)]
+    weights = {name: p for name, p in merged_weights(engine).items()}
+    assert_the_oracles(weights, 1e-4, choices=len(CHOICES))  # biases are float32
+    _, biases = expected(True, len(CHOICES))
+    assert biases.abs().max() > 0.1
+    torch.testing.assert_close(engine.output_layer.state[BIAS].double(), biases, rtol=0, atol=1e-5)
+    again = with_biases(started())
+    for report in reports:
+        again.replay(report.step, report.kappa, report.lr, report.rho, report.solved)
+    assert all(torch.equal(again.state()[k], part) for k, part in engine.state().items())
+
+
+def merged_weights(engine: tezo_ds.Engine) -> dict[str, Tensor]:
+    """Returns the body's weights with what was learnt, without the term of the output layer."""
+    term = engine.output_layer.state
+    engine.output_layer.load({})
+    merged = engine.state_dict()
+    engine.output_layer.load(term)
+    return merged
 
 
 def test_one_sided_differences_and_choices_go_down() -> None:
     for difference in ("central", "forward"):
         engine = tezo_ds.initialize(tiny("llama"), {**FIELDS, "difference": difference})
-        engine.objective.choices = torch.arange(5, 61)
+        engine.objective.choices = CHOICES
         batch = make_batch(16)
         before = engine.loss(batch)
         for _ in range(8):
@@ -93,8 +137,6 @@ def test_what_it_cannot_do_is_refused() -> None:
     }.items():  # fmt: skip
         with pytest.raises(ConfigError, match=f"{field}: tezo-gn needs all branches"):
             tezo_ds.initialize(tiny(), {**FIELDS, field: value})
-    with pytest.raises(ConfigError, match="solves by the changes of logits"):
-        tezo_ds.initialize(tiny(), FIELDS, lambda outputs, batch: (outputs, outputs))
     assert tezo_ds.TezoConfig(method="tezo-gn").lr == 1.0
     assert tezo_ds.TezoConfig(method="tezo-gn", lr=0.5).lr == 0.5
     assert tezo_ds.TezoConfig().lr == 1e-6
@@ -105,3 +147,57 @@ def test_a_loss_that_is_not_finite_moves_nothing() -> None:
     report = engine.step(make_batch(4))
     assert report.dropped == 4 and report.solved == (0.0,) * 4
     assert not engine.method.coefficients.any()
+
+
+def test_a_loss_fns_losses_give_the_fisher_matrix() -> None:
+    """A step by hand, of per-example losses in float64, from the formula."""
+
+    def loss_fn(outputs: object, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        wanted = batch["labels"][:, 1:]
+        flat = outputs.logits[:, :-1].flatten(0, 1)
+        losses = F.cross_entropy(flat, wanted.flatten(), ignore_index=-100, reduction="none")
+        return losses.view(wanted.shape).sum(dim=1), wanted.ne(-100).sum(dim=1)
+
+    batch, rho, damping = batch_of(0), 1e-2, 0.2
+    model = tiny("llama", tied=False).double()
+    engine = tezo_ds.initialize(model, FIELDS, loss_fn)
+    taus = engine.space.taus(0, range(4)).double()
+    with torch.no_grad():
+        sums = []
+        for sign in (1, -1):
+            for tau in taus:
+                engine.method.coefficients.copy_(sign * rho * tau)
+                with engine.applied():
+                    inputs = {k: v for k, v in batch.items() if k != "labels"}
+                    sums.append(loss_fn(model(**inputs), batch)[0])
+    engine.method.coefficients.zero_()
+    kappa = (torch.stack(sums[:4]) - torch.stack(sums[4:])) / (2 * rho)  # (Q, examples)
+    n = int((batch["labels"][:, 1:] != -100).sum())
+    H, g = kappa @ kappa.t() / n, kappa.sum(dim=1) / n
+    inverse = torch.linalg.inv(H + damping * H.diagonal().mean() * torch.eye(4).double())
+    w = -(1 - float((inverse @ H).trace()) / n / float(g @ inverse @ g)) * (inverse @ g)
+    report = engine.step(batch)
+    solved = torch.tensor(report.solved, dtype=torch.float64)
+    scale = float(-solved[0] / w[0])
+    assert scale in (pytest.approx(0.25), pytest.approx(0.5), pytest.approx(1.0))
+    torch.testing.assert_close(-solved / scale, w, rtol=1e-6, atol=0)
+    before = engine.loss(batch)
+    for _ in range(6):
+        engine.step(batch)
+    assert engine.loss(batch) < before - 0.01
+
+
+def test_steps_in_bfloat16_go_down_as_far_as_in_float32() -> None:
+    """At a ρ at which the logits' changes are above their own rounding, which at 1e-4 they are not."""
+    went = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for rho in (1e-2, 1e-4):
+            engine = tezo_ds.initialize(tiny("llama").to(dtype), {**FIELDS, "rho": rho})
+            batch = make_batch(200)
+            before = engine.loss(batch)
+            for _ in range(8):
+                engine.step(batch)
+            went[dtype, rho] = before - engine.loss(batch)
+    assert went[torch.float32, 1e-2] > 0.01
+    assert went[torch.bfloat16, 1e-2] > 0.8 * went[torch.float32, 1e-2]
+    assert went[torch.bfloat16, 1e-4] < 0.5 * went[torch.float32, 1e-4]

@@ -88,6 +88,11 @@ class TezoConfig(BaseModel):
         group=METHOD, used_by="tezo-gn", example=(1.0,),
     )  # fmt: skip
 
+    recall: bool = declared(
+        True, "measure along the last step as well, beside the directions that are drawn", group=METHOD,
+        used_by="tezo-gn", example=False,
+    )  # fmt: skip
+
     rho: Annotated[float, Field(gt=0)] | Literal["auto"] = declared(
         1e-3, 'perturbation radius ρ; "auto" chooses it on the first batch', group=STEP, example="auto"
     )  # fmt: skip

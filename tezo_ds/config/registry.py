@@ -67,7 +67,7 @@ METHODS: dict[str, MethodFacts] = {
         _TEZO, "Adam on TeZO's coefficients", "adam", fixed_factors=True, learns_coefficients=True
     ),
     "tezo-gn": MethodFacts(
-        _TEZO,
+        "tezo_ds.methods.tezo_gn:make",
         "Gauss-Newton in the span of TeZO's directions",
         fixed_factors=True,
         learns_coefficients=True,

@@ -25,7 +25,7 @@ from tezo_ds.engine.state import StepState, pack, refuse_unfit, unpack, unpack_m
 from tezo_ds.errors import ConfigError, ShardingError
 from tezo_ds.losses.objective import LossFn, Objective
 from tezo_ds.methods import Method, Write, make_method
-from tezo_ds.methods.tezo import Tezo
+from tezo_ds.methods.tezo_gn import TezoGaussNewton
 from tezo_ds.output_layer.term import OutputTerm
 from tezo_ds.probes import make_probe
 from tezo_ds.sharding import Sharding
@@ -79,8 +79,10 @@ class Engine:
         )
         self._solving: Solving | None = None
         if config.facts.solves:
-            assert isinstance(self.method, Tezo)
-            self._solving = Solving(config, sharding, self.method, self.measuring, self.objective)
+            assert isinstance(self.method, TezoGaussNewton)
+            self._solving = Solving(
+                config, sharding, self.method, self.measuring, self.objective, self.output_layer
+            )
         self._watch = Watch(sharding, self.space)
         if sharding.filled_apart:
             refuse_absent(sharding.absent if sharding.everyone > 1 else None, "replicas")
@@ -132,6 +134,7 @@ class Engine:
         found = measuring.kappas(losses)
         measuring.check(losses, found, step)
         kappa = self._clip(found)
+        drawn = kappa[len(self.method.recalled) :]
         # 4. update by g = Σκτ/Q
         slopes = slopes_of(kappa) if solved is None else solved
         gradient = self._finish(step, slopes, lr, measuring.own(step))
@@ -139,7 +142,7 @@ class Engine:
         return StepReport(
             step, finite.mean().item() if len(finite) else math.nan, tuple(found.tolist()),
             self.run_state.rho, lr, time.perf_counter() - start, _tokens(batch), int(found.isnan().sum()),
-            quality(kappa, gradient if self.method.in_tau and solved is None else None),
+            quality(drawn, gradient if self.method.in_tau and solved is None else None),
             self.run_state.stopping, None if solved is None else tuple(solved.tolist()),
         )  # fmt: skip
 
@@ -185,6 +188,20 @@ class Engine:
             lr: η.
             own: directions that this rank sums, if not all.
         """
+        biases = None
+        if self._solving is not None:
+            gradient, biases = self._solving.parts(step, slopes)
+        else:
+            gradient = self._summed(step, slopes, own)
+        self.run_state.step += 1
+        if bool(slopes.any()):
+            self._write(self.method.update(step, slopes, gradient, lr))
+            if biases is not None and len(biases):
+                self.output_layer.move_biases(-lr * biases)
+        return gradient
+
+    def _summed(self, step: int, slopes: Tensor, own: range) -> Tensor:
+        """Returns Σ slope · τ, (D,), of all drawn directions; zeros where it is of no use."""
         everything = range(len(slopes))
         if sums_are_shared(self.method, self.space, len(slopes) - len(own)):
             total = self.space.weighted(step, slopes, own).to(self.sharding.device)
@@ -193,11 +210,7 @@ class Engine:
             total = self.space.weighted(step, slopes, everything)
         else:
             total = torch.zeros(self.space.numel, dtype=torch.int64)
-        gradient = self.space.unweighted(total, slopes)
-        self.run_state.step += 1
-        if bool(slopes.any()):
-            self._write(self.method.update(step, slopes, gradient, lr))
-        return gradient
+        return self.space.unweighted(total, slopes)
 
     @_without_grad()
     def replay(

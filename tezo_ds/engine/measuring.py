@@ -59,8 +59,10 @@ class Measuring:
         return range(group * count, (group + 1) * count)
 
     def asks(self, step: int, directions: range, at_once: int) -> list[Ask]:
-        """Returns all branches of some directions, an item for each forward of `at_once`; 0: one forward."""
-        return list(Ask.of(step, directions, self._state.rho, self._central).parts(at_once))
+        """Returns all branches of what the method recalls and of some directions that are drawn, an item for
+        each forward of `at_once`; 0: one forward."""
+        several = (*self._method.recalled, *directions)
+        return list(Ask.of(step, several, self._state.rho, self._central).parts(at_once))
 
     @property
     def _central(self) -> bool:

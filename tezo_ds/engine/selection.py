@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from tezo_ds.auto.rank import auto_ranks
 from tezo_ds.config import TezoConfig
-from tezo_ds.directions.auto_rank import auto_ranks
 from tezo_ds.directions.space import Matrix, Vector
 from tezo_ds.errors import ConfigError
 from tezo_ds.patterns import matching

@@ -15,7 +15,7 @@ from tezo_ds.errors import DataError
 from tezo_ds.losses.head import Head
 from tezo_ds.models.structure import is_masked_lm
 from tezo_ds.sharding.base import Sharding
-from tezo_ds.solving.responses import Responses
+from tezo_ds.solving.responses import LossResponses, Responses
 from tezo_ds.trunk.trunk import EXAMPLE_IDS, Trunk, two_of
 
 IGNORE = -100  # the label of a position that has none, as in transformers
@@ -65,7 +65,8 @@ class Objective:
         self.choices: Tensor | None = None
         self.micro_batch = 0
         self.trunk: Trunk | None = None
-        self._responses: Responses | None = None
+        self._responses: Responses | LossResponses | None = None
+        self._lean: Tensor | None = None
         self.first: Callable[[Mapping[str, Any]], None] | None = None  # called once, with a batch
 
     def check(self, batch: Any) -> None:
@@ -145,13 +146,23 @@ class Objective:
         return self._head is not None
 
     @contextmanager
-    def responding(self, responses: Responses) -> Iterator[None]:
-        """Context manager: logits of forwards inside, each of all branches of a step, go into `responses`."""
+    def responding(self, responses: Responses | LossResponses) -> Iterator[None]:
+        """Context manager: logits of forwards inside, each of all branches of a step, go into `responses`; a
+        `loss_fn`'s losses where it shows no logits."""
         self._responses = responses
         try:
             yield
         finally:
             self._responses = None
+
+    @contextmanager
+    def leaning(self, biases: Tensor) -> Iterator[None]:
+        """Context manager: the choices' logits of each branch get biases of its own, (branches, words)."""
+        self._lean = biases if biases.shape[1] else None
+        try:
+            yield
+        finally:
+            self._lean = None
 
     def recurring(self, several: bool) -> AbstractContextManager[None]:
         """Returns a context manager: where `several` calls inside are of one batch, the trunk is run once."""
@@ -180,22 +191,27 @@ class Objective:
         returned = self._loss_fn(outputs, repeated)
         try:
             both = torch.stack([torch.as_tensor(t).double() for t in returned])
-            return both.view(2, branches, -1).sum(dim=2)
+            both = both.view(2, branches, -1)  # (2, branches, examples)
         except (TypeError, ValueError, RuntimeError) as error:
             raise DataError(
                 "loss_fn must return (loss sums, counts), tensors of a number for each example it is "
                 f"given; got {type(returned).__name__} ({error})"
             ) from error
+        if self._responses is not None:
+            self._responses.add(both[0], both[1, 0])
+        return both.sum(dim=2)
 
     def _token_losses(self, head: Head, batch: Mapping[str, Any], branches: int) -> Tensor:
         positions, tokens = self._labelled(batch)
 
         def losses(logits: Tensor, part: slice) -> Tensor:
+            words = self._words(logits)  # (branches, j, words)
+            if self._lean is not None:
+                words = words + self._lean.to(words)[:, None]
             if self._responses is not None:
-                words = logits if self.choices is None else logits[..., self.choices]
                 self._responses.add(words, tokens[part])
-            flat = logits.flatten(0, 1)  # (branches * j, vocabulary)
-            return self._cross_entropy(flat, tokens[part].repeat(branches)).view(branches, -1)
+            right = tokens[part].repeat(branches)
+            return F.cross_entropy(words.flatten(0, 1), right, reduction="none").view(branches, -1)
 
         inputs = self.inputs(repeat(batch, branches))
         with self._split(batch, branches, positions):
@@ -215,12 +231,11 @@ class Objective:
         self.choices = self.choices.to(tokens.device)
         return positions, _index_in(self.choices, tokens)
 
-    def _cross_entropy(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """Returns the cross-entropy of each row of logits (rows, vocabulary): (rows,), float32 or wider."""
+    def _words(self, logits: Tensor) -> Tensor:
+        """Returns logits (…, vocabulary) of the choices, or of all words: (…, words), float32 or wider."""
         if self.choices is not None:
-            logits = logits[:, self.choices]
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        return F.cross_entropy(logits.to(wide), tokens, reduction="none")
+            logits = logits[..., self.choices]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @torch.no_grad()
     def score(
@@ -237,7 +252,7 @@ class Objective:
         ids = ids.to(self.sharding.device)
 
         def both(logits: Tensor, part: slice) -> Tensor:
-            loss = self._cross_entropy(logits[0], tokens[part])
+            loss = F.cross_entropy(self._words(logits[0]), tokens[part], reduction="none")
             return torch.cat([loss[None, :, None], logits[..., ids].float()], dim=-1)
 
         if self.trunk is not None:

@@ -47,6 +47,11 @@ class Method(ABC):
         return 0 if self.factors is None else self.factors.period
 
     @property
+    def recalled(self) -> tuple[int, ...]:
+        """Numbers of directions that the method asks for beside those that are drawn."""
+        return ()
+
+    @property
     def state(self) -> dict[str, Packed]:
         """Every number that the next step depends on and that is equal on all ranks, by name."""
         return {"coefficients": self.space.pack(self.coefficients)}

@@ -30,6 +30,12 @@ def due_by(config: TezoConfig, done: int) -> int:
     return done - done % every if every else 0
 
 
+def moved(term: Mapping[str, Tensor], change: Tensor) -> dict[str, Tensor]:
+    """Returns a term whose biases are changed by some numbers, float64 (C,), rounded to their own dtype."""
+    bias = term[BIAS]
+    return {**term, BIAS: (bias.double() + change).to(bias.dtype)}
+
+
 class OutputTerm:
     """What is added to the output layer's logits of a few tokens; nothing until it is loaded.
 
@@ -73,6 +79,15 @@ class OutputTerm:
             assert self.layer is not None
             self.layer.__dict__["forward"] = self._around(self.layer.forward)
             self._attached = True
+
+    @property
+    def biases(self) -> int:
+        """Number of words that have a bias."""
+        return len(self._loaded.get(BIAS, ()))
+
+    def move_biases(self, change: Tensor) -> None:
+        """Adds to the biases, float64 (C,), rounding to their own dtype."""
+        self.load(moved(self._loaded, change))
 
     @property
     def shape(self) -> tuple[int, int] | None:

@@ -163,7 +163,9 @@ class Job:
 
     @property
     def _directions(self) -> int:
-        return self.config.queries_at(0)
+        """Number of directions of a step that a rank measures: the last step's is one, if it is recalled."""
+        recalled = self.config.facts.solves and self.config.recall
+        return self.config.queries_at(0) + recalled
 
     @property
     def directions(self) -> int:

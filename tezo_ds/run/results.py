@@ -20,7 +20,7 @@ from tezo_ds.files.tensors import digest, read
 from tezo_ds.files.text import read_json
 from tezo_ds.run.folder import COEFFICIENTS, CONFIG, JOURNAL, MODEL, SUMMARY
 from tezo_ds.run.journal import Contents, read_journal
-from tezo_ds.run.terms import Terms, terms_of
+from tezo_ds.run.terms import Terms, last_term, terms_of
 
 
 class Display(Protocol):
@@ -44,6 +44,7 @@ class Result:
         steps: lines of the journal, from the first step on.
         ranks: rank of each matrix, where the run chose ranks itself.
         terms: terms of the output layer, by the steps before each fit.
+        term: the one at the end.
     """
 
     coefficients: dict[str, Tensor] = field(default_factory=dict)
@@ -51,6 +52,7 @@ class Result:
     steps: list[dict[str, Any]] = field(default_factory=list)
     ranks: dict[str, int] | None = None
     terms: Terms = field(default_factory=dict)
+    term: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def writes(self) -> bool:
@@ -66,7 +68,7 @@ class Result:
         if self.coefficients:
             engine.load_coefficients(self.coefficients)
         if not self.steps:
-            give_last(engine, self.terms, max(self.terms, default=0))
+            engine.output_layer.load(self.term)
             return
         replay(engine, self.steps, display, terms=self.terms)
         engine.check()  # ranks may have read the file of a run that still goes on
@@ -77,7 +79,7 @@ def replay(
     after: Callable[[dict[str, Any]], None] | None = None, terms: Terms | None = None,
 ) -> None:  # fmt: skip
     """Replays the lines of a journal on an engine, each with its term of the output layer, and calls `after`
-    with each; the engine has the last term in the end."""
+    with each; the engine has the last term in the end, one that was fitted after the last step included."""
     display.note(f"replaying {len(steps)} steps of {JOURNAL}")
     with display.evaluation("replaying") as progress:
         for done, line in enumerate(steps, start=1):
@@ -87,13 +89,13 @@ def replay(
                 after(line)
             if progress is not None:
                 progress(done / len(steps))
-    give_last(engine, terms or {}, engine.step_index)
+    give_fitted(engine, terms or {})
 
 
-def give_last(engine: Engine, terms: Terms, steps: int) -> None:
-    """Gives an engine the last of the terms that were fitted after so many steps or fewer."""
-    if fitted := [done for done in terms if done <= steps]:
-        engine.output_layer.load(terms[max(fitted)])
+def give_fitted(engine: Engine, terms: Terms) -> None:
+    """Gives an engine the term that was fitted right after the steps that it has made, if one was."""
+    if engine.step_index in terms:
+        engine.output_layer.load(terms[engine.step_index])
 
 
 def read_result(folder: Path, config: TezoConfig, base: bool = False) -> Result:
@@ -107,10 +109,10 @@ def read_result(folder: Path, config: TezoConfig, base: bool = False) -> Result:
     Raises:
         ConfigError: there is no result. StorageError: the result's file is damaged, or another run's.
     """
-    ranks, terms = ranks_of(folder, config), read_terms(folder, config)
+    ranks, (terms, term) = ranks_of(folder, config), _terms_and_last(folder, config)
     path = folder / COEFFICIENTS
     if config.facts.learns_coefficients and path.exists():
-        return Result(coefficients=_coefficients(path, config), ranks=ranks, terms=terms)
+        return Result(_coefficients(path, config), ranks=ranks, terms=terms, term=term)
     merged = is_complete(folder / MODEL) and not terms  # whose biases a model has no place for
     if merged and not base:
         return Result(model=folder / MODEL, ranks=ranks)
@@ -125,11 +127,16 @@ def read_terms(folder: Path, config: TezoConfig) -> Terms:
     Raises:
         StorageError: a file is missing or damaged.
     """
+    return _terms_and_last(folder, config)[0]
+
+
+def _terms_and_last(folder: Path, config: TezoConfig) -> tuple[Terms, dict[str, Tensor]]:
     if config.output_layer == "frozen":
-        return {}
+        return {}, {}
     summary = read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else {}
     contents = journal_of(folder, config)
-    return terms_of(folder, config, contents.header or {}, contents.steps, summary)
+    terms = terms_of(folder, config, contents.header or {}, contents.steps, summary)
+    return terms, last_term(terms, contents.steps)
 
 
 def _coefficients(path: Path, config: TezoConfig) -> dict[str, Tensor]:

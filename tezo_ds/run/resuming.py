@@ -22,7 +22,7 @@ from tezo_ds.run.about import describe_run, read_about
 from tezo_ds.run.changed import refuse_changed
 from tezo_ds.run.folder import JOURNAL, METRICS, SNAPSHOTS, SUMMARY, RunFolder, read_metrics
 from tezo_ds.run.foreign import refuse_foreign_files
-from tezo_ds.run.results import Display, give_last, refuse_foreign, replay
+from tezo_ds.run.results import Display, give_fitted, refuse_foreign, replay
 from tezo_ds.run.snapshots import checked_shards, save_shards
 from tezo_ds.run.terms import Terms, terms_of
 from tezo_ds.settings import Settings
@@ -268,7 +268,7 @@ def restore(engine: Engine, found: Begun, display: Display) -> None:
         break
     if steps:
         replay(engine, steps, display, terms=found.terms)
-    give_last(engine, found.terms, found.done)
+    give_fitted(engine, found.terms)
     engine.check()
 
 

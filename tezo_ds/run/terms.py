@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tezo_ds.config import TezoConfig
 from tezo_ds.errors import StorageError
 from tezo_ds.files.tensors import digest, load, save
-from tezo_ds.output_layer.term import due_by
+from tezo_ds.output_layer.term import BIAS, due_by, moved
 from tezo_ds.run.folder import OUTPUT_LAYER, RunFolder
 
 Terms = dict[int, dict[str, Tensor]]  # by the number of steps before the fit
@@ -70,6 +71,25 @@ def terms_of(
         if about.get("sum") == (steps[-1] if steps else header)["sum"]:
             terms[done] = term
     return terms
+
+
+def last_term(terms: Terms, steps: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Returns the term after the last of some steps, from the first on: that of the last fit, with its biases
+    as steps that solve have moved them since; {} where there is none.
+
+    Args:
+        terms: of `terms_of`.
+        steps: lines of the journal.
+    """
+    term: dict[str, Tensor] = {}
+    for line in steps:
+        term = terms.get(line["step"], term)
+        if not term or "solved" not in line:
+            continue
+        columns = torch.tensor(line["solved"], dtype=torch.float64)
+        if len(columns) - len(line["kappa"]) == len(term[BIAS]):  # and not directions alone
+            term = moved(term, -line["lr"] * columns[-len(term[BIAS]) :])
+    return terms.get(len(steps), term)
 
 
 def _read(run: Path, done: int, expected: str) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ class Solved:
     shrink: float
 
 
-def solve(gram: Tensor, slope: Tensor, count: float, damping: float) -> Solved:
+def solve(gram: Tensor, slope: Tensor, count: float, damping: float, biases: int = 0) -> Solved:
     """Solves for the weights of a step's directions.
 
     Args:
@@ -39,15 +39,18 @@ def solve(gram: Tensor, slope: Tensor, count: float, damping: float) -> Solved:
         slope: g, float64 (Q,), over all ranks; a direction with a number that is not finite in either is left
             out.
         count: n, labelled positions over all ranks.
-        damping: δ, over the mean of H's diagonal.
+        damping: δ, over the mean of H's diagonal: of directions, and of biases, apart.
+        biases: how many of the last columns are biases of words.
     """
     weights = torch.zeros_like(slope)
     fine = slope.isfinite() & gram.diagonal().isfinite()
     if not bool(fine.any()):
         return Solved(weights, 0.0, 0.0)
     H, g = gram[fine][:, fine] / count, slope[fine] / count
-    ridge = damping * H.diagonal().mean() * torch.eye(len(g), dtype=torch.float64)
-    inverse = torch.linalg.pinv(H + ridge, hermitian=True)
+    ridge, first = torch.empty_like(g), int(fine[: len(fine) - biases].sum())
+    for part in (slice(0, first), slice(first, None)):
+        ridge[part] = damping * H.diagonal()[part].mean()
+    inverse = torch.linalg.pinv(H + torch.diag(ridge), hermitian=True)
     step = inverse @ g
     foreseen = float(g @ step) / 2
     noise = float((inverse * H).sum()) / (2 * count)

@@ -1,0 +1,1 @@
+"""What a run chooses by itself, from what it measures first."""
