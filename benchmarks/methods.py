@@ -229,7 +229,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     everything = [*FORWARD_ONLY, LORA]
-    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    add("--tasks", nargs="+", choices=TASKS, default=["trec", "rotten-tomatoes"])
     add("--methods", nargs="+", choices=everything, default=everything)
     add("--budget", type=float, default=60.0, help="seconds of training of each run")
     add("--seeds", type=int, default=3, choices=range(1, MOST_SEEDS + 1), metavar="N")

