@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli", "session"),
     ("training",),
-    ("run", "doctor"),
+    ("run", "doctor", "probing_layers"),
     ("merged",),
     ("intake",),
     ("tasks", "plan", "export"),
