@@ -46,6 +46,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         from tezo_ds.tasks import encode, truncations
         from tezo_ds.training import loop, session
         from tezo_ds.training.display import Display, quieten
+        from tezo_ds.training.include_auto import Choice, choose_matrices, to_measure
         from tezo_ds.training.output_layer import refuse_unfit
 
     options = from_flags(RunOptions, given)
@@ -69,9 +70,11 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
                     f"{options.output} is finished after {found.done} steps; there is nothing to do"
                 )
             return
+        chooses = config.chooses and found.ranks is None
         opened = session.open_session(
-            settings, config, deepspeed_config, found.ranks, batch_size=options.batch_size
-        )
+            settings, to_measure(config) if chooses else config, deepspeed_config, found.ranks,
+            batch_size=options.batch_size,
+        )  # fmt: skip
         sharding = opened.engine.sharding
         display = Display(sharding.rank, sharding.world_size, options.log_every)
         display.summary(opened.engine)
@@ -90,13 +93,17 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         max_length = opened.settings.max_length
         examples = encode(opened.tokenizer, opened.task.train, max_length, opened.mask_token)
         display.data(opened.task, truncations(examples), max_length)
+        choice = Choice()
+        if chooses:
+            choice = choose_matrices(opened, examples, options, config.trunk_cache, display)
         about[changed.WEIGHTS] = agreed_fingerprint(settings.model)
         about[changed.TESTS] = resuming.fingerprint_of_tests(opened.task.test)
         resuming.go_on(settings, opened.engine, examples, folder, found, about, display)
+        choice.leave(folder, display)
         options = options.model_copy(update={"save_model": saves})
         losses = [line["loss"] for line in found.steps]
         summary = loop.train(
             opened, options, examples, folder, display, found.scores, losses, about[changed.WEIGHTS],
-            max(found.terms, default=None),
+            max(found.terms, default=choice.fitted), choice.fit,
         )  # fmt: skip
         display.end(summary, options.output, found.done)

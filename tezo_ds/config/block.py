@@ -20,6 +20,7 @@ FREE = frozenset({"check_every", "branch_chunk", "memory_budget", "micro_batch"}
 FREE |= {"shared_trunk", "trunk_cache_gib"}
 
 
+AUTO = "auto"
 METHOD, STEP, DIRECTIONS = "Method", "Step size", "Directions"
 PROBE, TRAINS = "Probe, memory and checks", "What trains"
 ADAMS = "tezo-adam, tezo-adam-coef, mezo-adam"
@@ -217,7 +218,8 @@ class TezoConfig(BaseModel):
     include: tuple[str, ...] = declared(
         ("*",),
         "what trains: a glob of parameter names; last:6, the model's last six layers; or layers:24-29, "
-        "these layers, counted from 0; may be given several times",
+        "these layers, counted from 0; may be given several times; or auto alone: the run measures all "
+        "matrices before its first step, and chooses",
         group=TRAINS, example=("*.v_proj.*",),
     )  # fmt: skip
     exclude: tuple[str, ...] = declared(
@@ -276,6 +278,8 @@ class TezoConfig(BaseModel):
                 raise ValueError(f"refresh_every: is for tezo, not for method {self.method}")
             if self.rank == "auto":
                 raise ValueError(f"rank: auto is for tezo, not for method {self.method}")
+        if self.chooses and not self.facts.fixed_factors:
+            raise ValueError(f"include: auto is for tezo, not for method {self.method}")
         if self.facts.solves:
             odd = {
                 "probe": self.probe == "inplace", "placement": self.placement != "shared",
@@ -287,6 +291,14 @@ class TezoConfig(BaseModel):
                     f"{wrong[0]}: {self.method} needs all branches of a step in one fused forward, the same "
                     f"on every rank; leave {wrong[0]} as it is by default"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _auto_chooses_alone(self) -> TezoConfig:
+        if AUTO in self.include and not self.chooses:
+            raise ValueError("include: auto stands alone; use exclude for what it must not choose")
+        if self.chooses and self.train_vectors:
+            raise ValueError("include: auto chooses among matrices; leave train_vectors off")
         return self
 
     @model_validator(mode="after")
@@ -319,6 +331,11 @@ class TezoConfig(BaseModel):
     def facts(self) -> MethodFacts:
         """Registry facts of `method`."""
         return facts_of(self.method)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the run measures all matrices, and chooses the ones that train."""
+        return self.include == (AUTO,)
 
     @property
     def identity(self) -> str:

@@ -46,15 +46,18 @@ def select(
         config: what trains.
         factors_dtype: dtype to which an earlier run rounded its factors, to get the same ones; None: the
             dtype of the weights in a forward.
-        ranks: rank of each matrix, as an earlier run chose them; None: as the config says. All ranks of
-            the world must call this function where `rank` is "auto".
+        ranks: rank of each matrix, as an earlier run chose them; None: as the config says, under `include:
+            auto` of every matrix that may be chosen. All ranks of the world must call this function where
+            `rank` is "auto".
 
     Raises:
         ConfigError: nothing trains, a pattern names layers that are not there, or `ranks` do not fit the
             model.
     """
     chosen, parameters = Selection(), dict(sharding.module.named_parameters())
-    included = matching(config.include, [*parameters])
+    included = set(ranks or parameters)
+    if not config.chooses:
+        included = matching(config.include, [*parameters])
     included -= matching(config.exclude, [*parameters], "exclude")
     for name, parameter in parameters.items():
         shape, dtype = sharding.shape(parameter), sharding.compute_dtype(parameter)
@@ -72,7 +75,7 @@ def select(
             if config.facts.rank is not None:  # directions of low rank, of a small table too
                 rank = min(rank, *of)
             chosen.matrices.append(Matrix(name, of, rank, dtype, rounding))
-    if config.rank == "auto":
+    if config.rank == "auto" or (config.chooses and ranks):
         ranks = ranks or auto_ranks(
             sharding, chosen.matrices, config.rank_threshold, config.rank_max, config.seed
         )

@@ -67,6 +67,11 @@ def initialize(
             f"output_layer: {resolved.output_layer} is fitted by `tezo-ds train`, which knows the label "
             "words; leave it frozen here"
         )
+    if resolved.chooses:
+        raise ConfigError(
+            "include: auto measures on a task's examples, which `tezo-ds train` has; name what trains here, "
+            "e.g. as tezo-ds probe-layers recommends"
+        )
     absent, brought_to = absent_from(model)
     splits = "zero_optimization" in (deepspeed_config or {})
     if brought_to is None or resolved.rank == "auto" or splits:

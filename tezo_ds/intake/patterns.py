@@ -21,7 +21,8 @@ def check_patterns(sharding: Sharding, config: TezoConfig) -> None:
             layers that the model does not have.
     """
     names = [name for name, _ in sharding.module.named_parameters()]
-    for field, patterns in (("include", config.include), ("exclude", config.exclude)):
+    include = () if config.chooses else config.include
+    for field, patterns in (("include", include), ("exclude", config.exclude)):
         meant = list(_meant(field, patterns, names))
         if not meant:
             continue

@@ -1,1 +1,1 @@
-"""Which matrices to train: gradient, its noise and curvature of each, from forwards alone, and a choice."""
+"""Choice of the matrices to train: gradient, noise and curvature of each, from forwards alone."""

@@ -1,9 +1,10 @@
 """A recommended `include`: kinds of matrices in the last layers, by what they are foreseen to gain.
 
-Candidates are, for each n, the last n layers with the best kind there, the best two, … and all; and everything
-that was measured. A set's score is its `Figures.decreases` less a standard error, which is the sums' alone: figures of single
-matrices are mostly noise, and the best of thousands would be the luckiest. Of the sets whose score is at least
-`CLOSE` times the best, the one whose first layer is the latest is taken, as its steps cost least.
+Candidates are, for each n, the last n layers with the best kind there, the best two, … and all; and all that
+was measured. Only sums over many matrices are compared: the figures of single ones are mostly noise, and
+the best of thousands of sets would be the luckiest. A set's score is its `Figures.decreases` less a standard
+error. Of the sets whose score is at least `CLOSE` times the best, the one whose first layer is the latest is
+taken, as its steps cost least.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ class Figures:
 
 
 def standard_error(values: Tensor) -> float:
-    """Returns the jackknife's standard error of a number: (1 + n,), of all examples and with each left out."""
+    """Returns the jackknife's standard error of a number (1 + n,): of all, and with each example left out."""
     left_out = values[1:]
     n = len(left_out)
     spread = (left_out - left_out.mean()).square().sum()

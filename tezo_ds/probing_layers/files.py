@@ -10,7 +10,7 @@ from tezo_ds.files.text import to_json
 from tezo_ds.probing_layers.picture import draw
 from tezo_ds.probing_layers.report import Found
 
-JSON, PICTURE = "layers.json", "layers.png"
+JSON, PICTURE = "layers.json", "layers.png"  # as in `run.folder`
 
 
 def make_folder(path: Path) -> None:

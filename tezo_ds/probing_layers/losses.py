@@ -20,8 +20,7 @@ class _Kept(Responses):
         self.losses: list[Tensor] = []
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Keeps the losses of some positions, in float64 from the logits on: differences of branches are small
-        beside them.
+        """Keeps the losses of some positions, in float64 from the logits on, as branches differ by little.
 
         Args:
             logits: of all branches, (branches, k, words).

@@ -105,8 +105,7 @@ def measure(
         progress: takes the share that is done.
 
     Raises:
-        ProbeError: a matrix is out of the fused probe's reach, or not used by a forward; no example has a
-            label.
+        ProbeError: a matrix is out of the fused probe's reach; no example has a label; no loss differs.
     """
     sharding.module.eval()
     names = [matrix.name for matrix in asked.matrices]
@@ -125,6 +124,11 @@ def measure(
             found += _block(sharding, objective, asked, group, scale)
             if progress is not None:
                 progress(len(found) / len(asked.matrices))
+    if not any(bool(one.slopes.any()) for one in found):
+        raise ProbeError(
+            f"no loss differs at ρ {asked.rho:g} along {found[0].matrix.name} or any other matrix; raise rho, or "
+            "check that they take part in the forward"
+        )
     return found
 
 

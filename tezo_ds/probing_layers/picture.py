@@ -13,8 +13,8 @@ from tezo_ds.probing_layers.choice import Row
 def draw(rows: Sequence[Row], batch: int, chosen: Sequence[str], picture: Path) -> None:
     """Draws, as a PNG, s / 2 tr H and the gain under noise of each matrix, on a logarithmic scale.
 
-    White is a matrix whose gradient or curvature is not above 0; a small s has an s below its standard error. Chosen
-    matrices have a frame.
+    A matrix whose gradient or curvature is not above 0 is white; a dot says that s is below its standard
+    error. Chosen matrices have a frame.
     """
     os.environ.pop("MPLBACKEND", None)  # what a notebook left there may not be installed here
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -35,7 +35,7 @@ def draw(rows: Sequence[Row], batch: int, chosen: Sequence[str], picture: Path) 
             value = row.figures.gains(size)[0].item()
             cells[y][x] = value if value > 0 else math.nan
             if value > 0 and row.figures.gradient < row.figures.errors[0]:
-                axis.text(x, y, "s", ha="center", va="center", fontsize=5, color="grey")
+                axis.plot(x, y, ".", markersize=2, color="white")
             if row.place.name in chosen:
                 box = Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="tab:red", lw=0.7)
                 axis.add_patch(box)

@@ -67,7 +67,7 @@ class Found:
         ]
 
     def _compared(self) -> Table:
-        """Returns the table of the last layers in all kinds, of all that was measured, and of what is chosen."""
+        """Returns the table of the last layers in all kinds, of everything, and of what is chosen."""
         table = _empty("include", *HEAD, f"after {self.horizon.steps}")
         whole = [one for one in self.sets if one.include[0].startswith("last:") or one.first < 0]
         chosen = [] if self.chosen is None else [self.chosen]
@@ -143,7 +143,7 @@ def sentence(found: Found) -> str:
         )
     flags = " ".join(f"--include '{pattern}'" for pattern in chosen.include)
     return (
-        f"recommended: {flags}  ({len(chosen.names)} of {len(found.rows)} matrices; foreseen to lower the loss "
-        f"by {chosen.decrease:.3g} ± {chosen.error:.2g} in {found.horizon.steps} directions of batches of "
-        f"{found.horizon.batch})"
+        f"recommended: {flags}  ({len(chosen.names)} of {len(found.rows)} matrices; foreseen to lower the "
+        f"loss by {chosen.decrease:.3g} ± {chosen.error:.2g} in {found.horizon.steps} directions of batches "
+        f"of {found.horizon.batch})"
     )

@@ -51,7 +51,8 @@ def describe_run(settings: Settings, engine: Engine, extra: dict[str, Any]) -> d
     """Returns the content of config.json: all it takes to evaluate or repeat the run."""
     config, matrices = engine.config, engine.space.matrices
     ranks = {m.name: m.rank for m in matrices}
-    odd = config.rank == "auto" or set(ranks.values()) - {config.rank}  # chosen, or of small tables
+    chose = config.rank == "auto" or config.chooses
+    odd = chose or set(ranks.values()) - {config.rank}  # chosen, or of small tables
     chosen = {"ranks": ranks} if odd else {}
     return {
         **describe(settings, config),

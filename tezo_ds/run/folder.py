@@ -22,6 +22,7 @@ CONFIG, METRICS, SUMMARY, JOURNAL = "config.json", "metrics.jsonl", "summary.jso
 COEFFICIENTS, ADAPTER, CURVE = "coefficients.safetensors", "adapter", "curve.png"
 MODEL, SNAPSHOTS, LOCK = "model", "snapshots", ".lock"
 TRUNK_CACHE, OUTPUT_LAYER = "trunk_cache", "output_layer"
+LAYERS, LAYERS_PICTURE = "layers.json", "layers.png"
 
 
 class RunFolder:

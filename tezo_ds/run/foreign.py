@@ -13,6 +13,8 @@ from tezo_ds.run.folder import (
     CONFIG,
     CURVE,
     JOURNAL,
+    LAYERS,
+    LAYERS_PICTURE,
     METRICS,
     MODEL,
     OUTPUT_LAYER,
@@ -23,7 +25,7 @@ from tezo_ds.run.folder import (
 
 _OURS = {
     CONFIG, METRICS, SUMMARY, JOURNAL, COEFFICIENTS, ADAPTER, CURVE, MODEL, SNAPSHOTS, TRUNK_CACHE,
-    OUTPUT_LAYER,
+    OUTPUT_LAYER, LAYERS, LAYERS_PICTURE,
 }  # fmt: skip
 _LOGS = "logs"  # of launch/, which makes it before a run begins
 

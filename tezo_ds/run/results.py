@@ -183,17 +183,17 @@ def _steps(folder: Path, config: TezoConfig) -> list[dict[str, Any]]:
 
 
 def ranks_of(folder: Path, config: TezoConfig) -> dict[str, int] | None:
-    """Reads the rank of each matrix, where a run chose ranks itself; else returns None.
+    """Reads the rank of each matrix, where a run chose ranks, or matrices, itself; else returns None.
 
     Raises:
         ConfigError: the run's config.json does not have the ranks.
     """
-    if config.rank != "auto":
+    if config.rank != "auto" and not config.chooses:
         return None
     ranks = read_json(folder / CONFIG).get("ranks")
     if not isinstance(ranks, dict) or not all(isinstance(r, int) and r > 0 for r in ranks.values()):
         raise ConfigError(
-            f'{folder / CONFIG}: "ranks" of a run of rank auto is missing or malformed'
+            f'{folder / CONFIG}: "ranks" of a run of rank or include auto is missing or malformed'
         )
     return ranks
 

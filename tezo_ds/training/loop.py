@@ -60,6 +60,7 @@ def train(
     losses: Sequence[float | None] = (),
     base: str | None = None,
     fitted: int | None = None,
+    fit: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Trains from the engine's next step on. Every rank calls this; `folder` is rank 0's, None elsewhere.
 
@@ -73,6 +74,7 @@ def train(
         losses: losses of a resumed run's steps.
         base: fingerprint of the base model's weights.
         fitted: steps before the fit of the output layer that a resumed run goes on with.
+        fit: what is known of that fit.
 
     Returns:
         The summary, as in summary.json.
@@ -83,7 +85,7 @@ def train(
     divergence = Divergence(losses, options.stop_on_divergence)
     training = _Training(session, options, examples, folder, display, scores or {}, divergence)
     training.base = base
-    training.fits.go_on(fitted)
+    training.fits.go_on(fitted, fit)
     return training.run()
 
 

@@ -54,11 +54,15 @@ class OutputLayerFits:
         self.found: dict[str, Any] | None = None
         self._kept: int | None = None  # steps before a fit that was made by an earlier process
 
-    def go_on(self, fitted: int | None) -> None:
-        """Takes the term that the engine was given when the run went on, fitted after so many steps."""
+    def go_on(self, fitted: int | None, found: dict[str, Any] | None = None) -> None:
+        """Takes the term that the engine was given when the run went on, fitted after so many steps, and what
+        `found` says of it, if that is known."""
         if fitted is not None:
             self._kept = fitted
-            self.found = {"after_steps": fitted, "digest": digest(self._engine.output_layer.state)}
+            self.found = found or {
+                "after_steps": fitted,
+                "digest": digest(self._engine.output_layer.state),
+            }
 
     def field(self, step: int) -> dict[str, str]:
         """Returns what the journal's line of a step says of a fit right before it."""

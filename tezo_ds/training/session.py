@@ -59,6 +59,16 @@ class Session:
         """The token that a masked model gets in the answer's place; None for a causal model."""
         return mask_token(self.engine.sharding.module, self.tokenizer)
 
+    def train_only(self, ranks: Mapping[str, int], config: TezoConfig) -> None:
+        """Replaces the engine by one that trains just these matrices, each with its rank. All ranks must call
+        this, before the first step."""
+        before = self.engine
+        term, choices = before.output_layer.state, before.objective.choices
+        before.output_layer.load({})  # what stands in the layer's forward from now on adds nothing
+        self.engine = engine_for(self.settings, config, before.sharding, ranks)
+        self.engine.objective.choices = choices
+        self.engine.output_layer.load(term)
+
     def evaluator(self) -> Evaluator | None:
         """Returns an evaluator of the test examples; None where there are none."""
         if not self.task.test:
