@@ -54,7 +54,7 @@ def rows(layers: int, gradient: dict[tuple[int, str], float], scatter: float = 0
         s = gradient.get((place.layer if place.layer is not None else -1, place.short), 0.0)
         sums = torch.tensor([[s], [1.0], [10.0]], dtype=torch.float64).repeat(1, 9)
         sums[0, 1:] += scatter * torch.tensor([1.0, -1.0] * 4, dtype=torch.float64)
-        made.append(Row(place, Figures(sums, 16)))
+        made.append(Row((place,), Figures(sums, 16)))
     return made
 
 

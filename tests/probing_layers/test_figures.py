@@ -16,8 +16,10 @@ RANK = 5
 
 
 def one(slopes: Tensor, bends: Tensor | None = None, rank: int | None = None) -> Measured:
+    """Makes what would be measured of a matrix with such coefficients of the gradient."""
     matrix = Matrix("w", (9, 8), rank or slopes.shape[1])
-    return Measured(matrix, slopes, torch.ones_like(slopes) if bends is None else bends)
+    bends = torch.ones_like(slopes) if bends is None else bends
+    return Measured([matrix], slopes * matrix.rank**0.5, bends * matrix.rank)
 
 
 def drawn(n: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -17,15 +17,26 @@ import tezo_ds
 from tezo_ds.directions.lowrank import FixedFactors
 from tezo_ds.directions.space import CoefficientSpace
 from tezo_ds.errors import ProbeError
-from tezo_ds.probing_layers.measure import Asked, Measured, blocks, measure
+from tezo_ds.probing_layers.measure import Asked, Measured, measure
+from tezo_ds.probing_layers.names import bands_of
 
 RANK, EXAMPLES, SEED = 3, 7, 5
 WORDS = torch.tensor([*range(5, 61)])
 Losses = Callable[[Tensor, Tensor], Tensor]
 
 
+def bands(engine: tezo_ds.Engine, together: int = 1) -> list[Any]:
+    names = [name for name, _ in engine.sharding.module.named_parameters()]
+    return bands_of(engine.space.matrices, names, together)
+
+
 def measured(
-    model: nn.Module, rho: float, columns: int = RANK, choices: bool = False, **fields: object
+    model: nn.Module,
+    rho: float,
+    columns: int = RANK,
+    choices: bool = False,
+    together: int = 1,
+    **fields: object,
 ) -> tuple[tezo_ds.Engine, list[Measured]]:
     """Measures a model on examples with several labels each, in batches of four and three."""
     given = {"rank": RANK, "seed": SEED, "include": ["*layers*"], **fields}
@@ -34,7 +45,7 @@ def measured(
     batch = data(EXAMPLES)
     parts = [{k: v[:4] for k, v in batch.items()}, {k: v[4:] for k, v in batch.items()}]
     batches = [(parts[0], 0), (parts[1], 4)]
-    asked = Asked(engine.space.matrices, SEED, batches, EXAMPLES, columns, rho, 5)
+    asked = Asked(bands(engine, together), SEED, batches, EXAMPLES, columns, rho, 5)
     return engine, measure(engine.sharding, engine.objective, asked)
 
 
@@ -88,22 +99,22 @@ def wide_norms(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_in_float64_they_are_the_backpropagated_values(choices: bool) -> None:
     engine, ours = measured(deep().double(), 1e-5, choices=choices)
     theirs = backpropagated(engine, choices)
-    assert [one.matrix.name for one in ours] == [m.name for m in engine.space.matrices]
+    assert [one.group[0].name for one in ours] == [m.name for m in engine.space.matrices]
     assert len(ours) == 28
     for one in ours:
-        gradient, diagonal = theirs[one.matrix.name]
+        gradient, diagonal = theirs[one.group[0].name]
         scale = float(gradient.abs().max())
-        torch.testing.assert_close(one.slopes, gradient, rtol=1e-6, atol=1e-6 * scale)
+        torch.testing.assert_close(one.slopes / RANK**0.5, gradient, rtol=1e-6, atol=1e-6 * scale)
         curved = float(diagonal.abs().max())
-        torch.testing.assert_close(one.bends, diagonal, rtol=1e-4, atol=1e-4 * curved)
+        torch.testing.assert_close(one.bends / RANK, diagonal, rtol=1e-4, atol=1e-4 * curved)
 
 
 def test_in_float32_they_are_close() -> None:
     engine, ours = measured(deep(), 5e-3)
     for one in ours:
-        gradient, diagonal = backpropagated(engine, False)[one.matrix.name]
-        assert float((one.slopes - gradient).norm() / gradient.norm()) < 0.02
-        assert float((one.bends - diagonal).norm() / diagonal.norm()) < 0.1
+        gradient, diagonal = backpropagated(engine, False)[one.group[0].name]
+        assert float((one.slopes / RANK**0.5 - gradient).norm() / gradient.norm()) < 0.02
+        assert float((one.bends / RANK - diagonal).norm() / diagonal.norm()) < 0.1
         break
 
 
@@ -118,17 +129,28 @@ def test_without_a_trunk_they_are_the_same() -> None:
     engine, ours = measured(deep(), 5e-3)
     before = engine.objective.trunk
     batch = data(EXAMPLES)
-    asked = Asked(engine.space.matrices, SEED, [(batch, 0)], EXAMPLES, RANK, 5e-3, 64, trunk=False)
+    asked = Asked(bands(engine), SEED, [(batch, 0)], EXAMPLES, RANK, 5e-3, 64, trunk=False)
     whole = measure(engine.sharding, engine.objective, asked)
     assert engine.objective.trunk is before
     for one, other in zip(ours, whole, strict=True):
         torch.testing.assert_close(one.slopes, other.slopes, rtol=1e-3, atol=2e-3)
 
 
-def test_a_block_goes_together_and_what_stands_alone_by_itself() -> None:
+def test_matrices_that_move_together_add_up() -> None:
+    _, ours = measured(deep(), 5e-4)
+    _, together = measured(deep(), 5e-4, together=2)
+    assert [len(one.group) for one in together] == [2] * 14
+    alone = {one.group[0].name: one for one in ours}
+    for one in together:
+        parts = [alone[matrix.name].slopes for matrix in one.group]
+        expected = torch.stack(parts).sum(dim=0)
+        assert float((one.slopes - expected).norm() / expected.norm()) < 0.01
+
+
+def test_bands_are_of_layers_from_the_last_on_and_others_stand_alone() -> None:
     engine = tezo_ds.initialize(deep(tied=False), {"rank": RANK})
-    sizes = [len(group) for group in blocks(engine.space.matrices)]
-    assert sizes == [1, 7, 7, 7, 7, 1]  # embedding and output layer
+    sizes = [[len(group) for group in band] for band in bands(engine, 3)]
+    assert sizes == [[1], [1] * 7, [3] * 7, [1]]  # embedding, layer 0, layers 1 to 3, output layer
 
 
 def test_what_no_forward_uses_is_refused() -> None:
@@ -142,6 +164,6 @@ def test_labels_are_needed() -> None:
     engine = tezo_ds.initialize(deep(), {"rank": RANK})
     batch = data(EXAMPLES)
     batch["labels"][:] = -100
-    asked = Asked(engine.space.matrices, SEED, [(batch, 0)], EXAMPLES, 1, 1e-3, 8)
+    asked = Asked(bands(engine), SEED, [(batch, 0)], EXAMPLES, 1, 1e-3, 8)
     with pytest.raises(ProbeError, match="no example carries a label"):
         measure(engine.sharding, engine.objective, asked)

@@ -31,7 +31,7 @@ BLOCK = (
     "rank", "rank_threshold", "rank_max", "rho", "seed", "queries", "branch_chunk", "micro_batch",
     "shared_trunk", "include", "exclude", "output_layer", "output_layer_examples",
 )  # fmt: skip
-WIDTH = 160  # columns of the tables, also where stdout is a file
+WIDTH = 200  # columns of the tables, also where stdout is a file
 
 
 @complete
@@ -47,6 +47,13 @@ def probe_layers(
         typer.Option(
             min=1,
             help="columns of U and V to measure each matrix along; its rank: no estimate is made",
+        ),
+    ] = 1,
+    together: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="layers whose matrices of a kind move together, for as many times fewer branches",
         ),
     ] = 1,
     batch_size: Annotated[
@@ -93,7 +100,9 @@ def probe_layers(
         opened.tokenizer, opened.task.train, opened.settings.max_length, opened.mask_token
     )
     OutputLayerFits(opened, encoded, None, display).fit_if_due()
-    found = probe_layers(opened, encoded, Wanted(examples, columns, batch_size, steps), display)
+    found = probe_layers(
+        opened, encoded, Wanted(examples, columns, together, batch_size, steps), display
+    )
     if sharding.place != 0:
         return
     if out is not None:
@@ -102,7 +111,8 @@ def probe_layers(
     if json:
         print(to_json(found.as_json(), indent=1))
         return
+    display.console.width = max(display.console.width, WIDTH)
     for table in found.tables():
-        display.console.print(table, width=WIDTH, crop=False)
+        display.console.print(table)
         display.note("")
     display.note(sentence(found))

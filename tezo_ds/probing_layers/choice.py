@@ -22,10 +22,28 @@ CLOSE = 0.9
 
 @dataclass(frozen=True)
 class Row:
-    """One matrix, its place, and its figures."""
+    """One group of matrices, of one kind, with the places of all of them, and their figures."""
 
-    place: Place
+    places: tuple[Place, ...]
     figures: Figures
+
+    @property
+    def kind(self) -> Place:
+        """The first of the places, which stands for the kind."""
+        return self.places[0]
+
+    @property
+    def layer(self) -> int | None:
+        """The first of the layers; None outside of them."""
+        return self.places[0].layer
+
+    @property
+    def layers(self) -> str:
+        """Indices of the layers, as 3 or 24-29; others where there are none."""
+        first, last = self.places[0].layer, self.places[-1].layer
+        if first is None:
+            return "others"
+        return f"{first}" if first == last else f"{first}-{last}"
 
 
 @dataclass(frozen=True)
@@ -54,16 +72,18 @@ class Candidate:
 
 
 def rows_of(measured: Sequence[Measured], parameters: Sequence[str]) -> list[Row]:
-    """Returns a row for each matrix that was measured; `parameters` are the names of all of the model's."""
-    places = places_of([one.matrix.name for one in measured], parameters)
-    return [Row(p, Figures.of(one)) for p, one in zip(places, measured, strict=True)]
+    """Returns a row for each group that was measured; `parameters` are the names of all of the model's."""
+    return [
+        Row(tuple(places_of([m.name for m in one.group], parameters)), Figures.of(one))
+        for one in measured
+    ]
 
 
 def by_kind(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Returns rows by kind, in the order of the model."""
     kinds: dict[str, list[Row]] = {}
     for row in rows:
-        kinds.setdefault(row.place.kind, []).append(row)
+        kinds.setdefault(row.kind.kind, []).append(row)
     return kinds
 
 
@@ -82,8 +102,8 @@ def candidates(
     found = []
     for count in range(1, len(layers) + 1):
         first = len(layers) - count
-        late = [row for row in rows if row.place.layer is not None and row.place.layer >= first]
-        if not any(row.place.layer == first for row in late):
+        late = [row for row in rows if row.layer is not None and row.layer >= first]
+        if not any(row.layer == first for row in late):
             continue
         groups = [
             (kind, group, Figures.total(row.figures for row in group))
@@ -92,7 +112,7 @@ def candidates(
         groups.sort(key=lambda one: one[2].gains(horizon.batch)[0].item(), reverse=True)
         for best in range(1, len(groups) + 1):
             chosen = [row for _, group, _ in groups[:best] for row in group]
-            if not any(row.place.layer == first for row in chosen):
+            if not any(row.layer == first for row in chosen):
                 continue
             kinds = [kind for kind, _, _ in groups[:best]]
             patterns = _patterns(chosen, kinds, layers[first:], parameters)
@@ -106,7 +126,7 @@ def _patterns(
     chosen: Sequence[Row], kinds: Sequence[str], layers: Sequence[str], parameters: Sequence[str]
 ) -> tuple[str, ...]:
     last = f"last:{len(layers)}"
-    if matching([last], parameters) == {row.place.name for row in chosen}:
+    if matching([last], parameters) == {place.name for row in chosen for place in row.places}:
         return (last,)
     return tuple(globs(kinds, layers))
 
@@ -116,7 +136,7 @@ def _candidate(
 ) -> Candidate:
     figures = Figures.total(row.figures for row in rows)
     decreases = figures.decreases(horizon)
-    names = tuple(row.place.name for row in rows)
+    names = tuple(place.name for row in rows for place in row.places)
     error = standard_error(decreases)
     return Candidate(include, names, figures, first, decreases[0].item(), error)
 

@@ -62,7 +62,7 @@ class Figures:
 
     @classmethod
     def of(cls, one: Measured) -> Figures:
-        """Makes the figures of one matrix; columns that were not measured count as those that were."""
+        """Makes the figures of one group; columns that were not measured count as those that were."""
         slopes, bends, n = one.slopes, one.bends, len(one.slopes)
         less = torch.cat(
             [slopes.new_zeros(1, slopes.shape[1]), slopes]
@@ -74,8 +74,8 @@ class Figures:
         noise = (squares - means) * count / (count - 1)
         bent = bends.sum(dim=1)
         trace = (bent.sum() - torch.cat([bent.new_zeros(1), bent])) / count
-        share = one.matrix.rank / slopes.shape[1]
-        return cls(torch.stack([means - noise / count, noise, trace]) * share, one.matrix.rank)
+        sums = torch.stack([means - noise / count, noise, trace]) / slopes.shape[1]
+        return cls(sums, sum(matrix.rank for matrix in one.group), len(one.group))
 
     @classmethod
     def total(cls, parts: Iterable[Figures]) -> Figures:

@@ -1,25 +1,26 @@
-"""Slopes and bends of every example's loss along columns of each matrix, from forwards alone.
+"""Slopes and bends of every example's loss along columns of matrices, from forwards alone.
 
-Along a unit vector e_k of a matrix's coefficients, with the others left as they are,
+The k-th direction of a group of matrices moves the k-th coefficient of each by ρ√r / √m, r its rank and m
+their number: as far as a step's ρτ moves a matrix. With e_k = Σ √r e_ℓk and ε = ρ / √m,
 
-    slope_ik = (l_i(+ρ) - l_i(-ρ)) / 2ρ             the k-th coefficient of example i's gradient
-    bend_ik  = (l_i(+ρ) + l_i(-ρ) - 2 l_i(0)) / ρ²   the k-th diagonal element of its Hessian
+    slope_ik = (l_i(+ε) - l_i(-ε)) / 2ε              along e_k
+    bend_ik  = (l_i(+ε) + l_i(-ε) - 2 l_i(0)) / ε²   along e_k twice
 
-Unit vectors, because r of them give gradient and trace exactly, where r random τ that all examples share
-leave a relative error of √(2/r) in both at the same number of forwards. Fewer than r columns, scaled by r over
-their number, estimate the same sums, since the columns of U and V are drawn alike.
+Of a single matrix these are √r times a coefficient of the gradient, and r times a diagonal element of the
+Hessian; so the mean over all r columns of the squares, and of the bends, is exact. These are unit vectors, as
+r random τ in their place, shared by all examples, leave an error of √(2/r) for the same number of forwards.
+Fewer columns, and matrices that move together, estimate the same sums: columns of U and V are independent,
+so terms across matrices are 0 on average.
 
-The radius of a unit vector is ρ√r, as long as the part of ρτ that a matrix of rank r gets in a step.
-
-A block's matrices go together: what comes before the block runs once an example.
+Matrices of a band of layers share forwards: what comes before the band runs once an example.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -30,7 +31,6 @@ from tezo_ds.directions.lowrank import FixedFactors
 from tezo_ds.directions.space import CoefficientSpace, Matrix
 from tezo_ds.errors import ProbeError
 from tezo_ds.losses.objective import Objective
-from tezo_ds.patterns import numbered_module
 from tezo_ds.probes import listed
 from tezo_ds.probes.fused import FusedProbe
 from tezo_ds.probing_layers.losses import labelled_rows, losses_of
@@ -42,23 +42,27 @@ Batch = tuple[
 ]  # this rank's examples, and the place of the first among all n
 
 
+Group = Sequence[Matrix]  # matrices that move together
+Band = Sequence[Group]  # groups whose forwards begin at the same block
+
+
 @dataclass(frozen=True)
 class Asked:
     """What to measure.
 
     Attributes:
-        matrices: matrices, in the model's order.
+        bands: all groups of matrices, band by band.
         seed: the run's seed, of U and V.
         batches: this rank's batches, as many on every rank; one without labels where its examples have run
             out.
         examples: n, examples over all ranks.
-        columns: columns of each matrix to measure along, at most its rank.
+        columns: columns to measure along, at most the rank.
         rho: ρ, of N(0, 1) directions.
         at_once: branches in one forward, at least 1.
-        trunk: whether to run what comes before a block once for all branches.
+        trunk: whether to run what comes before a band once for all branches.
     """
 
-    matrices: Sequence[Matrix]
+    bands: Sequence[Band]
     seed: int
     batches: Sequence[Batch]
     examples: int
@@ -68,35 +72,37 @@ class Asked:
     trunk: bool = True
 
     @property
+    def matrices(self) -> list[Matrix]:
+        """All matrices."""
+        return [matrix for band in self.bands for group in band for matrix in group]
+
+    def width(self, group: Group) -> int:
+        """Returns the number of columns that a group is measured along."""
+        return min(self.columns, *(matrix.rank for matrix in group))
+
+    @property
     def branches(self) -> int:
-        """Branches of each example, the centre of each block included."""
-        count = sum(2 * min(self.columns, matrix.rank) for matrix in self.matrices)
-        return count + len(list(blocks(self.matrices)))
+        """Branches of each example, the centre of each band included."""
+        return sum(2 * self.width(group) for band in self.bands for group in band) + len(self.bands)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of one matrix: float64 (n, columns) each, scaled so that the mean over the n examples
+    """What was measured of one group: float64 (n, columns) each, scaled so that the mean over the n examples
     is the derivative of the mean loss."""
 
-    matrix: Matrix
+    group: Group
     slopes: Tensor
     bends: Tensor
-
-
-def blocks(matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
-    """Yields matrices of one block together: of one outermost numbered module; others one at a time."""
-    for _, group in groupby(matrices, key=lambda m: numbered_module(m.name) or m.name):
-        yield list(group)
 
 
 def measure(
     sharding: Sharding, objective: Objective, asked: Asked,
     progress: Callable[[float], None] | None = None,
 ) -> list[Measured]:  # fmt: skip
-    """Measures each matrix; the same result on every rank. All ranks of the world must call it.
+    """Measures each group; the same result on every rank. All ranks of the world must call it.
 
-    Sends 16 n bytes for each column of a block in one message, and n numbers once.
+    Sends a message a band, of 16 n bytes for each column of each group, and n numbers once.
 
     Args:
         sharding: the model; its weights are only read, as they are.
@@ -120,14 +126,14 @@ def measure(
     scale = asked.examples / counts.sum()
     found: list[Measured] = []
     with _left_as_it_was(objective):
-        for group in blocks(asked.matrices):
-            found += _block(sharding, objective, asked, group, scale)
+        for band in asked.bands:
+            found += _band(sharding, objective, asked, band, scale)
             if progress is not None:
-                progress(len(found) / len(asked.matrices))
+                progress(len(found) / sum(map(len, asked.bands)))
     if not any(bool(one.slopes.any()) for one in found):
         raise ProbeError(
-            f"no loss differs at ρ {asked.rho:g} along {found[0].matrix.name} or any other matrix; raise rho, or "
-            "check that they take part in the forward"
+            f"no loss differs at ρ {asked.rho:g} along {names[0]} or any other matrix; raise rho, or check "
+            "that they take part in the forward"
         )
     return found
 
@@ -153,28 +159,20 @@ def _counts(sharding: Sharding, objective: Objective, asked: Asked) -> Tensor:
     return sharding.all_reduce(counts.to(sharding.device)).cpu()
 
 
-def _block(
-    sharding: Sharding, objective: Objective, asked: Asked, group: list[Matrix], scale: Tensor
+def _band(
+    sharding: Sharding, objective: Objective, asked: Asked, band: Band, scale: Tensor
 ) -> list[Measured]:
-    space = CoefficientSpace(group, asked.seed)
+    space = CoefficientSpace([matrix for group in band for matrix in group], asked.seed)
     factors = FixedFactors(space)
     probe = FusedProbe(sharding, factors)
-    widths = [min(asked.columns, matrix.rank) for matrix in group]
-    columns = [
-        space.slices[matrix.name].start + k
-        for matrix, width in zip(group, widths, strict=True)
-        for k in range(width)
-    ]
-    radii = torch.tensor([asked.rho * matrix.rank**0.5 for matrix in group], dtype=torch.float64)
-    radii = radii.repeat_interleave(torch.tensor(widths))  # (columns,)
-    c = torch.zeros(2 * len(columns) + 1, 1, space.numel, dtype=torch.float64)
-    for place, column in enumerate(columns):
-        c[2 * place, 0, column], c[2 * place + 1, 0, column] = radii[place], -radii[place]
+    directions, radii = _directions(asked, band, space)
+    c = torch.zeros(2 * len(radii) + 1, 1, space.numel, dtype=torch.float64)
+    c[:-1:2, 0], c[1:-1:2, 0] = radii[:, None] * directions, -radii[:, None] * directions
     probe.trunk = objective.trunk = Trunk(sharding, space.slices, False) if asked.trunk else None
     pairs = LowRank(c[:2], factors)
     with probe.held(pairs):
         objective.settle(asked.batches[0][0], len(pairs))
-    sums = torch.zeros(2, asked.examples, len(columns), dtype=torch.float64)
+    sums = torch.zeros(2, asked.examples, len(radii), dtype=torch.float64)
     for batch, first in asked.batches:
         losses = _losses(objective, probe, batch, c.split(asked.at_once), factors)
         plus, minus, centre = losses[:-1:2], losses[1:-1:2], losses[-1]  # (columns, B), (B,)
@@ -183,8 +181,22 @@ def _block(
             sums[:, first : first + both.shape[2]] = both.transpose(1, 2)
     sums = sharding.all_reduce(sums.to(sharding.device)).cpu() * scale
     slopes, bends = sums[0] / (2 * radii), sums[1] / radii**2
-    parts = zip(group, slopes.split(widths, 1), bends.split(widths, 1), strict=True)
+    widths = [asked.width(group) for group in band]
+    parts = zip(band, slopes.split(widths, 1), bends.split(widths, 1), strict=True)
     return [Measured(*part) for part in parts]
+
+
+def _directions(asked: Asked, band: Band, space: CoefficientSpace) -> tuple[Tensor, Tensor]:
+    """Returns e_k of every group, float64 (columns, D), and ε of each, (columns,)."""
+    directions, radii = [], []
+    for group in band:
+        for k in range(asked.width(group)):
+            direction = torch.zeros(space.numel, dtype=torch.float64)
+            for matrix in group:
+                direction[space.slices[matrix.name].start + k] = math.sqrt(matrix.rank)
+            directions.append(direction)
+            radii.append(asked.rho / math.sqrt(len(group)))
+    return torch.stack(directions), torch.tensor(radii, dtype=torch.float64)
 
 
 def _losses(

@@ -6,7 +6,9 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+from tezo_ds.directions.space import Matrix
 from tezo_ds.patterns import numbered_layers, numbered_module
+from tezo_ds.probing_layers.measure import Band
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of an expert, within a layer
 
@@ -48,6 +50,24 @@ def places_of(matrices: Sequence[str], parameters: Sequence[str]) -> list[Place]
             rest = name.removeprefix(f"{layer}.")
             found.append(Place(name, index[layer], _NUMBER.sub("*", rest)))
     return found
+
+
+def bands_of(matrices: Sequence[Matrix], parameters: Sequence[str], together: int) -> list[Band]:
+    """Returns matrices in groups that move together, band by band of the layers.
+
+    Args:
+        matrices: matrices, in the model's order.
+        parameters: names of all parameters of the model, in its order.
+        together: layers of a band, counted from the last one; matrices of one kind in a band are a group. A
+            matrix outside of the layers is a group, and a band, by itself.
+    """
+    count = len(numbered_layers(parameters))
+    bands: dict[object, dict[str, list[Matrix]]] = {}
+    places = places_of([matrix.name for matrix in matrices], parameters)
+    for matrix, place in zip(matrices, places, strict=True):
+        band = matrix.name if place.layer is None else (count - 1 - place.layer) // together
+        bands.setdefault(band, {}).setdefault(place.kind, []).append(matrix)
+    return [list(groups.values()) for groups in bands.values()]
 
 
 def globs(kinds: Collection[str], layers: Sequence[str]) -> list[str]:

@@ -22,29 +22,27 @@ def draw(rows: Sequence[Row], batch: int, chosen: Sequence[str], picture: Path) 
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    kinds = list(dict.fromkeys(row.place.short for row in rows))
-    layers = sorted({-1 if row.place.layer is None else row.place.layer for row in rows})
+    kinds = list(dict.fromkeys(row.kind.short for row in rows))
+    layers = list(dict.fromkeys(row.layers for row in rows))
     figure = Figure(figsize=(3 + 0.9 * len(kinds), 2 + 0.19 * len(layers)), layout="constrained")
     FigureCanvasAgg(figure)
     titles = ("s / 2 tr H", f"gain of a step, batch {batch}")
     for axis, size, title in zip(figure.subplots(1, 2), (math.inf, batch), titles, strict=True):
         cells = [[math.nan] * len(kinds) for _ in layers]
         for row in rows:
-            y = layers.index(-1 if row.place.layer is None else row.place.layer)
-            x = kinds.index(row.place.short)
+            y, x = layers.index(row.layers), kinds.index(row.kind.short)
             value = row.figures.gains(size)[0].item()
             cells[y][x] = value if value > 0 else math.nan
             if value > 0 and row.figures.gradient < row.figures.errors[0]:
                 axis.plot(x, y, ".", markersize=2, color="white")
-            if row.place.name in chosen:
+            if row.kind.name in chosen:
                 box = Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="tab:red", lw=0.7)
                 axis.add_patch(box)
         shown = [value for line in cells for value in line if value > 0]
         norm = LogNorm(min(shown, default=0.1), max(shown, default=1.0))
         image = axis.imshow(cells, aspect="auto", cmap="viridis", norm=norm)
         axis.set_xticks(range(len(kinds)), kinds, rotation=60, ha="right", fontsize=7)
-        names = ["others" if layer < 0 else f"{layer}" for layer in layers]
-        axis.set_yticks(range(len(layers)), names, fontsize=6)
+        axis.set_yticks(range(len(layers)), layers, fontsize=6)
         axis.set_ylabel("layer")
         axis.set_title(title, fontsize=9)
         figure.colorbar(image, ax=axis, shrink=0.7)

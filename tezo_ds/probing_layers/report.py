@@ -19,7 +19,7 @@ class Found:
     """All that a probe of the layers found.
 
     Attributes:
-        rows: a row for each matrix.
+        rows: a row for each group of matrices.
         sets: the sets of matrices that were compared.
         chosen: the set to train; None: no set's gain is clear of noise.
         horizon: what was foreseen.
@@ -38,17 +38,20 @@ class Found:
     rho: float
     sequences: int
 
+    @property
+    def matrices(self) -> int:
+        """Number of all matrices."""
+        return sum(row.figures.matrices for row in self.rows)
+
     def tables(self) -> Iterator[Table]:
         """Yields the tables: by kind of matrix, by layer, and of sets that might train."""
-        yield self._table("kind", ((g[0].place.short, g) for g in by_kind(self.rows).values()))
+        yield self._table("kind", ((g[0].kind.short, g) for g in by_kind(self.rows).values()))
         yield self._table("layer", self._by_layer())
         yield self._compared()
 
     def _by_layer(self) -> Iterator[tuple[str, list[Row]]]:
-        layers = {row.place.layer for row in self.rows}
-        for layer in sorted(layers, key=lambda one: -1 if one is None else one):
-            name = "others" if layer is None else f"{layer}"
-            yield name, [row for row in self.rows if row.place.layer == layer]
+        for name in dict.fromkeys(row.layers for row in self.rows):
+            yield name, [row for row in self.rows if row.layers == name]
 
     def _table(self, what: str, groups: Iterator[tuple[str, list[Row]]]) -> Table:
         table = _empty(what, *HEAD)
@@ -89,12 +92,13 @@ class Found:
             "examples": self.examples, "columns": self.columns, "rho": self.rho,
             "batch_size": self.horizon.batch, "directions": self.horizon.steps,
             "sequences": self.sequences, "recommended": recommended,
-            "matrices": {
-                row.place.name: {
-                    "layer": row.place.layer, "kind": row.place.short, **self._fields(row.figures)
+            "groups": [
+                {
+                    "kind": row.kind.short, "layers": row.layers,
+                    "names": [place.name for place in row.places], **self._fields(row.figures),
                 }
                 for row in self.rows
-            },
+            ],
             "sets": [
                 {
                     "include": list(one.include), "decrease": one.decrease,
@@ -143,7 +147,7 @@ def sentence(found: Found) -> str:
         )
     flags = " ".join(f"--include '{pattern}'" for pattern in chosen.include)
     return (
-        f"recommended: {flags}  ({len(chosen.names)} of {len(found.rows)} matrices; foreseen to lower the "
+        f"recommended: {flags}  ({len(chosen.names)} of {found.matrices} matrices; foreseen to lower the "
         f"loss by {chosen.decrease:.3g} ± {chosen.error:.2g} in {found.horizon.steps} directions of batches "
         f"of {found.horizon.batch})"
     )

@@ -6,6 +6,7 @@ the same matrices and measures nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ProbeError
+from tezo_ds.patterns import numbered_layers
 from tezo_ds.probing_layers.files import write
 from tezo_ds.probing_layers.report import Found, sentence
 from tezo_ds.run.folder import RunFolder
@@ -25,7 +27,7 @@ from tezo_ds.training.layers_probe import Wanted, probe_layers
 from tezo_ds.training.output_layer import OutputLayerFits
 from tezo_ds.training.session import Session
 
-EXAMPLES, COLUMNS = 32, 1  # 64 sequences a matrix, and 32 a block, each from its block on
+EXAMPLES, COLUMNS, BANDS = 128, 2, 3
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,9 @@ def choose_matrices(
     fits = OutputLayerFits(session, examples, None, display)
     fits.fit_if_due()
     engine = session.engine
-    wanted = Wanted(EXAMPLES, COLUMNS, options.batch_size, options.steps)
+    layers = len(numbered_layers([name for name, _ in engine.sharding.module.named_parameters()]))
+    together = max(1, math.ceil(layers / BANDS))
+    wanted = Wanted(EXAMPLES, COLUMNS, together, options.batch_size, options.steps)
     found = probe_layers(session, examples, wanted, display)
     if found.chosen is None:
         raise ProbeError(f"include auto: {sentence(found)}, e.g. --include last:6")

@@ -15,6 +15,7 @@ from tezo_ds.errors import ConfigError, ProbeError
 from tezo_ds.probing_layers.choice import candidates, choose, rows_of
 from tezo_ds.probing_layers.figures import LEAST, Horizon
 from tezo_ds.probing_layers.measure import Asked, Batch, measure
+from tezo_ds.probing_layers.names import bands_of
 from tezo_ds.probing_layers.report import Found
 from tezo_ds.tasks.batches import batch_indices, rounds
 from tezo_ds.tasks.encoding import Encoded, collate
@@ -31,12 +32,14 @@ class Wanted:
     Attributes:
         examples: n, at most as many as there are.
         columns: columns of each matrix, at most its rank.
+        together: layers whose matrices of a kind move together.
         batch_size: examples of a step, over all ranks.
         steps: steps of the run that is foreseen.
     """
 
     examples: int
     columns: int
+    together: int
     batch_size: int
     steps: int
 
@@ -70,10 +73,11 @@ def probe_layers(
     config, start = engine.config, time.perf_counter()
     batches = list(_batches(session, examples, n, wanted.batch_size))
     rho = _rho(session, batches[0])
-    asked = Asked(
-        engine.space.matrices, config.seed, batches, n, wanted.columns, rho,
-        config.branch_chunk or 2 * config.queries, config.shared_trunk,
-    )  # fmt: skip
+    shape, parameters = engine.sharding.shape, engine.sharding.module.named_parameters()
+    several = [name for name, parameter in parameters if len(shape(parameter)) > 1]
+    bands = bands_of(engine.space.matrices, several, wanted.together)
+    at_once = config.branch_chunk or 2 * config.queries
+    asked = Asked(bands, config.seed, batches, n, wanted.columns, rho, at_once, config.shared_trunk)
     display.note(
         f"probing {len(asked.matrices)} matrices on {n} examples: {asked.branches:,} branches of each"
     )
@@ -82,10 +86,8 @@ def probe_layers(
     for one in measured:
         if not bool(one.slopes.isfinite().all() and one.bends.isfinite().all()):
             raise ProbeError(
-                f"{one.matrix.name}: a loss is not finite at ρ {rho:g}; lower rho, or exclude the matrix"
+                f"{one.group[0].name}: a loss is not finite at ρ {rho:g}; lower rho, or exclude the matrix"
             )
-    names = [(name, p) for name, p in engine.sharding.module.named_parameters()]
-    several = [name for name, p in names if len(engine.sharding.shape(p)) > 1]
     rows = rows_of(measured, several)
     horizon = Horizon(wanted.batch_size, wanted.steps * config.queries)
     sets = candidates(rows, several, config.include, horizon)
