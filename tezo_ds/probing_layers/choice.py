@@ -90,7 +90,7 @@ def by_kind(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def candidates(
     rows: Sequence[Row], parameters: Sequence[str], include: Sequence[str], horizon: Horizon
 ) -> list[Candidate]:
-    """Returns the sets to choose from, the smallest number of layers first.
+    """Returns the sets to choose from, the smallest number of layers first, and everything last.
 
     Args:
         rows: all that was measured.

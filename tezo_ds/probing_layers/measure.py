@@ -126,10 +126,16 @@ def measure(
     scale = asked.examples / counts.sum()
     found: list[Measured] = []
     with _left_as_it_was(objective):
-        for band in asked.bands:
-            found += _band(sharding, objective, asked, band, scale)
+        done = 0
+
+        def one_batch() -> None:
+            nonlocal done
+            done += 1
             if progress is not None:
-                progress(len(found) / sum(map(len, asked.bands)))
+                progress(done / (len(asked.bands) * len(asked.batches)))
+
+        for band in asked.bands:
+            found += _band(sharding, objective, asked, band, scale, one_batch)
     if not any(bool(one.slopes.any()) for one in found):
         raise ProbeError(
             f"no loss differs at ρ {asked.rho:g} along {names[0]} or any other matrix; raise rho, or check "
@@ -160,8 +166,9 @@ def _counts(sharding: Sharding, objective: Objective, asked: Asked) -> Tensor:
 
 
 def _band(
-    sharding: Sharding, objective: Objective, asked: Asked, band: Band, scale: Tensor
-) -> list[Measured]:
+    sharding: Sharding, objective: Objective, asked: Asked, band: Band, scale: Tensor,
+    one_batch: Callable[[], None],
+) -> list[Measured]:  # fmt: skip
     space = CoefficientSpace([matrix for group in band for matrix in group], asked.seed)
     factors = FixedFactors(space)
     probe = FusedProbe(sharding, factors)
@@ -179,6 +186,7 @@ def _band(
         both = torch.stack([plus - minus, plus + minus - 2 * centre])  # (2, columns, B)
         if len(labelled_rows(objective, batch)):  # and not a filler where examples have run out
             sums[:, first : first + both.shape[2]] = both.transpose(1, 2)
+        one_batch()
     sums = sharding.all_reduce(sums.to(sharding.device)).cpu() * scale
     slopes, bends = sums[0] / (2 * radii), sums[1] / radii**2
     widths = [asked.width(group) for group in band]

@@ -143,7 +143,7 @@ def sentence(found: Found) -> str:
     if chosen is None:
         return (
             f"no set of matrices is foreseen to gain more than a standard error: {found.examples} examples "
-            "are too few; measure more of them, or name include"
+            "are too few to tell"
         )
     flags = " ".join(f"--include '{pattern}'" for pattern in chosen.include)
     return (

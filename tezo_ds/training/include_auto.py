@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 
 from tezo_ds.config import TezoConfig
-from tezo_ds.errors import ProbeError
 from tezo_ds.patterns import numbered_layers
 from tezo_ds.probing_layers.files import write
 from tezo_ds.probing_layers.report import Found, sentence
@@ -68,7 +67,8 @@ def to_measure(config: TezoConfig) -> TezoConfig:
 def choose_matrices(
     session: Session, examples: Sequence[Encoded], options: RunOptions, trunk_cache: str, display: Display
 ) -> Choice:  # fmt: skip
-    """Chooses what trains, and gives the session an engine of it. All ranks must call this.
+    """Chooses what trains, and gives the session an engine of it; of everything, with a warning, where no
+    set's gain is clear of noise. All ranks must call this.
 
     Args:
         session: a session whose engine trains all matrices that may be chosen.
@@ -78,7 +78,7 @@ def choose_matrices(
         display: receiver of notices and progress.
 
     Raises:
-        ProbeError: no set of matrices gains more than a standard error. TezoError: see `probe_layers`.
+        TezoError: see `probe_layers`.
     """
     fits = OutputLayerFits(session, examples, None, display)
     fits.fit_if_due()
@@ -87,10 +87,15 @@ def choose_matrices(
     together = max(1, math.ceil(layers / BANDS))
     wanted = Wanted(EXAMPLES, COLUMNS, together, options.batch_size, options.steps)
     found = probe_layers(session, examples, wanted, display)
-    if found.chosen is None:
-        raise ProbeError(f"include auto: {sentence(found)}, e.g. --include last:6")
-    display.note(f"include auto: {sentence(found)}")
-    names = set(found.chosen.names)
+    chosen = found.chosen
+    if chosen is None:
+        chosen = found.sets[-1]  # which is everything
+        display.note(
+            f"warning: include auto: {sentence(found)}; all {found.matrices} matrices train"
+        )
+    else:
+        display.note(f"include auto: {sentence(found)}")
+    names = set(chosen.names)
     ranks = {m.name: m.rank for m in engine.space.matrices if m.name in names}
     term = engine.output_layer.state
     session.train_only(ranks, engine.config.model_copy(update={"trunk_cache": trunk_cache}))

@@ -132,6 +132,6 @@ def _shown(display: Display) -> Iterator[Callable[[float], None]]:
                 bar(share)
             elif share - told >= 1 / NOTES or share == 1:
                 told, left = share, (time.perf_counter() - start) * (1 / share - 1)
-                display.note(f"probed {share:.0%} of the matrices  eta {left:.0f} s")
+                display.note(f"probed {share:.0%}  eta {left:.0f} s")
 
         yield progress
