@@ -179,8 +179,8 @@ def test_it_goes_with_other_choices(given: Given, tmp_path: Path, more: dict[str
 
 @pytest.mark.usefixtures("late")
 def test_a_cache_keeps_what_comes_before_the_choice(given: Given, tmp_path: Path) -> None:
-    """What is measured has no trunk, what is chosen has one."""
-    assert call(*given.train(tmp_path / "run", **AUTO, trunk_cache="memory")) == 0
+    """ρ is chosen where all may train, which has no trunk; what is chosen has one."""
+    assert call(*given.train(tmp_path / "run", **AUTO, trunk_cache="memory", rho="auto")) == 0
     assert all(".1." in name for name in Run(tmp_path / "run").coefficients)
 
 
