@@ -25,7 +25,7 @@ from tezo_ds.training.layers_probe import refuse_unfit
 pytest_plugins = ("cli_fixtures",)
 
 Captured = pytest.CaptureFixture[str]
-AUTO = {"include": "auto", "objective": "choices", "output_layer": "bias"}
+AUTO = {"include": "auto", "objective": "choices", "output_layer": "bias", "check_every": 2}
 
 
 def probe(given: Given, **options: Any) -> list[str]:
@@ -129,12 +129,13 @@ def test_a_run_trains_what_it_chose(auto: Run, capsys: Captured) -> None:
     assert "accuracy_output_layer" in auto.summary
 
 
-def test_evaluate_and_export_take_what_was_chosen(
+def test_evaluate_export_and_replay_take_what_was_chosen(
     auto: Run, tmp_path: Path, capsys: Captured
 ) -> None:
     with mock.patch.object(layers_probe, "measure", side_effect=AssertionError("measured again")):
         assert_found_again(auto, capsys, 1e-6)
         assert call("export", "--run", auto.path, "--adapter", tmp_path / "adapter") == 0
+        assert call("replay", auto.path, "--verify") == 0
     assert (auto.path / ADAPTER).exists() and (tmp_path / "adapter").exists()
 
 

@@ -22,9 +22,9 @@ point: a bias for each label word is fitted first, unless `--output-layer frozen
 tezo-ds probe-layers --model ./SmolLM2 --task trec --objective choices --out runs/layers
 
 deepspeed --num_gpus 8 --module -- tezo_ds probe-layers --deepspeed ds_configs/zero3_bf16.json \\
-    --model meta-llama/Llama-3.1-8B --task sst2 --examples 64 --out runs/layers
+    --model meta-llama/Llama-3.1-8B --task sst2 --examples 512 --out runs/layers
 
-tezo-ds probe-layers --model ./SmolLM2 --task sst2 --include last:12 --columns 4 --json
+tezo-ds probe-layers --model ./SmolLM2 --task sst2 --include last:12 --together 1 --json
 ```
 """
 BLOCK = (
@@ -41,7 +41,7 @@ def probe_layers(
     deepspeed: DeepSpeed = None,
     examples: Annotated[
         int, typer.Option(min=4, help="training examples to measure on, over all ranks together")
-    ] = 32,
+    ] = 256,
     columns: Annotated[
         int,
         typer.Option(
@@ -50,12 +50,13 @@ def probe_layers(
         ),
     ] = 1,
     together: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=1,
-            help="layers whose matrices of a kind move together, for as many times fewer branches",
+            help="layers whose matrices of a kind move together, for as many times fewer branches; unset: "
+            "a third of all",
         ),
-    ] = 1,
+    ] = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="examples of a step of the run that is foreseen")
     ] = 16,

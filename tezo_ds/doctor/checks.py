@@ -165,6 +165,8 @@ class Examination:
         if self._skeleton is None or isinstance(self._skeleton, Failed) or need is None:
             why = "no --model" if self._skeleton is None else "see model"
             return Row(trunk_cache.CHECK, "unchecked", why)
+        if flags.config.chooses:
+            return Row(trunk_cache.CHECK, "unchecked", "include auto chooses what trains")
         wanted = flags.trunk_cache(self._skeleton, self._meeting.world_size)
         if row := trunk_cache.nothing_to_keep(wanted):
             return row

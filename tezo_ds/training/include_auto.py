@@ -6,7 +6,6 @@ the same matrices and measures nothing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 from torch import Tensor
 
 from tezo_ds.config import TezoConfig
-from tezo_ds.patterns import numbered_layers
 from tezo_ds.probing_layers.files import write
 from tezo_ds.probing_layers.report import Found, sentence
 from tezo_ds.run.folder import RunFolder
@@ -26,7 +24,7 @@ from tezo_ds.training.layers_probe import Wanted, probe_layers
 from tezo_ds.training.output_layer import OutputLayerFits
 from tezo_ds.training.session import Session
 
-EXAMPLES, COLUMNS, BANDS = 128, 2, 3
+EXAMPLES, COLUMNS = 256, 1  # the command's defaults
 
 
 @dataclass(frozen=True)
@@ -83,9 +81,7 @@ def choose_matrices(
     fits = OutputLayerFits(session, examples, None, display)
     fits.fit_if_due()
     engine = session.engine
-    layers = len(numbered_layers([name for name, _ in engine.sharding.module.named_parameters()]))
-    together = max(1, math.ceil(layers / BANDS))
-    wanted = Wanted(EXAMPLES, COLUMNS, together, options.batch_size, options.steps)
+    wanted = Wanted(EXAMPLES, COLUMNS, None, options.batch_size, options.steps)
     found = probe_layers(session, examples, wanted, display)
     chosen = found.chosen
     if chosen is None:

@@ -12,6 +12,7 @@ import torch
 
 from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError, ProbeError
+from tezo_ds.patterns import numbered_layers
 from tezo_ds.probing_layers.choice import candidates, choose, rows_of
 from tezo_ds.probing_layers.figures import LEAST, Horizon
 from tezo_ds.probing_layers.measure import Asked, Batch, measure
@@ -22,6 +23,7 @@ from tezo_ds.tasks.encoding import Encoded, collate
 from tezo_ds.training.display import Display
 from tezo_ds.training.session import Session
 
+BANDS = 3
 NOTES = 10  # lines of progress where no bar is shown
 
 
@@ -32,14 +34,14 @@ class Wanted:
     Attributes:
         examples: n, at most as many as there are.
         columns: columns of each matrix, at most its rank.
-        together: layers whose matrices of a kind move together.
+        together: layers whose matrices of a kind move together; None: a third of all.
         batch_size: examples of a step, over all ranks.
         steps: steps of the run that is foreseen.
     """
 
     examples: int
     columns: int
-    together: int
+    together: int | None
     batch_size: int
     steps: int
 
@@ -75,7 +77,8 @@ def probe_layers(
     rho = _rho(session, batches[0])
     shape, parameters = engine.sharding.shape, engine.sharding.module.named_parameters()
     several = [name for name, parameter in parameters if len(shape(parameter)) > 1]
-    bands = bands_of(engine.space.matrices, several, wanted.together)
+    third = math.ceil(len(numbered_layers(several)) / BANDS)
+    bands = bands_of(engine.space.matrices, several, wanted.together or max(1, third))
     at_once = config.branch_chunk or 2 * config.queries
     asked = Asked(bands, config.seed, batches, n, wanted.columns, rho, at_once, config.shared_trunk)
     display.note(
