@@ -16,6 +16,7 @@ COMMANDS = {
     "replay": ["run"],
     "plan": ["--model", "m", "--world", "2"],
     "doctor": [],
+    "probe-layers": ["--model", "m", "--task", "t"],
 }
 
 
