@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
+from reducing import Reduce, alone, by_ranks
 from torch import Tensor
 
 from tezo_ds.errors import ProbeError
-from tezo_ds.output_layer.fit import FOLD, GRID, TRIFLE, Fitted, States, fit
+from tezo_ds.output_layer.choosing import FOLD
+from tezo_ds.output_layer.fit import GRID, TRIFLE, Fitted, States, fit
 from tezo_ds.output_layer.newton import Product, dot, minimise
-
-Reduce = Callable[[Tensor], Tensor]
 
 
 def made(n: int = 90, words: int = 3, width: int = 5, seed: int = 0) -> States:
@@ -26,10 +23,6 @@ def made(n: int = 90, words: int = 3, width: int = 5, seed: int = 0) -> States:
     noise = torch.randn(n, words, generator=generator)
     truth = ((hidden - 7) @ direction.t() + noise).argmax(dim=1)
     return States(hidden, logits, truth, torch.arange(n) % FOLD == FOLD - 1)
-
-
-def alone(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def newton(states: States, strength: float, bias_alone: bool) -> tuple[Tensor, Tensor]:
@@ -60,27 +53,13 @@ def newton(states: States, strength: float, bias_alone: bool) -> tuple[Tensor, T
 
 def in_parts(states: States, parts: int) -> list[Fitted]:
     """Fits on threads that stand for ranks, and returns what each found."""
-    barrier, box = threading.Barrier(parts), [torch.empty(0)] * parts
-    found: list[Fitted | None] = [None] * parts
 
-    def rank(index: int) -> None:
-        def reduce(tensor: Tensor) -> Tensor:
-            box[index] = tensor.clone()
-            barrier.wait()
-            total = torch.stack(list(box)).sum(dim=0)
-            barrier.wait()
-            return total
-
+    def rank(index: int, reduce: Reduce) -> Fitted:
         rows = slice(len(states.truth) * index // parts, len(states.truth) * (index + 1) // parts)
         own = (states.hidden[rows], states.logits[rows], states.truth[rows], states.held[rows])
-        found[index] = fit(States(*own), False, reduce)
+        return fit(States(*own), False, reduce)
 
-    threads = [threading.Thread(target=rank, args=(i,)) for i in range(parts)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [one for one in found if one is not None]
+    return by_ranks(parts, rank)
 
 
 @pytest.mark.parametrize("bias_alone", [False, True])

@@ -316,20 +316,12 @@ def test_a_file_of_another_run_is_not_taken(given: Given, tmp_path: Path) -> Non
         ({"method": "mezo", "rank": None}, "or add --no-save-model"),
         ({"output_layer_examples": 4}, "output_layer_examples"),
         ({"train_examples": 4}, "a fit needs 5 training examples at least, got 4"),
-        (
-            {"verbalizers": json.dumps({"bad": "so terrible", "good": "great", "mixed": "okay"})},
-            "--output-layer fit needs words of one token each",
-        ),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(
     given: Given, tmp_path: Path, capsys: Captured, options: dict[str, Any], message: str
 ) -> None:
-    arguments = given.train(tmp_path / "run", output_layer="fit", **options)
-    if "verbalizers" in options:  # the last one counts
-        first = arguments.index("--verbalizers")
-        del arguments[first : first + 2]
-    assert call(*arguments) == 2
+    assert call(*given.train(tmp_path / "run", output_layer="fit", **options)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / METRICS).exists()
 

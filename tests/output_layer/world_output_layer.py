@@ -20,11 +20,15 @@ from world_zero3 import ZERO3
 from worlds import World, case
 
 import tezo_ds
+from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError, ShardingError
 from tezo_ds.files.tensors import load
-from tezo_ds.output_layer.fit import FOLD, Fitted, States, fit
-from tezo_ds.output_layer.states import collect
-from tezo_ds.output_layer.term import BIAS, TOKENS, WEIGHT
+from tezo_ds.output_layer.choosing import FOLD
+from tezo_ds.output_layer.fit import Fitted, States, fit
+from tezo_ds.output_layer.language import TokenStates, fit_tokens
+from tezo_ds.output_layer.states import collect, collect_tokens
+from tezo_ds.output_layer.term import BASIS, BIAS, TOKENS, WEIGHT
+from tezo_ds.plan.output_layer import fit_of
 from tezo_ds.run.terms import path_of
 from tezo_ds.sharding import zero3
 
@@ -94,6 +98,69 @@ def every_sharding_finds_the_term_of_one_process(world: World) -> None:
             ours = engine.step(share)
             assert ours.loss == pytest.approx(theirs.loss, rel=1e-4), name
             assert ours.kappa == pytest.approx(theirs.kappa, rel=2e-2, abs=1e-2), name
+
+
+def fitted_to_tokens(engine: tezo_ds.Engine, rank: int, size: int) -> tuple[TokenStates, Fitted]:
+    """Fits a term of rank 5 for a language-model loss to the examples of all ranks, and gives it to the
+    engine."""
+    batch, held = make_batch(EXAMPLES), torch.arange(EXAMPLES) % FOLD == FOLD - 1
+    words = batch["labels"][batch["labels"] >= 0].unique()
+    layer = engine.output_layer.layer
+    assert layer is not None
+    batches = [(part_of(batch, rank, size), held.tensor_split(size)[rank])]
+    with engine.applied(), engine.output_layer.off():
+        states = collect_tokens(engine.objective, layer, batches, words)
+    found = fit_tokens(states, 5, engine.sharding.all_reduce)
+    assert found.basis is not None
+    term = {TOKENS: words, WEIGHT: found.weight, BIAS: found.bias, BASIS: found.basis}
+    engine.output_layer.load(term)
+    return states, found
+
+
+def with_all_tokens(model: nn.Module) -> tezo_ds.Engine:
+    engine = engine_of(model)
+    engine.objective.choices = None
+    return engine
+
+
+@case(worlds=(2, 3))
+def every_sharding_finds_the_term_over_all_tokens(world: World) -> None:
+    for tied in (True, False):
+        alone = with_all_tokens(tiny("llama", tied))
+        alone.sharding.world_size = 1
+        states, expected = fitted_to_tokens(alone, 0, 1)
+        assert expected.basis is not None and float(expected.bias.abs().max()) > 1e-2
+        assert float((expected.weight @ expected.basis).abs().max()) > 1e-3
+        theirs = alone.step(make_batch(7))
+        for name, make in ways().items():
+            engine = with_all_tokens(make(tied))
+            own, found = fitted_to_tokens(engine, world.rank, world.size)
+            torch.testing.assert_close(own.rows, states.rows, rtol=1e-4, atol=1e-5, msg=name)
+            assert found.basis is not None and found.strength == pytest.approx(expected.strength)
+            for part in (found.weight, found.bias, found.basis):
+                assert_equal_on_all_ranks(part)
+            wholes = found.weight @ found.basis, expected.weight @ expected.basis
+            torch.testing.assert_close(*wholes, rtol=1e-2, atol=1e-3, msg=name)
+            engine.check()
+            share = part_of(make_batch(7), world.rank, world.size)
+            ours = engine.step(share)
+            assert ours.loss == pytest.approx(theirs.loss, rel=1e-3), name
+            assert ours.kappa == pytest.approx(theirs.kappa, rel=2e-2, abs=1e-2), name
+
+
+@case(worlds=(2,))
+def a_fit_over_all_tokens_sends_what_it_says(world: World) -> None:
+    engine = with_all_tokens(tiny())
+    states, _ = fitted_to_tokens(engine, world.rank, world.size)
+    with Traffic() as traffic:
+        found = fit_tokens(states, 5, engine.sharding.all_reduce)
+    assert len(traffic.calls) == found.messages
+    largest = max(call.nbytes for call in traffic.calls)
+    assert largest == found.message_bytes == 8 * len(states.rows) * 6
+    config = TezoConfig(output_layer="fit", output_layer_rank=5)
+    planned = fit_of(tiny(), config, world.size, EXAMPLES, 8, None)
+    assert planned is not None
+    assert planned.words >= len(states.rows) and planned.message >= largest
 
 
 @case(worlds=(2, 3), bits=True)

@@ -233,8 +233,9 @@ class TezoConfig(BaseModel):
     )
     output_layer: Literal["frozen", "bias", "fit"] = declared(
         "frozen",
-        "term on the logits of a task's label words, fitted in closed form to hidden states of plain "
-        "forwards: none (frozen), a bias for each word (bias), or a bias and a change of its row (fit)",
+        "term on the logits of a task's label words, or with objective lm of all tokens that are labels, "
+        "fitted in closed form to hidden states of plain forwards: none (frozen), a bias for each word "
+        "(bias), or a bias and a change of its row (fit)",
         group=TRAINS, example="fit",
     )  # fmt: skip
     output_layer_every: int = declared(
@@ -244,6 +245,10 @@ class TezoConfig(BaseModel):
     output_layer_examples: int | None = declared(
         None, "training examples, at most, that the output layer is fitted to; unset: all",
         group=TRAINS, used_by="output_layer bias, fit", example=1000, ge=5,
+    )  # fmt: skip
+    output_layer_rank: int = declared(
+        16, "rank of the rows' changes where all tokens count in the loss (objective lm)", group=TRAINS,
+        used_by="output_layer fit", example=8, ge=1,
     )  # fmt: skip
 
     @field_validator("method")

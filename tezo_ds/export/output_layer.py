@@ -1,5 +1,5 @@
-"""The output layer's term in other tools' formats: ΔW as a LoRA pair of one-hot rows, b as transformers'
-sequence_bias."""
+"""The output layer's term in other tools' formats: ΔW as a LoRA pair, of one-hot rows where it is no product,
+b as transformers' sequence_bias."""
 
 from __future__ import annotations
 
@@ -11,22 +11,26 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from tezo_ds.engine.engine import Engine
-from tezo_ds.output_layer.term import BIAS, TOKENS, WEIGHT
+from tezo_ds.output_layer.term import BASIS, BIAS, TOKENS, WEIGHT
 
 
 def width_of(engine: Engine) -> int:
-    """Returns the rank that the term has as a LoRA pair: the number of label words; 0 without a term."""
-    return len(engine.output_layer.state.get(TOKENS, ()))
+    """Returns the rank that the term has as a LoRA pair: r of a product of rank r, or the number of label
+    words; 0 without a term."""
+    term = engine.output_layer.state
+    return len(term.get(BASIS, term.get(TOKENS, ())))
 
 
 def pair_of(engine: Engine) -> tuple[Tensor, Tensor]:
-    """Returns B, one-hot (vocabulary, C), and A = ΔW, (C, d), for which B A is ΔW at the words' rows."""
+    """Returns B, (vocabulary, r), and A, (r, d), for which B A is ΔW at the words' rows: those of the term,
+    or one-hot rows and ΔW."""
     term, shape = engine.output_layer.state, engine.output_layer.shape
     assert shape is not None, "there is a term"
     tokens, weight = term[TOKENS], term[WEIGHT]
-    outer = torch.zeros(shape[0], len(tokens))
-    outer[tokens, torch.arange(len(tokens))] = 1
-    return outer, weight
+    inner = term.get(BASIS, weight)
+    outer = torch.zeros(shape[0], len(inner))
+    outer[tokens] = weight if BASIS in term else torch.eye(len(tokens))
+    return outer, inner
 
 
 def save_biases(engine: Engine, folder: Path) -> None:
@@ -45,10 +49,10 @@ def save_biases(engine: Engine, folder: Path) -> None:
 
 def not_in_weights(engine: Engine) -> str | None:
     """Returns what of the term is in generation_config.json alone, in one line; None if nothing is."""
-    if not engine.output_layer.state:
+    if not (term := engine.output_layer.state):
         return None
     return (
-        f"the biases of {width_of(engine)} label words are sequence_bias in generation_config.json, which "
+        f"the biases of {len(term[TOKENS])} label words are sequence_bias in generation_config.json, which "
         "generate adds and a forward alone does not"
     )
 

@@ -246,21 +246,31 @@ class Objective:
         Returns, on the CPU, the example that each position belongs to, int64 (k,); the cross-entropy of its
         label, float32 (k,); the logits of the `candidates`, token ids (words,): float32 (k, words).
         """
-        assert self._head is not None, "scores need the default loss"
-        positions, tokens = self._labelled(batch)
         ids = torch.empty(0, dtype=torch.int64) if candidates is None else candidates
         ids = ids.to(self.sharding.device)
 
-        def both(logits: Tensor, part: slice) -> Tensor:
-            loss = F.cross_entropy(self._words(logits[0]), tokens[part], reduction="none")
-            return torch.cat([loss[None, :, None], logits[..., ids].float()], dim=-1)
+        def both(logits: Tensor, tokens: Tensor) -> Tensor:
+            losses = F.cross_entropy(self._words(logits), tokens, reduction="none")
+            return torch.cat([losses[:, None], logits[:, ids].float()], dim=-1)
 
+        rows, result = self.reduced(batch, both)
+        return rows, result[:, 0], result[:, 1:]
+
+    @torch.no_grad()
+    def reduced(
+        self, batch: Mapping[str, Any], of: Callable[[Tensor, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Returns `score`'s examples, (k,), and what `of` gives of logits (j, vocabulary) and labels (j,) of
+        some positions, joined, (k, …); on the CPU."""
+        assert self._head is not None, "scores need the default loss"
+        positions, tokens = self._labelled(batch)
         if self.trunk is not None:
             self.trunk.part = 0
         with self._split(batch, 1, None):  # so that a run without the trunk gives the same bits
-            result = self._head(self.inputs(batch), positions, 1, both)[0].cpu()  # (k, 1 + words)
-        rows = positions.cpu() // batch["labels"].shape[1]
-        return rows, result[:, 0], result[:, 1:]
+            result = self._head(
+                self.inputs(batch), positions, 1, lambda z, part: of(z[0], tokens[part])[None]
+            )
+        return positions.cpu() // batch["labels"].shape[1], result[0].cpu()
 
 
 def micro_batches(batch: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:

@@ -19,23 +19,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tezo_ds.errors import ProbeError
+from tezo_ds.output_layer.choosing import Quality, choose
 from tezo_ds.output_layer.newton import Product, dot, minimise
+from tezo_ds.output_layer.totals import AllReduce, Totals
 
-FOLD = 5  # every fifth example is held out to choose λ
 # λ over the states' mean square, the strongest first; written out, as powers differ by library
 GRID = (
     1.0, 0.31622776601683794, 1e-1, 0.03162277660168379, 1e-2, 0.0031622776601683794, 1e-3,
     0.00031622776601683794, 1e-4, 3.1622776601683795e-05, 1e-5,
 )  # fmt: skip
-WORSE = 2  # values of λ in a row that may be worse than the best before the others are left out
 TRIFLE = 1e-5  # of ‖b‖²
 ROUGHLY, EXACTLY = (
     1e-6,
     1e-9,
 )  # length of the gradient, in variables that curve alike; to choose λ, and then
 CHUNK = 4096  # states at a time in float64
-
-AllReduce = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,25 +59,18 @@ class States:
 
 
 @dataclass(frozen=True)
-class Quality:
-    """Mean cross-entropy among the words, and accuracy, of the examples that are held out."""
-
-    loss: float
-    accuracy: float
-
-
-@dataclass(frozen=True)
 class Fitted:
     """A fitted term, the same bits on every rank.
 
     Attributes:
-        weight: ΔW, float32 (C, d); zero where the bias alone was fitted.
+        weight: ΔW, float32 (C, d); zero where the bias alone was fitted. With a basis B, (C, r).
         bias: b, float32 (C,).
         strength: λ; None where the bias alone was fitted.
-        examples: examples over all ranks.
+        examples: states over all ranks.
         before, after: of the examples that are held out, without the term and with one fitted to the others.
         messages: all-reduces.
         message_bytes: bytes of the largest.
+        basis: A, float32 (r, d), for which ΔW is B A; None: ΔW is the weight.
     """
 
     weight: Tensor
@@ -90,6 +81,7 @@ class Fitted:
     after: Quality
     messages: int
     message_bytes: int
+    basis: Tensor | None = None
 
 
 def fit(states: States, bias_alone: bool, all_reduce: AllReduce) -> Fitted:
@@ -111,30 +103,14 @@ def fit(states: States, bias_alone: bool, all_reduce: AllReduce) -> Fitted:
             "output_layer: a hidden state or logit of the training examples is not finite; try "
             "--dtype float32, or leave it frozen"
         )
-    strength, after = _choose(problem, x, 0.0 if bias_alone else None)
+    strengths = [0.0] if bias_alone else [share * problem.scale for share in GRID]
+    strength, after = choose(problem, x, strengths, ROUGHLY)
     x = problem.least(x, strength, None, EXACTLY)
     weight, bias = problem.term(x)
     return Fitted(
         weight, bias, None if bias_alone else strength, problem.counts[0], before, after,
-        problem.messages, problem.message_bytes,
+        problem.totals.messages, problem.totals.message_bytes,
     )  # fmt: skip
-
-
-def _choose(problem: _Problem, x: Tensor, given: float | None) -> tuple[float, Quality]:
-    """Chooses λ by the examples that are held out: returns it and how well the others' fit does there."""
-    best: tuple[float, Quality] | None = None
-    worse = 0
-    for strength in [given] if given is not None else [g * problem.scale for g in GRID]:
-        x = problem.least(x, strength, False, ROUGHLY)  # begun where the stronger ridge ended
-        quality = problem.quality(x)
-        if best is None or quality.loss < best[1].loss:
-            best, worse = (strength, quality), 0
-        else:
-            worse += 1
-        if worse == WORSE:
-            break
-    assert best is not None
-    return best
 
 
 class _Problem:
@@ -147,8 +123,8 @@ class _Problem:
     """
 
     def __init__(self, states: States, bias_alone: bool, all_reduce: AllReduce) -> None:
-        self._states, self._alone, self._reduce = states, bias_alone, all_reduce
-        self.messages = self.message_bytes = 0
+        self._states, self._alone = states, bias_alone
+        self.totals = self._total = Totals(all_reduce)
         self._words, self._width = states.logits.shape[1], states.hidden.shape[1]
         device = states.hidden.device
         held = states.held.sum().double()
@@ -283,9 +259,3 @@ class _Problem:
             part = slice(start, start + CHUNK)
             total += of(hidden[part].double(), part)
         return total
-
-    def _total(self, part: Tensor) -> Tensor:
-        """Returns the sum over ranks, on the CPU: the same bits on all."""
-        self.messages += 1
-        self.message_bytes = max(self.message_bytes, part.nbytes)
-        return self._reduce(part).cpu()

@@ -21,12 +21,18 @@ Slopes = Callable[[Tensor], tuple[Tensor, Product]]
 
 def dot(a: Tensor, b: Tensor) -> float:
     """Returns the inner product of two vectors, with the same bits on any processor."""
-    products = a * b
-    while len(products) > 1:
-        half = len(products) // 2
-        halves = products[:half] + products[half : 2 * half]
-        products = torch.cat([halves, products[2 * half :]])
-    return float(products[0])
+    return float(by_halves(a * b))
+
+
+def by_halves(numbers: Tensor) -> Tensor:
+    """Returns sums along the last dim, (…, n) -> (…,), with the same bits on any processor; 0 of nothing."""
+    if not numbers.shape[-1]:
+        return numbers.sum(dim=-1)
+    while (count := numbers.shape[-1]) > 1:
+        half = count // 2
+        halves = numbers[..., :half] + numbers[..., half : 2 * half]
+        numbers = torch.cat([halves, numbers[..., 2 * half :]], dim=-1)
+    return numbers[..., 0]
 
 
 def minimise(slopes: Slopes, start: Tensor, tolerance: float) -> Tensor:

@@ -1,24 +1,38 @@
-"""Hidden states before the output layer, and the words' logits, by plain forwards."""
+"""Hidden states before the output layer, and what is to be known of their logits, by plain forwards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tezo_ds.errors import ConfigError
+from tezo_ds.losses.head import CHUNK_NUMEL
 from tezo_ds.losses.objective import IGNORE, Objective, targets
 from tezo_ds.output_layer.fit import States
+from tezo_ds.output_layer.language import TokenStates
+
+Batches = Iterable[tuple[Mapping[str, Any], Tensor]]
+Of = Callable[[Tensor, Tensor], Tensor]
 
 
 class _Seen:
-    """What an output layer was last given, and what it returned; by hooks, which the probes leave alone."""
+    """What an output layer was last given, and what it returned; by hooks, which the probes leave alone.
 
-    def __init__(self, layer: nn.Module, stack: ExitStack) -> None:
+    Args:
+        layer: the output layer.
+        words: tokens whose rows are to be known, int64 (words,), or none.
+        stack: its end takes the hooks away.
+    """
+
+    def __init__(self, layer: nn.Module, words: Tensor, stack: ExitStack) -> None:
         self.hidden = self.logits = torch.empty(0)
+        self.rows = self.offset = torch.empty(0)
+        self._words, self._project = words, layer.forward  # with what probes add to it
+        # The last of all that come before the layer, so its weight is gathered then.
         before = layer.register_forward_pre_hook(self._before, with_kwargs=True)
         after = layer.register_forward_hook(self._after)
         stack.callback(before.remove)
@@ -26,14 +40,35 @@ class _Seen:
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.hidden = next(iter((*args, *kwargs.values())))  # (B, T, d)
+        if len(self._words) > len(self.rows):
+            self._know_rows()
 
     def _after(self, _: nn.Module, args: tuple[Any, ...], logits: Tensor) -> None:
         self.logits = logits
 
+    def _know_rows(self) -> None:
+        """Reads the words' rows off the layer's results for one-hot states."""
+        width, like = self.hidden.shape[-1], self.hidden
+        words = self._words.to(like.device)
+        offset = self._project(like.new_zeros(1, 1, width))[0, 0]  # (vocabulary,)
+        self.offset, each = offset[words], max(1, CHUNK_NUMEL // len(offset))
+        ones = torch.eye(width, dtype=like.dtype, device=like.device).split(each)
+        columns = [self._project(part[None])[0][:, words] - self.offset for part in ones]
+        self.rows = torch.cat(columns).t().contiguous()  # (words, d)
+
+
+class _Part(NamedTuple):
+    """Positions with a label, of one batch: hidden states (k, d), tokens (k,), whether they are held out
+    (k,), and what was made of their logits (k, …); all on the model's device."""
+
+    hidden: Tensor
+    tokens: Tensor
+    held: Tensor
+    made: Tensor
+
 
 def collect(
-    objective: Objective, layer: nn.Module, batches: Iterable[tuple[Mapping[str, Any], Tensor]],
-    words: Tensor,
+    objective: Objective, layer: nn.Module, batches: Batches, words: Tensor
 ) -> States:  # fmt: skip
     """Runs batches, as many on every rank, and keeps a state for each position with a label.
 
@@ -46,36 +81,73 @@ def collect(
     Raises:
         ConfigError: the model goes on to change what its output layer returns, or does not use it.
     """
-    hidden, logits, truth, held = [], [], [], []
-    sharding, changed = objective.sharding, False
     with ExitStack() as stack:
-        seen = _Seen(layer, stack)
-        for batch, out in batches:
-            wanted = targets(sharding.module, batch["labels"]).reshape(-1)
-            positions = (wanted != IGNORE).nonzero()[:, 0]
-            rows, _, found = objective.score(batch, words)
-            mode = objective.head_mode
-            if mode == "whole":
-                break
-            states = seen.hidden.reshape(-1, seen.hidden.shape[-1])
-            hidden.append(states[positions.to(states.device)])
-            if mode == "chosen":  # (1, k, vocabulary), as the model goes on with them
-                own = seen.logits[0][:, words.to(states.device)].float().cpu()
-                changed |= not torch.equal(own, found)
-            logits.append(found.to(states.device))
-            truth.append((wanted[positions][:, None] == words).int().argmax(dim=1))
-            held.append(out[rows])
+        seen = _Seen(layer, words[:0], stack)
+
+        def chosen(logits: Tensor, _: Tensor) -> Tensor:
+            return logits[:, words.to(logits.device)].float()
+
+        parts = _joined(_parts(objective, seen, batches, chosen))
+    return States(parts.hidden, parts.made, _index_in(words, parts.tokens), parts.held)
+
+
+def collect_tokens(
+    objective: Objective, layer: nn.Module, batches: Batches, words: Tensor
+) -> TokenStates:
+    """Runs batches as `collect` does, for losses over the whole vocabulary.
+
+    Args:
+        objective: of the model, whose term is off.
+        layer: the model's output layer.
+        batches: batch, and which of its examples are held out, bool (examples,).
+        words: token ids in ascending order, int64 (words,), one of which is each label.
+
+    Raises:
+        ConfigError: the model goes on to change what its output layer returns, or does not use it.
+    """
+
+    def others(logits: Tensor, _: Tensor) -> Tensor:
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+        wide[:, words.to(logits.device)] = -torch.inf
+        return torch.stack([wide.logsumexp(dim=1), wide.amax(dim=1)], dim=1)
+
+    with ExitStack() as stack:
+        seen = _Seen(layer, words, stack)
+        parts = _joined(_parts(objective, seen, batches, others))
+    truth = _index_in(words, parts.tokens)
+    return TokenStates(parts.hidden, parts.made, truth, parts.held, seen.rows, seen.offset)
+
+
+def _parts(objective: Objective, seen: _Seen, batches: Batches, of: Of) -> Iterator[_Part]:
+    sharding, changed = objective.sharding, False
+    for batch, out in batches:
+        wanted = targets(sharding.module, batch["labels"]).reshape(-1)
+        positions = (wanted != IGNORE).nonzero()[:, 0]
+        rows, made = objective.reduced(batch, of)
+        mode = objective.head_mode
+        if mode == "whole":
+            break
+        states = seen.hidden.reshape(-1, seen.hidden.shape[-1])
+        device = states.device
+        if mode == "chosen":  # (1, k, vocabulary), as the model goes on with them
+            own = of(seen.logits[0], wanted[positions].to(device))
+            changed |= not torch.equal(own.cpu(), made)
+        found = (wanted[positions], out[rows], made)
+        yield _Part(states[positions.to(device)], *(part.to(device) for part in found))
     if objective.head_mode == "whole":  # by the model's code, so on all ranks alike
         raise _unfit(sharding.module, "does not take its logits from its output layer as they are")
     if sharding.maxima([changed])[0]:
         raise _unfit(sharding.module, "goes on to change what its output layer returns")
-    device = hidden[0].device
-    return States(
-        torch.cat(hidden),
-        torch.cat(logits),
-        torch.cat(truth).to(device),
-        torch.cat(held).to(device),
-    )
+
+
+def _joined(parts: Iterable[_Part]) -> _Part:
+    return _Part(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _index_in(words: Tensor, tokens: Tensor) -> Tensor:
+    """Returns the place of each token among the words, each of which is there: int64 (k,)."""
+    ascending, order = words.to(tokens.device).sort()
+    return order[torch.searchsorted(ascending, tokens)]
 
 
 def _unfit(module: nn.Module, why: str) -> ConfigError:

@@ -1,4 +1,5 @@
-"""The term on the label words' logits: z'_c = z_c + ΔW_c·h + b_c, in every forward of the model.
+"""The term on the label words' logits: z'_c = z_c + ΔW_c·h + b_c, in every forward of the model; ΔW may be
+a product B A of rank r.
 
 It stands within the output layer's own forward, underneath whatever else replaces that for a time (the
 probes, chunks of chosen positions), so each branch's h gets it and generation sees it as well. Where
@@ -21,7 +22,10 @@ from tezo_ds.models.structure import embeddings
 from tezo_ds.sharding.base import Sharding
 
 TOKENS, WEIGHT, BIAS = "output_layer.tokens", "output_layer.weight", "output_layer.bias"
+BASIS = "output_layer.basis"
 INSTEAD = "export an adapter (tezo-ds export --adapter)"
+
+_PARTS = (TOKENS, WEIGHT, BIAS, BASIS)
 
 
 def due_by(config: TezoConfig, done: int) -> int:
@@ -50,12 +54,15 @@ class OutputTerm:
         self._sharding = sharding
         self.layer = embeddings(sharding.module, "output")
         self._loaded: dict[str, Tensor] = {}
-        self._placed: tuple[Any, ...] | None = None  # (device and dtype, tokens, weight, bias)
+        self._placed: tuple[Any, ...] | None = (
+            None  # ((device, dtype), tokens, weight, bias, basis or None)
+        )
         self._attached = self._off = False
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """Tokens int64 (C,), ΔW float32 (C, d) and b float32 (C,) by name; {} where nothing is added."""
+        """Tokens int64 (C,), ΔW float32 (C, d) and b float32 (C,) by name; {} where nothing is added. In
+        the place of ΔW may be B (C, r), with A (r, d) beside it."""
         return dict(self._loaded)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -65,11 +72,14 @@ class OutputTerm:
             ConfigError: the term is of another model.
         """
         self._placed = None
-        self._loaded = {name: tensors[name] for name in (TOKENS, WEIGHT, BIAS) if name in tensors}
+        self._loaded = {name: tensors[name] for name in _PARTS if name in tensors}
         if not self._loaded:
             return
         shape = self.shape
-        tokens, width = self._loaded[TOKENS], self._loaded[WEIGHT].shape[1]
+        tokens, (_, width) = (
+            self._loaded[TOKENS],
+            self._loaded.get(BASIS, self._loaded[WEIGHT]).shape,
+        )
         if shape is None or shape[1] != width or int(tokens.max()) >= shape[0]:
             raise ConfigError(
                 f"output_layer: fitted for hidden states of {width} numbers, and this model's output layer "
@@ -107,11 +117,13 @@ class OutputTerm:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         key = (hidden.device, wide)
         if self._placed is None or self._placed[0] != key:
-            tokens, weight, bias = self._loaded.values()
-            tokens = tokens.to(hidden.device)
-            self._placed = key, tokens, *(x.to(hidden.device, wide) for x in (weight, bias))
-        _, tokens, weight, bias = self._placed
-        term = F.linear(hidden.to(wide), weight, bias)  # (…, C)
+            tokens = self._loaded[TOKENS].to(hidden.device)
+            parts = [self._loaded.get(name) for name in (WEIGHT, BIAS, BASIS)]
+            placed = [None if x is None else x.to(hidden.device, wide) for x in parts]
+            self._placed = key, tokens, *placed
+        _, tokens, weight, bias, basis = self._placed
+        inner = hidden.to(wide) if basis is None else F.linear(hidden.to(wide), basis)
+        term = F.linear(inner, weight, bias)  # (…, C)
         logits[..., tokens] = (logits[..., tokens] + term).to(logits.dtype)
         return logits
 
@@ -182,7 +194,9 @@ class OutputTerm:
         """Adds ΔW to the rows of a gathered weight, and b to a gathered bias, if these are its names."""
         if not self._loaded:
             return
-        tokens, weight, bias = self._loaded.values()
+        tokens, weight, bias = (self._loaded[name] for name in (TOKENS, WEIGHT, BIAS))
+        if BASIS in self._loaded:
+            weight = weight @ self._loaded[BASIS]
         for name, part in ((f"{self.path}.weight", weight), (f"{self.path}.bias", bias)):
             if name in names:
                 tensor[tokens] = (tensor[tokens] + part).to(tensor.dtype)

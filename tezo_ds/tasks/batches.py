@@ -47,6 +47,12 @@ def lane_indices(
     return found
 
 
+def lane_places(count: int, batch_size: int, rank: int, world_size: int) -> list[int]:
+    """Returns which of the first epoch's first `count` places `lane_indices` gives to a rank."""
+    share = shard_range(batch_size, rank, world_size)
+    return [place for place in range(count) if place % batch_size in share]
+
+
 @lru_cache(
     maxsize=256
 )  # a batch may lie across the end of an epoch; each lane has an order of its own

@@ -34,6 +34,13 @@ class Encoded:
     """The token that a masked model gets in the place of each label; None: the model gets the labels."""
 
 
+def labels_of(encoded: Encoded) -> list[int]:
+    """Returns a sequence's labels; the first token of all has nothing before it to be predicted by, but for
+    a masked model."""
+    start = encoded.label_start if encoded.mask is not None else max(1, encoded.label_start)
+    return encoded.input_ids[start : encoded.label_end]
+
+
 def truncations(encoded: Sequence[Encoded]) -> int:
     """Returns how many sequences lost a part of their prompt, to be reported to the user."""
     return sum(e.truncated > 0 for e in encoded)

@@ -102,7 +102,7 @@ class _Training:
         engine = session.engine
         self._evaluator = session.evaluator()
         self.base: str | None = None
-        self.fits = OutputLayerFits(session, examples, folder, display)
+        self.fits = OutputLayerFits(session, examples, folder, display, options.batch_size)
         # Without a token to pad with, unlike the session's. Here, as rank 0 alone writes the adapter.
         asked = session.settings
         self._tokenizer = load_tokenizer(asked.model, pad=False, trust=asked.trust_remote_code)
@@ -213,6 +213,9 @@ class _Training:
             return
         self._display.note(takes)
         first_epoch = math.ceil(len(self._examples) / self._options.batch_size)
+        if self.fits.filled:  # before any step
+            for batch, _ in self.fits.batches():
+                trunk.fill(batch, engine.objective.inputs(batch))
         if again := min(engine.step_index, first_epoch):
             with self._display.evaluation("filling the trunk cache") as progress:
                 for step in range(again):

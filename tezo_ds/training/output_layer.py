@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,15 +12,18 @@ from torch import Tensor
 
 from tezo_ds.errors import ConfigError
 from tezo_ds.files.tensors import digest
-from tezo_ds.output_layer.fit import FOLD, Fitted, States, fit
-from tezo_ds.output_layer.states import collect
-from tezo_ds.output_layer.term import BIAS, TOKENS, WEIGHT, due_by
+from tezo_ds.output_layer.choosing import FOLD
+from tezo_ds.output_layer.fit import Fitted, fit
+from tezo_ds.output_layer.language import fit_tokens
+from tezo_ds.output_layer.states import Batches, collect, collect_tokens
+from tezo_ds.output_layer.term import BASIS, BIAS, TOKENS, WEIGHT, due_by
 from tezo_ds.run.folder import RunFolder
 from tezo_ds.run.terms import save_term
-from tezo_ds.tasks.batches import batch_indices, rounds
-from tezo_ds.tasks.encoding import Encoded, collate
+from tezo_ds.tasks.batches import batch_indices, lane_places, shard_range
+from tezo_ds.tasks.encoding import Encoded, collate, labels_of
 from tezo_ds.training.display import Display
 from tezo_ds.training.session import Session
+from tezo_ds.trunk.trunk import EXAMPLE_IDS
 
 
 def refuse_unfit(session: Session, saves: bool) -> None:
@@ -46,9 +50,10 @@ class OutputLayerFits:
     """
 
     def __init__(
-        self, session: Session, examples: Sequence[Encoded], folder: RunFolder | None, display: Display
+        self, session: Session, examples: Sequence[Encoded], folder: RunFolder | None, display: Display,
+        batch_size: int,
     ) -> None:  # fmt: skip
-        self._session, self._examples = session, examples
+        self._session, self._examples, self._batch_size = session, examples, batch_size
         self._folder, self._display = folder, display
         self._engine = session.engine
         self.found: dict[str, Any] | None = None
@@ -82,67 +87,103 @@ class OutputLayerFits:
         if config.output_layer == "frozen" or due_by(config, done) != done or self._kept == done:
             return False
         start = time.perf_counter()
-        states = self._states()
-        fitted = fit(states, config.output_layer == "bias", self._reduce)
+        fitted, nbytes = self._fitted()
         term = {TOKENS: self._words.cpu(), WEIGHT: fitted.weight, BIAS: fitted.bias}
+        if fitted.basis is not None:
+            term[BASIS] = fitted.basis
         engine.output_layer.load(term)
         engine.check()
         if self._folder is not None:
             save_term(self._folder, done, term)
-        self._tell(done, states, fitted, digest(term), time.perf_counter() - start)
+        self._tell(done, nbytes, fitted, digest(term), time.perf_counter() - start)
         return True
 
-    def _tell(
-        self, done: int, states: States, fitted: Fitted, digested: str, seconds: float
-    ) -> None:
-        before, after = fitted.before, fitted.after
+    def _tell(self, done: int, nbytes: int, fitted: Fitted, digested: str, seconds: float) -> None:
+        before, after, count = fitted.before, fitted.after, self._count
         self.found = {
-            "after_steps": done, "digest": digested, "examples": fitted.examples,
-            "ridge": fitted.strength, "held_out_loss_before": before.loss,
+            "after_steps": done, "digest": digested, "examples": count, "states": fitted.examples,
+            "words": len(fitted.bias), "ridge": fitted.strength, "held_out_loss_before": before.loss,
             "held_out_loss_after": after.loss, "held_out_accuracy_before": before.accuracy,
-            "held_out_accuracy_after": after.accuracy, "seconds": round(seconds, 2),
+            "held_out_accuracy_after": after.accuracy, "bytes_of_states": nbytes,
+            "messages": fitted.messages, "message_bytes": fitted.message_bytes,
+            "seconds": round(seconds, 2),
         }  # fmt: skip
+        what = f"{count} examples"
+        if fitted.basis is not None:
+            self.found["rank"] = rank = len(fitted.basis)
+            by_rank = f", rank {rank}" if rank else ""
+            what = f"{fitted.examples:,} labels of {what}, {len(fitted.bias):,} words{by_rank}"
         ridge = "" if fitted.strength is None else f", λ {fitted.strength:.3g}"
         ranks = self._engine.sharding.world_size
         sent = f", {fitted.messages} messages of {fitted.message_bytes:,} bytes at most"
         self._display.note(
-            f"output layer: {self._engine.config.output_layer} to {fitted.examples} examples{ridge}; of the "
+            f"output layer: {self._engine.config.output_layer} to {what}{ridge}; of the "
             f"fifth held out loss {before.loss:.4f} → {after.loss:.4f}, accuracy {before.accuracy:.1%} → "
-            f"{after.accuracy:.1%}; {seconds:.1f} s, {states.nbytes:,} bytes of states a rank"
+            f"{after.accuracy:.1%}; {seconds:.1f} s, {nbytes:,} bytes of states a rank"
             f"{sent if ranks > 1 else ''}"
         )
 
-    @property
+    @cached_property
     def _words(self) -> Tensor:
-        assert self._session.words is not None, "the session's own check"
-        return self._session.words
+        """The words of the term: the task's, or in ascending order the tokens that are labels of the examples
+        that it is fitted to."""
+        if self._session.words is not None:
+            return self._session.words
+        order = batch_indices(len(self._examples), self._count, 0, self._engine.config.seed, 0, 1)
+        chosen = (self._examples[i] for i in order)
+        return torch.tensor(sorted({token for e in chosen for token in labels_of(e)}))
 
     def _reduce(self, part: Tensor) -> Tensor:
         return self._engine.sharding.all_reduce(part)
 
-    def _states(self) -> States:
-        """Collects this rank's states at the present weights and coefficients, without the term."""
-        engine, trunk = self._engine, self._engine.objective.trunk
-        layer = engine.output_layer.layer
+    def _fitted(self) -> tuple[Fitted, int]:
+        """Fits to states at the present weights and coefficients, without the term, and returns the bytes of
+        this rank's, too."""
+        engine, words, batches = self._engine, self._words, self.batches()
+        objective, config, layer = engine.objective, engine.config, engine.output_layer.layer
         assert layer is not None, "refused before"
+        alone = config.output_layer == "bias"
         with engine.applied(), engine.output_layer.off():
-            if trunk is None:
-                return collect(engine.objective, layer, self._batches(), self._words)
-            with trunk.using(None):  # as one of the examples' other places in the cache
-                return collect(engine.objective, layer, self._batches(), self._words)
+            if self._session.words is not None:
+                states = collect(objective, layer, batches, words)
+            else:
+                tokens = collect_tokens(objective, layer, batches, words)
+        if self._session.words is not None:
+            return fit(states, alone, self._reduce), states.nbytes
+        rank = 0 if alone else config.output_layer_rank
+        return fit_tokens(tokens, rank, self._reduce), tokens.nbytes
 
-    def _batches(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Yields this rank's examples in the order of the first epoch, and which are held out."""
-        engine, size = self._engine, self._session.settings.eval_batch_size
+    @property
+    def _count(self) -> int:
+        """Number of examples that the term is fitted to, over all ranks."""
+        total = len(self._examples)
+        return min(total, self._engine.config.output_layer_examples or total)
+
+    @property
+    def filled(self) -> bool:
+        """Whether a fit of an earlier process was the first to fill the trunk's cache."""
+        return self._kept is not None
+
+    def batches(self) -> Batches:
+        """Yields this rank's examples in the order of the first epoch, and which are held out. With a trunk
+        cache each is on the rank whose steps have it."""
+        engine, size, n = self._engine, self._session.settings.eval_batch_size, self._count
         config, sharding = engine.config, engine.sharding
-        n = min(len(self._examples), config.output_layer_examples or len(self._examples))
-        rank, world = sharding.rank, sharding.world_size
-        mine = batch_indices(len(self._examples), n, 0, config.seed, rank, world)
-        first = n * rank // world  # place of this rank's first example
-        for index in range(rounds(n, size, world)):
-            part = mine[index * size : (index + 1) * size]
+        order = batch_indices(len(self._examples), n, 0, config.seed, 0, 1)
+        cached, lanes = config.trunk_cache != "off", self._batch_size
+        shares = [
+            list(lane_places(n, lanes, rank, sharding.world_size))
+            if cached
+            else list(shard_range(n, rank, sharding.world_size))
+            for rank in range(sharding.world_size)
+        ]
+        mine = shares[sharding.rank]
+        for start in range(0, max(map(len, shares)), size):
+            places = mine[start : start + size]
+            chosen = [order[place] for place in places]
             batch = collate(
-                [self._examples[i] for i in part], self._session.pad_id, filler=self._examples[0]
+                [self._examples[i] for i in chosen], self._session.pad_id, filler=self._examples[0]
             )
-            places = first + index * size + torch.arange(max(1, len(part)))
-            yield batch, places % FOLD == FOLD - 1
+            if cached:
+                batch[EXAMPLE_IDS] = torch.tensor(chosen or [0])
+            yield batch, torch.tensor(places or [0]) % FOLD == FOLD - 1

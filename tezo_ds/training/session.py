@@ -31,8 +31,6 @@ from tezo_ds.tasks import TaskData, first_tokens, load_task
 from tezo_ds.tasks.encoding import mask_token
 from tezo_ds.tasks.evaluation import Evaluator
 
-_OTHER = {"--objective": "lm", "--output-layer": "frozen"}  # values that need no words of one token
-
 
 @dataclass
 class Session:
@@ -44,7 +42,7 @@ class Session:
         tokenizer: the model's.
         task: the examples.
         pad_id: token that pads a batch, masked out wherever it does.
-        words: tokens of the label words, int64 (words,); None where a run asks for none.
+        words: tokens of the label words, int64 (words,), where they alone count in the loss; None: all do.
     """
 
     settings: Settings
@@ -119,9 +117,7 @@ def open_session(
     engine = _open_engine(s, config, deepspeed_config, ranks)
     words = None
     if s.objective == "choices":
-        words = engine.objective.choices = _choices(tokenizer, task, "--objective choices")
-    elif batch_size and engine.config.output_layer != "frozen":
-        words = _choices(tokenizer, task, f"--output-layer {config.output_layer}")
+        words = engine.objective.choices = _choices(tokenizer, task)
     model = engine.sharding.module
     s = s.model_copy(update={"max_length": fitting_length(model, s.max_length)})
     rows, train = embedding_rows(model), task.train if batch_size else []
@@ -213,8 +209,8 @@ def open_result(
     return Finished(settings, config, result, base_model, source)
 
 
-def _choices(tokenizer: PreTrainedTokenizerBase, task: TaskData, wanted: str) -> Tensor:
-    """Returns the token of each verbaliser's word, which `wanted`, a flag, needs.
+def _choices(tokenizer: PreTrainedTokenizerBase, task: TaskData) -> Tensor:
+    """Returns the token of each verbaliser's word, which --objective choices needs.
 
     Raises:
         ConfigError: one token does not tell the words apart.
@@ -225,8 +221,8 @@ def _choices(tokenizer: PreTrainedTokenizerBase, task: TaskData, wanted: str) ->
     if tokens is None:
         shown = f"{words}" if len(words) <= 10 else f"the {len(words)} words {words[:3]} …"
         raise ConfigError(
-            f"{wanted} needs words of one token each, all different; {shown} are not "
-            f"for this tokenizer: choose others, or use {wanted.split()[0]} {_OTHER[wanted.split()[0]]}"
+            f"--objective choices needs words of one token each, all different; {shown} are not for this "
+            "tokenizer: choose others, or use --objective lm"
         )
     return torch.tensor(tokens)
 
