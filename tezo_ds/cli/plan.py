@@ -32,7 +32,8 @@ tezo-ds plan --model ./my-model --world 16 --gpu a100-40g --length 2048 --querie
 """
 BLOCK = (
     "method", "rank", "queries", "placement", "probe", "branch_chunk", "micro_batch", "shared_trunk",
-    "trunk_cache", "trunk_cache_gib", "include", "exclude", "train_vectors",
+    "trunk_cache", "trunk_cache_gib", "include", "exclude", "train_vectors", "output_layer",
+    "output_layer_every", "output_layer_examples", "output_layer_rank",
 )  # fmt: skip
 HARDWARE = "Overrides of --gpu and of what is assumed"
 
@@ -70,7 +71,14 @@ def plan(
     train_examples: Annotated[
         int | None,
         typer.Option(
-            min=1, help="training examples of all ranks together, for what trunk_cache takes"
+            min=1,
+            help="training examples of all ranks together, for what trunk_cache and output_layer take",
+        ),
+    ] = None,
+    words: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="label words, for output_layer with --objective choices; unset: of lm"
         ),
     ] = None,
     mean_tokens: Annotated[
@@ -132,16 +140,24 @@ def plan(
 
     quieten()
     from tezo_ds.plan import columns as plans
-    from tezo_ds.plan import report, trunk_table
+    from tezo_ds.plan import output_layer, report, trunk_table
 
     job = _job(given)
     found = plans.columns(job, overlap)
     warnings = plans.advice(job, found[0])
     ways, kept = trunk_table.ways(job, overlap), trunk_table.kept(job, train_examples, mean_tokens)
+    examples, fit = train_examples or job.config.output_layer_examples, None
+    if examples is not None:
+        fit = output_layer.fit_of(job.module, job.config, world, examples, labels, words)
+    elif job.config.output_layer != "frozen":
+        warnings.append("output_layer: name --train-examples for what a fit takes")
+    takes = output_layer.seconds(job, fit) if fit else 0.0
     counted = None
     if not as_json:
         report.show(job, found, f"{model} on {world} x {gpu}", warnings)
         trunk_table.show(ways, trunk_table.lines(job, ways, kept))
+        if fit is not None:
+            print(output_layer.line(fit, takes, job.config.output_layer_every))
     if dry_run:
         from tezo_ds.plan.dry_run import count
 
@@ -150,7 +166,8 @@ def plan(
             report.show_counted(counted)
     if as_json:
         trunk = trunk_table.as_dict(job, ways, kept)
-        print(report.as_json(job, found, warnings, counted, trunk))
+        fitted = output_layer.as_dict(fit, takes) if fit else None
+        print(report.as_json(job, found, warnings, counted, trunk, fitted))
 
 
 def _job(given: dict[str, Any]) -> Job:

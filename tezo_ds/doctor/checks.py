@@ -15,7 +15,15 @@ import torch.distributed as dist
 from torch import nn
 
 from tezo_ds import repeatable
-from tezo_ds.doctor import machine, network, resources, selftest, trunk_cache, verdicts
+from tezo_ds.doctor import (
+    machine,
+    network,
+    output_layer,
+    resources,
+    selftest,
+    trunk_cache,
+    verdicts,
+)
 from tezo_ds.doctor.flags import RunFlags
 from tezo_ds.doctor.hostfile import check_hostfile
 from tezo_ds.doctor.meeting import Meeting, within
@@ -60,6 +68,11 @@ class Examination:
             self._judge("hostfile", lambda: check_hostfile(hostfile, world_size))
             self._look_at_folder()
             self._look_at_trunk_cache()
+            if self._flags.config.output_layer != "frozen":
+                known = self._layout, self._skeleton, self._need, self._machines
+                self._judge(
+                    output_layer.CHECK, lambda: output_layer.row(self._flags, self._asked, *known)
+                )
             self._try_network()
         self._work_together()
         return self.rows

@@ -18,9 +18,11 @@ from tezo_ds.doctor.trunk_cache import Wanted
 from tezo_ds.errors import ConfigError
 from tezo_ds.models.loading import deepspeed_dtype, load_skeleton
 from tezo_ds.plan.needs import GIB, Layout, Needs, PlannedRun, needs, writes
+from tezo_ds.plan.output_layer import Fit, fit_of
 from tezo_ds.plan.trunk import Kept, hidden_size, trunk_of
 from tezo_ds.settings import Settings
 from tezo_ds.sharding.world import local_device
+from tezo_ds.tasks.spec import BUILTIN_TASKS
 
 
 @dataclass(frozen=True)
@@ -125,3 +127,16 @@ class RunFlags:
             None if bound is None else int(bound * GIB),
         )
         return Wanted(trunk_of(skeleton, trained).first, kept)
+
+    def output_layer(self, skeleton: nn.Module, ranks: int) -> Fit | None:
+        """Returns what a rank of `ranks` would keep for a fit of the output layer, at most: labels all over
+        `max_length` tokens, and of choices one; None: not known, or there is no fit."""
+        s, examples = self.settings, self.config.output_layer_examples
+        count = min(s.train_examples or examples or 0, examples or s.train_examples or 0)
+        spec = BUILTIN_TASKS.get(s.task)
+        words = spec.verbalizers if spec is not None else s.verbalizers
+        choices = len(words or {}) or 2 if s.objective == "choices" else None
+        labels = 1 if choices else s.max_length - 1
+        if not count:
+            return None
+        return fit_of(skeleton, self.config, ranks, count, labels, choices, self._compute)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from tezo_ds.doctor.machine import Accelerator, Space, existing
-from tezo_ds.doctor.report import Row
+from tezo_ds.doctor.report import Failed, Row
 from tezo_ds.doctor.verdicts import TIGHT, Asked
 from tezo_ds.plan.needs import GIB, Layout, Needs
 
@@ -93,6 +93,26 @@ def memory(
 def bytes_on_host(need: Needs, layout: Layout, on_cpu: bool) -> int:
     """Returns the bytes of a rank's needs that lie in its host's memory."""
     return need.device if on_cpu else need.shard if layout.offloaded else 0
+
+
+def room(
+    asked: Asked, need: Needs, layout: Layout, machines: Mapping[int, Mapping[str, Any]]
+) -> tuple[int, str] | Failed:
+    """Returns the bytes that are free for a rank beside its needs, where its forwards run, at the place that
+    has least, and that place."""
+    rooms: list[tuple[int, str]] = []
+    for host, ranks in asked.hosts.items():
+        for rank in ranks:
+            accelerator, memory = machines[rank]["accelerators"], machines[rank]["memory"]
+            if isinstance(accelerator, Failed) or isinstance(memory, Failed):
+                return accelerator if isinstance(accelerator, Failed) else memory
+            if accelerator.kind == "cpu":
+                beside = len(ranks) * bytes_on_host(need, layout, True)
+                rooms.append(((memory.free - beside) // len(ranks), f"{host}'s memory"))
+            else:
+                beside = need.device - (need.shard if layout.offloaded else 0)
+                rooms.append((accelerator.free - beside, f"{asked.name(rank)}'s accelerator"))
+    return min(rooms)
 
 
 class Token(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -46,7 +46,7 @@ def show_counted(counted: Counted) -> None:
 
 def as_json(
     job: Job, columns: Sequence[Column], warnings: Sequence[str], counted: Counted | None,
-    trunk: dict[str, Any] | None = None,
+    trunk: dict[str, Any] | None = None, output_layer: Mapping[str, Any] | None = None,
 ) -> str:  # fmt: skip
     """One object; bytes and seconds."""
     found = {
@@ -61,6 +61,8 @@ def as_json(
     }  # fmt: skip
     if trunk is not None:
         found["trunk"] = trunk
+    if output_layer is not None:
+        found["output_layer"] = output_layer
     if counted is not None:
         found["dry_run"] = asdict(counted)
     return json.dumps(found, indent=2)

@@ -126,12 +126,12 @@ def _timing(job: Job, traffic: Traffic, compute: float, update: float, overlappe
     exposed = gather * first / max(traffic.total, 1) if job.gathers else gather
     return Timing(
         compute, gather, exposed, update,
-        sum(_all_reduce(job, nbytes) for nbytes in traffic.scalars),
+        sum(all_reduce(job, nbytes) for nbytes in traffic.scalars),
         overlapped,
     )  # fmt: skip
 
 
-def _all_reduce(job: Job, nbytes: int) -> float:
+def all_reduce(job: Job, nbytes: int) -> float:
     """Returns the seconds of an all-reduce over all ranks: twice around their ring."""
     world = job.cluster.world
     received = nbytes * (world - 1) / world

@@ -1,0 +1,105 @@
+"""What a fit of the output layer is planned to take, beside what it takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import call
+from reducing import by_ranks
+from tiny import VOCABULARY, make_batch, tiny
+from torch import Tensor
+from world_plan import small
+
+import tezo_ds
+from tezo_ds.config import TezoConfig
+from tezo_ds.doctor import output_layer
+from tezo_ds.output_layer.fit import States, fit
+from tezo_ds.output_layer.language import TokenStates, fit_tokens
+from tezo_ds.output_layer.states import collect, collect_tokens
+from tezo_ds.plan.output_layer import fit_of
+
+EXAMPLES, LABELS = 24, 5
+
+
+def examples(words: Tensor) -> dict[str, Tensor]:
+    """Makes examples with as many labels each, of all words."""
+    batch = make_batch(EXAMPLES)
+    batch["attention_mask"][:] = 1
+    labels = words[torch.arange(EXAMPLES * LABELS) % len(words)].view(EXAMPLES, LABELS)
+    batch["labels"][:] = -100
+    batch["input_ids"][:, 3 : 3 + LABELS] = batch["labels"][:, 3 : 3 + LABELS] = labels
+    return batch
+
+
+@pytest.mark.parametrize("way", ["fit", "bias"])
+@pytest.mark.parametrize("choices", [True, False])
+def test_bytes_are_those_of_a_fit(way: Any, choices: bool) -> None:
+    words, ranks = torch.arange(VOCABULARY) if not choices else torch.tensor([7, 12, 40]), 2
+    batch = examples(words)
+    config = TezoConfig(output_layer=way, output_layer_rank=3)
+    planned = fit_of(tiny(), config, ranks, EXAMPLES, LABELS, len(words) if choices else None)
+    assert planned is not None
+
+    def rank(index: int, reduce: Any) -> tuple[int, int, int]:
+        engine = tezo_ds.initialize(tiny(), {"rank": 2})
+        layer = engine.output_layer.layer
+        assert layer is not None
+        part = {key: value.tensor_split(ranks)[index] for key, value in batch.items()}
+        batches = [(part, torch.arange(EXAMPLES // ranks) % 5 == 4)]
+        states: States | TokenStates
+        if choices:
+            states = collect(engine.objective, layer, batches, words)
+            found = fit(states, way == "bias", reduce)
+        else:
+            states = collect_tokens(engine.objective, layer, batches, words)
+            found = fit_tokens(states, 3 if way == "fit" else 0, reduce)
+        return len(states.truth), states.nbytes, found.message_bytes
+
+    taken = by_ranks(ranks, rank)
+    assert taken == [(planned.positions, planned.states, planned.message)] * ranks
+
+
+def test_numbers_by_hand() -> None:
+    config = TezoConfig(output_layer="fit", output_layer_examples=10)
+    found = fit_of(small(), config, 3, 1000, 7, None)  # d = 94, float32
+    assert found is not None
+    words = min(70, small().get_output_embeddings().out_features)  # type: ignore[operator]
+    assert (found.positions, found.words) == (4 * 7, words)
+    assert found.numbers == words * 17 and found.message == 8 * max(words * 17, 16 * 94)
+    assert found.nbytes >= 2 * found.states
+    assert fit_of(small(), TezoConfig(), 3, 1000, 7, None) is None
+    alone = fit_of(small(), config, 1, 1000, 7, 4)
+    assert alone is not None and (alone.message, alone.numbers) == (0, 4 * 95)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with torch.device("meta"):
+        small().config.save_pretrained(tmp_path)
+    flags = ["plan", "--model", str(tmp_path), "--world", "6", "--per-node", "3", "--length", "40"]
+    flags += ["--labels", "30", "--rank", "3", "--output-layer", "fit"]
+    assert call(*flags) == 0
+    assert "name --train-examples for what a fit takes" in capsys.readouterr().out
+    flags += ["--train-examples", "600"]
+    assert call(*flags) == 0
+    assert "output layer: a rank keeps" in capsys.readouterr().out
+    assert call(*flags, "--json") == 0
+    found = json.loads(capsys.readouterr().out)["output_layer"]
+    assert found["positions"] == 3000 and found["seconds"] > 0
+    assert call(*flags, "--words", "3", "--json") == 0
+    other = json.loads(capsys.readouterr().out)["output_layer"]
+    assert (other["words"], other["numbers"]) == (3, 3 * 95)
+
+
+def test_the_doctors_row() -> None:
+    found = fit_of(small(), TezoConfig(output_layer="fit"), 1, 1000, 7, 4)
+    assert found is not None
+    room, status = found.nbytes, {0.9: "red", 1.1: "yellow", 1.5: "green"}
+    for share, expected in status.items():
+        row = output_layer.judge(found, int(room * share), "host's memory")
+        assert row.status == expected and "labels" in row.found
+    assert output_layer.judge(found, -5, "host's memory").status == "red"
+    assert output_layer.judge(None, room, "host's memory").status == "unchecked"

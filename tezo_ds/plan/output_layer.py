@@ -1,0 +1,117 @@
+"""The fit of the output layer: what a rank keeps for it, what ranks add up, and the arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tezo_ds.config import TezoConfig
+from tezo_ds.models.structure import embeddings
+from tezo_ds.output_layer.fit import CHUNK
+from tezo_ds.output_layer.language import CHUNK_NUMEL
+from tezo_ds.output_layer.lbfgs import PAIRS
+from tezo_ds.plan.job import Job
+from tezo_ds.plan.needs import GIB
+from tezo_ds.plan.timing import all_reduce, flops
+from tezo_ds.plan.trunk import hidden_size
+
+PRODUCTS = 500  # gradients or products of a fit: some hundreds, as the data have it; assumed
+VECTORS = 8  # of Newton's method and its conjugate gradients, or of L-BFGS beside its pairs
+COPIES = 3  # logits of a chunk, their exponentials, and what is multiplied
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a fit takes of a rank.
+
+    Attributes:
+        positions: labelled positions of this rank.
+        words: C label words, or at most as many tokens that are labels.
+        numbers: variables of the convex problem.
+        states: bytes that are kept of the positions while the fit runs, twice that while they are joined.
+        solver: bytes of the solver's vectors and of a chunk.
+        message: bytes of an all-reduce, one for each product or gradient; 0: of a single rank.
+    """
+
+    positions: int
+    words: int
+    numbers: int
+    states: int
+    solver: int
+    message: int
+
+    @property
+    def nbytes(self) -> int:
+        """Most bytes at once."""
+        return self.states + max(self.states, self.solver)
+
+
+def fit_of(
+    module: nn.Module, config: TezoConfig, ranks: int, examples: int, labels: int, words: int | None,
+    compute: torch.dtype | None = None,
+) -> Fit | None:  # fmt: skip
+    """Returns what a fit takes; None where the config has none.
+
+    Args:
+        module: the model, without values.
+        config: the run's config.
+        ranks: ranks with data of their own.
+        examples: training examples over all ranks.
+        labels: labels of an example.
+        words: label words, where they alone count in the loss; None: all tokens do, and the different ones
+            among the labels are taken to be as many as they can be.
+        compute: dtype in which weights are gathered; None: their own.
+    """
+    if config.output_layer == "frozen":
+        return None
+    width, layer = hidden_size(module), embeddings(module, "output")
+    vocabulary = getattr(layer, "out_features", 1)
+    itemsize = (compute or next(module.parameters()).dtype).itemsize
+    count = min(examples, config.output_layer_examples or examples)
+    positions = -(-count // ranks) * labels
+    among = words if words is not None else min(vocabulary, count * labels)
+    each = width * itemsize + 8 + 1  # and the label's place, and whether it is held out
+    if words is not None:
+        numbers, largest = among * (width + 1), 0
+        states = positions * (each + 4 * among)
+        solver = 8 * (VECTORS * numbers + 2 * CHUNK * width)
+    else:
+        rank = 0 if config.output_layer == "bias" else min(config.output_layer_rank, width)
+        numbers, largest = among * (rank + 1), max(rank * width, 2 * among, width + 1)
+        states = positions * (each + 2 * max(4, itemsize)) + among * (width + 1) * itemsize
+        solver = 8 * ((VECTORS + 2 * PAIRS) * numbers + COPIES * CHUNK_NUMEL)
+    message = 8 * max(numbers, largest) if ranks > 1 else 0
+    return Fit(positions, among, numbers, states, solver, message)
+
+
+def seconds(job: Job, fit: Fit) -> float:
+    """Returns the seconds of a fit: a forward of each example, and some hundreds of products or gradients."""
+    examples = fit.positions // job.labels
+    once = flops(job, examples * job.length, fused=job.run.fused)
+    width = job.shape.hidden
+    rows = width + 2 * (fit.numbers // fit.words)  # their logits, the term, and the slopes
+    products = PRODUCTS * 2.0 * fit.positions * fit.words * rows
+    rate = job.cluster.gpu.flops * job.cluster.efficiency
+    return (once + products) / rate + PRODUCTS * (
+        all_reduce(job, fit.message) if fit.message else 0
+    )
+
+
+def line(fit: Fit, seconds: float, every: int) -> str:
+    """Returns what is to be said of a fit."""
+    sent = f", an all-reduce of {fit.message:,} bytes each" if fit.message else ""
+    again = f", again every {every} steps" if every else ""
+    return (
+        f"output layer: a rank keeps {fit.states / GIB:.3g} GiB of states of {fit.positions:,} labels while "
+        f"it is fitted ({fit.nbytes / GIB:.3g} GiB at most); {fit.words:,} words, {fit.numbers:,} numbers, "
+        f"some {PRODUCTS} products or gradients{sent}; {seconds:.3g} s before the first step{again}"
+    )  # fmt: skip
+
+
+def as_dict(fit: Fit, seconds: float) -> Mapping[str, Any]:
+    """Returns all numbers."""
+    return {**asdict(fit), "bytes": fit.nbytes, "seconds": seconds}
