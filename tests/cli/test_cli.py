@@ -65,6 +65,7 @@ OVERRIDES: dict[str, Any] = {
     "output_layer": "fit",
     "output_layer_every": 2,
     "output_layer_examples": 9,
+    "output_layer_rank": 5,
     "seed": 11,
     "queries": 2,
     "probe": "fused",

@@ -16,7 +16,6 @@ from world_plan import small
 
 import tezo_ds
 from tezo_ds.config import TezoConfig
-from tezo_ds.doctor import output_layer
 from tezo_ds.output_layer.fit import States, fit
 from tezo_ds.output_layer.language import TokenStates, fit_tokens
 from tezo_ds.output_layer.states import collect, collect_tokens
@@ -92,14 +91,3 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert call(*flags, "--words", "3", "--json") == 0
     other = json.loads(capsys.readouterr().out)["output_layer"]
     assert (other["words"], other["numbers"]) == (3, 3 * 95)
-
-
-def test_the_doctors_row() -> None:
-    found = fit_of(small(), TezoConfig(output_layer="fit"), 1, 1000, 7, 4)
-    assert found is not None
-    room, status = found.nbytes, {0.9: "red", 1.1: "yellow", 1.5: "green"}
-    for share, expected in status.items():
-        row = output_layer.judge(found, int(room * share), "host's memory")
-        assert row.status == expected and "labels" in row.found
-    assert output_layer.judge(found, -5, "host's memory").status == "red"
-    assert output_layer.judge(None, room, "host's memory").status == "unchecked"
