@@ -100,7 +100,7 @@ def probe_layers(
     encoded = encode(
         opened.tokenizer, opened.task.train, opened.settings.max_length, opened.mask_token
     )
-    OutputLayerFits(opened, encoded, None, display).fit_if_due()
+    OutputLayerFits(opened, encoded, None, display, batch_size).fit_if_due()
     found = probe_layers(
         opened, encoded, Wanted(examples, columns, together, batch_size, steps), display
     )

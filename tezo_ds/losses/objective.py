@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,17 @@ from tezo_ds.errors import DataError
 from tezo_ds.losses.head import Head
 from tezo_ds.models.structure import is_masked_lm
 from tezo_ds.sharding.base import Sharding
-from tezo_ds.solving.responses import LossResponses, Responses
 from tezo_ds.trunk.trunk import EXAMPLE_IDS, Trunk, two_of
 
 IGNORE = -100  # the label of a position that has none, as in transformers
+
+
+class Taker(Protocol):
+    """What is given the logits of labelled positions in all branches, as forwards compute them."""
+
+    def add(self, logits: Tensor, labels: Tensor, /) -> None:
+        """Takes some positions, see `Responses.add`; or examples' losses, see `LossResponses.add`."""
+
 
 LossFn = Callable[[Any, Mapping[str, Any]], tuple[Tensor, Tensor]]
 
@@ -65,7 +72,7 @@ class Objective:
         self.choices: Tensor | None = None
         self.micro_batch = 0
         self.trunk: Trunk | None = None
-        self._responses: Responses | LossResponses | None = None
+        self._responses: Taker | None = None
         self._lean: Tensor | None = None
         self.first: Callable[[Mapping[str, Any]], None] | None = None  # called once, with a batch
 
@@ -146,7 +153,7 @@ class Objective:
         return self._head is not None
 
     @contextmanager
-    def responding(self, responses: Responses | LossResponses) -> Iterator[None]:
+    def responding(self, responses: Taker) -> Iterator[None]:
         """Context manager: logits of forwards inside, each of all branches of a step, go into `responses`; a
         `loss_fn`'s losses where it shows no logits."""
         self._responses = responses

@@ -78,7 +78,7 @@ def choose_matrices(
     Raises:
         TezoError: see `probe_layers`.
     """
-    fits = OutputLayerFits(session, examples, None, display)
+    fits = OutputLayerFits(session, examples, None, display, options.batch_size)
     fits.fit_if_due()
     engine = session.engine
     wanted = Wanted(EXAMPLES, COLUMNS, None, options.batch_size, options.steps)
