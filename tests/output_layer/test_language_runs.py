@@ -208,5 +208,5 @@ def opened(run: Path) -> Any:
     """Makes an engine at a run's result."""
     finished = open_result(run)
     engine = open_engine(finished.settings, finished.config, None, finished.result.ranks)
-    finished.result.give(engine, Display(0, 1))
+    finished.result.give(engine, Display(0, 1, 1))
     return engine
