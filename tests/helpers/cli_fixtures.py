@@ -32,7 +32,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
 
 def make_plain(given: Given, output: Path) -> Run:
     """Trains a finished run of one process."""
-    assert call(*given.train(output, eval_every=4)) == 0
+    assert call(*given.train(output, eval_every=4), drawn=True) == 0
     return Run(output)
 
 

@@ -71,7 +71,7 @@ def test_what_fails_after_the_last_step_leaves_the_rest(
         raise RuntimeError("of a library")
 
     monkeypatch.setattr(loop, failing, fail)
-    assert call(*given.train(tmp_path / "run", steps=2)) == 0
+    assert call(*given.train(tmp_path / "run", steps=2), drawn=True) == 0
     assert "of a library" in capsys.readouterr().out
     run = Run(tmp_path / "run")
     assert run.summary["status"] == "finished" and (run.path / COEFFICIENTS).exists()

@@ -118,7 +118,7 @@ def test_weights_that_are_not_numbers(
 def test_a_run_that_diverges(
     given: Given, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(*given.train(tmp_path / "run", lr=1e300)) == 2
+    assert call(*given.train(tmp_path / "run", lr=1e300), drawn=True) == 2
     run = Run(tmp_path / "run")
     assert_failed(run, 5, capsys)
     assert all(bool(part.isfinite().all()) for part in run.coefficients.values())
