@@ -6,8 +6,8 @@
 #   launch/test.sh tests/rng/test_rng.py   anything else goes to pytest
 #
 # Two things at a time, as each is a pytest of its own and takes about a core: the tests that start real launchers,
-# which mostly import and wait; and beside them those that take one process, then the worlds of ranks
-# (tests/helpers/worlds.py). More at a time are slower on two cores, as they take turns at them.
+# which mostly import and wait; beside them those that take one process; and once either have ended, the worlds of
+# ranks (tests/helpers/worlds.py). More at a time are slower on two cores, as they take turns at them.
 set -euo pipefail
 
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -28,20 +28,30 @@ behind() { # NAME COMMAND…: in a process group of its own
     set +m
     groups+=("$!")
 }
-tests() { "$bin/python" -m pytest --durations 20 "$@" tests; }
+tests() { "$bin/python" -m pytest --durations 20 "$@"; }
 lint() { "$bin/ruff" check . && "$bin/ruff" format --check . && "$bin/mypy"; }
+first() { # COMMAND…: the worlds begin once one of these has ended
+    local code=0
+    "$@" || code=$?
+    touch "$logs/first-has-ended"
+    return "$code"
+}
+worlds() {
+    until [[ -e "$logs/first-has-ended" ]]; do sleep 1; done
+    tests tests/*/world_*.py
+}
 
 names=(lint) failed=()
 behind lint lint
 if [[ "${1:-}" == --fast ]]; then
-    tests -m "not launches and not world and not slow" -n 2 --dist loadfile || failed+=("one process")
+    tests -m "not launches and not world and not slow" -n 2 --dist loadfile tests || failed+=("one process")
 else
     # Compiles the libraries' modules once, if that was not done yet, instead of in each process.
     PYTHONPATH=tests/helpers "$bin/python" -c "import fault_imports" >"$logs/imports" 2>&1 || cat "$logs/imports"
-    names+=(launches)
-    behind launches tests -m launches
-    tests -m "not launches and not world" || failed+=("one process")
-    tests -m world || failed+=("worlds")
+    names+=(launches worlds)
+    behind launches first tests -m launches tests
+    behind worlds worlds
+    first tests -m "not launches and not world" tests || failed+=("one process")
 fi
 for i in "${!names[@]}"; do
     wait "${groups[i]}" || failed+=("${names[i]}")

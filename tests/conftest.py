@@ -102,7 +102,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         if isinstance(item, WorldCase):
             asked.setdefault(item.size, []).append(item.case.name)
     if not session.config.option.collectonly:
-        background = worlds.Background({size: asked[size] for size in sorted(asked, reverse=True)})
+        order = sorted(asked, key=lambda size: len(asked[size]), reverse=True)
+        background = worlds.Background({size: asked[size] for size in order})
         session.config.stash[BACKGROUND] = background
     gc.freeze()  # what is imported by now is no garbage, and most of what collections would go through
     gc.enable()

@@ -44,14 +44,21 @@ class OtherKernels(TorchDispatchMode):
         assert by in KINDS[1:], by
         self._by, self.products = by, 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Keeps torch from a wrapper around each operation, for a compiler that is not in use: it would take
+        twice the time of all else."""
+        return False
+
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        product = getattr(func, "overloadpacket", None) in PRODUCTS
+        if getattr(func, "overloadpacket", None) not in PRODUCTS:
+            return func(*args, **(kwargs or {}))
         # Before the product, which may overwrite an operand.
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)] if product else []
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         result = func(*args, **(kwargs or {}))
-        if product and not any(isinstance(t, FakeTensor | DTensor) for t in given):
+        if not any(isinstance(t, FakeTensor | DTensor) for t in given):
             self.products += 1
             out = result if isinstance(result, Tensor) else result[0]
             if out.dtype in WORDS and out.device.type != "meta":

@@ -5,8 +5,8 @@ Ranks of all sizes are forked from one process that has imported and compiled ev
 A case is a function of a `World` in tests/ROOM/world_*.py, decorated with `@case(worlds=(2, 3))`; every rank
 runs it and any rank's exception fails it. conftest.py makes a test of each case and size.
 `python tests/helpers/worlds.py SIZE FOLDER` starts the ranks of one size, runs the cases that
-FOLDER/cases.json names and leaves one JSON line a case and rank, and in FOLDER/log what they printed. More
-sizes, each with its folder, run one after the other.
+FOLDER/cases.json names and leaves one JSON line a case and rank, and in FOLDER/log what they printed. Of more
+sizes, each with its folder, two run at a time, as the ranks of one mostly wait for each other.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MODULES = tuple(sorted((ROOT / "tests").glob("*/world_*.py")))
 TIMEOUT = 900  # seconds for all cases of one size, beside other tests
 GRACE = 10  # seconds for the other ranks, once one has failed
+LANES = 2  # sizes at a time
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,13 @@ def cases_of(size: int, folder: Path) -> list[Case]:
 
 
 class Background:
-    """Worlds that run one after the other beside the single-process tests, which leave a core idle."""
+    """Worlds that run beside the single-process tests, which leave a core idle."""
 
     def __init__(self, asked: Mapping[int, Sequence[str]]) -> None:
         """Starts the worlds.
 
         Args:
-            asked: names of cases by the size of their world; the first size runs first.
+            asked: names of cases by the size of their world; the first sizes run first.
         """
         self._temporary = tempfile.TemporaryDirectory()
         self._folders = {size: Path(self._temporary.name, str(size)) for size in asked}
@@ -219,6 +220,22 @@ def _one_world(size: int, folder: Path, first: int, deadline: float) -> None:
         raise TimeoutError(f"{size} ranks have not ended in {TIMEOUT} s")
 
 
+def _lane(todo: multiprocessing.SimpleQueue[tuple[int, Path] | None]) -> None:
+    """Runs one size after the other, each as it comes out of the queue, until None does."""
+    failed = False
+    while (one := todo.get()) is not None:
+        size, folder = one
+        with (folder / "log").open("w") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        try:
+            _run(size, folder)
+        except Exception:  # the other sizes run all the same
+            traceback.print_exc()
+            failed = True
+    sys.exit(failed)
+
+
 def main() -> None:
     gc.disable()  # until all is imported, as collections would go through it again and again
     import torch
@@ -236,17 +253,18 @@ def main() -> None:
 
     gc.freeze()  # so that no rank's collections go through what is imported, nor copy its pages
     gc.enable()
-    failed = False
+    todo = multiprocessing.SimpleQueue()
     for size, folder in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
-        with Path(folder, "log").open("w") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-        try:
-            _run(int(size), Path(folder))
-        except Exception:  # the other sizes run all the same
-            traceback.print_exc()
-            failed = True
-    sys.exit(failed)
+        todo.put((int(size), Path(folder)))
+    for _ in range(LANES):
+        todo.put(None)
+    fork = multiprocessing.get_context("fork")
+    lanes = [fork.Process(target=_lane, args=(todo,)) for _ in range(LANES)]
+    for lane in lanes:
+        lane.start()
+    for lane in lanes:
+        lane.join()
+    sys.exit(any(lane.exitcode for lane in lanes))
 
 
 if __name__ == "__main__":
