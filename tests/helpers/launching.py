@@ -67,3 +67,8 @@ def dry(script: str, *flags: object, **env: object) -> list[str]:
     assert (code, err) == (0, "")
     words = shlex.split(out.splitlines()[-1])
     return words[next(i for i, word in enumerate(words) if not re.match(r"\w+=", word)) :]
+
+
+def logs(run: Path, pattern: str) -> list[str]:
+    """Reads the logs of ranks, in the order of their names."""
+    return [path.read_text() for path in sorted((run / "logs").rglob(pattern))]
