@@ -216,7 +216,7 @@ def runs_resume_and_are_evaluated_as_they_were_trained(world: World) -> None:
     if world.rank == 0:
         config.write_text(json.dumps({**ZERO3, "tezo": {}}))
     dist.barrier()
-    options = {"output_layer": "fit", "objective": "choices", "output_layer_every": 2}
+    options = {"output_layer": "fit", "objective": "choices", "output_layer_every": 4}
     words = {"fsdp": ["--fsdp"], "zero3": ["--deepspeed", str(config)]}
     runs = {}
     for name, switches in words.items():
@@ -230,7 +230,7 @@ def runs_resume_and_are_evaluated_as_they_were_trained(world: World) -> None:
     if world.rank == 0:
         for name in words:
             whole, resumed = runs[name, 1], runs[name, 2]
-            for done in (0, 2, 4):
+            for done in (0, 4):
                 one, other = (load(path_of(run.path, done))[0] for run in (whole, resumed))
                 assert all(torch.equal(one[key], other[key]) for key in one), (name, done)
             assert whole.summary["accuracy_after"] == resumed.summary["accuracy_after"]

@@ -28,13 +28,14 @@ from tezo_ds.sharding import zero3
 
 EXAMPLES, LENGTH, LABELS = 3, 41, 2
 CONFIG = TezoConfig(rank=3, queries=2, rho=1e-2)
-SMALL = {2: ("llama", 3), 3: ("opt", 3)}  # and examples, by world
+SMALL = {2: (("llama", 3),), 3: (("opt", 3), ("deep", 1))}  # and examples, by world
 TIGHT = Limits(bucket=30_000, live=100_000, reuse=100_000)  # less than a block of `small`
 
 
 def small(kind: str = "llama", tied: bool = False) -> nn.Module:
     """Makes a model large enough to drown what a plan leaves out, of sizes that no world divides. "deep"
     is a llama, too."""
+    torch.manual_seed(0)  # or replicas differ after a case in which ranks drew unequally often
     hidden, layers = (142, 5) if kind == "deep" else (94, 3)
     sizes = {"vocab_size": 301, "hidden_size": hidden, "num_hidden_layers": layers}
     sizes |= {"num_attention_heads": 1, "max_position_embeddings": 64}
@@ -94,14 +95,14 @@ def assert_zero3_as_predicted(job: Job, kind: str) -> None:
 
 @case(worlds=(2, 3))
 def a_plan_is_what_fsdp2_gathers_and_holds(world: World) -> None:
-    for kind, examples in SMALL[world.size], ("deep", 1):
+    for kind, examples in SMALL[world.size]:
         job = job_of(kind, "fsdp2", world.size, world.size, examples=examples)
         assert_as_predicted(job, lambda: world_fsdp2.shard(small(kind)))  # noqa: B023
 
 
 @case(worlds=(2, 3))
 def a_plan_is_what_zero3_gathers_and_holds(world: World) -> None:
-    for kind, examples in SMALL[world.size], ("deep", 1):
+    for kind, examples in SMALL[world.size]:
         job = job_of(kind, "zero3", world.size, world.size, examples=examples)
         assert_zero3_as_predicted(job, kind)
 

@@ -20,14 +20,15 @@ from tezo_ds.plan.job import Job, Sharded
 from tezo_ds.sharding import zero3
 from tezo_ds.trunk.cache import Budget, MemoryCache
 
-WAYS: tuple[tuple[str, Sharded, bool, dict[str, Any]], ...] = (
-    ("llama", "fsdp2", False, {}),
-    ("llama", "fsdp2", False, {"branch_chunk": 1}),
-    ("llama", "fsdp2", False, {"probe": "inplace"}),
-    ("llama", "fsdp2", False, {"micro_batch": 2}),
-    ("llama", "zero3", False, {}),
-    ("llama", "zero3", True, {}),
-    ("opt", "zero3", True, {}),
+BOTH, CACHED = (False, True), (True,)  # whether the trunk is cached
+WAYS: tuple[tuple[str, Sharded, bool, dict[str, Any], tuple[bool, ...]], ...] = (
+    ("llama", "fsdp2", False, {}, BOTH),
+    ("llama", "fsdp2", False, {"branch_chunk": 1}, CACHED),
+    ("llama", "fsdp2", False, {"probe": "inplace"}, CACHED),
+    ("llama", "fsdp2", False, {"micro_batch": 2}, CACHED),
+    ("llama", "zero3", False, {}, CACHED),
+    ("llama", "zero3", True, {}, BOTH),
+    ("opt", "zero3", True, {}, BOTH),
 )
 
 
@@ -53,9 +54,9 @@ def moved(job: Job, kind: str) -> Traffic:
 
 @case(worlds=(2,))
 def a_plan_of_late_layers_is_what_ranks_gather(world: World) -> None:
-    for kind, sharding, tight, fields in WAYS:
+    for kind, sharding, tight, fields, trunks in WAYS:
         chosen = {"rank": 3, "queries": 2, "rho": 1e-2, "include": ("last:1",), **fields}
-        for cached in (False, True):
+        for cached in trunks:
             config = TezoConfig(**chosen, trunk_cache="memory" if cached else "off")
             job = replace(job_of(kind, sharding, world.size, world.size, config), cached=cached)
             job = replace(job, limits=TIGHT) if tight else job
