@@ -12,7 +12,7 @@ import tezo_ds
 from tezo_ds.methods import reference
 
 STEPS, LR = (
-    20,
+    9,  # two periods of CASES, and a beginning of a third
     {"tezo-adam": 2e-4, "tezo-adam-coef": 2e-4, "mezo-adam": 2e-4, "mezo": 3e-5, "mezo-m": 3e-5},
 )
 FIELDS = {"seed": 7, "rank": 3, "rho": 1e-2, "queries": 2, "lr": 3e-4}

@@ -48,6 +48,8 @@ def newton(states: States, strength: float, bias_alone: bool) -> tuple[Tensor, T
         while loss(x - length * step) > loss(x) and length > 1e-9:
             length /= 2
         x = x - length * step
+        if float(step.abs().max()) < 1e-12:
+            break
     return x[: words * width].view(words, width), x[words * width :]
 
 
