@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import scaling
+from command_line import TIMEOUT, free_port
+from fault_runs import server
 from parts.scaling.measure import copies, examples_of, misfit, summary
 from parts.scaling.report import MARKERS, draw, markdown, rates, read, save
 from parts.scaling.split import PARTS, Split
 from scaling_rows import row
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def clocked(*times: float) -> Split:
@@ -155,18 +154,27 @@ def test_a_launcher_sets_the_world(
     assert "the launcher sets the world" in capsys.readouterr().err
 
 
+def run_rank(rank: int, port: int, words: list[str]) -> None:
+    """Runs the benchmark as one of two ranks that a launcher has started."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(x) for name, x in place.items()}}
+    scaling.main(words)
+
+
 @pytest.mark.launches
-def test_under_torchrun_rows_are_appended(tmp_path: Path) -> None:
+def test_launched_ranks_append_rows(tmp_path: Path) -> None:
     csv = tmp_path / "scaling.csv"
     before = save(csv, [], [row(world=7)])
     words = ["--hidden", "128", "--layers", "1", "--steps", "2", "--length", "8", "--csv", str(csv)]
     words += ["--shardings", "fsdp2", "--probes", "fused", "--append"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, str(ROOT / "benchmarks/scaling.py"), *words],
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    port, context = free_port(), server()
+    ranks = [context.Process(target=run_rank, args=(rank, port, words)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(TIMEOUT)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0, 0]
     old, weak, strong = read(csv)
     assert old == pytest.approx(before[0])
     assert [(r["mode"], r["world"], r["examples"]) for r in (weak, strong)] == [
