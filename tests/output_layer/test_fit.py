@@ -131,6 +131,12 @@ def test_what_is_not_finite_is_refused(which: str, value: float) -> None:
 def test_sums_are_by_halves_and_a_quadratic_is_solved() -> None:
     a, b = torch.rand(1001, dtype=torch.float64), torch.rand(1001, dtype=torch.float64)
     assert dot(a, b) == pytest.approx(float((a * b).sum()), rel=1e-14)
+    products = (a * b).tolist()
+    while len(products) > 1:
+        half = len(products) // 2
+        pairs = zip(products[:half], products[half : 2 * half], strict=True)
+        products = [x + y for x, y in pairs] + products[2 * half :]
+    assert dot(a, b) == products[0]
     curves = torch.logspace(-2, 3, 30, dtype=torch.float64)
     goal = torch.linspace(-1, 1, 30, dtype=torch.float64)
 
