@@ -20,7 +20,8 @@ def test_quickstart_fine_tunes_the_real_model_under_zero3(tmp_path: Path) -> Non
         port = str(free.getsockname()[1])
     output = tmp_path / "run"
     flags = ["--steps", "3", "--eval-every", "0", "--test-examples", "6"]
-    flags += ["--batch-size", "2", "--output-layer-examples", "10", "--output", str(output)]
+    flags += ["--batch-size", "2", "--queries", "1", "--output-layer-examples", "10"]
+    flags += ["--output", str(output)]
     done = subprocess.run(
         [ROOT / "launch" / "quickstart.sh", *flags],
         env={**os.environ, "RANKS": "2", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"},
