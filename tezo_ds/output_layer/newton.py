@@ -37,7 +37,6 @@ def by_halves(numbers: Tensor) -> Tensor:
     return torch.from_numpy(sums[..., 0].copy()).to(numbers.device)
 
 
-
 def minimise(slopes: Slopes, start: Tensor, tolerance: float) -> Tensor:
     """Returns where a strictly convex function is least.
 
