@@ -26,6 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("tasks", "plan", "export"),
     ("settings",),
     ("engine",),
+    ("per_example",),
     ("methods", "probes"),
     ("output_layer", "auto"),
     ("directions", "losses"),

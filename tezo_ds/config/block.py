@@ -119,6 +119,13 @@ class TezoConfig(BaseModel):
         group=STEP, example=0.95, gt=0, lt=1,
     )  # fmt: skip
 
+    normalize: Literal["none", "std"] = declared(
+        "none",
+        "std: slopes over the standard deviation of the step's losses, so that lr does not depend on the "
+        "loss's scale (FZOO, GRZO); none: as measured",
+        group=STEP, example="std",
+    )  # fmt: skip
+
     seed: int = declared(
         0, "seed of U, V, τ and of the order of the data", group=DIRECTIONS, example=1, ge=0
     )
@@ -149,10 +156,10 @@ class TezoConfig(BaseModel):
         "steps of an epoch, which adaptive and adazeta need; the command line takes examples over batch size",
         group=DIRECTIONS, used_by="query_schedule adaptive, adazeta", example=50, ge=1,
     )  # fmt: skip
-    placement: Literal["shared", "per_rank"] = declared(
+    placement: Literal["shared", "per_rank", "per_example"] = declared(
         "shared",
         "shared: all ranks measure the same directions, each on its own examples; per_rank: each measures as "
-        "many of its own, for the same traffic",
+        "many of its own, for the same traffic; per_example: each example does, in the same forward",
         group=DIRECTIONS, used_by="fused probe", example="per_rank",
     )  # fmt: skip
     difference: Literal["central", "forward"] = declared(
@@ -289,7 +296,7 @@ class TezoConfig(BaseModel):
             odd = {
                 "probe": self.probe == "inplace", "placement": self.placement != "shared",
                 "branch_chunk": self.branch_chunk > 0, "memory_budget": self.memory_budget is not None,
-                "clip_kappa": self.clip_kappa is not None,
+                "clip_kappa": self.clip_kappa is not None, "normalize": self.normalize != "none",
             }  # fmt: skip
             if wrong := [name for name, is_odd in odd.items() if is_odd]:
                 raise ValueError(
@@ -316,8 +323,10 @@ class TezoConfig(BaseModel):
             raise ValueError("trunk_cache: needs shared_trunk; set it on, or trunk_cache to off")
         if self.memory_budget is not None and self.branch_chunk:
             raise ValueError("memory_budget: sets branch_chunk by itself; leave one of them out")
-        if self.placement == "per_rank" and self.probe == "inplace":
-            raise ValueError("placement: per_rank needs the fused probe; ranks share the weights")
+        if self.placement != "shared" and self.probe == "inplace":
+            raise ValueError(
+                f"placement: {self.placement} needs the fused probe; all share weights"
+            )
         return self
 
     @model_validator(mode="after")

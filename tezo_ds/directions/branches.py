@@ -49,14 +49,18 @@ class Ask:
         for start in range(0, len(self), at_once):
             yield replace(self, signs=self.signs[start : start + at_once])
 
+    def times(self, taus: Tensor) -> Tensor:
+        """Returns ±ρτ of each branch's direction, from τ of `directions`: float64 (branches, D)."""
+        place = {q: i for i, q in enumerate(self.directions)}
+        of = [(b, place[q], sign) for b, (q, sign) in enumerate(self.signs) if q is not None]
+        branches, rows, signs = torch.tensor(of, dtype=torch.int64).view(-1, 3).unbind(dim=1)
+        offsets = torch.zeros(len(self), taus.shape[1], dtype=torch.float64)
+        offsets[branches] = taus[rows] * (signs.double() * self.rho)[:, None]
+        return offsets
+
     def matrix(self) -> Tensor:
         """Returns ±ρ of each direction in each branch: float64 (branches, directions)."""
-        place = {q: i for i, q in enumerate(self.directions)}
-        matrix = torch.zeros(len(self), len(place), dtype=torch.float64)
-        for branch, (q, sign) in enumerate(self.signs):
-            if q is not None:
-                matrix[branch, place[q]] = sign * self.rho
-        return matrix
+        return self.times(torch.eye(len(self.directions)))
 
 
 class Branches(ABC):

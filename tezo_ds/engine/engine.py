@@ -23,13 +23,14 @@ from tezo_ds.engine.slopes import clip, quality, slopes_of
 from tezo_ds.engine.solving import Solving
 from tezo_ds.engine.state import StepState, pack, refuse_unfit, unpack, unpack_method
 from tezo_ds.errors import ConfigError, ShardingError
-from tezo_ds.losses.objective import LossFn, Objective
+from tezo_ds.losses.objective import LossFn
 from tezo_ds.methods import Method, Write, make_method
 from tezo_ds.methods.tezo_gn import TezoGaussNewton
 from tezo_ds.output_layer.term import OutputTerm
-from tezo_ds.probes import make_probe
+from tezo_ds.per_example.measures import measures
 from tezo_ds.sharding import Sharding
 from tezo_ds.sharding.absent import refuse_absent
+from tezo_ds.solving.deviation import scale_of
 from tezo_ds.trunk.trunk import EXAMPLE_IDS, trunk_of
 
 SHARED_FROM = 1 << 20  # numbers of τ
@@ -67,15 +68,16 @@ class Engine:
         self.method = make_method(config, self.space, sharding.device)
         if self.method.writes:
             self._refuse_quantised(f"method {config.method} writes weights")
-        self.probe = make_probe(config, sharding, self.space.slices.keys(), self.method.factors)
-        self.objective = Objective(sharding, loss_fn)
+        self.objective, self.probe, of_examples = measures(
+            config, sharding, self.method, self.space.slices.keys(), loss_fn
+        )
         self.output_layer = OutputTerm(sharding)
         self.objective.micro_batch = config.micro_batch
         if config.shared_trunk:
             self.probe.trunk = self.objective.trunk = trunk_of(config, sharding, self.space.slices)
         self.run_state = StepState(math.nan if config.rho == "auto" else config.rho)
         self.measuring = Measuring(
-            config, sharding, self.method, self.probe, self.objective, self.run_state
+            config, sharding, self.method, self.probe, self.objective, self.run_state, of_examples
         )
         self._solving: Solving | None = None
         if config.facts.solves:
@@ -135,14 +137,15 @@ class Engine:
         measuring.check(losses, found, step)
         kappa = self._clip(found)
         drawn = kappa[len(self.method.recalled) :]
-        # 4. update by g = Σκτ/Q
-        slopes = slopes_of(kappa) if solved is None else solved
-        gradient = self._finish(step, slopes, lr, measuring.own(step))
+        # 4. update by g = Σκτ/Q, over σ under `normalize`
+        scale = scale_of(self.config, kappa, self.run_state.rho)
+        slopes = slopes_of(kappa) * scale if solved is None else solved
+        gradient = self._finish(step, slopes, lr, measuring.own(step), measuring.others(step))
         finite = losses[losses.isfinite()]
         return StepReport(
             step, finite.mean().item() if len(finite) else math.nan, tuple(found.tolist()),
             self.run_state.rho, lr, time.perf_counter() - start, _tokens(batch), int(found.isnan().sum()),
-            quality(drawn, gradient if self.method.in_tau and solved is None else None),
+            quality(drawn, gradient / scale if self.method.in_tau and solved is None and scale else None),
             self.run_state.stopping, None if solved is None else tuple(solved.tolist()),
         )  # fmt: skip
 
@@ -179,7 +182,7 @@ class Engine:
         """Choice that `rho: auto` made; None before the first step, and where ρ was given."""
         return self.measuring.radius
 
-    def _finish(self, step: int, slopes: Tensor, lr: float, own: range) -> Tensor:
+    def _finish(self, step: int, slopes: Tensor, lr: float, own: range, others: int = 0) -> Tensor:
         """Updates by the slopes of all directions, (Q,); returns g = Σ slope · τ, (D,).
 
         Args:
@@ -187,12 +190,13 @@ class Engine:
             slopes: κ over the number of directions, 0 for those that failed; or what a step solved for.
             lr: η.
             own: directions that this rank sums, if not all.
+            others: directions that it would have to draw besides, as many on every rank.
         """
         biases = None
         if self._solving is not None:
             gradient, biases = self._solving.parts(step, slopes)
         else:
-            gradient = self._summed(step, slopes, own)
+            gradient = self._summed(step, slopes, own, others)
         self.run_state.step += 1
         if bool(slopes.any()):
             self._write(self.method.update(step, slopes, gradient, lr))
@@ -200,14 +204,13 @@ class Engine:
                 self.output_layer.move_biases(-lr * biases)
         return gradient
 
-    def _summed(self, step: int, slopes: Tensor, own: range) -> Tensor:
+    def _summed(self, step: int, slopes: Tensor, own: range, others: int) -> Tensor:
         """Returns Σ slope · τ, (D,), of all drawn directions; zeros where it is of no use."""
-        everything = range(len(slopes))
-        if sums_are_shared(self.method, self.space, len(slopes) - len(own)):
+        if sums_are_shared(self.method, self.space, others):
             total = self.space.weighted(step, slopes, own).to(self.sharding.device)
             total = self.sharding.all_reduce(total).cpu()
         elif self.method.in_tau or self.space.vectors:
-            total = self.space.weighted(step, slopes, everything)
+            total = self.space.weighted(step, slopes, range(len(slopes)))
         else:
             total = torch.zeros(self.space.numel, dtype=torch.int64)
         return self.space.unweighted(total, slopes)
@@ -242,7 +245,8 @@ class Engine:
             for ask in self.measuring.asks(step, range(len(kappa)), self.config.branch_chunk):
                 self.probe.retrace(self.method.branches(ask))
         self.measuring.count(measured)
-        slopes = slopes_of(self._clip(measured))
+        kappas = self._clip(measured)
+        slopes = slopes_of(kappas) * scale_of(self.config, kappas, rho)
         if solved is not None:
             slopes = torch.tensor(solved, dtype=torch.float64)
         self._finish(step, slopes, lr, range(len(kappa)))

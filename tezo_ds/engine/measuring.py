@@ -18,6 +18,7 @@ from tezo_ds.engine.state import Cost, StepState
 from tezo_ds.errors import ConfigError, ProbeError
 from tezo_ds.losses.objective import Objective
 from tezo_ds.methods import Method
+from tezo_ds.per_example.losses import ExampleLosses
 from tezo_ds.probes import Probe
 from tezo_ds.sharding import Sharding
 
@@ -31,32 +32,35 @@ class Measuring:
         asked: whether this rank was asked to stop; told to the others with the next step's losses.
 
     Raises:
-        ConfigError: ranks cannot have directions of their own; a schedule lacks a number.
+        ConfigError: a schedule lacks a number.
     """
 
     def __init__(
         self, config: TezoConfig, sharding: Sharding, method: Method, probe: Probe,
-        objective: Objective, state: StepState,
+        objective: Objective, state: StepState, of_examples: ExampleLosses | None = None,
     ) -> None:  # fmt: skip
-        if config.placement == "per_rank" and probe.writes:
-            raise ConfigError(
-                "placement per_rank needs the fused probe, as ranks share the weights; exclude what it "
-                "cannot reach, or set placement to shared"
-            )
         config.queries_at(0)
         self._config, self._sharding = config, sharding
         self._method, self._probe, self._objective = method, probe, objective
-        self._state = state
+        self._state, self._of_examples = state, of_examples
         self._where = f"{type(sharding).__name__} on {sharding.everyone} rank(s)"
         self.asked = False
         self.groups = sharding.world_size if config.placement == "per_rank" else 1
         self.radius: Radius | None = None
 
     def own(self, step: int) -> range:
-        """Returns the directions that this rank measures."""
+        """Returns the directions that this rank measures; of examples' own those of the last step."""
+        if self._of_examples is not None:
+            return self._of_examples.own
         count = self._config.queries_at(step)
         group = self._sharding.rank if self.groups > 1 else 0
         return range(group * count, (group + 1) * count)
+
+    def others(self, step: int) -> int:
+        """Returns the number of directions that other ranks alone measure, the same on every rank."""
+        if self._of_examples is not None:
+            return self._of_examples.others
+        return (self.groups - 1) * self._config.queries_at(step)
 
     def asks(self, step: int, directions: range, at_once: int) -> list[Ask]:
         """Returns all branches of what the method recalls and of some directions that are drawn, an item for
@@ -144,14 +148,21 @@ class Measuring:
 
     def losses(self, batch: Mapping[str, Any], step: int) -> Tensor:
         """Returns the loss of each branch over the ranks that measured it: float64 (groups, branches) on
-        the CPU. Sets `stopping`.
+        the CPU; with directions of examples' own that of each. Sets `stopping`.
 
         Raises:
             ProbeError: no position carries a label.
         """
-        own = self._ours(batch, self.asks(step, self.own(step), self._at_once(batch, step)))
+        at_once = self._at_once(batch, step)
+        if self._of_examples is not None:
+            return self._of_examples(batch, step, self._state.rho, at_once, self._told)
+        own = self._ours(batch, self.asks(step, self.own(step), at_once))
         sums = own.new_zeros(2, self.groups, own.shape[1])
         sums[:, self._sharding.rank if self.groups > 1 else 0] = own
+        return self._means(self._told(sums), step)
+
+    def _told(self, sums: Tensor) -> Tensor:
+        """All-reduces sums, float64, to the CPU, and with them the request to stop."""
         asked = self.asked  # a signal may set it at any time
         message = torch.cat([sums.flatten(), sums.new_tensor([asked])])
         message = self._sharding.all_reduce(message).cpu()
@@ -159,7 +170,7 @@ class Measuring:
         if self._sharding.everyone > self._sharding.world_size:
             # Ranks that share examples by tensor parallelism reduced in groups of their own.
             self._state.stopping = bool(self._sharding.maxima([asked])[0])
-        return self._means(message[:-1].view_as(sums), step)
+        return message[:-1].view_as(sums)
 
     def loss(self, batch: Mapping[str, Any], step: int) -> float:
         """Returns the unperturbed loss over all ranks, whose examples may differ."""

@@ -206,7 +206,7 @@ class Objective:
             ) from error
         if self._responses is not None:
             self._responses.add(both[0], both[1, 0])
-        return both.sum(dim=2)
+        return self._added(*both)
 
     def _token_losses(self, head: Head, batch: Mapping[str, Any], branches: int) -> Tensor:
         positions, tokens = self._labelled(batch)
@@ -222,8 +222,12 @@ class Objective:
 
         inputs = self.inputs(repeat(batch, branches))
         with self._split(batch, branches, positions):
-            sums = head(inputs, positions, branches, losses).double().sum(dim=1)
-        return torch.stack([sums, torch.full_like(sums, positions.numel())])
+            found = head(inputs, positions, branches, losses).double()
+        return self._added(found, torch.ones_like(found))
+
+    def _added(self, losses: Tensor, counts: Tensor) -> Tensor:
+        """Returns sums, (2, branches), of each labelled position's, or example's, (branches, …)."""
+        return torch.stack([losses.sum(dim=1), counts.sum(dim=1)])
 
     def _labelled(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Returns flat positions (k,) that predict a label, and their labels, as places among the

@@ -114,7 +114,7 @@ class Method(ABC):
         """Returns ±ρτ of each branch: float64 (branches, D); zeros if no τ counts."""
         if not self.in_tau and not self.space.vectors:
             return torch.zeros(len(ask), self.space.numel, dtype=torch.float64)
-        return ask.matrix() @ self.space.taus(ask.step, ask.directions).double()
+        return ask.times(self.space.taus(ask.step, ask.directions))
 
     def move_vectors(self, change: Tensor, lr: float) -> None:
         """Moves a ← a - η · change on the coefficients of vectors alone; change is (D,)."""

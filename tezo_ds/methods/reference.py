@@ -24,6 +24,7 @@ METHODS = (
 )
 
 Weights = dict[str, Tensor]
+Loss = Callable[[int, Weights], Any]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Fields:
         seed: the run's seed.
         rank: r of every matrix, or of each by name; None: 2 for LOZO, else 16.
         queries: Q, directions a step.
+        per_example: whether each example of a step measures Q directions of its own, by its own loss.
         momentum: β of the methods -m.
         betas: β₁, β₂ of the methods -adam and -adam-coef.
         eps: added to Adam's √V.
@@ -46,6 +48,7 @@ class Fields:
     seed: int = 0
     rank: int | Mapping[str, int] | None = None
     queries: int = 1
+    per_example: bool = False
     momentum: float = 0.9
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -67,7 +70,7 @@ class Record:
 def run(
     method: str,
     weights: Mapping[str, Tensor],
-    loss: Callable[[int, Weights], float],
+    loss: Loss,
     steps: int,
     lr: float,
     rho: float,
@@ -79,7 +82,8 @@ def run(
         method: one of METHODS.
         weights: parameters by name, of any float dtype; two dims or more are seen as a matrix (m, n) =
             (product of leading dims, last), fewer as a vector.
-        loss: L(step, weights), called with float64 CPU tensors of the parameters' own shapes.
+        loss: L(step, weights), called with float64 CPU tensors of the parameters' own shapes; with
+            `per_example` a list of each example's loss, whose mean is L.
         steps: number of steps.
         lr: η.
         rho: ρ.
@@ -96,25 +100,23 @@ def run(
     options = Fields(**fields)
     W = {name: w.detach().to("cpu", torch.float64, copy=True) for name, w in weights.items()}
     parameters = {name: _parameter(method, name, w, options) for name, w in W.items()}
-    return _steps(W, parameters, loss, range(steps), lr, rho, options.queries)
+    return _steps(W, parameters, loss, range(steps), lr, rho, options)
 
 
 def _steps(
-    W: Weights,
-    parameters: dict[str, _Parameter],
-    loss: Callable[[int, Weights], float],
-    steps: range,
-    lr: float,
-    rho: float,
-    queries: int,
-) -> Iterator[Record]:
+    W: Weights, parameters: dict[str, _Parameter], loss: Loss, steps: range, lr: float, rho: float,
+    options: Fields,
+) -> Iterator[Record]:  # fmt: skip
     for step in steps:
         kappas = []
-        for q in range(queries):
+        examples = len(loss(step, W)) if options.per_example else 1
+        for q in range(examples * options.queries):
             Z = {name: p.direction(step, q).view_as(W[name]) for name, p in parameters.items()}
-            above = float(loss(step, {name: W[name] + rho * Z[name] for name in W}))
-            below = float(loss(step, {name: W[name] - rho * Z[name] for name in W}))
-            kappas.append((above - below) / (2 * rho))
+            above = loss(step, {name: W[name] + rho * Z[name] for name in W})
+            below = loss(step, {name: W[name] - rho * Z[name] for name in W})
+            if options.per_example:  # of its own example alone
+                above, below = above[q // options.queries], below[q // options.queries]
+            kappas.append((float(above) - float(below)) / (2 * rho))
         for name, parameter in parameters.items():
             W[name] -= lr * parameter.descent(step, kappas).view_as(W[name])
         yield Record(step, kappas, {name: w.clone() for name, w in W.items()})

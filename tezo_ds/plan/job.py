@@ -174,8 +174,9 @@ class Job:
 
     @property
     def groups(self) -> int:
-        """Number of ranks with directions of their own."""
-        return self.cluster.world if self.config.placement == "per_rank" else 1
+        """Number of ranks, or of examples over all ranks, with directions of their own."""
+        own = {"per_rank": 1, "per_example": self.examples}.get(self.config.placement)
+        return 1 if own is None else own * self.cluster.world
 
     @property
     def branches_at_once(self) -> int:
@@ -210,14 +211,17 @@ class Job:
 
     @property
     def scalars(self) -> tuple[int, ...]:
-        """Bytes of each all-reduce of a step: with a cache, whether any rank has to run the trunk; loss sum
-        and count of each branch, with the request to stop; Σκτ, where ranks add it up; what tezo-gn solves
-        by, and the losses of its scales."""
+        """Bytes of each all-reduce of a step: examples of each rank, where they have directions of their own;
+        with a cache, whether any rank has to run the trunk; loss sum and count of each branch, with the
+        request to stop; Σκτ, where ranks add it up; what tezo-gn solves by, and the losses of its scales."""
         losses, run = 16 * self.branches * self.groups + 8, self.run
-        shared = sums_are_shared(run.method, run.space, self.directions - self._directions)
+        of_examples, own = self.config.placement == "per_example", self._directions
+        own *= self.examples if of_examples else 1
+        shared = sums_are_shared(run.method, run.space, self.directions - own)
         asks = self.trunk.first and (self.cached or self.config.trunk_cache != "off")
         sums: tuple[int, ...] = (losses, 8 * run.space.numel) if shared else (losses,)
         if self.config.facts.solves:
             count, scales = self._directions, 1 + len(self.config.step_scales)
             sums += (8 * (count**2 + count + 1), 16 * scales)
-        return (16,) * (self._parts if asks else 0) + sums
+        counts = (8 * self.cluster.world,) * of_examples
+        return counts + (16,) * (self._parts if asks else 0) + sums

@@ -13,27 +13,9 @@ from tezo_ds.errors import ProbeError
 from tezo_ds.probes.base import Probe
 from tezo_ds.sharding.base import Sharding
 
-__all__ = ["Probe", "choose_probe", "make_probe"]
+__all__ = ["Probe", "choose_probe"]
 
 log = logging.getLogger(__name__)
-
-
-def make_probe(
-    config: TezoConfig, sharding: Sharding, names: Collection[str], factors: Factors | None
-) -> Probe:
-    """Makes the probe that `config.probe` names.
-
-    Args:
-        config: the run's config.
-        sharding: the model.
-        names: names of all parameters that train.
-        factors: factors of the directions; None if directions are dense.
-
-    Raises:
-        ProbeError: a trainable parameter, or directions, are out of the probe's reach.
-        ShardingError: in-place on weights that cannot be written exactly.
-    """
-    return choose_probe(config, sharding, names, factors).make(config, sharding, names, factors)
 
 
 def choose_probe(
@@ -42,10 +24,13 @@ def choose_probe(
     """Returns the class of the probe to use: the one asked for, or under `auto` the first without gaps.
 
     Args:
-        config, sharding, names, factors: as for `make_probe`.
+        config: the run's config.
+        sharding: the model.
+        names: names of all parameters that train.
+        factors: factors of the directions; None if directions are dense.
 
     Raises:
-        ProbeError: no such probe reaches all that trains.
+        ProbeError: no such probe reaches all that trains, or directions.
     """
     asked = list(PROBES) if config.probe == "auto" else [config.probe]
     for name, following in zip(asked, [*asked[1:], None], strict=True):

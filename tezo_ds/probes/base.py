@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -12,9 +12,10 @@ from torch import Tensor
 from tezo_ds.config import TezoConfig
 from tezo_ds.directions.branches import Branches
 from tezo_ds.directions.lowrank import Factors
-from tezo_ds.losses.objective import Objective
 from tezo_ds.sharding.base import Sharding
 from tezo_ds.trunk.trunk import Trunk
+
+Losses = Callable[[Mapping[str, Any], int], Tensor]  # an objective: (batch, branches) -> sums
 
 
 class Probe(ABC):
@@ -57,7 +58,7 @@ class Probe(ABC):
         """
 
     @abstractmethod
-    def measure(self, objective: Objective, batch: Mapping[str, Any], branches: Branches) -> Tensor:
+    def measure(self, objective: Losses, batch: Mapping[str, Any], branches: Branches) -> Tensor:
         """Returns loss sums and counts at each branch: float64 (2, branches)."""
 
     @abstractmethod

@@ -24,9 +24,8 @@ from tezo_ds.config import TezoConfig
 from tezo_ds.directions.branches import Branches, LowRank
 from tezo_ds.directions.lowrank import Factors
 from tezo_ds.errors import ProbeError
-from tezo_ds.losses.objective import Objective
 from tezo_ds.models.structure import embeddings, kind_of, uncovered, users
-from tezo_ds.probes.base import Probe
+from tezo_ds.probes.base import Losses, Probe
 from tezo_ds.probes.shared_inputs import readers
 from tezo_ds.probes.sites import Group, Site, attached
 from tezo_ds.probes.vectors import (
@@ -84,7 +83,7 @@ class FusedProbe(Probe):
         assert factors is not None, "a gap"
         return cls(sharding, factors)
 
-    def measure(self, objective: Objective, batch: Mapping[str, Any], branches: Branches) -> Tensor:
+    def measure(self, objective: Losses, batch: Mapping[str, Any], branches: Branches) -> Tensor:
         """Returns loss sums and counts of all branches, measured together: float64 (2, branches).
 
         Raises:

@@ -13,8 +13,7 @@ from tezo_ds.config import TezoConfig
 from tezo_ds.directions.branches import Branches
 from tezo_ds.directions.lowrank import Factors
 from tezo_ds.errors import ShardingError
-from tezo_ds.losses.objective import Objective
-from tezo_ds.probes.base import Probe
+from tezo_ds.probes.base import Losses, Probe
 from tezo_ds.sharding.base import Sharding
 from tezo_ds.sharding.view import ShardKey, ShardView
 
@@ -56,7 +55,7 @@ class InplaceProbe(Probe):
             factors.keep = True
         return cls(sharding, names, keeps_copies(config, factors))
 
-    def measure(self, objective: Objective, batch: Mapping[str, Any], branches: Branches) -> Tensor:
+    def measure(self, objective: Losses, batch: Mapping[str, Any], branches: Branches) -> Tensor:
         if branches.idle:
             return objective(batch, len(branches))
         results = []

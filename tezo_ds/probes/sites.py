@@ -91,7 +91,7 @@ class Group:
         self._places = {site.path: place for place, site in enumerate(sites)}
         self._ranks = [site.rank for site in sites]
         self.width = sum(self._ranks)  # columns of c
-        self._c = torch.empty(0)  # (branches, copies, width)
+        self.c = torch.empty(0)  # (branches, copies, width)
         self._input: weakref.ref[Tensor] | None = None
         self._version = -1
         self._scaled: tuple[Tensor, ...] = ()  # by place, (rows, copies * rank)
@@ -103,20 +103,20 @@ class Group:
 
     def start(self, c: Tensor) -> None:
         """Takes c, (branches, copies, width), and forgets the last forward."""
-        self._c, self._input = c, None
+        self.c, self._input = c, None
 
     def term(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns a linear or conv1d site's term as two factors: (rows, k), branch-major, and (k, out)."""
         if site.kind == "conv1d":
-            h = F.linear(x, site.inner).view(len(self._c), -1, *self._c.shape[1:])
-            return (h * self._c[:, None]).sum(dim=2).to(h.dtype).view(-1, site.rank), site.outer
+            h = F.linear(x, site.inner).view(len(self.c), -1, *self.c.shape[1:])
+            return (h * self.c[:, None]).sum(dim=2).to(h.dtype).view(-1, site.rank), site.outer
         return self._shared(site, x), site.outer
 
     def looked_up(self, site: Site, ids: Tensor, times: int) -> Tensor:
         """Returns an embedding's term, (branches, rows, n), from `times` copies of the ids, or one for
         all branches."""
-        rows = F.embedding(ids, site.table).view(times, -1, *self._c.shape[1:])
-        rows = (rows * self._c[:, None]).sum(dim=2)  # (branches, rows, rank)
+        rows = F.embedding(ids, site.table).view(times, -1, *self.c.shape[1:])
+        rows = (rows * self.c[:, None]).sum(dim=2)  # (branches, rows, rank)
         return rows.to(site.outer.dtype) @ site.outer
 
     def _shared(self, site: Site, x: Tensor) -> Tensor:
@@ -135,18 +135,18 @@ class Group:
 
     def _product(self, x: Tensor, inner: Tensor) -> tuple[Tensor, ...]:
         h = F.linear(x, inner)  # (…, width)
-        branches, copies, _ = self._c.shape
+        branches, copies, _ = self.c.shape
         by_branch = h.view(branches, -1, self.width)
         if copies > 1:
             parts = zip(
-                by_branch.split(self._ranks, -1), self._c.split(self._ranks, -1), strict=True
+                by_branch.split(self._ranks, -1), self.c.split(self._ranks, -1), strict=True
             )
             scaled = ((part[:, :, None] * c[:, None]).to(h.dtype) for part, c in parts)
             return tuple(part.view(-1, copies * part.shape[-1]) for part in scaled)
-        if h.dtype == self._c.dtype:
-            by_branch.mul_(self._c)
+        if h.dtype == self.c.dtype:
+            by_branch.mul_(self.c)
         else:
-            h = (by_branch * self._c).to(h.dtype)
+            h = (by_branch * self.c).to(h.dtype)
         return h.view(-1, self.width).split(self._ranks, dim=1)
 
 

@@ -194,8 +194,8 @@ def _directions(engine: Engine) -> str:
     config, ranks = engine.config, engine.sharding.world_size
     growing = config.query_schedule != "constant"
     count = f"{config.query_schedule}, at most {config.queries_max}" if growing else config.queries
-    own = f" on each of {ranks} rank(s)" if config.placement == "per_rank" else ""
-    return f"Q = {count}{own}"
+    own = {"per_rank": f" on each of {ranks} rank(s)", "per_example": " of each example"}
+    return f"Q = {count}{own.get(config.placement, '')}"
 
 
 def _of_method(engine: Engine) -> Iterator[tuple[str, str]]:

@@ -6,8 +6,8 @@ rows of labelled positions are read afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,8 +22,9 @@ class _Taken(Exception):
 
 @contextmanager
 def labelled_alone(
-    block: nn.Module, name: str, where: Places, positions: Tensor, branches: int
-) -> Iterator[None]:
+    block: nn.Module, name: str, where: Places, positions: Tensor, branches: int,
+    behind: Callable[[], AbstractContextManager[None]],
+) -> Iterator[None]:  # fmt: skip
     """Context manager: behind its attention the block computes the rows of `positions` alone, and gives zeros
     in the others.
 
@@ -36,6 +37,7 @@ def labelled_alone(
         where: where the attention is held.
         positions: int64 (k,), places in one copy's flattened (B * T).
         branches: copies of the batch, branch-major.
+        behind: makes a context manager, in which the block runs on the chosen rows.
     """
     attention, forward = block.get_submodule(name), block.forward
     # A rank without labels takes part all the same: some layers object to no rows at all.
@@ -59,7 +61,7 @@ def labelled_alone(
         few = with_hidden(taken[0], chosen(hidden_of(taken[0])))
         hidden = hidden_in(args, kwargs)
         args, kwargs = called_with(args, kwargs, chosen(hidden))
-        with swapped(where, [(attention, lambda *_, **__: few)]):
+        with swapped(where, [(attention, lambda *_, **__: few)]), behind():
             output = forward(*args, **kwargs)
         result = hidden_of(output)  # (branches, k, width)
         whole = result.new_zeros(*hidden.shape[:-1], result.shape[-1])

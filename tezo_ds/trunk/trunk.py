@@ -38,6 +38,7 @@ class Trunk:
         cache: hidden states kept from step to step; None: none are.
         part: which part of a rank's examples the next forward is of, under `micro_batch`.
         rows: rows of each branch that the last block may be left with in the forward inside `serving`.
+        behind: whether the last block runs on these rows alone at the moment.
 
     Args:
         sharding: the model.
@@ -52,6 +53,7 @@ class Trunk:
         self.settled = False
         self.cache: Cache | None = None
         self.part = self.rows = 0
+        self.behind = False
         self._tail, self._trying = True, False
         self._kept: dict[int, Tensor] | None = None  # hidden states by part
 
@@ -196,6 +198,14 @@ class Trunk:
             finally:
                 self.rows = 0
 
+    @contextmanager
+    def _going_behind(self) -> Iterator[None]:
+        self.behind = True
+        try:
+            yield
+        finally:
+            self.behind = False
+
     @property
     def _found(self) -> Found:
         assert self.found is not None
@@ -241,7 +251,10 @@ class Trunk:
         alone: Any = nullcontext()
         if self._tail and positions is not None and found.attention is not None:
             rows = positions.to(self._sharding.device)
-            alone = labelled_alone(found.blocks[-1], found.attention, found.places, rows, branches)
+            block = found.blocks[-1]
+            alone = labelled_alone(
+                block, found.attention, found.places, rows, branches, self._going_behind
+            )
         with alone:
             copies = hidden.repeat(branches, 1, 1)
             return through_rest(found, forward, inputs, copies)

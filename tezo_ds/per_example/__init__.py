@@ -1,0 +1,1 @@
+"""Directions of each example's own (`placement: per_example`)."""
