@@ -19,12 +19,12 @@ ORACLE = {
 
 
 def ragged(examples: int, seed: int = 0, length: int = 11) -> dict[str, Tensor]:
-    """Makes a batch whose examples have very unequal numbers of labels, the third of four none: (rows, length)."""
+    """Makes a batch of very unequal numbers of labels, the third of four examples none: (rows, length)."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, 61, (examples, length), generator=generator)
     mask, labels = torch.ones_like(ids), ids.clone()
     for row in range(examples):
-        first = (1, length - 1, length, 4)[row % 4]
+        first = (1, 7, length, 4)[row % 4]
         labels[row, :first] = -100
         end = length - row % 3
         mask[row, end:] = 0
@@ -50,7 +50,7 @@ def slopes_in_a_loop(
     engine = tezo_ds.initialize(
         make(), {**plain, "placement": "shared", "probe": "inplace", "shared_trunk": False}
     )
-    engine.sharding.world_size = 1
+    engine.sharding.world_size, engine.sharding.rank = 1, 0
     engine.objective.first = None
     engine.method.begin(step)
     central, rho = fields.get("difference", "central") == "central", fields["rho"]

@@ -16,7 +16,7 @@ from typing import Any
 from tezo_ds.engine.report import StepReport
 from tezo_ds.errors import ConfigError, StorageError
 from tezo_ds.files.text import to_json
-from tezo_ds.run.journal import Contents, Journal, read_journal
+from tezo_ds.run.journal import Contents, Journal, packed, read_journal
 
 CONFIG, METRICS, SUMMARY, JOURNAL = "config.json", "metrics.jsonl", "summary.json", "journal.jsonl"
 COEFFICIENTS, ADAPTER, CURVE = "coefficients.safetensors", "adapter", "curve.png"
@@ -174,9 +174,9 @@ class RunFolder:
         if report.solved is not None:
             slopes["solved"] = report.solved
         self._log({
-            **slopes, "loss": report.loss, "seconds": round(report.seconds, 4), "tokens": report.tokens,
-            "dropped": report.dropped, "kappa_mean": found.mean, "kappa_spread": found.spread,
-            "gradient_norm": found.gradient_norm, "snr": found.snr,
+            **packed(slopes), "loss": report.loss, "seconds": round(report.seconds, 4),
+            "tokens": report.tokens, "dropped": report.dropped, "kappa_mean": found.mean,
+            "kappa_spread": found.spread, "gradient_norm": found.gradient_norm, "snr": found.snr,
         })  # fmt: skip
         journal.append({**slopes, "loss": report.loss, "seen": seen, **(more or {})})
 

@@ -1,7 +1,10 @@
 """The journal of a run: one line a step, on disk before the step counts, from which all else follows.
 
-    {"journal":1,…,"sum":"0f3a…"}
+    {"journal":2,…,"sum":"0f3a…"}
     {"step":0,"kappa":[…],"rho":…,"lr":…,"loss":…,"seen":…,"sum":"9c41…"}
+
+Slopes of more than `READABLE` directions are written as base64 of their float64 bytes, little-endian: exact
+and shorter than digits. Whoever reads gets numbers either way.
 
 `sum` is a hash of its line's other text and of the line's before it, so a bit that flipped, a line that
 is missing and one too many all show. What a crash can leave is a last line that is not whole: it counts
@@ -10,12 +13,15 @@ as not written. Damage above that is nobody's crash and is refused.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
+import math
 import os
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +29,9 @@ from typing import Any
 from tezo_ds.errors import StorageError
 from tezo_ds.files.text import _finite, sync_folder
 
-VERSION = 1
+VERSION = 2  # 1: all slopes in digits
+READABLE = 64  # slopes, at most, that are written in digits
+PACKED = ("kappa", "solved")
 _LINE = re.compile(rb'(\{.*),"sum":"([0-9a-f]{16})"\}')
 
 
@@ -99,7 +107,33 @@ def _parse(text: bytes, before: str, number: int) -> tuple[dict[str, Any] | None
         line.get("step") != place if place >= 0 else "journal" not in line
     ):
         return None, f"is not of step {place}" if place >= 0 else "is no header"
-    return line, ""
+    try:
+        return {key: unpacked(part) if key in PACKED else part for key, part in line.items()}, ""
+    except ValueError as error:
+        return None, f"has slopes that cannot be read: {error}"
+
+
+def packed(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a step as a line keeps them, more than `READABLE` slopes as text."""
+
+    def text(slopes: Sequence[float]) -> str:
+        return base64.b64encode(struct.pack(f"<{len(slopes)}d", *slopes)).decode()
+
+    return {
+        key: text(part) if key in PACKED and len(part) > READABLE else part
+        for key, part in line.items()
+    }
+
+
+def unpacked(kept: Any) -> Any:
+    """Returns slopes that a line keeps, None for those that failed. Raises ValueError: no float64 numbers."""
+    if not isinstance(kept, str):
+        return kept
+    content = base64.b64decode(kept, validate=True)
+    if len(content) % 8:
+        raise ValueError(f"{len(content)} bytes are no float64 numbers")
+    numbers = struct.unpack(f"<{len(content) // 8}d", content)
+    return [number if math.isfinite(number) else None for number in numbers]
 
 
 def _sum(before: str, text: bytes) -> str:
@@ -123,6 +157,11 @@ class Journal:
     ) -> None:
         self._path = path
         begun = contents is not None and contents.header is not None
+        # A journal that an earlier version began stays one that it can read.
+        version = (
+            VERSION if contents is None or contents.header is None else contents.header["journal"]
+        )
+        self._packs = PACKED if version > 1 else ()
         self.sum = contents.sum if contents is not None and begun else ""
         self._size = contents.size if contents is not None and begun else 0
         try:
@@ -143,7 +182,7 @@ class Journal:
         Raises:
             StorageError: the line cannot be written; the file is then as before.
         """
-        self._append(step, f"step {step['step']}")
+        self._append(packed(step) if self._packs else step, f"step {step['step']}")
 
     def _append(self, line: Mapping[str, Any], what: str) -> None:
         text = json.dumps(_finite(line), separators=(",", ":"), allow_nan=False)[:-1].encode()
