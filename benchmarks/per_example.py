@@ -5,7 +5,7 @@ in the coefficients by backpropagation, which this benchmark alone does. S is th
 gradient and s₁ the variance of an example's, both without bias, so a batch of B has s = s₁ / B. One direction
 that all examples share errs by (S + s)(D+1), each example's own by (S/B + s)(D+1); the ratio is the gain.
 
-Calibrated means with a bias on each of the six words, fitted to other examples, as `output_layer: bias` has it.
+Calibrated means with a bias on each of the six words, fitted to other examples, as `output_layer: bias` does.
 
     python benchmarks/per_example.py                        a minute of processor time
     python benchmarks/per_example.py --examples 16 --model FOLDER

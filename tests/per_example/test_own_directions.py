@@ -9,6 +9,7 @@ import torch
 from deep import LATE, deep
 from own_directions import ORACLE, OWN, labelled, oracle, ragged, slopes_in_a_loop
 from tiny import make_batch, tiny
+from torch import nn
 
 import tezo_ds
 from tezo_ds.losses import head
@@ -51,6 +52,25 @@ def test_a_trained_output_layer_tells_labelled_positions_apart(
     monkeypatch.setattr(head, "CHUNK_NUMEL", 61 * 4 * 4 * chunk)
     fields = {**OWN, "include": ("*embed*", "lm_head*")}
     assert_the_loop(lambda: tiny("llama", False), ragged(7), fields)
+
+
+class Doubled(nn.Module):
+    """A model that changes its output layer's result, which is tried out on one example a branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny("llama", False)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.inner.lm_head
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return 2 * self.inner(input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+def test_an_output_layer_that_is_tried_out_first() -> None:
+    engine = assert_the_loop(Doubled, ragged(7), OWN)
+    assert engine.objective.head_mode == "chosen"
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt", "neox"])
