@@ -103,6 +103,14 @@ def test_traffic_by_hand() -> None:
     assert traffic.engine(replace(job, config=own)).scalars == (losses,)
     many = replace(job, config=own.model_copy(update={"queries": 8}))  # 63 * 8 others, D = 3,616
     assert traffic.engine(many).scalars == (64 * 16 * 16 + 8, 8 * many.run.space.numel)
+    of_each = replace(job, config=TezoConfig(queries=2, placement="per_example"))
+    examples = 64 * job.examples
+    assert of_each.directions == 2 * examples
+    counts, losses, *sums = traffic.engine(of_each).scalars
+    assert (counts, losses) == (8 * 64, 16 * 4 * examples + 8)
+    assert bool(sums) == (
+        (of_each.directions - 2 * job.examples) * of_each.run.space.numel > 1 << 20
+    )
 
 
 def test_memory_by_hand() -> None:
@@ -213,6 +221,13 @@ def test_a_dry_run_counts_sums_that_ranks_add_up() -> None:
         lines = compared(job, count(job))
         assert len(traffic.engine(job).scalars) == 2
     assert all(fine for *_, fine in lines), lines
+
+
+def test_a_dry_run_of_examples_own_directions_is_refused_in_one_line() -> None:
+    job = job_of("llama", "fsdp2", 15, 5, TezoConfig(rank=3, placement="per_example"))
+    with pytest.raises(ConfigError, match="under placement per_example") as caught:
+        count(job)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

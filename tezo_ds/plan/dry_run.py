@@ -55,12 +55,17 @@ def count(job: Job) -> Counted:
         job: that gathers, in a process without a process group.
 
     Raises:
-        ConfigError: nothing is gathered; there is a process group.
+        ConfigError: nothing is gathered; examples have directions of their own; there is a process group.
     """
     if job.gather_ranks == 1:
         raise ConfigError(
             f"--dry-run: {job.sharding} over {job.gather_ranks} ranks has no gathers that it could count; "
             "use another --sharding on more ranks"
+        )
+    if job.config.placement == "per_example":
+        raise ConfigError(
+            "--dry-run: under placement per_example ranks tell each other how many examples they have, and "
+            "here is one alone; set placement to shared, which has the same forwards"
         )
     if dist.is_initialized():
         raise ConfigError("--dry-run makes a process group of its own; start it without a launcher")
