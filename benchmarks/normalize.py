@@ -146,9 +146,9 @@ def report(args: argparse.Namespace, results: Results, console: Console) -> None
                 for task in args.tasks
                 if most[task] > 0
             ]
-            cells = ["diverged" if share < -1 else f"{share:.2f}" for share in shares]
+            cells = ["< -1" if share < -1 else f"{share:.2f}" for share in shares]
             least = min(shares, default=math.nan)
-            table.add_row(f"{rate:g}", *cells, "diverged" if least < -1 else f"{least:.2f}")
+            table.add_row(f"{rate:g}", *cells, "< -1" if least < -1 else f"{least:.2f}")
         console.print(table)
     for task in args.tasks:
         starts = [r["before"] for r in found if r["task"] == task]
