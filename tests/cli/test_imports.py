@@ -72,7 +72,8 @@ def test_every_command_imports_torch_so() -> None:
                     os._exit(0)
 
         sys.meta_path.insert(0, Torch())
-        assert {{one.callback.__name__.replace("_", "-") for one in app.registered_commands}} == {set(COMMANDS)}
+        names = {{one.callback.__name__.replace("_", "-") for one in app.registered_commands}}
+        assert names == {set(COMMANDS)}
         for command, words in {COMMANDS}.items():
             if not (child := os.fork()):
                 sys.argv = ["tezo-ds", command, *words]
