@@ -1,0 +1,221 @@
+"""What a step teaches, against honest baselines: accuracy of methods after the same processor seconds.
+
+SmolLM2-135M-Instruct on four tasks (see parts/methods/data.py), by `tezo-ds train` in a process of its own a
+run, one thread. An arm is a head (frozen, bias, fit, or inner: the fit and a term in the middle of the model)
+and a method's steps behind it, or none. A run makes as many steps as fit into the budget, what the head takes
+included, at the pace that two pilot runs of the arm had; processor seconds count, so a busy machine changes
+little. Each method's rate is the best of a few on validation examples of TREC, by loss, and is what all
+other tasks get, too.
+
+    python benchmarks/learning.py                                       all; many hours
+    python benchmarks/learning.py --tasks trec --arms fit inner --seeds 3
+    python benchmarks/learning.py --report                              writes docs/learning.md's table alone
+
+A finished run is a line in --out, which is kept in the repository: any machine goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from parts.common.machine import describe
+from parts.learning.arms import HEADS, NONE, STEPS, Arm, arms_of
+from parts.learning.report import draw, markdown, table_of
+from parts.methods.data import FIELDS, SHORT, TASKS, load_splits
+from parts.methods.report import MOST_SEEDS, Record, Results, put_between_markers
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parent.parent
+TUNED_ON, TUNING_SEED = "trec", 0
+FACTORS = (1.0, 10.0, 100.0)  # of the rates in STEPS
+PILOTS = (1, 5)  # steps
+DEFAULT_ARMS = [
+    *HEADS, *(f"{head}+{steps}" for steps in STEPS for head in ("frozen", "bias", "fit", "inner"))
+]  # fmt: skip
+
+
+class Benchmark:
+    """The runs that the arguments ask for, and those that are finished."""
+
+    def __init__(self, args: argparse.Namespace, results: Results, console: Console) -> None:
+        self._args, self._results, self._console = args, results, console
+        self.arms = arms_of(args.arms)
+
+    def run(self) -> None:
+        """Runs all that is left, a seed of all arms and tasks after the other."""
+        for task in self._args.tasks:
+            load_splits(task, self._args.cache, 1, 1)  # downloads what is not there
+        for seed in range(1, 1 + self._args.seeds):
+            for task in self._args.tasks:
+                for arm in self.arms:
+                    self._final(task, arm, seed)
+
+    def _final(self, task: str, arm: Arm, seed: int) -> None:
+        if self._results.find(self.key(task, arm, seed)) is None:
+            factor = self._tuned(arm)
+            found = self._trained(task, arm, seed, factor, "test")
+            self._results.add({**self.key(task, arm, seed), "factor": factor, **found})
+            self._tell(f"{task}, {arm.name}, seed {seed}", found)
+
+    def key(self, task: str, arm: Arm, seed: int) -> Record:
+        """Returns the fields that name a final run."""
+        return {**self._common(task, arm), "role": "final", "seed": seed}
+
+    def _common(self, task: str, arm: Arm) -> Record:
+        args = self._args
+        return {
+            "task": task, "arm": arm.name, "budget": args.budget if arm.steps != NONE else 0,
+            "examples": args.examples, "test_examples": args.test_examples, "include": args.include,
+        }  # fmt: skip
+
+    def _tuned(self, arm: Arm) -> float:
+        """Returns the factor of a method's rate that validates best on one task, by loss."""
+        if arm.steps in (NONE, "tezo-gn"):  # which has no rate to speak of
+            return 1.0
+        losses = {}
+        for factor in FACTORS:
+            key = {**self._common(TUNED_ON, arm), "role": "tune", "factor": factor}
+            record = self._results.find(key)
+            if record is None:
+                record = {**key, **self._trained(TUNED_ON, arm, TUNING_SEED, factor, "valid")}
+                self._results.add(record)
+                self._tell(f"{TUNED_ON}, {arm.name}, rate times {factor:g}", record)
+            losses[factor] = math.inf if record["loss"] is None else record["loss"]
+        return min(losses, key=lambda factor: losses[factor])
+
+    def _steps(self, task: str, arm: Arm) -> int:
+        """Returns how many steps the budget has room for, by two pilot runs and one without the arm."""
+        if arm.steps == NONE:
+            return 0
+        taken = []
+        for head, steps in ((arm.head, PILOTS[0]), (arm.head, PILOTS[1]), ("frozen", PILOTS[0])):
+            key = {**self._common(task, Arm(head, arm.steps)), "role": "pilot", "steps": steps}
+            record = self._results.find(key)
+            if record is None:
+                record = {**key, **self._call(task, Arm(head, arm.steps), 0, 1.0, "valid", steps)}
+                self._results.add(record)
+            taken.append(record["seconds"])
+        pace = max(0.01, (taken[1] - taken[0]) / (PILOTS[1] - PILOTS[0]))
+        return max(1, int((self._args.budget - max(0.0, taken[0] - taken[2])) / pace))
+
+    def _trained(self, task: str, arm: Arm, seed: int, factor: float, split: str) -> Record:
+        return self._call(task, arm, seed, factor, split, self._steps(task, arm))
+
+    def _call(
+        self, task: str, arm: Arm, seed: int, factor: float, split: str, steps: int
+    ) -> Record:
+        """Makes one run in a process of its own, and returns what it found."""
+        args = self._args
+        with tempfile.TemporaryDirectory(prefix="learning-") as folder:
+            out = Path(folder) / "run"
+            words = [sys.executable, "-m", "tezo_ds", "train", *self._data(task, split)]
+            words += arm.flags(factor, {
+                "model": args.model, "objective": "choices", "seed": seed, "steps": max(1, steps),
+                "train_examples": args.examples, "test_examples": args.test_examples,
+                "output_layer_examples": args.examples, "max_length": args.max_length,
+                "output": out, "no_save_model": True, "check_every": 0, "snapshot_every": 0,
+            })  # fmt: skip
+            for pattern in args.include if arm.steps != NONE else ["last:1"]:
+                words += ["--include", pattern]
+            if arm.steps == NONE:
+                words += ["--lr", "0", "--batch-size", "1"]
+            before = _processor_seconds()
+            done = subprocess.run(
+                words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            )
+            seconds = _processor_seconds() - before
+            if done.returncode:
+                raise SystemExit(f"{' '.join(words)}:\n{done.stderr or done.stdout}")
+            summary = json.loads((out / "summary.json").read_text())
+        return {
+            "accuracy": summary["accuracy_after"], "loss": summary["test_loss_after"],
+            "zero_shot": summary["accuracy_before"], "head": summary.get("accuracy_output_layer"),
+            "majority": summary.get("majority_class"), "steps_made": steps, "seconds": seconds,
+            "fit": summary.get("output_layer"), "machine": describe(), "time": time.time(),
+        }  # fmt: skip
+
+    def _data(self, task: str, split: str) -> list[str]:
+        folder = self._args.cache / task
+        train, test = str(folder / "train.jsonl"), str(folder / f"{split}.jsonl")
+        if task not in FIELDS:
+            words = ["--task", task, "--data", train, "--test-data", test]
+            return [*words, "--template", SHORT[task]] if task in SHORT else words
+        fields = FIELDS[task]
+        return [
+            "--task", train, "--test-data", test, "--template", fields["template"],
+            "--verbalizers", json.dumps(fields["verbalizers"]),
+        ]  # fmt: skip
+
+    def _tell(self, what: str, found: Record) -> None:
+        loss = math.nan if found["loss"] is None else found["loss"]
+        self._console.print(
+            f"{what}: {found['accuracy']:.1%}, loss {loss:.3f}, {found['steps_made']} steps, "
+            f"{found['seconds']:.0f} processor seconds"
+        )
+
+    def finished(self) -> Iterator[tuple[str, Arm, list[Record]]]:
+        """Yields the final runs that there are, by task and arm."""
+        for task in self._args.tasks:
+            for arm in self.arms:
+                seeds = range(1, 1 + MOST_SEEDS)
+                runs = [self._results.find(self.key(task, arm, seed)) for seed in seeds]
+                if found := [run for run in runs if run is not None]:
+                    yield task, arm, found
+
+
+def _processor_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def arguments() -> argparse.ArgumentParser:
+    """Makes the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    add("--arms", nargs="+", default=DEFAULT_ARMS, help="head or head+steps: fit, inner+tezo-gn")
+    add("--budget", type=float, default=300.0, help="processor seconds of training of a run")
+    add("--seeds", type=int, default=3, choices=range(1, MOST_SEEDS + 1), metavar="N")
+    add("--include", nargs="+", default=["last:3"], help="what the steps train")
+    add("--examples", type=int, default=1000, help="training examples, also of the fits")
+    add("--test-examples", type=int, default=400)
+    add("--max-length", type=int, default=64)
+    add("--model", default=str(ROOT / ".cache/quickstart/SmolLM2-135M-Instruct"))
+    add("--cache", type=Path, default=ROOT / ".cache/methods", help="of the data")
+    add("--out", type=Path, default=ROOT / "docs/learning.jsonl", help="finished runs")
+    add("--page", type=Path, default=ROOT / "docs/learning.md", help="where the tables go")
+    add("--no-page", dest="page", action="store_const", const=None, help="on the screen only")
+    add("--report", action="store_true", help="run nothing, report what there is")
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    args = arguments().parse_args(words)
+    console = Console(soft_wrap=True, width=120)
+    console.print(describe())
+    benchmark = Benchmark(args, Results(args.out), console)
+    if not args.report:
+        try:
+            benchmark.run()
+        except KeyboardInterrupt:
+            console.print("stopped; the same command goes on from here")
+    lines: Any = list(benchmark.finished())
+    console.print(table_of(lines))
+    if args.page is not None and lines:
+        put_between_markers(args.page, markdown(lines))
+        draw(lines, args.page.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

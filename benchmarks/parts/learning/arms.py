@@ -1,0 +1,66 @@
+"""Ways to train that `benchmarks/learning.py` compares: steps of a method, behind a fitted head or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+# Settings of the output layer that every method runs behind, each with what it costs in its own time.
+HEADS: dict[str, dict[str, Any]] = {
+    "frozen": {},
+    "bias": {"output_layer": "bias"},
+    "fit": {"output_layer": "fit"},
+    "inner": {"output_layer": "fit", "inner_layer": "auto"},
+}
+# Fields of a method's steps. Rates are `lr` times the factor that tuning chose.
+STEPS: dict[str, dict[str, Any]] = {
+    "mezo": {"method": "mezo", "rho": 1e-3, "lr": 1e-6, "batch_size": 16},
+    "lozo": {"method": "lozo", "rho": 1e-3, "lr": 1e-6, "batch_size": 16},
+    "tezo-adam-coef": {"method": "tezo-adam-coef", "rho": 1e-3, "lr": 1e-3, "batch_size": 16},
+    "tezo-gn": {
+        "method": "tezo-gn", "rho": 1e-2, "lr": 1.0, "rank": 4, "queries": 8, "batch_size": 64,
+        "difference": "forward",
+    },
+}  # fmt: skip
+NONE = "none"  # no steps: what the head alone gives
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        head: a key of HEADS.
+        steps: a key of STEPS, or NONE.
+    """
+
+    head: str
+    steps: str
+
+    @property
+    def name(self) -> str:
+        """Name in tables and files."""
+        parts = [part for part in (self.head, self.steps) if part not in ("frozen", NONE)]
+        return " + ".join(parts) or "zero-shot"
+
+    def flags(self, factor: float, common: dict[str, Any]) -> list[str]:
+        """Returns the command line's flags, with the rate times a factor."""
+        fields = {**common, **HEADS[self.head], **STEPS.get(self.steps, {})}
+        if "lr" in fields and self.steps != "tezo-gn":
+            fields["lr"] = float(f"{fields['lr'] * factor:.3g}")
+        if self.head == "frozen":
+            fields.pop("output_layer_examples", None)
+        words = []
+        for name, value in fields.items():
+            flag = f"--{name.replace('_', '-')}"
+            words += [flag] if value is True else [flag, str(value)]
+        return words
+
+
+def arms_of(words: list[str]) -> list[Arm]:
+    """Returns the arms that words name, as head or head+steps: fit, frozen+mezo."""
+    made = []
+    for word in words:
+        head, _, steps = word.partition("+")
+        made.append(Arm(head, steps or NONE))
+    return made
