@@ -1,14 +1,14 @@
 """What a step teaches, against honest baselines: accuracy of methods after the same processor seconds.
 
 SmolLM2-135M-Instruct on four tasks (see parts/methods/data.py), by `tezo-ds train` in a process of its own a
-run, one thread. An arm is a head (frozen, bias, fit, or inner: the fit and a term in the middle of the model)
-and a method's steps behind it, or none. A run makes as many steps as fit into the budget, what the head takes
+run, one thread. An arm is a head (frozen, bias or fit, see docs/output-layer.md) and a method's steps behind
+it, or none. A run makes as many steps as fit into the budget, what the head takes
 included, at the pace that two pilot runs of the arm had; processor seconds count, so a busy machine changes
 little. Each method's rate is the best of a few on validation examples of TREC, by loss, and is what all
 other tasks get, too.
 
     python benchmarks/learning.py                                       all; many hours
-    python benchmarks/learning.py --tasks trec --arms fit inner --seeds 3
+    python benchmarks/learning.py --tasks trec --arms bias fit --seeds 3
     python benchmarks/learning.py --report                              writes docs/learning.md's table alone
 
 A finished run is a line in --out, which is kept in the repository: any machine goes on from there.
@@ -27,11 +27,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from parts.common.machine import describe
 from parts.learning.arms import HEADS, NONE, STEPS, Arm, arms_of
-from parts.learning.report import draw, markdown, table_of
+from parts.learning.report import MARKERS, draw, markdown, tables_of
 from parts.methods.data import FIELDS, SHORT, TASKS, load_splits
 from parts.methods.report import MOST_SEEDS, Record, Results, put_between_markers
 from rich.console import Console
@@ -41,7 +40,7 @@ TUNED_ON, TUNING_SEED = "trec", 0
 FACTORS = (1.0, 10.0, 100.0)  # of the rates in STEPS
 PILOTS = (1, 5)  # steps
 DEFAULT_ARMS = [
-    *HEADS, *(f"{head}+{steps}" for steps in STEPS for head in ("frozen", "bias", "fit", "inner"))
+    *HEADS, *(f"{head}+{steps}" for steps in STEPS for head in HEADS)
 ]  # fmt: skip
 
 
@@ -184,7 +183,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    add("--arms", nargs="+", default=DEFAULT_ARMS, help="head or head+steps: fit, inner+tezo-gn")
+    add("--arms", nargs="+", default=DEFAULT_ARMS, help="head or head+steps: fit, fit+tezo-gn")
     add("--budget", type=float, default=300.0, help="processor seconds of training of a run")
     add("--seeds", type=int, default=3, choices=range(1, MOST_SEEDS + 1), metavar="N")
     add("--include", nargs="+", default=["last:3"], help="what the steps train")
@@ -210,11 +209,23 @@ def main(words: Sequence[str] | None = None) -> None:
             benchmark.run()
         except KeyboardInterrupt:
             console.print("stopped; the same command goes on from here")
-    lines: Any = list(benchmark.finished())
-    console.print(table_of(lines))
+    lines = list(benchmark.finished())
+    for table in tables_of(lines):
+        console.print(table)
     if args.page is not None and lines:
-        put_between_markers(args.page, markdown(lines))
+        put_between_markers(args.page, markdown(lines, command(args)), MARKERS)
         draw(lines, args.page.with_suffix(".png"))
+
+
+def command(args: argparse.Namespace) -> str:
+    """Returns the command that makes the same runs again."""
+    parser, words = arguments(), ["python benchmarks/learning.py"]
+    for name in ("tasks", "arms", "budget", "seeds", "include", "examples", "test_examples"):
+        value = getattr(args, name)
+        if value != parser.get_default(name):
+            given = " ".join(value) if isinstance(value, list) else str(value)
+            words.append(f"--{name.replace('_', '-')} {given}")
+    return " ".join(words)
 
 
 if __name__ == "__main__":
