@@ -1,0 +1,87 @@
+"""Tables and the picture of `benchmarks/learning.py`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from parts.common.pictures import load_pyplot
+from parts.learning.arms import Arm
+from parts.methods.report import Record, interval
+
+MARKERS = "<!-- benchmarks/learning.py: begin -->", "<!-- benchmarks/learning.py: end -->"
+COLUMNS = ("arm", "acc. %", "± 95 %", "loss", "seeds", "steps", "s")
+
+Line = tuple[str, Arm, list[Record]]  # task, arm, its runs by seed
+
+
+def _cells(arm: Arm, runs: Sequence[Record]) -> list[str]:
+    mean, half = interval([run["accuracy"] for run in runs])
+    losses = [run["loss"] for run in runs if run["loss"] is not None]
+    loss = f"{statistics.mean(losses):.3f}" if len(losses) == len(runs) else "not finite"
+    return [
+        arm.name, f"{100 * mean:.1f}", "" if half is None else f"{100 * half:.1f}", loss, str(len(runs)),
+        f"{statistics.mean(run['steps_made'] for run in runs):.0f}",
+        f"{statistics.mean(run['seconds'] for run in runs):.0f}",
+    ]  # fmt: skip
+
+
+def _rows(lines: Sequence[Line], task: str) -> list[list[str]]:
+    of_task = [(arm, runs) for name, arm, runs in lines if name == task]
+    zero = {run["seed"]: run for _, runs in of_task for run in runs}
+    zeros = [{**run, "accuracy": run["zero_shot"], "loss": None} for run in zero.values()]
+    mean, half = interval([run["accuracy"] for run in zeros])
+    first = ["zero-shot", f"{100 * mean:.1f}", "" if half is None else f"{100 * half:.1f}"]
+    rows = [[*first, *[""] * (len(COLUMNS) - 3)]]
+    return rows + [_cells(arm, runs) for arm, runs in of_task if arm.name != "zero-shot"]
+
+
+def tasks_of(lines: Sequence[Line]) -> list[str]:
+    """Returns the tasks that there are runs of, in order."""
+    return list(dict.fromkeys(task for task, _, _ in lines))
+
+
+def tables_of(lines: Sequence[Line]) -> list[Table]:
+    """Makes tables for the screen, one a task."""
+    made = []
+    for task in tasks_of(lines):
+        table = Table(title=task)
+        for column in COLUMNS:
+            table.add_column(column, no_wrap=True)
+        for row in _rows(lines, task):
+            table.add_row(*row)
+        made.append(table)
+    return made
+
+
+def markdown(lines: Sequence[Line], command: str) -> str:
+    """Returns the text between the page's markers."""
+    machines = dict.fromkeys(run["machine"] for _, _, runs in lines for run in runs)
+    parts = [f"`{command}`", *(f"Machine: {machine}." for machine in machines)]
+    for task in tasks_of(lines):
+        rows = [COLUMNS, ["---"] * len(COLUMNS), *_rows(lines, task)]
+        parts.append(f"### {task}")
+        parts.append("\n".join("| " + " | ".join(row) + " |" for row in rows))
+    return "\n\n".join([*parts, "![Accuracy by arm](learning.png)"])
+
+
+def draw(lines: Sequence[Line], picture: Path) -> None:
+    """Draws accuracy by arm with intervals, a panel a task, into a PNG."""
+    pyplot, names = load_pyplot(), tasks_of(lines)
+    size = (4.2 * len(names), 4)
+    figure, axes = pyplot.subplots(1, len(names), figsize=size, layout="constrained", squeeze=False)
+    for axis, task in zip(axes[0], names, strict=True):
+        for name, arm, runs in lines:
+            if name == task:
+                mean, half = interval([run["accuracy"] for run in runs])
+                bar = 100 * (half or 0)
+                axis.errorbar(100 * mean, arm.name, xerr=bar, fmt="o", color="tab:blue", capsize=3)
+        axis.invert_yaxis()
+        axis.set_title(task)
+        axis.set_xlabel("test accuracy, %")
+        axis.grid(axis="x", alpha=0.3)
+    figure.savefig(picture, dpi=110)
+    pyplot.close(figure)
