@@ -1,0 +1,102 @@
+"""The benchmarks of what a run learns: their command lines, budgets and tables, and the fits by depth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import depth
+import learning
+import pytest
+import torch
+from parts.learning.arms import Arm, arms_of
+from parts.learning.report import MARKERS
+from parts.methods.report import Results
+from rich.console import Console
+from tiny import tiny
+
+from tezo_ds.cli import app
+
+
+class Told(learning.Benchmark):
+    """The benchmark with runs that take 10 processor seconds, 2 more a step, and 30 more with a fit."""
+
+    calls: ClassVar[list[tuple[str, str, int, float, str, int]]] = []
+
+    def _call(
+        self, task: str, arm: Arm, seed: int, factor: float, split: str, steps: int
+    ) -> dict[str, Any]:
+        self.calls.append((task, arm.name, seed, factor, split, steps))
+        seconds = 10.0 + 2 * max(1, steps) + 30 * (arm.head == "fit")
+        loss = abs(factor - 10) + 1  # the second rate is the best
+        return {
+            "accuracy": 0.5 + seed / 100, "loss": loss, "zero_shot": 0.2, "head": None, "steps_made": steps,
+            "seconds": seconds, "machine": "here, 2 cores",
+        }  # fmt: skip
+
+
+def benchmark_of(tmp_path: Path, *words: str) -> Told:
+    Told.calls = []
+    out = tmp_path / "learning.jsonl"
+    args = learning.arguments().parse_args(["--out", str(out), "--cache", str(tmp_path), *words])
+    return Told(args, Results(out), Console(quiet=True))
+
+
+def test_budgets_count_what_a_fit_takes_and_finished_runs_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning, "load_splits", lambda *_: None)
+    words = ["--tasks", "sms", "--arms", "fit+mezo", "fit", "--budget", "130", "--seeds", "2"]
+    told = benchmark_of(tmp_path, *words)
+    told.run()
+    finals = [c for c in told.calls if c[4] == "test"]
+    # (130 - 30) / 2 steps behind the fit, at the second of three rates, tuned on another task.
+    assert finals == [
+        ("sms", "fit + mezo", 1, 10.0, "test", 50), ("sms", "fit", 1, 1.0, "test", 0),
+        ("sms", "fit + mezo", 2, 10.0, "test", 50), ("sms", "fit", 2, 1.0, "test", 0),
+    ]  # fmt: skip
+    assert sum(c[0] == "trec" and c[4] == "valid" and c[5] == 50 for c in told.calls) == 3
+    again = benchmark_of(tmp_path, *words)
+    again.run()
+    assert again.calls == []
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(["before", *MARKERS, "after"]))
+    out = ["--out", str(tmp_path / "learning.jsonl"), "--page", str(page)]
+    learning.main([*words, *out, "--report"])
+    text = page.read_text()
+    assert "| fit + mezo | 51.5 | 6.4 | 1.000 | 2 | 50 | 140 |" in text and "here, 2 cores" in text
+    assert text.startswith("before") and text.endswith("after")
+    assert page.with_suffix(".png").stat().st_size > 1000
+
+
+def test_every_arm_is_a_command_line_that_train_takes() -> None:
+    (train,) = (c for c in app.registered_commands if c.callback and c.callback.__name__ == "train")
+    for arm in arms_of(learning.DEFAULT_ARMS):
+        flags = arm.flags(10.0, {"seed": 1, "output_layer_examples": 5})
+        names = [word for word in flags if word.startswith("--")]
+        assert len(set(names)) == len(names)
+        fields = {name[2:].replace("-", "_") for name in names}
+        assert fields <= set(train.callback.__signature__.parameters), fields
+    assert Arm("frozen", "none").name == "zero-shot"
+
+
+def test_fits_by_depth_find_where_words_can_be_told_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.arange(300) % 3
+    noise = torch.randn(300, 12, generator=generator)
+    clear = noise + 4 * torch.nn.functional.one_hot(truth, 12)
+    clear[:, 5] *= 1e3  # whose size says nothing
+    seen = [
+        depth.Seen({"1": noise[p], "2": clear[p]}, truth[p]) for p in (range(200), range(200, 300))
+    ]
+    (_, _, _, chance), (_, _, loss, right) = (depth.judged(*seen, place, 3) for place in ("1", "2"))
+    assert chance < 0.6 and right > 0.95 and loss < 0.2
+
+
+def test_places_are_what_enters_the_last_linear_map_of_a_block() -> None:
+    model = tiny("llama")
+    with depth.watching(depth.places_of(model, [0, 1])) as last, torch.no_grad():
+        hidden = model.model(input_ids=torch.arange(5, 12)[None]).last_hidden_state
+        model(input_ids=torch.arange(5, 12)[None])
+    assert {name: x.shape[-1] for name, x in last.items()} == {"0": 37, "1": 37, depth.OUTPUT: 22}
+    torch.testing.assert_close(last[depth.OUTPUT], hidden)
