@@ -203,7 +203,7 @@ def test_ranks_and_periods_of_a_run_are_those_of_its_evaluation(
     )
     assert all(bool((tensor == ours[name]).all()) for name, tensor in theirs.items())
     config = run.config
-    for ranks, telling in ((None, '"ranks" of a run of rank auto is missing'),
+    for ranks, telling in ((None, '"ranks" of a run of rank or include auto is missing'),
                            ({"other": 3}, "ranks and model differ in 16 parameters")):  # fmt: skip
         (run.path / "config.json").write_text(json.dumps({**config, "ranks": ranks}))
         refused(run.path, capfd, telling)
