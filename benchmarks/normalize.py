@@ -160,6 +160,21 @@ def report(args: argparse.Namespace, results: Results, console: Console) -> None
     console.print(f"{len(found)} of {len(keys_of(args))} runs, {seconds:.0f} processor seconds")
 
 
+def add_sources(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a model and of TREC's questions."""
+    add = parser.add_argument
+    add("--model", default=".cache/quickstart/SmolLM2-135M-Instruct")
+    data = ROOT / ".cache/quickstart/trec"
+    add("--data", type=Path, default=data, help="folder of train.jsonl and test.jsonl")
+
+
+def loaded(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Returns the tokenizer and the model that the options name."""
+    folder = str(ROOT / args.model)  # the path itself where it is absolute
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return AutoTokenizer.from_pretrained(folder), model
+
+
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -170,13 +185,7 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--queries", type=int, default=1)
     add("--seed", type=int, default=0)
     add("--test-examples", type=int, default=96)
-    add("--model", default=".cache/quickstart/SmolLM2-135M-Instruct")
-    add(
-        "--data",
-        type=Path,
-        default=ROOT / ".cache/quickstart/trec",
-        help="folder of train.jsonl and test.jsonl",
-    )
+    add_sources(parser)
     add("--out", type=Path, default=ROOT / "runs/normalize.jsonl", help="finished runs")
     add("--report", action="store_true", help="run nothing, report what there is")
     args = parser.parse_args(words)
@@ -184,9 +193,7 @@ def main(words: Sequence[str] | None = None) -> None:
     console.print(describe())
     left = [] if args.report else [key for key in keys_of(args) if results.find(key) is None]
     if left:
-        folder = str(ROOT / args.model)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer, model = loaded(args)
         tasks = {name: Task(name, args.data, tokenizer, args.test_examples) for name in args.tasks}
         for key in left:
             done = run(tasks[key["task"]], model, key)

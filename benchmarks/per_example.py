@@ -16,18 +16,16 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from normalize import ROOT, Task
+from normalize import Task, add_sources, loaded
 from parts.common.machine import describe
 from parts.directions.gradient import differentiable
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tezo_ds
 from tezo_ds.losses.objective import IGNORE, targets
@@ -105,18 +103,11 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--sizes", type=int, nargs="+", default=[4, 16, 64], help="of batches")
     add("--include", nargs="+", default=["*v_proj*"])
     add("--exclude", nargs="+", default=["layers:0-23"])
-    add("--model", default=".cache/quickstart/SmolLM2-135M-Instruct")
-    add(
-        "--data",
-        type=Path,
-        default=ROOT / ".cache/quickstart/trec",
-        help="folder of train.jsonl and test.jsonl",
-    )
+    add_sources(parser)
     args = parser.parse_args(words)
     console, start = Console(soft_wrap=True, width=110), time.process_time()
     console.print(describe())
-    tokenizer = AutoTokenizer.from_pretrained(str(ROOT / args.model))
-    model = AutoModelForCausalLM.from_pretrained(str(ROOT / args.model), dtype=torch.float32)
+    tokenizer, model = loaded(args)
     task = Task("type", args.data, tokenizer, 8)
     fields = {"include": tuple(args.include), "exclude": tuple(args.exclude), "check_every": 0}
     gradients = Gradients(model.eval(), task, fields)
