@@ -140,7 +140,7 @@ class Benchmark:
         return {
             "accuracy": summary["accuracy_after"], "loss": summary["test_loss_after"],
             "zero_shot": summary["accuracy_before"], "head": summary.get("accuracy_output_layer"),
-            "majority": summary.get("majority_class"), "steps_made": steps, "seconds": seconds,
+            "steps_made": steps, "seconds": seconds,
             "fit": summary.get("output_layer"), "machine": describe(), "time": time.time(),
         }  # fmt: skip
 

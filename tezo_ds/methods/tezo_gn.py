@@ -52,7 +52,7 @@ class TezoGaussNewton(Tezo):
         rows = self.space.taus(ask.step, drawn).double()
         if RECALLED in ask.directions:  # which is asked for before all others
             rows = torch.cat([self._last[None], rows])
-        return ask.matrix() @ rows
+        return ask.times(rows)
 
     def total(self, step: int, weights: Tensor) -> Tensor:
         """Returns Σ weight · direction, float64 (D,), over the recalled direction, if there is one, and all

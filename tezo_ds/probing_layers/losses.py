@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tezo_ds.losses.objective import IGNORE, Objective, targets
-from tezo_ds.solving.responses import Responses
 
 
-class _Kept(Responses):
+class _Kept:
     """Cross-entropies of the labelled positions of one forward, in place of what a step solves with."""
 
     def __init__(self) -> None:

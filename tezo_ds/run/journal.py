@@ -161,7 +161,7 @@ class Journal:
         version = (
             VERSION if contents is None or contents.header is None else contents.header["journal"]
         )
-        self._packs = PACKED if version > 1 else ()
+        self._packs = version > 1
         self.sum = contents.sum if contents is not None and begun else ""
         self._size = contents.size if contents is not None and begun else 0
         try:

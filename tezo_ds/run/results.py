@@ -83,7 +83,7 @@ def replay(
     display.note(f"replaying {len(steps)} steps of {JOURNAL}")
     with display.evaluation("replaying") as progress:
         for done, line in enumerate(steps, start=1):
-            engine.output_layer.load((terms or {}).get(line["step"], engine.output_layer.state))
+            give_fitted(engine, terms or {})
             engine.replay(line["step"], line["kappa"], line["lr"], line["rho"], line.get("solved"))
             if after is not None:
                 after(line)
@@ -112,7 +112,7 @@ def read_result(folder: Path, config: TezoConfig, base: bool = False) -> Result:
     ranks, (terms, term) = ranks_of(folder, config), _terms_and_last(folder, config)
     path = folder / COEFFICIENTS
     if config.facts.learns_coefficients and path.exists():
-        return Result(_coefficients(path, config), ranks=ranks, terms=terms, term=term)
+        return Result(_coefficients(path, config), ranks=ranks, term=term)
     merged = is_complete(folder / MODEL) and not terms  # whose biases a model has no place for
     if merged and not base:
         return Result(model=folder / MODEL, ranks=ranks)

@@ -45,7 +45,7 @@ class Arm:
     def flags(self, factor: float, common: dict[str, Any]) -> list[str]:
         """Returns the command line's flags, with the rate times a factor."""
         fields = {**common, **HEADS[self.head], **STEPS.get(self.steps, {})}
-        if "lr" in fields and self.steps != "tezo-gn":
+        if "lr" in fields:
             fields["lr"] = float(f"{fields['lr'] * factor:.3g}")
         if self.head == "frozen":
             fields.pop("output_layer_examples", None)
