@@ -109,6 +109,17 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.enable()
 
 
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Says which cases of worlds took longest, as pytest sees but how long it waited for them."""
+    background, most = config.stash.get(BACKGROUND, None), config.option.durations
+    if background is not None and most and (took := background.seconds()):
+        terminalreporter.section(f"slowest {most} cases of worlds")
+        for name in sorted(took, key=lambda name: -took[name])[:most]:
+            terminalreporter.line(f"{took[name]:.2f}s {name}")
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     background = config.stash.get(BACKGROUND, None)
     if background is not None:

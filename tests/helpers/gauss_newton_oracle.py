@@ -63,12 +63,12 @@ def run(
         changes += [torch.eye(words).double()[c].expand_as(p) for c in range(words)]
         Q, n = len(changes), len(labels)
         H, g = torch.zeros(Q, Q).double(), torch.zeros(Q).double()
+        means = [(p * change).sum(dim=1) for change in changes]  # each (n,)
         for q in range(Q):
-            for i in range(n):
-                g[q] += (p[i] * changes[q][i]).sum() - changes[q][i, labels[i]]
-                for r in range(Q):
-                    both = (p[i] * changes[q][i] * changes[r][i]).sum()
-                    H[q, r] += both - (p[i] * changes[q][i]).sum() * (p[i] * changes[r][i]).sum()
+            g[q] = (means[q] - changes[q][torch.arange(n), labels]).sum()
+            for r in range(Q):
+                both = (p * changes[q] * changes[r]).sum(dim=1)
+                H[q, r] = (both - means[q] * means[r]).sum()
         H, g = H / n, g / n
         own = H.diagonal()[: len(Z)].mean().repeat(len(Z))
         theirs = H.diagonal()[len(Z) :].mean().repeat(words) if words else torch.empty(0).double()

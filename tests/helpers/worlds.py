@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = tuple(sorted((ROOT / "tests").glob("*/world_*.py")))
@@ -105,6 +106,15 @@ class Background:
         self._process.wait()
         return _errors(size, self._folders[size])
 
+    def seconds(self) -> dict[str, float]:
+        """Returns how long each case that ended took its slowest rank, by name and size."""
+        took: dict[str, float] = {}
+        for size, folder in self._folders.items():
+            for line in _lines(folder):
+                name = f"{line['case']}[{size}]"
+                took[name] = max(took.get(name, 0.0), line["seconds"])
+        return took
+
     def stop(self) -> None:
         """Ends the world that runs, and starts no other."""
         if self._process is not None and self._process.poll() is None:
@@ -120,12 +130,16 @@ class Background:
         return subprocess.Popen(words, env=env, start_new_session=True)
 
 
-def _errors(size: int, folder: Path) -> dict[str, list[str]]:
-    lines = [
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    return [
         json.loads(line)
         for path in sorted(folder.glob("rank*.jsonl"))
         for line in path.read_text().splitlines()
     ]
+
+
+def _errors(size: int, folder: Path) -> dict[str, list[str]]:
+    lines = _lines(folder)
     errors: dict[str, list[str]] = {}
     for name in (c.name for c in cases_of(size, folder)):
         of_case = sorted((x for x in lines if x["case"] == name), key=lambda line: line["at"])
