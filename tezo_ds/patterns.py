@@ -40,6 +40,18 @@ def matching(patterns: Iterable[str], names: Sequence[str], field: str = "includ
     return found
 
 
+def layers_of(pattern: str, names: Iterable[str], field: str) -> list[str]:
+    """Returns the numbered layers, in their order, that `last:…` or `layers:…` names among parameter names.
+
+    Raises:
+        ConfigError: the pattern is of another form, or names layers that the model does not have.
+    """
+    layers, of_layers = numbered_layers(names), _LAYERS.fullmatch(pattern)
+    kind, text = of_layers.groups() if of_layers else ("layers", "?")
+    chosen = _chosen(kind, text, layers, f"{field}: {pattern!r}")
+    return [layer for layer in layers if layer in chosen]
+
+
 def numbered_module(name: str) -> str | None:
     """Returns the outermost numbered module of a parameter, as model.layers.3; None outside of any."""
     found = _NUMBERED.match(name)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tezo_ds.errors import ProbeError
 from tezo_ds.output_layer.choosing import FOLD
-from tezo_ds.output_layer.fit import GRID, TRIFLE, Fitted, States, fit
+from tezo_ds.output_layer.columns import TRIFLE
+from tezo_ds.output_layer.fit import GRID, Fitted, States, fit
 from tezo_ds.output_layer.newton import Product, dot, minimise
 
 

@@ -105,7 +105,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
 ) -> None:  # fmt: skip
     lr = {"mezo": {"rank": None, "lr": 2e-4}}.get(method, {})
     options = {**FIT, "method": method, **lr, "output_layer_every": 3, "check_every": 2}
-    options |= {"snapshot_every": snapshot_every, "eval_every": 4}
+    options |= {"snapshot_every": snapshot_every, "eval_every": 4, "inner_layers": "last:1"}
     whole, run = tmp_path / "whole", tmp_path / "run"
     with OtherKernels("shapes"):
         assert call(*untied.train(whole, **options)) == 0
@@ -127,6 +127,41 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
         assert one.summary[name] == other.summary[name]
     capfd.readouterr()
     assert_found_again(one, capfd, 1e-6)
+
+
+def test_a_run_with_inner_layers(
+    untied: Given, tmp_path: Path, capsys: Captured
+) -> None:  # fmt: skip
+    options = {**FIT, "steps": 2, "inner_layers": "auto"}
+    assert call(*untied.train(tmp_path / "run", **options)) == 0
+    run, out = Run(tmp_path / "run"), capsys.readouterr().out
+    found = run.summary["output_layer"]
+    paths = found["inner_layers"]
+    assert f"with a term of {' and '.join(paths) or 'no inner layer'}" in out
+    assert call(*untied.train(tmp_path / "fit", **{**options, "inner_layers": "none"})) == 0
+    alone = Run(tmp_path / "fit").summary["output_layer"]
+    assert found["held_out_loss_after"] <= alone["held_out_loss_after"] + 1e-6
+    assert "inner_layers" not in alone and found["bytes_of_states"] > alone["bytes_of_states"]
+    capsys.readouterr()
+    assert_found_again(run, capsys, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"output_layer": "bias", "objective": "choices"}, "set that, too"),
+        ({"output_layer": "fit", "objective": "lm"}, "add --objective choices"),
+        ({**FIT, "inner_layers": "layers:9"}, "their indices are 0 to"),
+        ({**FIT, "trunk_cache": "memory", "include": "last:1"}, "leave one of them off"),
+    ],
+)
+def test_inner_layers_are_refused_in_a_line(
+    given: Given, tmp_path: Path, capsys: Captured, options: dict[str, Any], what: str
+) -> None:
+    options = {"inner_layers": "last:1", **options}
+    assert call(*given.train(tmp_path / "run", **options)) != 0
+    error = capsys.readouterr().err
+    assert "inner_layers: " in error and what in " ".join(error.split())
 
 
 def test_biases_that_steps_move_are_found_again(

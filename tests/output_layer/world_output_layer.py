@@ -25,6 +25,7 @@ from tezo_ds.errors import ConfigError, ShardingError
 from tezo_ds.files.tensors import load
 from tezo_ds.output_layer.choosing import FOLD
 from tezo_ds.output_layer.fit import Fitted, States, fit
+from tezo_ds.output_layer.inner import tensors_of
 from tezo_ds.output_layer.language import TokenStates, fit_tokens
 from tezo_ds.output_layer.states import collect, collect_tokens
 from tezo_ds.output_layer.term import BASIS, BIAS, TOKENS, WEIGHT
@@ -53,16 +54,21 @@ def engine_of(model: nn.Module) -> tezo_ds.Engine:
     return engine
 
 
-def fitted(engine: tezo_ds.Engine, rank: int, size: int) -> tuple[States, Fitted]:
-    """Fits the term to the examples of all ranks, and gives it to the engine."""
+def fitted(
+    engine: tezo_ds.Engine, rank: int, size: int, chosen: str = "none"
+) -> tuple[States, Fitted]:
+    """Fits the term, and those of chosen inner layers, to the examples of all ranks, and gives them to the
+    engine."""
     batch, held = part_of(examples(), rank, size), torch.arange(EXAMPLES) % FOLD == FOLD - 1
     layer = engine.output_layer.layer
     assert layer is not None
     with engine.applied(), engine.output_layer.off():
         mine = held.tensor_split(size)[rank]
-        states = collect(engine.objective, layer, [(batch, mine)], WORDS)
+        inner = engine.output_layer.inner.of_blocks(chosen)
+        states = collect(engine.objective, layer, [(batch, mine)], WORDS, inner)
     found = fit(states, False, engine.sharding.all_reduce)
-    engine.output_layer.load({TOKENS: WORDS, WEIGHT: found.weight, BIAS: found.bias})
+    theirs = tensors_of([x.path for x in inner], states.directions, found.inner)
+    engine.output_layer.load({TOKENS: WORDS, WEIGHT: found.weight, BIAS: found.bias, **theirs})
     return states, found
 
 
@@ -98,6 +104,30 @@ def every_sharding_finds_the_term_of_one_process(world: World) -> None:
             ours = engine.step(share)
             assert ours.loss == pytest.approx(theirs.loss, rel=1e-4), name
             assert ours.kappa == pytest.approx(theirs.kappa, rel=2e-2, abs=1e-2), name
+
+
+@case(worlds=(1, 2, 3))
+def every_sharding_finds_the_terms_of_inner_layers(world: World) -> None:
+    """With more ranks than some have examples for, and labels at places that differ."""
+    alone = engine_of(tiny())
+    alone.sharding.world_size = 1
+    states, expected = fitted(alone, 0, 1, "layers:0-1")
+    assert all(float(A.abs().max()) > 1e-3 for A in expected.inner)
+    batch = examples()
+    theirs = alone.step(batch)
+    for name, make in ways().items():
+        engine = engine_of(make(True))
+        own, found = fitted(engine, world.rank, world.size, "layers:0-1")
+        assert_equal_on_all_ranks(own.directions)
+        share = part_of({"x": states.inner[0].responses}, world.rank, world.size)["x"]
+        torch.testing.assert_close(own.inner[0].responses, share, rtol=1e-2, atol=1e-3, msg=name)
+        for part, its in zip(found.inner, expected.inner, strict=True):
+            assert_equal_on_all_ranks(part)
+            torch.testing.assert_close(part, its, rtol=2e-2, atol=2e-3, msg=name)
+        engine.check()
+        ours = engine.step(part_of(batch, world.rank, world.size))
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-3), name
+        assert ours.kappa == pytest.approx(theirs.kappa, rel=2e-2, abs=1e-2), name
 
 
 def fitted_to_tokens(engine: tezo_ds.Engine, rank: int, size: int) -> tuple[TokenStates, Fitted]:

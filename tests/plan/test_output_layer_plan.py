@@ -34,12 +34,15 @@ def examples(words: Tensor) -> dict[str, Tensor]:
     return batch
 
 
-@pytest.mark.parametrize("way", ["fit", "bias"])
-@pytest.mark.parametrize("choices", [True, False])
-def test_bytes_are_those_of_a_fit(way: Any, choices: bool) -> None:
+@pytest.mark.parametrize(
+    ("way", "choices", "inner"),
+    [("fit", True, "none"), ("bias", True, "none"), ("fit", False, "none"), ("bias", False, "none"),
+     ("fit", True, "layers:0-1")],
+)  # fmt: skip
+def test_bytes_are_those_of_a_fit(way: Any, choices: bool, inner: str) -> None:
     words, ranks = torch.arange(VOCABULARY) if not choices else torch.tensor([7, 12, 40]), 2
     batch = examples(words)
-    config = TezoConfig(output_layer=way, output_layer_rank=3)
+    config = TezoConfig(output_layer=way, output_layer_rank=3, inner_layers=inner)
     planned = fit_of(tiny(), config, ranks, EXAMPLES, LABELS, len(words) if choices else None)
     assert planned is not None
 
@@ -51,7 +54,8 @@ def test_bytes_are_those_of_a_fit(way: Any, choices: bool) -> None:
         batches = [(part, torch.arange(EXAMPLES // ranks) % 5 == 4)]
         states: States | TokenStates
         if choices:
-            states = collect(engine.objective, layer, batches, words)
+            maps = engine.output_layer.inner.of_blocks(inner)
+            states = collect(engine.objective, layer, batches, words, maps)
             found = fit(states, way == "bias", reduce)
         else:
             states = collect_tokens(engine.objective, layer, batches, words)

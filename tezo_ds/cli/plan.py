@@ -33,7 +33,7 @@ tezo-ds plan --model ./my-model --world 16 --gpu a100-40g --length 2048 --querie
 BLOCK = (
     "method", "rank", "queries", "placement", "probe", "branch_chunk", "micro_batch", "shared_trunk",
     "trunk_cache", "trunk_cache_gib", "include", "exclude", "train_vectors", "output_layer",
-    "output_layer_every", "output_layer_examples", "output_layer_rank",
+    "output_layer_every", "output_layer_examples", "output_layer_rank", "inner_layers",
 )  # fmt: skip
 HARDWARE = "Overrides of --gpu and of what is assumed"
 

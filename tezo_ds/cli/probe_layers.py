@@ -30,6 +30,7 @@ tezo-ds probe-layers --model ./SmolLM2 --task sst2 --include last:12 --together 
 BLOCK = (
     "rank", "rank_threshold", "rank_max", "rho", "seed", "queries", "branch_chunk", "micro_batch",
     "shared_trunk", "include", "exclude", "output_layer", "output_layer_examples",
+    "inner_layers",
 )  # fmt: skip
 WIDTH = 200  # columns of the tables, also where stdout is a file
 

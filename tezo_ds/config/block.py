@@ -257,6 +257,13 @@ class TezoConfig(BaseModel):
         16, "rank of the rows' changes where all tokens count in the loss (objective lm)", group=TRAINS,
         used_by="output_layer fit", example=8, ge=1,
     )  # fmt: skip
+    inner_layers: str = declared(
+        "none",
+        "transformer blocks whose last linear map gets a term that is fitted with the output layer, of rank "
+        "C for C label words: none; layers:20 or last:6, as include takes them; or auto, the best of three "
+        "or none by the examples that are held out",
+        group=TRAINS, used_by="output_layer fit", example="layers:20",
+    )  # fmt: skip
 
     @field_validator("method")
     @classmethod
@@ -314,11 +321,19 @@ class TezoConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _queries_have_bounds(self) -> TezoConfig:
+    def _fields_go_together(self) -> TezoConfig:
         if self.query_schedule != "constant" and self.queries_max is None:
             raise ValueError(f"query_schedule: {self.query_schedule} needs queries_max")
         if self.query_schedule == "adaptive" and self.total_steps is None:
             raise ValueError("query_schedule: adaptive needs total_steps, which is not set")
+        if self.inner_layers != "none":
+            if self.output_layer != "fit":
+                raise ValueError("inner_layers: are fitted with output_layer fit; set that, too")
+            if self.trunk_cache != "off":
+                raise ValueError(
+                    "inner_layers: change what comes before late layers, which trunk_cache keeps; leave one "
+                    "of them off"
+                )
         if self.trunk_cache != "off" and not self.shared_trunk:
             raise ValueError("trunk_cache: needs shared_trunk; set it on, or trunk_cache to off")
         if self.memory_budget is not None and self.branch_chunk:

@@ -18,7 +18,7 @@ from tezo_ds.config import TezoConfig
 from tezo_ds.directions.lowrank import FixedFactors
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError
-from tezo_ds.export.output_layer import not_in_weights, pair_of, save_biases, width_of
+from tezo_ds.export.output_layer import not_in_weights, pairs_of, save_biases
 from tezo_ds.export.tokenizer import save_tokenizer
 from tezo_ds.files.tensors import digest
 from tezo_ds.files.text import writing
@@ -35,7 +35,8 @@ def lora_tensors(engine: Engine) -> dict[str, Tensor]:
     No communication: U and V come from the seed. All pairs are of one rank, the largest, with zeros beside
     what is smaller: llama.cpp divides one alpha, the file's, by the rank of each pair. A tied matrix gives
     one pair for each module that uses it, so the adapter is for adding on the side, see `not_to_merge`.
-    A term of the output layer is a pair of its own there, beside that of a matrix that trains.
+    Fitted terms, of the output layer and of inner ones, are pairs of their own, beside that of a matrix that
+    trains.
 
     Raises:
         ConfigError: what was learnt has no place in an adapter.
@@ -65,11 +66,8 @@ def lora_tensors(engine: Engine) -> dict[str, Tensor]:
                 inner, outer = (scaled, V) if kind == "conv1d" else (V, scaled)
                 tensors[f"{prefix}A.weight"] = inner.t().contiguous()
                 tensors[f"{prefix}B.weight"] = outer.clone()
-    if width := width_of(engine):
-        prefix, (outer, inner) = (
-            f"base_model.model.{engine.output_layer.path}.lora_",
-            pair_of(engine),
-        )
+    for path, (outer, inner) in pairs_of(engine).items():
+        prefix, width = f"base_model.model.{path}.lora_", len(inner)
         A, B = tensors.get(f"{prefix}A.weight"), tensors.get(f"{prefix}B.weight")
         A = inner.new_zeros(rank, inner.shape[1]) if A is None else A
         B = outer.new_zeros(outer.shape[0], rank) if B is None else B
@@ -79,14 +77,14 @@ def lora_tensors(engine: Engine) -> dict[str, Tensor]:
 
 
 def _rank(engine: Engine) -> int:
-    """Returns the one rank of all pairs: room for the largest, and for the output layer's term."""
+    """Returns the one rank of all pairs: room for the largest, and for fitted terms beside them."""
     module, coefficients = engine.sharding.module, engine.coefficients()
     ranks = [part.numel() for part in coefficients.values()]
-    if width := width_of(engine):
-        own = dict(module.named_parameters(remove_duplicate=False))
-        weight = own[f"{engine.output_layer.path}.weight"]
+    own = dict(module.named_parameters(remove_duplicate=False))
+    for path, (_, inner) in pairs_of(engine).items():
+        weight = own[f"{path}.weight"]
         beside = [part.numel() for name, part in coefficients.items() if own[name] is weight]
-        ranks.append(width + sum(beside))
+        ranks.append(len(inner) + sum(beside))
     return max(ranks)
 
 
@@ -140,7 +138,7 @@ def not_to_merge(engine: Engine) -> str | None:
     """Returns why other tools must not merge this run's adapter, in one line; None if they may."""
     owners = _owners(engine.sharding.module)
     parameters = dict(engine.sharding.module.named_parameters())
-    if width_of(engine) and (tied := engine.output_layer.tied):
+    if engine.output_layer.state and (tied := engine.output_layer.tied):
         return (
             f"{tied} and {engine.output_layer.path} are tied, and peft's merge_and_unload would add the "
             "output layer's update to both; load the adapter without merging"
@@ -162,15 +160,14 @@ def to_know(engine: Engine) -> str | None:
 
 def lora_config(engine: Engine, base_model: str) -> dict[str, Any]:
     """Returns the content of adapter_config.json: scaling lora_alpha / r = 1, module paths in full."""
-    owners = _owners(engine.sharding.module)
-    parameters = dict(engine.sharding.module.named_parameters())
+    module = engine.sharding.module
+    owners, parameters = _owners(module), dict(module.named_parameters())
     used = [use for matrix in engine.space.matrices for use in owners[id(parameters[matrix.name])]]
     targets, rank = [path for path, _ in used], _rank(engine)
-    if width_of(engine) and engine.output_layer.path not in targets:
-        targets.append(engine.output_layer.path)
+    targets += [path for path in pairs_of(engine) if path not in targets]
     return {
         "peft_type": "LORA",
-        "task_type": None if is_masked_lm(engine.sharding.module) else "CAUSAL_LM",
+        "task_type": None if is_masked_lm(module) else "CAUSAL_LM",
         "base_model_name_or_path": os.path.abspath(base_model)
         if os.path.isdir(base_model)
         else base_model,
@@ -178,7 +175,7 @@ def lora_config(engine: Engine, base_model: str) -> dict[str, Any]:
         "lora_alpha": rank,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "fan_in_fan_out": any(kind == "conv1d" for _, kind in used),
+        "fan_in_fan_out": any(kind_of(module.get_submodule(path)) == "conv1d" for path in targets),
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": targets,

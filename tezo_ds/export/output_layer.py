@@ -1,5 +1,5 @@
-"""The output layer's term in other tools' formats: ΔW as a LoRA pair, of one-hot rows where it is no product,
-b as transformers' sequence_bias."""
+"""Fitted terms in other tools' formats: of the output layer ΔW as a LoRA pair, of one-hot rows where it is no
+product, and b as transformers' sequence_bias; of inner layers U and A, which are a pair as they stand."""
 
 from __future__ import annotations
 
@@ -14,23 +14,21 @@ from tezo_ds.engine.engine import Engine
 from tezo_ds.output_layer.term import BASIS, BIAS, TOKENS, WEIGHT
 
 
-def width_of(engine: Engine) -> int:
-    """Returns the rank that the term has as a LoRA pair: r of a product of rank r, or the number of label
-    words; 0 without a term."""
-    term = engine.output_layer.state
-    return len(term.get(BASIS, term.get(TOKENS, ())))
-
-
-def pair_of(engine: Engine) -> tuple[Tensor, Tensor]:
-    """Returns B, (vocabulary, r), and A, (r, d), for which B A is ΔW at the words' rows: those of the term,
-    or one-hot rows and ΔW."""
-    term, shape = engine.output_layer.state, engine.output_layer.shape
-    assert shape is not None, "there is a term"
-    tokens, weight = term[TOKENS], term[WEIGHT]
-    inner = term.get(BASIS, weight)
-    outer = torch.zeros(shape[0], len(inner))
-    outer[tokens] = weight if BASIS in term else torch.eye(len(tokens))
-    return outer, inner
+def pairs_of(engine: Engine) -> dict[str, tuple[Tensor, Tensor]]:
+    """Returns B, (outputs, r), and A, (r, inputs), of each linear map that has a fitted term, by its path.
+    Those of the output layer are the words' rows of a term of rank r, or one-hot rows and ΔW."""
+    layer = engine.output_layer
+    pairs = {inner.path: inner.term for inner in layer.inner.with_terms if inner.term is not None}
+    term, shape = layer.state, layer.shape
+    if TOKENS in term:
+        assert shape is not None, "there is a term"
+        tokens, weight = term[TOKENS], term[WEIGHT]
+        right = term.get(BASIS, weight)
+        left = torch.zeros(shape[0], len(right))
+        left[tokens] = weight if BASIS in term else torch.eye(len(tokens))
+        if len(right):  # and not biases alone
+            pairs[layer.path] = left, right
+    return pairs
 
 
 def save_biases(engine: Engine, folder: Path) -> None:

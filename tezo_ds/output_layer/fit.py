@@ -2,8 +2,8 @@
 
 With the hidden state h of an example and the logits z of its C words the term is z'_c = z_c + ΔW_c·h + b_c,
 and what is least is the mean cross-entropy of z' among the words + λ‖ΔW‖² (+ a trifle of ‖b‖², without
-which the bias of a word that no example has would have no least loss). States are centred, which moves
-ΔW times their mean into b and leaves the problem as it is.
+which the bias of a word that no example has would have no least loss). Terms of inner layers, of which the
+logits are a linear function as long as they are small, may stand beside it, see `columns`.
 
 Ranks keep the states of their own examples, and add up the loss and its gradient.
 """
@@ -11,8 +11,8 @@ Ranks keep the states of their own examples, and add up the loss and its gradien
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from tezo_ds.errors import ProbeError
 from tezo_ds.output_layer.choosing import Quality, choose
-from tezo_ds.output_layer.newton import Product, dot, minimise
+from tezo_ds.output_layer.columns import Answers, Columns, Head, inner_of
+from tezo_ds.output_layer.newton import Product, minimise
 from tezo_ds.output_layer.totals import AllReduce, Totals
 
 # λ over the states' mean square, the strongest first; written out, as powers differ by library
@@ -28,9 +29,8 @@ GRID = (
     1.0, 0.31622776601683794, 1e-1, 0.03162277660168379, 1e-2, 0.0031622776601683794, 1e-3,
     0.00031622776601683794, 1e-4, 3.1622776601683795e-05, 1e-5,
 )  # fmt: skip
-TRIFLE = 1e-5  # of ‖b‖²
 ROUGHLY, EXACTLY = (
-    1e-6,
+    1e-4,
     1e-9,
 )  # length of the gradient, in variables that curve alike; to choose λ, and then
 CHUNK = 4096  # states at a time in float64
@@ -45,17 +45,22 @@ class States:
         logits: the words' logits without the term, (n, C).
         truth: index of the right word, int64 (n,).
         held: whether the example is held out, bool (n,).
+        inner: of each inner layer that is fitted, too.
+        directions: U of all inner layers, float32 (d, K); empty without any.
     """
 
     hidden: Tensor
     logits: Tensor
     truth: Tensor
     held: Tensor
+    inner: Sequence[Answers] = ()
+    directions: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
     def nbytes(self) -> int:
         """Bytes that the states take on this rank."""
-        return sum(part.nbytes for part in (self.hidden, self.logits, self.truth, self.held))
+        own = sum(part.nbytes for part in (self.hidden, self.logits, self.truth, self.held))
+        return own + sum(answers.nbytes for answers in self.inner)
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Fitted:
         messages: all-reduces.
         message_bytes: bytes of the largest.
         basis: A, float32 (r, d), for which ΔW is B A; None: ΔW is the weight.
+        inner: A of each inner layer, float32 (K, width).
     """
 
     weight: Tensor
@@ -82,6 +88,7 @@ class Fitted:
     messages: int
     message_bytes: int
     basis: Tensor | None = None
+    inner: Sequence[Tensor] = ()
 
 
 def fit(states: States, bias_alone: bool, all_reduce: AllReduce) -> Fitted:
@@ -93,7 +100,7 @@ def fit(states: States, bias_alone: bool, all_reduce: AllReduce) -> Fitted:
         all_reduce: adds a float64 tensor up over the ranks, in place, and returns it.
 
     Raises:
-        ProbeError: a hidden state or a logit is not finite.
+        ProbeError: a hidden state, a logit or what is known of an inner layer is not finite.
     """
     problem = _Problem(states, bias_alone, all_reduce)
     x = problem.zero()
@@ -106,45 +113,47 @@ def fit(states: States, bias_alone: bool, all_reduce: AllReduce) -> Fitted:
     strengths = [0.0] if bias_alone else [share * problem.scale for share in GRID]
     strength, after = choose(problem, x, strengths, ROUGHLY)
     x = problem.least(x, strength, None, EXACTLY)
-    weight, bias = problem.term(x)
+    (weight, bias), inner = problem.solution(x)
     return Fitted(
         weight, bias, None if bias_alone else strength, problem.counts[0], before, after,
-        problem.totals.messages, problem.totals.message_bytes,
+        problem.totals.messages, problem.totals.message_bytes, inner=inner,
     )  # fmt: skip
 
 
 class _Problem:
-    """The loss and its gradient, over all ranks, in float64 as a function of x = (ΔW | b), C rows of d + 1.
+    """The loss and its gradient, over all ranks, in float64 as a function of x: the variables of all columns,
+    one matrix after the other, flat.
 
     Attributes:
         counts: examples, those to fit by, those held out.
         scale: mean square of the centred states.
-        size: sum of the squares of the logits.
+        size: sum of the squares of the logits, and of what is known of inner layers.
     """
 
     def __init__(self, states: States, bias_alone: bool, all_reduce: AllReduce) -> None:
         self._states, self._alone = states, bias_alone
+        self._chunks: dict[bool | None, Sequence[Tensor]] = {}
         self.totals = self._total = Totals(all_reduce)
-        self._words, self._width = states.logits.shape[1], states.hidden.shape[1]
-        device = states.hidden.device
+        hidden, words = states.hidden, states.logits.shape[1]
+        device, width = hidden.device, hidden.shape[1]
         held = states.held.sum().double()
         everyone = torch.tensor(float(len(states.held)), device=device, dtype=torch.float64)
-        sums = self._sums(lambda h, _: h.sum(dim=0), torch.zeros(self._width, device=device))
+        sums = self._sums(lambda rows: hidden[rows].double().sum(dim=0), width)
         found = self._total(torch.cat([torch.stack([everyone, held]), sums]))
         n, out = int(found[0]), int(found[1])
         self.counts = (n, n - out, out)
-        self._mean = (found[2:] / n).to(device)
-        squares = self._sums(
-            lambda h, _: (h - self._mean).square().sum(dim=0), torch.zeros_like(self._mean)
-        )
-        self._variance = self._total(squares) / n  # (d,)
+        mean = (found[2:] / n).to(device)
+        squares = self._sums(lambda rows: (hidden[rows].double() - mean).square().sum(dim=0), width)
+        self._head = Head(hidden, words, mean, self._total(squares) / n)
+        self.scale = self._head.scale
+        self._inner = [inner_of(x, n, self.scale / width, self._total) for x in states.inner]
+        self._columns: list[Columns] = [self._head, *self._inner]
         logits = states.logits.double().square().sum()[None]
-        self.size = float(self._total(logits)[0])
-        self.scale = dot(self._variance, torch.ones_like(self._variance))
+        self.size = float(self._total(logits)[0]) + sum(float(x.units.sum()) for x in self._inner)
 
     def zero(self) -> Tensor:
         """Returns x of no term."""
-        return torch.zeros(self._words, self._width + 1, dtype=torch.float64).flatten()
+        return torch.cat([torch.zeros_like(c.curves).flatten() for c in self._columns])
 
     def least(self, x: Tensor, strength: float, held: bool | None, tolerance: float) -> Tensor:
         """Returns the x that is best for λ = strength, begun at another.
@@ -155,14 +164,11 @@ class _Problem:
             held: which examples count: those held out or not; None: all.
             tolerance: length of the gradient at which to end.
         """
-        ridge = torch.full((self._words, self._width + 1), strength, dtype=torch.float64)
-        ridge[:, -1] = TRIFLE
-        # Variables in which a logistic loss, which curves by a quarter at most, curves alike all over.
-        curves = torch.cat([self._variance, torch.ones(1, dtype=torch.float64)]) / 4
-        units = 1 / (curves + 2 * ridge).sqrt()
+        ridge = torch.cat([columns.ridge(strength).flatten() for columns in self._columns])
+        units = 1 / (torch.cat([c.curves.flatten() for c in self._columns]) + 2 * ridge).sqrt()
         if self._alone:
-            units[:, :-1] = 0
-        ridge, units = ridge.flatten(), units.flatten()
+            of_rows = units[: self._head.curves.numel()].view(self._head.shape)
+            of_rows[:, :-1] = 0
 
         def slopes(u: Tensor) -> tuple[Tensor, Product]:
             point = u * units
@@ -179,83 +185,81 @@ class _Problem:
 
     def quality(self, x: Tensor) -> Quality:
         """Returns how well x does on the examples that are held out."""
-        total = self._total(self._sums(self._judge(x, True), torch.zeros(2)))
+        total = self._total(self._sums(self._judge(x), 2, True))
         loss, right = (total / max(1, self.counts[2])).tolist()
         return Quality(loss, right)
 
-    def term(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns ΔW and b of x for states as they are, not centred: float32 (C, d) and (C,)."""
-        matrix = x.view(self._words, -1)
-        weight, mean = matrix[:, :-1].float().contiguous(), self._mean.cpu()
-        moved = [dot(row.double(), mean) for row in weight]  # by the weight as it was rounded
-        bias = matrix[:, -1] - torch.tensor(moved, dtype=torch.float64)
-        return weight, bias.float()
+    def solution(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
+        """Returns ΔW (C, d) and b (C,) of x, and A of each inner layer: float32, for states as they are."""
+        ours, *theirs = self._matrices(x)
+        pairs = zip(self._inner, theirs, strict=True)
+        return self._head.solution(ours), [inner.solution(part) for inner, part in pairs]
 
     def _slopes(self, x: Tensor, held: bool | None) -> tuple[Tensor, Tensor]:
         """Returns the words' probabilities p, of this rank's examples that count, (k, C), and the gradient of
-        the mean cross-entropy over all ranks' examples, Σ (p - y) hᵀ / n, flat."""
-        parts: list[Tensor] = []
+        the mean cross-entropy over all ranks' examples, Σ (p - y) ∂z' / n, flat."""
+        parts: list[Tensor] = [self._states.logits[:0].double()]
 
-        def sums(hidden: Tensor, part: slice) -> Tensor:
-            hidden, logits, truth = self._chosen(hidden, part, held, x)
+        def sums(rows: Tensor) -> Tensor:
+            logits, truth = self._logits(rows, x), self._states.truth[rows]
             parts.append(logits.softmax(dim=1))
-            return self._by_row(parts[-1] - F.one_hot(truth, self._words), hidden)
+            return self._gradient(rows, parts[-1] - F.one_hot(truth, logits.shape[1]))
 
-        gradient = self._mean_of(sums, held)
-        return torch.cat([x.new_empty(0, self._words).to(self._mean.device), *parts]), gradient
+        gradient = self._mean_of(sums, held, len(x))
+        return torch.cat(parts), gradient
 
     def _product(self, likely: Tensor, x: Tensor, held: bool | None) -> Tensor:
-        """Returns the Hessian at probabilities p times x: Σ (p ∘ (s - p·s)) hᵀ / n with s = X h."""
+        """Returns the Hessian at probabilities p times x: Σ (p ∘ (s - p·s)) ∂z' / n with s the term of x."""
         done = 0
 
-        def sums(hidden: Tensor, part: slice) -> Tensor:
+        def sums(rows: Tensor) -> Tensor:
             nonlocal done
-            hidden, _, _ = self._chosen(hidden, part, held, None)
-            p = likely[done : done + len(hidden)]
-            done += len(hidden)
-            s = self._term(hidden, x)
-            return self._by_row(p * (s - (p * s).sum(dim=1, keepdim=True)), hidden)
+            p = likely[done : done + len(rows)]
+            done += len(rows)
+            s = self._term(rows, x)
+            return self._gradient(rows, p * (s - (p * s).sum(dim=1, keepdim=True)))
 
-        return self._mean_of(sums, held)
+        return self._mean_of(sums, held, len(x))
 
-    def _mean_of(self, sums: Callable[[Tensor, slice], Tensor], held: bool | None) -> Tensor:
-        size = self._words * (self._width + 1)
-        count = self.counts[{None: 0, False: 1, True: 2}[held]]
-        return self._total(self._sums(sums, torch.zeros(size))) / max(1, count)
-
-    @staticmethod
-    def _by_row(slopes: Tensor, hidden: Tensor) -> Tensor:
-        """Returns gradients by x, flat, of logits' slopes (k, C)."""
-        return torch.cat([slopes.t() @ hidden, slopes.sum(dim=0)[:, None]], dim=1).flatten()
-
-    def _term(self, hidden: Tensor, x: Tensor) -> Tensor:
-        matrix = x.to(hidden.device).view(self._words, -1)
-        return hidden @ matrix[:, :-1].t() + matrix[:, -1]
-
-    def _judge(self, x: Tensor, held: bool) -> Callable[[Tensor, slice], Tensor]:
-        def sums(hidden: Tensor, part: slice) -> Tensor:
-            _, logits, truth = self._chosen(hidden, part, held, x)
+    def _judge(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        def sums(rows: Tensor) -> Tensor:
+            logits, truth = self._logits(rows, x), self._states.truth[rows]
             loss = F.cross_entropy(logits, truth, reduction="sum")
             return torch.stack([loss, (logits.argmax(dim=1) == truth).sum().double()])
 
         return sums
 
-    def _chosen(
-        self, hidden: Tensor, part: slice, held: bool | None, x: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns centred states, logits with the term of x, and truth of the examples that count."""
-        states, hidden = self._states, hidden - self._mean
-        logits, truth = states.logits[part].double(), states.truth[part]
-        if held is not None:
-            rows = (states.held[part] == held).nonzero()[:, 0]
-            logits, truth, hidden = logits[rows], truth[rows], hidden[rows]
-        return hidden, logits if x is None else logits + self._term(hidden, x), truth
+    def _matrices(self, x: Tensor) -> list[Tensor]:
+        parts = x.split([columns.curves.numel() for columns in self._columns])
+        return [part.view(c.shape) for c, part in zip(self._columns, parts, strict=True)]
 
-    def _sums(self, of: Callable[[Tensor, slice], Tensor], zero: Tensor) -> Tensor:
-        """Returns the sum over chunks of this rank's states: `of` (states in float64, which they are)."""
-        hidden = self._states.hidden
-        total = zero.to(hidden.device, torch.float64)
-        for start in range(0, len(hidden), CHUNK):
-            part = slice(start, start + CHUNK)
-            total += of(hidden[part].double(), part)
+    def _term(self, rows: Tensor, x: Tensor) -> Tensor:
+        pairs = zip(self._columns, self._matrices(x.to(rows.device)), strict=True)
+        return torch.stack([columns.term(rows, part) for columns, part in pairs]).sum(dim=0)
+
+    def _logits(self, rows: Tensor, x: Tensor) -> Tensor:
+        return self._states.logits[rows].double() + self._term(rows, x)
+
+    def _gradient(self, rows: Tensor, slopes: Tensor) -> Tensor:
+        return torch.cat([c.gradient(rows, slopes).flatten() for c in self._columns])
+
+    def _mean_of(self, sums: Callable[[Tensor], Tensor], held: bool | None, size: int) -> Tensor:
+        count = self.counts[{None: 0, False: 1, True: 2}[held]]
+        return self._total(self._sums(sums, size, held)) / max(1, count)
+
+    def _sums(
+        self, of: Callable[[Tensor], Tensor], size: int, held: bool | None = None
+    ) -> Tensor:  # fmt: skip
+        """Returns the sum over chunks of this rank's examples that count: `of` (their places), (size,)."""
+        total = torch.zeros(size, device=self._states.hidden.device, dtype=torch.float64)
+        for rows in self._places(held):
+            total += of(rows)
         return total
+
+    def _places(self, held: bool | None) -> Sequence[Tensor]:
+        """Returns the places of the examples that count, a chunk at a time, the same tensors each time."""
+        if held not in self._chunks:
+            everyone = torch.arange(len(self._states.held), device=self._states.held.device)
+            chosen = everyone if held is None else everyone[self._states.held == held]
+            self._chunks[held] = chosen.split(CHUNK) if len(chosen) else ()
+        return self._chunks[held]

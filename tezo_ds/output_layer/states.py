@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from tezo_ds.errors import ConfigError
 from tezo_ds.losses.head import CHUNK_NUMEL
 from tezo_ds.losses.objective import IGNORE, Objective, targets
+from tezo_ds.output_layer.answering import Answering
+from tezo_ds.output_layer.columns import Answers
 from tezo_ds.output_layer.fit import States
+from tezo_ds.output_layer.inner import InnerLayer
 from tezo_ds.output_layer.language import TokenStates
 
 Batches = Iterable[tuple[Mapping[str, Any], Tensor]]
@@ -59,16 +62,19 @@ class _Seen:
 
 class _Part(NamedTuple):
     """Positions with a label, of one batch: hidden states (k, d), tokens (k,), whether they are held out
-    (k,), and what was made of their logits (k, …); all on the model's device."""
+    (k,), and what was made of their logits (k, …); all on the model's device. Inputs and responses of each
+    inner layer, (k, …)."""
 
     hidden: Tensor
     tokens: Tensor
     held: Tensor
     made: Tensor
+    inner: Sequence[Answers] = ()
 
 
 def collect(
-    objective: Objective, layer: nn.Module, batches: Batches, words: Tensor
+    objective: Objective, layer: nn.Module, batches: Batches, words: Tensor,
+    inner: Sequence[InnerLayer] = (),
 ) -> States:  # fmt: skip
     """Runs batches, as many on every rank, and keeps a state for each position with a label.
 
@@ -77,18 +83,25 @@ def collect(
         layer: the model's output layer.
         batches: batch, and which of its examples are held out, bool (examples,).
         words: token ids, int64 (C,), one of which is each label.
+        inner: inner layers of which inputs and responses are kept, too.
 
     Raises:
-        ConfigError: the model goes on to change what its output layer returns, or does not use it.
+        ConfigError: the model goes on to change what its output layer returns, or does not use it; or its
+            inner layers cannot be fitted.
     """
     with ExitStack() as stack:
-        seen = _Seen(layer, words[:0], stack)
+        seen = _Seen(layer, words if inner else words[:0], stack)
+        answering = None
+        if inner:
+            answering = stack.enter_context(Answering(objective, words, inner, lambda: seen.rows))
 
         def chosen(logits: Tensor, _: Tensor) -> Tensor:
             return logits[:, words.to(logits.device)].float()
 
-        parts = _joined(_parts(objective, seen, batches, chosen))
-    return States(parts.hidden, parts.made, _index_in(words, parts.tokens), parts.held)
+        parts = _joined(_parts(objective, seen, batches, chosen, answering))
+    truth = _index_in(words, parts.tokens)
+    U = torch.empty(0) if answering is None else answering.directions
+    return States(parts.hidden, parts.made, truth, parts.held, parts.inner, U)
 
 
 def collect_tokens(
@@ -118,12 +131,15 @@ def collect_tokens(
     return TokenStates(parts.hidden, parts.made, truth, parts.held, seen.rows, seen.offset)
 
 
-def _parts(objective: Objective, seen: _Seen, batches: Batches, of: Of) -> Iterator[_Part]:
+def _parts(
+    objective: Objective, seen: _Seen, batches: Batches, of: Of, answering: Answering | None = None
+) -> Iterator[_Part]:
     sharding, changed = objective.sharding, False
     for batch, out in batches:
         wanted = targets(sharding.module, batch["labels"]).reshape(-1)
         positions = (wanted != IGNORE).nonzero()[:, 0]
-        rows, made = objective.reduced(batch, of)
+        with nullcontext() if answering is None else answering.keeping():
+            rows, made = objective.reduced(batch, of)
         mode = objective.head_mode
         if mode == "whole":
             break
@@ -132,8 +148,10 @@ def _parts(objective: Objective, seen: _Seen, batches: Batches, of: Of) -> Itera
         if mode == "chosen":  # (1, k, vocabulary), as the model goes on with them
             own = of(seen.logits[0], wanted[positions].to(device))
             changed |= not torch.equal(own.cpu(), made)
-        found = (wanted[positions], out[rows], made)
-        yield _Part(states[positions.to(device)], *(part.to(device) for part in found))
+        inner = [] if answering is None else answering.of(batch, positions, made)
+        found = (states[positions.to(device)], wanted[positions], out[rows], made)
+        hidden, tokens, held, made = (part.to(device) for part in found)
+        yield _Part(hidden, tokens, held, made, inner)
     if objective.head_mode == "whole":  # by the model's code, so on all ranks alike
         raise _unfit(sharding.module, "does not take its logits from its output layer as they are")
     if sharding.maxima([changed])[0]:
@@ -141,7 +159,14 @@ def _parts(objective: Objective, seen: _Seen, batches: Batches, of: Of) -> Itera
 
 
 def _joined(parts: Iterable[_Part]) -> _Part:
-    return _Part(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    all_of = list(parts)
+    joined = [
+        Answers(torch.cat([x.inputs for x in layer]), torch.cat([x.responses for x in layer]))
+        for layer in zip(*(part.inner for part in all_of), strict=True)
+    ]
+    columns = zip(*(part[:4] for part in all_of), strict=True)
+    hidden, tokens, held, made = (torch.cat(column) for column in columns)
+    return _Part(hidden, tokens, held, made, joined)
 
 
 def _index_in(words: Tensor, tokens: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 """The term on the label words' logits: z'_c = z_c + ΔW_c·h + b_c, in every forward of the model; ΔW may be
-a product B A of rank r.
+a product B A of rank r. Terms of inner layers that were fitted with it come and go with it.
 
 It stands within the output layer's own forward, underneath whatever else replaces that for a time (the
 probes, chunks of chosen positions), so each branch's h gets it and generation sees it as well. Where
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError
 from tezo_ds.models.structure import embeddings
+from tezo_ds.output_layer.inner import InnerLayers
 from tezo_ds.sharding.base import Sharding
 
 TOKENS, WEIGHT, BIAS = "output_layer.tokens", "output_layer.weight", "output_layer.bias"
@@ -45,6 +46,7 @@ class OutputTerm:
 
     Attributes:
         layer: the model's output layer; None: it has none.
+        inner: inner layers that have a term, too.
 
     Args:
         sharding: the model.
@@ -53,6 +55,7 @@ class OutputTerm:
     def __init__(self, sharding: Sharding) -> None:
         self._sharding = sharding
         self.layer = embeddings(sharding.module, "output")
+        self.inner = InnerLayers(sharding.module)
         self._loaded: dict[str, Tensor] = {}
         self._placed: tuple[Any, ...] | None = (
             None  # ((device, dtype), tokens, weight, bias, basis or None)
@@ -62,8 +65,8 @@ class OutputTerm:
     @property
     def state(self) -> dict[str, Tensor]:
         """Tokens int64 (C,), ΔW float32 (C, d) and b float32 (C,) by name; {} where nothing is added. In
-        the place of ΔW may be B (C, r), with A (r, d) beside it."""
-        return dict(self._loaded)
+        the place of ΔW may be B (C, r), with A (r, d) beside it; then the terms of inner layers."""
+        return self._loaded | self.inner.state
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes the term from among tensors by name, as of `state`; they may have none.
@@ -73,6 +76,7 @@ class OutputTerm:
         """
         self._placed = None
         self._loaded = {name: tensors[name] for name in _PARTS if name in tensors}
+        self.inner.load(tensors)
         if not self._loaded:
             return
         shape = self.shape
@@ -97,7 +101,7 @@ class OutputTerm:
 
     def move_biases(self, change: Tensor) -> None:
         """Adds to the biases, float64 (C,), rounding to their own dtype."""
-        self.load(moved(self._loaded, change))
+        self.load(moved(self.state, change))
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -129,12 +133,14 @@ class OutputTerm:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Context manager: nothing is added inside."""
+        """Context manager: nothing is added inside, in inner layers neither."""
         self._off = True
+        self.inner.turn(off=True)
         try:
             yield
         finally:
             self._off = False
+            self.inner.turn(off=False)
 
     def refuse_unfit(self) -> None:
         """Raises ConfigError unless the model's output layer can have a term at all."""
@@ -191,7 +197,10 @@ class OutputTerm:
             raise ConfigError(reason)
 
     def merge_into(self, names: Sequence[str], tensor: Tensor) -> None:
-        """Adds ΔW to the rows of a gathered weight, and b to a gathered bias, if these are its names."""
+        """Adds ΔW to the rows of a gathered weight, b to a gathered bias, and the term of an inner layer to
+        its weight, if these are its names."""
+        for inner in self.inner.with_terms:
+            inner.merge_into(names, tensor)
         if not self._loaded:
             return
         tokens, weight, bias = (self._loaded[name] for name in (TOKENS, WEIGHT, BIAS))

@@ -12,6 +12,7 @@ from torch import nn
 from tezo_ds.config import TezoConfig
 from tezo_ds.models.structure import embeddings
 from tezo_ds.output_layer.fit import CHUNK
+from tezo_ds.output_layer.inner import AUTO, InnerLayers
 from tezo_ds.output_layer.language import CHUNK_NUMEL
 from tezo_ds.output_layer.lbfgs import PAIRS
 from tezo_ds.plan.job import Job
@@ -35,6 +36,7 @@ class Fit:
         states: bytes that are kept of the positions while the fit runs, twice that while they are joined.
         solver: bytes of the solver's vectors and of a chunk.
         message: bytes of an all-reduce, one for each product or gradient; 0: of a single rank.
+        tokens: tokens of an example that run again for inner layers.
     """
 
     positions: int
@@ -43,6 +45,7 @@ class Fit:
     states: int
     solver: int
     message: int
+    tokens: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -84,14 +87,21 @@ def fit_of(
         numbers, largest = among * (rank + 1), max(rank * width, 2 * among, width + 1)
         states = positions * (each + 2 * max(4, itemsize)) + among * (width + 1) * itemsize
         solver = 8 * ((VECTORS + 2 * PAIRS) * numbers + COPIES * CHUNK_NUMEL)
+    widths = [inner.sizes[1] for inner in InnerLayers(module).of_blocks(config.inner_layers)]
+    states += sum(positions * (n * itemsize + 4 * among**2) for n in widths)
+    fitted = [max(widths)] if config.inner_layers == AUTO else widths
+    numbers += among * sum(fitted)
+    solver += 8 * sum(VECTORS * among * n + positions * (n + among**2) for n in fitted)
     message = 8 * max(numbers, largest) if ranks > 1 else 0
-    return Fit(positions, among, numbers, states, solver, message)
+    tokens = len(widths) * (among + 1)
+    return Fit(positions, among, numbers, states, solver, message, tokens)
 
 
 def seconds(job: Job, fit: Fit) -> float:
-    """Returns the seconds of a fit: a forward of each example, and some hundreds of products or gradients."""
+    """Returns the seconds of a fit: a forward of each example, what of it runs again, and some hundreds of
+    products or gradients."""
     examples = fit.positions // job.labels
-    once = flops(job, examples * job.length, fused=job.run.fused)
+    once = flops(job, examples * (job.length + fit.tokens), fused=job.run.fused)
     width = job.shape.hidden
     rows = width + 2 * (fit.numbers // fit.words)  # their logits, the term, and the slopes
     products = PRODUCTS * 2.0 * fit.positions * fit.words * rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from tezo_ds.errors import ConfigError
 from tezo_ds.files.tensors import digest
+from tezo_ds.output_layer.answering import refuse_unfit as refuse_no_inner
 from tezo_ds.output_layer.choosing import FOLD
-from tezo_ds.output_layer.fit import Fitted, fit
+from tezo_ds.output_layer.fit import Fitted, States, fit
+from tezo_ds.output_layer.inner import AUTO, tensors_of
 from tezo_ds.output_layer.language import fit_tokens
 from tezo_ds.output_layer.states import Batches, collect, collect_tokens
 from tezo_ds.output_layer.term import BASIS, BIAS, TOKENS, WEIGHT, due_by
@@ -33,6 +36,14 @@ def refuse_unfit(session: Session, saves: bool) -> None:
     if engine.config.output_layer == "frozen":
         return
     engine.output_layer.refuse_unfit()
+    if engine.config.inner_layers != "none":
+        if session.words is None:
+            raise ConfigError(
+                "inner_layers: need label words that alone count in the loss; add --objective choices, or "
+                "leave inner_layers off"
+            )
+        refuse_no_inner(engine.objective)
+        engine.output_layer.inner.of_blocks(engine.config.inner_layers)
     if saves and (reason := engine.output_layer.unmergeable()):
         raise ConfigError(f"{reason}, or add --no-save-model")
     if len(session.task.train) < FOLD:
@@ -87,8 +98,8 @@ class OutputLayerFits:
         if config.output_layer == "frozen" or due_by(config, done) != done or self._kept == done:
             return False
         start = time.perf_counter()
-        fitted, nbytes = self._fitted()
-        term = {TOKENS: self._words.cpu(), WEIGHT: fitted.weight, BIAS: fitted.bias}
+        fitted, inner, nbytes = self._fitted()
+        term = {TOKENS: self._words.cpu(), WEIGHT: fitted.weight, BIAS: fitted.bias, **inner}
         if fitted.basis is not None:
             term[BASIS] = fitted.basis
         engine.output_layer.load(term)
@@ -113,6 +124,10 @@ class OutputLayerFits:
             self.found["rank"] = rank = len(fitted.basis)
             by_rank = f", rank {rank}" if rank else ""
             what = f"{fitted.examples:,} labels of {what}, {len(fitted.bias):,} words{by_rank}"
+        if self._engine.config.inner_layers != "none":
+            paths = [inner.path for inner in self._engine.output_layer.inner.with_terms]
+            self.found["inner_layers"] = paths
+            what += f", with a term of {' and '.join(paths) or 'no inner layer'}"
         ridge = "" if fitted.strength is None else f", λ {fitted.strength:.3g}"
         ranks = self._engine.sharding.world_size
         sent = f", {fitted.messages} messages of {fitted.message_bytes:,} bytes at most"
@@ -136,22 +151,38 @@ class OutputLayerFits:
     def _reduce(self, part: Tensor) -> Tensor:
         return self._engine.sharding.all_reduce(part)
 
-    def _fitted(self) -> tuple[Fitted, int]:
-        """Fits to states at the present weights and coefficients, without the term, and returns the bytes of
-        this rank's, too."""
+    def _fitted(self) -> tuple[Fitted, dict[str, Tensor], int]:
+        """Fits to states at the present weights and coefficients, without the term; returns the terms of
+        inner layers, as `InnerLayers.state` has them, and the bytes of this rank's states, too."""
         engine, words, batches = self._engine, self._words, self.batches()
         objective, config, layer = engine.objective, engine.config, engine.output_layer.layer
         assert layer is not None, "refused before"
         alone = config.output_layer == "bias"
+        inner = engine.output_layer.inner.of_blocks(config.inner_layers)
         with engine.applied(), engine.output_layer.off():
             if self._session.words is not None:
-                states = collect(objective, layer, batches, words)
+                states = collect(objective, layer, batches, words, inner)
             else:
                 tokens = collect_tokens(objective, layer, batches, words)
         if self._session.words is not None:
-            return fit(states, alone, self._reduce), states.nbytes
+            fitted, chosen = self._best(states, alone)
+            paths = [inner[i].path for i in chosen]
+            return fitted, tensors_of(paths, states.directions, fitted.inner), states.nbytes
         rank = 0 if alone else config.output_layer_rank
-        return fit_tokens(tokens, rank, self._reduce), tokens.nbytes
+        return fit_tokens(tokens, rank, self._reduce), {}, tokens.nbytes
+
+    def _best(self, states: States, alone: bool) -> tuple[Fitted, Sequence[int]]:
+        """Returns the fit, and which of the inner layers it has: all, or with `auto` the one or none that
+        does best on the examples that are held out."""
+        every = range(len(states.inner))
+        tried: list[Sequence[int]] = [every]
+        if self._engine.config.inner_layers == AUTO:
+            tried = [(), *((i,) for i in every)]
+        fits = []
+        for chosen in tried:
+            own = replace(states, inner=[states.inner[i] for i in chosen])
+            fits.append((fit(own, alone, self._reduce), chosen))
+        return min(fits, key=lambda found: found[0].after.loss)
 
     @property
     def _count(self) -> int:

@@ -10,6 +10,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "frozen": {},
     "bias": {"output_layer": "bias"},
     "fit": {"output_layer": "fit"},
+    "inner": {"output_layer": "fit", "inner_layers": "auto"},
 }
 # Fields of a method's steps. Rates are `lr` times the factor that tuning chose.
 STEPS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,299 @@
+"""Terms of inner layers: what logits answer, the fit, the term in forwards and in what is exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from reducing import Reduce, alone, by_ranks
+from tiny import make_batch, tiny
+from torch import Tensor
+from trained import logits
+
+import tezo_ds
+from tezo_ds.errors import ConfigError, ProbeError
+from tezo_ds.export.adapter import save_adapter
+from tezo_ds.output_layer import answering
+from tezo_ds.output_layer.answering import refuse_unfit
+from tezo_ds.output_layer.columns import Answers
+from tezo_ds.output_layer.fit import Fitted, States, fit
+from tezo_ds.output_layer.inner import InnerLayer, directions, tensors_of
+from tezo_ds.output_layer.states import collect
+from tezo_ds.output_layer.term import BIAS, TOKENS, WEIGHT
+
+WORDS = torch.tensor([7, 40, 12])
+
+
+def one_label(count: int, seed: int = 0) -> dict[str, Tensor]:
+    """Returns a batch whose examples have one label each, a word of WORDS, at places that differ."""
+    batch = make_batch(count, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    ids, labels = batch["input_ids"], torch.full_like(batch["labels"], -100)
+    lengths = batch["attention_mask"].sum(dim=1)
+    for row in range(count):
+        place = int(torch.randint(2, int(lengths[row]), (), generator=generator))
+        ids[row, place] = labels[row, place] = WORDS[row % len(WORDS)]
+    return {**batch, "labels": labels}
+
+
+def states_of(engine: tezo_ds.Engine, batch: dict[str, Tensor], chosen: str) -> States:
+    term = engine.output_layer
+    assert term.layer is not None
+    held = torch.arange(len(batch["labels"])) % 5 == 4
+    nobody = {
+        **batch,
+        "labels": torch.full_like(batch["labels"], -100),
+    }  # of a rank without examples
+    batches = [(batch, held), (nobody, held)]
+    with torch.no_grad():
+        inner = term.inner.of_blocks(chosen)
+        return collect(engine.objective, term.layer, batches, WORDS, inner)
+
+
+MAPS = {
+    "llama": "model.layers.1.mlp.down_proj", "opt": "model.decoder.layers.1.fc2",
+    "gpt2": "transformer.h.1.mlp.c_proj", "neox": "gpt_neox.layers.1.mlp.dense_4h_to_h",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MAPS)
+def test_responses_are_the_backpropagated_ones(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answering, "PUSH", 1e-3)  # norms are in float32
+    model: Any = tiny(kind).double()
+    engine = tezo_ds.initialize(model, {"rank": 2})
+    batch = one_label(7)
+    _, inner = engine.output_layer.inner.of_blocks("layers:0-1")
+    assert inner.path == MAPS[kind]
+    _, found = states_of(engine, batch, "layers:0-1").inner
+    given: list[Tensor] = []
+    push = torch.zeros(7, inner.sizes[0], dtype=torch.float64, requires_grad=True)
+    wanted = batch["labels"][:, 1:] != -100
+    rows, places = wanted.nonzero(as_tuple=True)
+
+    def add(_: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        given.append(args[0].reshape(*wanted.shape[:1], -1, args[0].shape[-1]))  # OPT flattens
+        at = push.new_zeros(*given[-1].shape[:2], len(push[0])).index_put((rows, places), push)
+        return output + at.view_as(output)
+
+    with inner.layer.register_forward_hook(add):
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        logits = model(**inputs).logits[rows, places][:, WORDS]  # (7, C)
+    torch.testing.assert_close(found.inputs, given[0][rows, places].detach())
+    U = directions(model.get_output_embeddings().weight[WORDS]).double()
+    for c in range(len(WORDS)):
+        (slopes,) = torch.autograd.grad(logits[:, c].sum(), push, retain_graph=True)  # (7, d)
+        assert (slopes @ U).abs().max() > 1e-3
+        torch.testing.assert_close(found.responses[:, c].double(), slopes @ U, rtol=1e-2, atol=1e-3)
+
+
+def term(inner: InnerLayer, seed: int = 5) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    m, n = inner.sizes
+    U, A = (torch.randn(*s, generator=generator) * 0.3 for s in ((m, 3), (3, n)))
+    words = {TOKENS: WORDS, WEIGHT: torch.zeros(3, m), BIAS: torch.zeros(3)}
+    return {**words, **tensors_of([inner.path], U, [A])}
+
+
+def with_change(model: Any, path: str, state: dict[str, Tensor]) -> Any:
+    """Writes U A into a model's weight: the reference."""
+    U, A = (state[f"inner_layers.{path}.{side}"] for side in ("left", "right"))
+    weight = model.get_submodule(path).weight
+    with torch.no_grad():
+        weight += (U @ A).view(len(U), -1) if weight.shape == (len(U), A.shape[1]) else (U @ A).t()
+    return model
+
+
+@pytest.mark.parametrize("kind", MAPS)
+@pytest.mark.parametrize("probe", ["fused", "inplace"])
+def test_the_term_is_a_change_of_the_weight_to_every_branch(
+    kind: str, probe: str, tmp_path: Path
+) -> None:
+    fields = {
+        "rank": 3,
+        "rho": 1e-2,
+        "lr": 1e-3,
+        "queries": 2,
+        "probe": probe,
+        "include": ("*mlp*", "*fc*"),
+    }
+    mine = tezo_ds.initialize(tiny(kind), fields)
+    (inner,) = mine.output_layer.inner.of_blocks("layers:1")
+    state = term(inner)
+    mine.output_layer.load(state)
+    reference = with_change(tiny(kind), MAPS[kind], state)
+    its = tezo_ds.initialize(reference, fields)
+    plain = tezo_ds.initialize(tiny(kind), fields)
+    assert abs(mine.loss(make_batch(4)) - plain.loss(make_batch(4))) > 1e-3
+    for seed in range(3):
+        one, other = (engine.step(make_batch(4, seed=seed)) for engine in (mine, its))
+        assert one.loss == pytest.approx(other.loss, rel=1e-6)
+        assert one.kappa == pytest.approx(other.kappa, rel=1e-2, abs=1e-3)
+    with mine.output_layer.off():
+        assert mine.loss(make_batch(4)) != pytest.approx(its.loss(make_batch(4)), abs=1e-4)
+    # What it exports.
+    save_adapter(mine, tmp_path / "adapter", "the base")
+    with mine.applied():
+        expected = logits(mine.sharding.module).clone()
+    adapted = logits(PeftModel.from_pretrained(tiny(kind), tmp_path / "adapter"))
+    torch.testing.assert_close(adapted, expected, rtol=0, atol=1e-5)
+    other = tezo_ds.initialize(tiny(kind), fields)
+    other.load_state(mine.state(), written=False)
+    assert torch.equal(other.output_layer.state[f"inner_layers.{MAPS[kind]}.right"], inner.term[1])
+    for name, weight in merged(mine).items():
+        torch.testing.assert_close(weight, merged(its)[name], rtol=0, atol=1e-6)
+
+
+def merged(engine: tezo_ds.Engine) -> dict[str, Tensor]:
+    """Returns merged weights without the output layer's own term, which tied models refuse."""
+    state = engine.output_layer.state
+    engine.output_layer.load({k: v for k, v in state.items() if k.startswith("inner_layers.")})
+    found = engine.state_dict()
+    engine.output_layer.load(state)
+    return found
+
+
+def test_bfloat16() -> None:
+    engine = tezo_ds.initialize(tiny().bfloat16(), {"rank": 2})
+    (inner,) = engine.output_layer.inner.of_blocks("layers:1")
+    before = logits(engine.sharding.module).clone()
+    engine.output_layer.load(term(inner))
+    found = logits(engine.sharding.module)
+    expected = logits(with_change(tiny().bfloat16(), inner.path, term(inner)))
+    assert found.dtype == torch.bfloat16 and (found - before).abs().max() > 0.3
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.1)
+    states = states_of(engine, one_label(5), "layers:1")
+    assert states.inner[0].inputs.dtype == torch.bfloat16 and states.inner[0].responses.any()
+
+
+def test_directions_are_unit_rows_without_their_mean() -> None:
+    rows = torch.randn(4, 9)
+    U = directions(rows)
+    centred = rows - rows.mean(dim=0)
+    torch.testing.assert_close(U, (centred / centred.norm(dim=1, keepdim=True)).t())
+    assert not directions(torch.ones(2, 3)).any()
+
+
+def made(n: int = 91, words: int = 3, width: int = 4, inputs: int = 6) -> States:
+    """Makes states of which the words follow in part, and more from what enters an inner layer."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, x = (torch.randn(n, k, generator=generator) for k in (width, inputs))
+    x = x * torch.logspace(-1, 1, inputs)
+    J = torch.randn(words, 2, generator=generator) + 0.2 * torch.randn(
+        n, words, 2, generator=generator
+    )
+    A = torch.randn(2, inputs, generator=generator) / torch.logspace(-1, 1, inputs)
+    noise = torch.randn(n, words, generator=generator)
+    truth = (torch.einsum("nck,nk->nc", J, x @ A.t()) + noise).argmax(dim=1)
+    held = torch.arange(n) % 5 == 4
+    return States(hidden, torch.zeros(n, words), truth, held, (Answers(x, J),))
+
+
+def in_parts(states: States, parts: int) -> list[Fitted]:
+    def rank(index: int, reduce: Reduce) -> Fitted:
+        n = len(states.truth)
+        rows = slice(n * index // parts, n * (index + 1) // parts)
+        own = (states.hidden[rows], states.logits[rows], states.truth[rows], states.held[rows])
+        answers = [Answers(x.inputs[rows], x.responses[rows]) for x in states.inner]
+        return fit(States(*own, answers), False, reduce)
+
+    return by_ranks(parts, rank)
+
+
+def test_the_fit_is_the_least_of_the_loss_as_it_is_written() -> None:
+    states = made()
+    found = fit(states, False, alone)
+    (answers,), (A,) = states.inner, found.inner
+    x, J = answers.inputs.double(), answers.responses.double()
+    rms = x.square().mean(dim=0).sqrt()
+    units = (rms + 1e-2 * rms.mean()) * J.square().sum(dim=(1, 2)).mean().sqrt()
+    hidden = states.hidden.double()
+    variance = hidden.var(dim=0, correction=0).mean()
+
+    def loss(weight: Tensor, bias: Tensor, A: Tensor) -> Tensor:
+        logits = hidden @ weight.t() + bias + torch.einsum("nck,nk->nc", J, x @ A.t())
+        ridge = weight.square().sum() + (A * units).square().sum() / variance
+        assert found.strength is not None
+        return F.cross_entropy(logits, states.truth) + found.strength * ridge
+
+    point = [part.double().requires_grad_() for part in (found.weight, found.bias, A)]
+    slopes = torch.autograd.grad(loss(*point), point)
+    assert slopes[0].abs().max() < 1e-5 and slopes[2].div(units).abs().max() < 1e-5
+    assert A.abs().max() > 0.05
+    # What enters the layer says more of the words than the states do.
+    alone_held = fit(
+        States(*(states.hidden, states.logits, states.truth, states.held)), False, alone
+    )
+    assert found.after.loss < alone_held.after.loss - 0.05
+
+
+def test_ranks_find_the_same_bits() -> None:
+    one, several = fit(made(), False, alone), in_parts(made(), 3)
+    for found in several:
+        assert torch.equal(found.weight, several[0].weight)
+        assert torch.equal(found.inner[0], several[0].inner[0])
+        torch.testing.assert_close(found.inner[0], one.inner[0], rtol=1e-4, atol=1e-6)
+        assert found.message_bytes == 8 * (3 * 5 + 2 * 6)
+
+
+def test_what_is_not_finite_is_refused() -> None:
+    states = made()
+    states.inner[0].responses[5, 1, 0] = torch.nan
+    with pytest.raises(ProbeError, match="not finite"):
+        fit(states, False, alone)
+
+
+def test_models_that_cannot_have_them_are_refused() -> None:
+    engine = tezo_ds.initialize(tiny("roberta"), {"rank": 2})
+    with pytest.raises(ConfigError, match="inner_layers: RobertaForMaskedLM is no causal model"):
+        refuse_unfit(engine.objective)
+    engine = tezo_ds.initialize(tiny(), {"rank": 2})
+    of_blocks = engine.output_layer.inner.of_blocks
+    for pattern, what in (("layers:2", "their indices are 0 to 1"), ("20", "not of the form")):
+        with pytest.raises(ConfigError, match=f"inner_layers: '{pattern}'.*{what}"):
+            of_blocks(pattern)
+    assert [inner.path[:14] for inner in of_blocks("auto")] == ["model.layers.1"]
+    (inner,) = of_blocks("last:1")
+    for other in (
+        {**term(inner), f"inner_layers.{inner.path}.left": torch.zeros(23, 3)},
+        unknown(inner),
+    ):
+        with pytest.raises(ConfigError, match=r"inner_layers: .*; use the run's own model"):
+            engine.output_layer.load(other)
+
+
+def unknown(inner: InnerLayer) -> dict[str, Tensor]:
+    return {name.replace("layers.1", "layers.7"): part for name, part in term(inner).items()}
+
+
+class Forgetful(torch.nn.Module):
+    """A causal model that keeps no keys and values, or goes on from them to something else."""
+
+    def __init__(self, inner: Any, keeps: bool) -> None:
+        super().__init__()
+        self.inner, self.keeps, self.config = inner, keeps, inner.config
+
+    def get_output_embeddings(self) -> Any:
+        return self.inner.get_output_embeddings()
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Any = None,
+        past_key_values: Any = None, use_cache: bool = False,
+    ) -> Any:  # fmt: skip
+        position_ids = None if past_key_values is None else position_ids * 0
+        out = self.inner(
+            input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache
+        )
+        return out if self.keeps else out.logits
+
+
+@pytest.mark.parametrize(("keeps", "why"), [(False, "keeps no keys"), (True, "to other logits")])
+def test_a_model_that_cannot_go_on_is_refused(keeps: bool, why: str) -> None:
+    engine = tezo_ds.initialize(Forgetful(tiny(), keeps), {"rank": 2})
+    with pytest.raises(
+        ConfigError, match=rf"inner_layers: Forgetful .*{why}.*leave inner_layers off"
+    ):
+        states_of(engine, one_label(7), "layers:0-1")

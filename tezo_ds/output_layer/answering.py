@@ -1,0 +1,225 @@
+"""How the words' logits answer to what is added behind an inner layer, at the labelled position.
+
+After a plain forward that keeps its keys and values, the labelled position alone runs again, once for each
+direction, with ε u added to the inner layer's output: J u = (z(ε) - z(0)) / ε. What stands before it is not
+computed anew, so C directions cost C tokens an example, and not C forwards. They run beside one that has
+nothing added, in one forward, so rounding that follows from a product's shape cancels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tezo_ds.errors import ConfigError
+from tezo_ds.losses.head import Head
+from tezo_ds.losses.objective import Objective
+from tezo_ds.models.structure import is_masked_lm
+from tezo_ds.output_layer.columns import Answers
+from tezo_ds.output_layer.inner import InnerLayer, directions
+from tezo_ds.trunk.outputs import hidden_of
+from tezo_ds.trunk.stand_ins import replaced
+
+PUSH = 0.05  # ε over the length of the hidden state behind the block
+CLOSE = (
+    1e-2  # of the logits' spread, by which a position that goes on from keys and values may differ
+)
+
+
+class _Watched:
+    """What an inner layer is given, and the hidden states behind its block; what to add to its output.
+
+    Attributes:
+        on: whether the forward that runs is looked at.
+        given: (B, T, n), or (B * T, n).
+        behind: (B, T, d).
+        push: to be added, (rows, m); None: nothing.
+    """
+
+    def __init__(self, inner: InnerLayer, stack: ExitStack) -> None:
+        self.given = self.behind = torch.empty(0)
+        self.push: Tensor | None = None
+        self.on = False
+        layer, block = inner.layer, inner.block
+        for hook in (
+            layer.register_forward_pre_hook(self._before, with_kwargs=True),
+            layer.register_forward_hook(self._after),
+            block.register_forward_hook(self._behind),
+        ):
+            stack.callback(hook.remove)
+
+    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.on:
+            self.given = next(iter((*args, *kwargs.values())))
+
+    def _after(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return None if self.push is None else output + self.push.to(output.dtype).view_as(output)
+
+    def _behind(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.on:
+            self.behind = hidden_of(output)
+
+
+class Answering:
+    """Context manager: knows of every batch that runs inside what is known of some inner layers.
+
+    Args:
+        objective: of the model, whose terms are off.
+        words: token ids, int64 (C,).
+        inner: the inner layers.
+        rows: gives the words' rows of the output layer, (C, d), once a batch has run.
+    """
+
+    def __init__(
+        self, objective: Objective, words: Tensor, inner: Sequence[InnerLayer],
+        rows: Callable[[], Tensor],
+    ) -> None:  # fmt: skip
+        self._objective, self._sharding = objective, objective.sharding
+        self._words, self._inner, self._rows = words, inner, rows
+        self._head, self._stack = Head(objective.sharding), ExitStack()
+        self._watched: list[_Watched] = []
+        self._kept: Any = None
+        self._tried = False
+
+    def __enter__(self) -> Answering:
+        self._watched = [_Watched(inner, self._stack) for inner in self._inner]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    @cached_property
+    def directions(self) -> Tensor:
+        """U, float32 (d, C)."""
+        return directions(self._rows())
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Context manager: the model's forward inside keeps its keys and values."""
+        module = self._sharding.module
+        forward = module.forward
+        self._kept = None
+
+        def keep(**inputs: Any) -> Any:
+            outputs = forward(**{**inputs, "use_cache": True})
+            self._kept = getattr(outputs, "past_key_values", None)
+            return outputs
+
+        self._look(True)
+        try:
+            with replaced(module, keep):
+                yield
+        finally:
+            self._look(False)
+
+    def _look(self, on: bool) -> None:
+        for watched in self._watched:
+            watched.on = on
+
+    @torch.no_grad()
+    def of(self, batch: Mapping[str, Any], positions: Tensor, logits: Tensor) -> list[Answers]:
+        """Returns what is known of each inner layer, for the batch that has just run inside `keeping`. Every
+        rank must call it.
+
+        Args:
+            batch: the examples, (B, T).
+            positions: flat positions with a label, int64 (k,).
+            logits: of the words there, (k, C).
+
+        Raises:
+            ConfigError: the model cannot go on from keys and values.
+        """
+        length = batch["labels"].shape[1]
+        device = self._sharding.device
+        own = positions.to(device) if len(positions) else torch.zeros(1).long().to(device)
+        rows, places = own // length, own % length
+        if self._sharding.maxima([self._kept is None])[0]:
+            raise self._unfit("keeps no keys and values")
+        return [
+            self._answers(watched, batch, rows, places, logits.to(device), len(positions))
+            for watched in self._watched
+        ]
+
+    def _answers(
+        self, watched: _Watched, batch: Mapping[str, Any], rows: Tensor, places: Tensor, logits: Tensor,
+        count: int,
+    ) -> Answers:  # fmt: skip
+        given = watched.given.reshape(*batch["labels"].shape, -1)
+        inputs = given[rows, places]  # (k, n)
+        hidden = _wide(watched.behind[rows, places])  # (k, d)
+        step = PUSH * hidden.norm(dim=1)  # (k,): ε of each example
+        U = self.directions.to(step)
+        pushes = torch.cat([torch.zeros_like(U[:, :1]), U], dim=1).t()  # (1 + C, d)
+        watched.push = (pushes[:, None] * step[:, None]).flatten(0, 1)  # branch by branch
+        try:
+            found = self._forward(batch, rows, places, len(pushes))  # (1 + C, k, words)
+        finally:
+            watched.push = None
+        self._try(found[0, :count], logits)
+        answers = (found[1:] - found[0]) / step[:, None]
+        return Answers(inputs[:count], answers.permute(1, 2, 0)[:count].contiguous())
+
+    def _forward(
+        self, batch: Mapping[str, Any], rows: Tensor, places: Tensor, branches: int
+    ) -> Tensor:
+        """Runs the labelled positions alone, behind the keys and values of what stands before them: the
+        words' logits, (branches, k, C)."""
+        several = rows.repeat(branches)
+        kept = copy.deepcopy(self._kept)
+        kept.batch_select_indices(several)
+        batch = self._objective.inputs(batch)
+        ids = batch["input_ids"]
+        before = batch.get("attention_mask", torch.ones_like(ids)).clone()[rows]
+        before[torch.arange(ids.shape[1], device=rows.device) >= places[:, None]] = 0
+        mask = torch.cat([before, torch.ones_like(before[:, :1])], dim=1)  # (k, T + 1)
+        at = batch.get(
+            "position_ids", torch.arange(ids.shape[1], device=rows.device).expand_as(ids)
+        )
+        inputs = {
+            "input_ids": ids[rows, places][:, None].repeat(branches, 1),
+            "attention_mask": mask.repeat(branches, 1),
+            "position_ids": at[rows, places][:, None].repeat(branches, 1),
+        }
+        inputs = {**self._objective.inputs(inputs), "past_key_values": kept, "use_cache": True}
+        words = self._words.to(rows.device)
+        self._head.mode = self._objective.head_mode
+        everyone = torch.arange(len(rows), device=rows.device)
+        return self._head(inputs, everyone, branches, lambda logits, _: _wide(logits[..., words]))
+
+    def _try(self, again: Tensor, logits: Tensor) -> None:
+        """Sees once that a position that goes on from keys and values has a whole forward's logits."""
+        if self._tried:
+            return
+        self._tried = True
+        spread = (
+            float((logits - logits.mean(dim=1, keepdim=True)).abs().max()) if len(logits) else 0.0
+        )
+        differs = len(logits) and float((again - logits).abs().max()) > CLOSE * spread
+        if self._sharding.maxima([bool(differs)])[0]:
+            raise self._unfit(
+                "goes on from its keys and values to other logits than a whole forward's"
+            )
+
+    def _unfit(self, why: str) -> ConfigError:
+        name = type(self._sharding.module).__name__
+        return ConfigError(f"inner_layers: {name} {why}; leave inner_layers off")
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def refuse_unfit(objective: Objective) -> None:
+    """Raises ConfigError if the model is of a kind that has no inner layers to be fitted."""
+    module = objective.sharding.module
+    if is_masked_lm(module):
+        raise ConfigError(
+            f"inner_layers: {type(module).__name__} is no causal model, so its labelled positions cannot run "
+            "by themselves; leave inner_layers off"
+        )

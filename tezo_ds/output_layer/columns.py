@@ -1,0 +1,158 @@
+"""What each part of the convex problem's variables adds to the words' logits, and what a ridge makes it cost.
+
+Of the output layer that is z' = z + ΔW h + b, of an inner layer z' = z + J A x: x is what enters the linear
+map, U A its change, and J = ∂z/∂(its output) · U how an example's logits answer to the columns of U.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tezo_ds.output_layer.newton import dot
+from tezo_ds.output_layer.totals import Totals
+
+TRIFLE = 1e-5  # of ‖b‖²
+FLOOR = 1e-2  # of the mean rms of an inner layer's inputs, below which none is taken to be
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What is known of an inner layer for each example of a rank.
+
+    Attributes:
+        inputs: x at the labelled position, (n, width), in the dtype of the forward.
+        responses: J, (n, C, K).
+    """
+
+    inputs: Tensor
+    responses: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they take on this rank."""
+        return self.inputs.nbytes + self.responses.nbytes
+
+
+class Columns(Protocol):
+    """A part of the variables, a matrix of `shape`, of which logits are a linear function.
+
+    Attributes:
+        curves: by how much the mean loss curves along each variable at most, roughly: float64 of `shape`.
+    """
+
+    curves: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix."""
+
+    def ridge(self, strength: float) -> Tensor:
+        """Returns what the square of each variable costs, float64 of `shape`."""
+
+    def term(self, rows: Tensor, x: Tensor) -> Tensor:
+        """Returns what is added to the logits of some examples: (k, C)."""
+
+    def gradient(self, rows: Tensor, slopes: Tensor) -> Tensor:
+        """Returns the gradient of `shape` for slopes (k, C) of the examples' logits."""
+
+
+class Head:
+    """ΔW and b of the output layer, C rows of d + 1. States are centred, which moves ΔW times their mean
+    into b and leaves the problem as it is.
+
+    Attributes:
+        variance: of each number of the states, float64 (d,).
+        scale: mean square of the centred states.
+    """
+
+    def __init__(self, hidden: Tensor, words: int, mean: Tensor, variance: Tensor) -> None:
+        self._hidden, self._mean = hidden, mean.to(hidden.device)
+        self.shape = (words, hidden.shape[1] + 1)
+        self.variance = variance
+        self.scale = dot(variance, torch.ones_like(variance))
+        # Variables in which a logistic loss, which curves by a quarter at most, curves alike all over.
+        self.curves = torch.cat([variance, torch.ones(1).double()]).expand(self.shape) / 4
+
+    def ridge(self, strength: float) -> Tensor:
+        """Returns λ, and a trifle for the biases."""
+        ridge = torch.full(self.shape, strength, dtype=torch.float64)
+        ridge[:, -1] = TRIFLE
+        return ridge
+
+    def _states(self, rows: Tensor) -> Tensor:
+        return self._hidden[rows].double() - self._mean
+
+    def term(self, rows: Tensor, x: Tensor) -> Tensor:
+        """Returns ΔW h + b, (k, C)."""
+        return self._states(rows) @ x[:, :-1].t() + x[:, -1]
+
+    def gradient(self, rows: Tensor, slopes: Tensor) -> Tensor:
+        """Returns the gradients by ΔW and by b."""
+        return torch.cat([slopes.t() @ self._states(rows), slopes.sum(dim=0)[:, None]], dim=1)
+
+    def solution(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ΔW and b for states as they are, not centred: float32 (C, d) and (C,)."""
+        weight, mean = x[:, :-1].float().contiguous(), self._mean.cpu()
+        moved = [dot(row.double(), mean) for row in weight]  # by the weight as it was rounded
+        return weight, (x[:, -1] - torch.tensor(moved, dtype=torch.float64)).float()
+
+
+class Inner:
+    """A of an inner layer, K rows, in units in which inputs and responses are alike: x over its root mean
+    squares, J over its own. The ridge bears on these units as that of the output layer bears on states whose
+    numbers have a variance of one, so that one λ serves all.
+
+    Args:
+        answers: this rank's.
+        rms: of each input over all ranks' examples, float64 (width,).
+        size: root mean square of J, as a matrix's length, over all ranks' examples.
+        states: variance of a number of the output layer's states, on average.
+    """
+
+    def __init__(self, answers: Answers, rms: Tensor, size: float, states: float) -> None:
+        self._answers = answers
+        self._last: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+        floor = FLOOR * dot(rms, torch.ones_like(rms)) / len(rms)
+        self.units = (rms + floor) * size
+        self.units[self.units == 0] = 1  # nothing enters, or nothing answers
+        self.shape = (answers.responses.shape[2], len(rms))
+        self._states = states
+        self.curves = torch.full(self.shape, 0.25 / self.shape[0], dtype=torch.float64)
+
+    def ridge(self, strength: float) -> Tensor:
+        """Returns λ in this part's units."""
+        return torch.full(self.shape, strength / (self._states or 1.0), dtype=torch.float64)
+
+    def _known(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns inputs in their units, (k, width), and J, (k, C, K), of some examples in float64; the last
+        that were asked for are at hand, as a solver asks for the same again and again."""
+        if not any(rows is known for known, _ in self._last):
+            inputs = self._answers.inputs[rows].double() / self.units.to(rows.device)
+            self._last = [(rows, (inputs, self._answers.responses[rows].double()))]
+        return self._last[0][1]
+
+    def term(self, rows: Tensor, x: Tensor) -> Tensor:
+        """Returns J A x, (k, C)."""
+        inputs, J = self._known(rows)
+        return torch.einsum("nck,nk->nc", J, inputs @ x.t())
+
+    def gradient(self, rows: Tensor, slopes: Tensor) -> Tensor:
+        """Returns Σ (Jᵀ slopes) xᵀ."""
+        inputs, J = self._known(rows)
+        return torch.einsum("nck,nc->nk", J, slopes).t() @ inputs
+
+    def solution(self, x: Tensor) -> Tensor:
+        """Returns A for inputs as they are, float32 (K, width)."""
+        return (x / self.units).float()
+
+
+def inner_of(answers: Answers, count: int, states: float, total: Totals) -> Inner:
+    """Returns an inner layer's columns, in units of all ranks' examples."""
+    squares = answers.inputs.double().square().sum(dim=0)
+    length = answers.responses.double().square().sum()
+    found = total(torch.cat([squares, length[None]])) / count
+    return Inner(answers, found[:-1].sqrt(), float(found[-1].sqrt()), states)

@@ -1,0 +1,205 @@
+"""Inner layers: the last linear map of a transformer block, and a term U A on its weight, y' = y + U A x.
+
+The columns of U are the label words' rows of the output layer, less their mean and of length one: directions
+that later blocks mostly pass on, and that the words' logits are read along. A is fitted, see `fit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tezo_ds.errors import ConfigError
+from tezo_ds.models.structure import kind_of
+from tezo_ds.output_layer.newton import by_halves
+from tezo_ds.patterns import layers_of, numbered_layers
+
+PREFIX, LEFT, RIGHT = "inner_layers.", ".left", ".right"
+AUTO = "auto"
+DEPTHS = (1 / 2, 2 / 3, 5 / 6)  # of the blocks that `auto` tries
+
+
+def directions(rows: Tensor) -> Tensor:
+    """Returns U, float32 (d, C), of the words' rows (C, d), with the same bits on any processor."""
+    centred = rows.double() - by_halves(rows.double().t())[None] / len(rows)
+    length = by_halves(centred.square()).sqrt()
+    return (centred / torch.where(length > 0, length, 1.0)[:, None]).t().float().contiguous()
+
+
+class InnerLayer:
+    """The last linear map of a block, and its term; nothing is added until one is loaded.
+
+    Attributes:
+        path: of the linear map in the model.
+        block: the transformer block that it is in.
+        layer: the linear map.
+        term: U (m, K) and A (K, n), float32; None: nothing is added.
+        off: whether nothing is added for the moment.
+    """
+
+    def __init__(self, path: str, block: nn.Module, layer: nn.Module) -> None:
+        self.path, self.block, self.layer = path, block, layer
+        self.term: tuple[Tensor, Tensor] | None = None
+        self.off = self._attached = False
+        self._placed: tuple[Any, Tensor, Tensor] | None = None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Numbers that the whole map gives, m, and takes, n, whoever holds it."""
+        if kind_of(self.layer) == "conv1d":
+            return int(self.layer.nf), int(self.layer.nx)  # type: ignore[arg-type]
+        return int(self.layer.out_features), int(self.layer.in_features)  # type: ignore[arg-type]
+
+    def load(self, left: Tensor, right: Tensor) -> None:
+        """Takes U and A.
+
+        Raises:
+            ConfigError: they are of another model.
+        """
+        if (len(left), right.shape[1]) != self.sizes:
+            raise ConfigError(
+                f"inner_layers: the term of {self.path} is of a map {(len(left), right.shape[1])}, and this "
+                f"model's is {self.sizes}; use the run's own model"
+            )
+        self.term, self._placed = (left, right), None
+        if not self._attached:
+            self.layer.__dict__["forward"] = self._around(self.layer.forward)
+            self._attached = True
+
+    def _around(self, project: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
+            y = project(*args, **kwargs)
+            if self.off or self.term is None:
+                return y
+            (x,) = (*args, *kwargs.values())
+            return self._added(x, y)
+
+        return forward
+
+    def _added(self, x: Tensor, y: Tensor) -> Tensor:
+        """Returns y + U A x of inputs (…, n), in float32 or wider."""
+        assert self.term is not None
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if self._placed is None or self._placed[0] != (x.device, wide):
+            U, A = (part.to(x.device, wide) for part in self.term)
+            self._placed = (x.device, wide), U, A
+        _, U, A = self._placed
+        return (y + F.linear(F.linear(x.to(wide), A), U)).to(y.dtype)
+
+    def merge_into(self, names: Sequence[str], tensor: Tensor) -> None:
+        """Adds U A to a gathered weight, if these are its names."""
+        if self.term is not None and f"{self.path}.weight" in names:
+            change = self.term[0] @ self.term[1]
+            change = change.t() if kind_of(self.layer) == "conv1d" else change
+            tensor.copy_((tensor + change).to(tensor.dtype))
+
+
+def last_map(module: nn.Module, block: str) -> str:
+    """Returns the path of the last linear map of a block, which is named by its own.
+
+    Raises:
+        ConfigError: the block has none.
+    """
+    inside = module.get_submodule(block)
+    maps = [name for name, m in inside.named_modules() if kind_of(m) in ("linear", "conv1d")]
+    if not maps:
+        raise ConfigError(
+            f"inner_layers: {block} of {type(module).__name__} has no linear map; leave inner_layers off"
+        )
+    return f"{block}.{maps[-1]}"
+
+
+def named(chosen: str, module: nn.Module) -> list[str]:
+    """Returns the blocks that a value of `inner_layers` names, or that it lets choose among.
+
+    Raises:
+        ConfigError: the model has no such blocks.
+    """
+    if chosen == "none":
+        return []
+    names = [name for name, _ in module.named_parameters()]
+    if chosen != AUTO:
+        return layers_of(chosen, names, "inner_layers")
+    layers = numbered_layers(names)
+    return list(dict.fromkeys(layers[int(depth * len(layers))] for depth in DEPTHS))
+
+
+def tensors_of(paths: Sequence[str], U: Tensor, rights: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Returns the terms U A of some maps by the names that a run keeps them under."""
+    lefts = {f"{PREFIX}{path}{LEFT}": U.cpu() for path in paths}
+    return lefts | {f"{PREFIX}{p}{RIGHT}": A for p, A in zip(paths, rights, strict=True)}
+
+
+class InnerLayers:
+    """The inner layers of a model that have a term.
+
+    Args:
+        module: the model.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._known: dict[str, InnerLayer] = {}
+
+    def of_blocks(self, chosen: str) -> list[InnerLayer]:
+        """Returns the inner layers that a value of `inner_layers` names, the same each time.
+
+        Raises:
+            ConfigError: the model has no such blocks, or they have no linear map.
+        """
+        blocks = named(chosen, self._module)
+        return [self._of(last_map(self._module, block), block) for block in blocks]
+
+    def _of(self, path: str, block: str) -> InnerLayer:
+        if path not in self._known:
+            modules = self._module.get_submodule(block), self._module.get_submodule(path)
+            self._known[path] = InnerLayer(path, *modules)
+        return self._known[path]
+
+    @property
+    def with_terms(self) -> list[InnerLayer]:
+        """The inner layers that have a term."""
+        return [inner for inner in self._known.values() if inner.term is not None]
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """U and A by name."""
+        return {
+            f"{PREFIX}{inner.path}{end}": part
+            for inner in self.with_terms
+            for end, part in zip((LEFT, RIGHT), inner.term or (), strict=True)
+        }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes all terms from among tensors by name, as of `state`; there may be none.
+
+        Raises:
+            ConfigError: a term is of another model.
+        """
+        for inner in self._known.values():
+            inner.term = None
+        for name, left in tensors.items():
+            if name.startswith(PREFIX) and name.endswith(LEFT):
+                path = name.removeprefix(PREFIX).removesuffix(LEFT)
+                self._found(path).load(left, tensors[f"{PREFIX}{path}{RIGHT}"])
+
+    def _found(self, path: str) -> InnerLayer:
+        layers = numbered_layers(name for name, _ in self._module.named_parameters())
+        for block in layers:
+            if path.startswith(f"{block}."):
+                try:
+                    return self._of(path, block)
+                except AttributeError:
+                    break
+        raise ConfigError(
+            f"inner_layers: {type(self._module).__name__} has no {path}; use the run's own model"
+        )
+
+    def turn(self, off: bool) -> None:
+        """Turns all terms off or on."""
+        for inner in self._known.values():
+            inner.off = off
