@@ -1,0 +1,188 @@
+"""All adapters of a run: where they stand, their parameters by name, and weights of each branch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tezo_ds.adapters.base import Adapter, Weights
+from tezo_ds.adapters.lora import LoraAdapter
+from tezo_ds.adapters.places import Place, places_of
+from tezo_ds.adapters.sites import NAME, AdapterSite
+from tezo_ds.adapters.tt import TensorTrainAdapter
+from tezo_ds.config import TezoConfig
+from tezo_ds.directions.space import CoefficientSpace, Vector
+from tezo_ds.errors import ConfigError
+from tezo_ds.models.structure import kind_of
+from tezo_ds.patterns import matching
+from tezo_ds.sharding.base import Sharding
+from tezo_ds.sharding.view import as_matrix
+
+AHEAD = 1 << 22  # numbers of weights prepared at a time, at most
+
+
+class Adapters:
+    """The adapters of a run.
+
+    Attributes:
+        sites: where they stand, in the model's order.
+        seed: seed of the initial values.
+        dtypes: dtype of each site's weights, float32 beside 16-bit ones.
+    """
+
+    def __init__(
+        self, sites: Sequence[AdapterSite] = (), dtypes: Sequence[torch.dtype] = (), seed: int = 0
+    ) -> None:
+        self.sites, self.dtypes, self.seed = tuple(sites), tuple(dtypes), seed
+
+    @property
+    def vectors(self) -> list[Vector]:
+        """All parameters, as vectors that train."""
+        return [
+            Vector(f"{site.name}.{name}", math.prod(shape), dtype)
+            for site, dtype in zip(self.sites, self.dtypes, strict=True)
+            for name, shape in site.adapter.shapes.items()
+        ]
+
+    @property
+    def numel(self) -> int:
+        """Number of all parameters."""
+        return sum(site.adapter.numel for site in self.sites)
+
+    @property
+    def at(self) -> set[str]:
+        """Names of the model's own parameters in the modules where adapters stand."""
+        return {
+            f"{site.path}.{name}"
+            for site in self.sites
+            for name, _ in site.module.named_parameters(remove_duplicate=False)
+        }
+
+    def refuse_merged(self) -> None:
+        """Raises ConfigError if there are adapters, which merged weights would lack."""
+        kinds = {site.adapter.kind for site in self.sites}
+        if "tt" in kinds:
+            raise ConfigError(
+                "a tensor-train adapter has a nonlinearity, so it cannot be merged into weights; write the "
+                "adapter (tezo-ds export --adapter) and load it by tezo_ds.adapters.load"
+            )
+        if kinds:
+            raise ConfigError(
+                "adapter lora is merged by peft: write it (tezo-ds export --adapter), load it by "
+                "PeftModel.from_pretrained, and merge_and_unload"
+            )
+
+    def start_(self, coefficients: Tensor, space: CoefficientSpace) -> None:
+        """Sets the initial values of all parameters among a run's coefficients, (D,)."""
+        for site in self.sites:
+            coefficients[self._columns(site, space)] = site.adapter.initial(site.name, self.seed)
+
+    def _columns(self, site: AdapterSite, space: CoefficientSpace) -> slice:
+        """Returns where a site's parameters are; they are next to each other."""
+        first, *_, last = (space.slices[f"{site.name}.{name}"] for name in site.adapter.shapes)
+        return slice(first.start, last.stop)
+
+    def prepared(self, c: Tensor, space: CoefficientSpace) -> Prepared:
+        """Returns each site's weights in some branches.
+
+        Args:
+            c: coefficients of each branch, (branches, D), on the device of the forward.
+            space: the run's.
+        """
+        return Prepared(self, {site.name: self._columns(site, space) for site in self.sites}, c)
+
+
+class Prepared(dict[str, Any]):
+    """Weights of each site by its name, prepared when they are asked for: those of several sites of one
+    shape at once, as they are tiny, but not of all, as those of many branches are not. May hold others'
+    tensors besides."""
+
+    def __init__(self, adapters: Adapters, columns: dict[str, slice], c: Tensor) -> None:
+        super().__init__()
+        self._columns, self._c = columns, c
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._alike: dict[Adapter, list[str]] = {}
+        self._of: dict[str, Adapter] = {}
+        for site, dtype in zip(adapters.sites, adapters.dtypes, strict=True):
+            self._of[site.name], self._dtypes[site.name] = site.adapter, dtype
+            self._alike.setdefault(site.adapter, []).append(site.name)
+        self._now: dict[Adapter, dict[str, Weights]] = {}
+
+    def __missing__(self, name: str) -> Weights:
+        adapter = self._of[name]
+        now = self._now.get(adapter, {})
+        if name not in now:
+            now = self._now[adapter] = dict(self._prepare(adapter, name))
+        return now[name]
+
+    def _prepare(self, adapter: Adapter, first: str) -> Iterator[tuple[str, Weights]]:
+        """Yields the weights of a site and of some that follow it."""
+        several = self._alike[adapter]
+        at_once = max(1, AHEAD // (len(self._c) * adapter.prepared_numel))
+        start = several.index(first)
+        names = several[start : start + at_once]
+        packed = torch.stack([self._c[:, self._columns[name]] for name in names])
+        weights = adapter.prepare(adapter.split(packed.to(self._dtypes[first])))
+        for k, name in enumerate(names):
+            yield name, tuple(part[k] for part in weights)  # (branches, …) each
+
+
+def adapters_of(config: TezoConfig, sharding: Sharding) -> Adapters:
+    """Returns the adapters that a config asks for, at those of their places that `include` and `exclude`
+    leave; none of an `adapter: none`.
+
+    Raises:
+        ConfigError: the model has no places for them, or sizes do not fit.
+    """
+    if config.adapter == "none":
+        return Adapters()
+    places = places_of(sharding.module, config)
+    names = [f"{place.path}.{NAME}" for place in places]
+    chosen = matching(config.include, names) - matching(config.exclude, names, "exclude")
+    if not chosen:
+        raise ConfigError(
+            f"no adapter trains: include {list(config.include)} without exclude {list(config.exclude)} "
+            f"matches none of {len(names)} names such as {names[0]}"
+        )
+    sites, dtypes = [], []
+    for place, name in zip(places, names, strict=True):
+        if name in chosen:
+            sites.append(AdapterSite(place, _adapter(config, sharding, place)))
+            dtypes.append(_dtype(sharding, place))
+    return Adapters(sites, dtypes, config.seed)
+
+
+def _adapter(config: TezoConfig, sharding: Sharding, place: Place) -> Adapter:
+    inputs, outputs = _sizes(sharding, place)
+    if config.adapter == "lora":
+        assert isinstance(config.rank, int), "the config's own check"
+        return LoraAdapter((inputs, outputs), min(config.rank, inputs, outputs))
+    return TensorTrainAdapter.of(config, inputs if place.side == "before" else outputs)
+
+
+def _sizes(sharding: Sharding, place: Place) -> tuple[int, int]:
+    """Returns a layer's inputs and outputs."""
+    kind = kind_of(place.module)
+    if kind is None:  # a whole feed-forward with experts
+        config: Any = sharding.module.config
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        return int(text.hidden_size), int(text.hidden_size)
+    weight = place.module.get_parameter("weight")
+    whole = as_matrix(sharding.shape(weight))
+    if not sharding.block(weight).covers(whole):
+        raise ConfigError(
+            f"adapter: {place.path} is split by tensor parallelism, which adapters do not know; exclude "
+            f"{place.path}.{NAME}, or shard by ZeRO-3 or FSDP2 alone"
+        )
+    return whole if kind == "conv1d" else (whole[1], whole[0])
+
+
+def _dtype(sharding: Sharding, place: Place) -> torch.dtype:
+    parameter = next(place.module.parameters())
+    dtype = sharding.compute_dtype(parameter)
+    wide = dtype if dtype.is_floating_point else torch.float32  # of a quantised weight
+    return torch.promote_types(wide, torch.float32)
