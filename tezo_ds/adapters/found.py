@@ -160,7 +160,7 @@ def _adapter(config: TezoConfig, sharding: Sharding, place: Place) -> Adapter:
     inputs, outputs = _sizes(sharding, place)
     if config.adapter == "lora":
         assert isinstance(config.rank, int), "the config's own check"
-        return LoraAdapter((inputs, outputs), min(config.rank, inputs, outputs))
+        return LoraAdapter((inputs, outputs), config.rank)
     return TensorTrainAdapter.of(config, inputs if place.side == "before" else outputs)
 
 

@@ -374,11 +374,11 @@ class TezoConfig(BaseModel):
             )
         odd = {
             "refresh_every": self.refresh_every > 0, "rank": self.rank == AUTO, "include": self.chooses,
-            "probe": self.probe == "inplace",
+            "probe": self.probe == "inplace", "output_layer": self.output_layer != "frozen",
         }  # fmt: skip
         if wrong := [name for name, is_odd in odd.items() if is_odd]:
             raise ValueError(
-                f"{wrong[0]}: is of directions in the weights, which are frozen beside an adapter "
+                f"{wrong[0]}: is for weights that change, which are frozen beside an adapter "
                 f"{self.adapter}; leave {wrong[0]} as it is by default"
             )
         return self
