@@ -18,16 +18,15 @@ ADAZETA = {
     "steps_per_epoch": 5,
 }  # fmt: skip
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
-    "tt": ("tezo", PUBLISHED),
-    "tt, zero": ("tezo", {"adapter": "tt", "lr": 1e-1}),
-    "tt in the mlp, momentum": ("tezo-m", {**PUBLISHED, "adapter_sites": "mlp"}),
-    "tt of given modes, Adam": (
-        "tezo-adam-coef", {**PUBLISHED, "tt_modes": (5, 5, 2, 3), "lr": 1e-3}
-    ),
-    "tt, core by core, a branch at a time": (
-        "tezo", {**PUBLISHED, "contraction": "sequential", "branch_chunk": 1}
-    ),
     "tt, more queries from epoch to epoch": ("tezo", {**PUBLISHED, **ADAZETA}),
+    "tt, zero": ("tezo", {"adapter": "tt", "lr": 1e-1, "queries": 1}),
+    "tt in the mlp, core by core, a branch at a time, momentum": (
+        "tezo-m",
+        {**PUBLISHED, "adapter_sites": "mlp", "contraction": "sequential", "branch_chunk": 1, "queries": 1},
+    ),
+    "tt of given modes, Adam": (
+        "tezo-adam-coef", {**PUBLISHED, "tt_modes": (5, 5, 2, 3), "lr": 1e-3, "queries": 1}
+    ),
     "lora": ("tezo", {"adapter": "lora", "rank": 3}),
 }  # fmt: skip
 

@@ -97,9 +97,9 @@ class Adapter(ABC):
         for name, shape in self.shapes.items():
             part = torch.zeros(math.prod(shape), dtype=torch.float64)
             if deviations[name]:
-                key = derive_key(seed, f"{prefix}.{name}", "initial")
+                k0, k1 = derive_key(seed, f"{prefix}.{name}", "initial")
+                z = normals((torch.tensor([k0]), torch.tensor([k1])), first, len(part))[0]
                 # Rounded, as the last bit of a power is not the same on all machines.
-                deviation = torch.tensor(deviations[name], dtype=torch.float32).double()
-                part = normals(key, first, len(part))[0].double() * deviation
+                part = z.double() * torch.tensor(deviations[name], dtype=torch.float32).double()
             parts.append(part)
         return torch.cat(parts)

@@ -76,6 +76,16 @@ class Adapters:
                 "PeftModel.from_pretrained, and merge_and_unload"
             )
 
+    def bytes_in(self, branches: int) -> int:
+        """Returns the bytes of a forward's weights: float64 coefficients of each branch, and what is prepared
+        at a time of each shape."""
+        held = 8 * branches * self.numel
+        for adapter in dict.fromkeys(site.adapter for site in self.sites):
+            count = sum(site.adapter == adapter for site in self.sites)
+            each = branches * adapter.prepared_numel
+            held += 4 * each * min(count, max(1, AHEAD // each))
+        return held
+
     def start_(self, coefficients: Tensor, space: CoefficientSpace) -> None:
         """Sets the initial values of all parameters among a run's coefficients, (D,)."""
         for site in self.sites:

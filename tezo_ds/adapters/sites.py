@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tezo_ds.adapters.base import Adapter, Weights
@@ -12,6 +13,7 @@ from tezo_ds.adapters.places import Place
 from tezo_ds.models.structure import kind_of
 from tezo_ds.trunk.outputs import called_with, hidden_in, hidden_of, with_hidden
 
+AT_ONCE = 1 << 22  # numbers of a term, at most, as in float32 it may be larger than the activations
 NAME = "adapter"  # what follows a module's path in the name of its adapter
 
 
@@ -38,13 +40,15 @@ class AdapterSite:
             y: its output; not looked at before the module.
             weights: result of `Adapter.prepare`, (branches, …) each.
         """
-        h = y if self.side == "after" else x
         goal = x if self.side == "before" else y
-        rows = h.reshape(len(weights[0]), -1, h.shape[-1])  # (branches, rows, size)
-        term = self.adapter.term(weights, rows).view(*goal.shape[:-1], -1)
-        if self.side == "before" or not self._fresh:
-            return (goal + term).to(goal.dtype)
-        return goal.add_(term)
+        goal = goal.contiguous() if self._fresh and self.side != "before" else _copy(goal)
+        branches, h = len(weights[0]), goal if self.side == "after" else x
+        sums = goal.view(branches, -1, goal.shape[-1])  # (branches, rows, size)
+        rows = h.reshape(branches, -1, h.shape[-1])
+        at_once = max(1, AT_ONCE // (branches * max(rows.shape[-1], sums.shape[-1])))
+        for h, part in zip(rows.split(at_once, dim=1), sums.split(at_once, dim=1), strict=True):
+            part.add_(self.adapter.term(weights, h))
+        return goal
 
     def chosen(self, weights: Mapping[str, Weights], rows: Tensor) -> dict[str, Any]:
         """Returns the site's weights of some branches alone, int64 (k,), by name."""
@@ -68,3 +72,7 @@ class AdapterSite:
             return with_hidden(output, add(self, x, hidden_of(output)))
 
         return call
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
