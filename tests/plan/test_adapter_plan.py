@@ -8,6 +8,7 @@ import pytest
 from command_line import call
 from world_plan import job_of
 
+from tezo_ds.adapters.found import AHEAD
 from tezo_ds.config import TezoConfig
 from tezo_ds.plan import timing
 from tezo_ds.plan.dry_run import count
@@ -25,9 +26,9 @@ def test_the_released_llama_adapters(capsys: pytest.CaptureFixture[str]) -> None
     assert call("plan", "--model", "llama-7b", *MLP, "--queries", 4, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["adapter"] == {"sites": 96, "numel": 610_560}
-    # Coefficients of 8 branches in float64, and what is contracted of two sites at a time.
+    # Coefficients of 8 branches, and what is contracted of some sites at a time.
     each = (4096 + 64) * (1 + 2 * 5)
-    expected = 8 * 8 * 610_560 + 4 * 8 * each * ((1 << 22) // (8 * each))
+    expected = 4 * 8 * 610_560 + 4 * 8 * each * (AHEAD // (8 * each))
     assert found["columns"][0]["memory"]["factors"] == expected
 
 

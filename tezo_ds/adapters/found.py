@@ -22,7 +22,7 @@ from tezo_ds.patterns import matching
 from tezo_ds.sharding.base import Sharding
 from tezo_ds.sharding.view import as_matrix
 
-AHEAD = 1 << 22  # numbers of weights prepared at a time, at most
+AHEAD = 1 << 20  # numbers of weights prepared at a time, at most
 
 
 class Adapters:
@@ -77,9 +77,9 @@ class Adapters:
             )
 
     def bytes_in(self, branches: int) -> int:
-        """Returns the bytes of a forward's weights: float64 coefficients of each branch, and what is prepared
+        """Returns the bytes of a forward's weights: float32 coefficients of each branch, and what is prepared
         at a time of each shape."""
-        held = 8 * branches * self.numel
+        held = 4 * branches * self.numel
         for adapter in dict.fromkeys(site.adapter for site in self.sites):
             count = sum(site.adapter == adapter for site in self.sites)
             each = branches * adapter.prepared_numel

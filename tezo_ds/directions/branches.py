@@ -13,6 +13,9 @@ from tezo_ds.directions.lowrank import Factors, Store, add_low_rank_
 from tezo_ds.sharding.view import ShardView
 
 
+AT_ONCE = 1 << 20  # numbers of ±ρτ made at a time, at most
+
+
 @dataclass(frozen=True)
 class Ask:
     """Some branches of one step.
@@ -55,7 +58,10 @@ class Ask:
         of = [(b, place[q], sign) for b, (q, sign) in enumerate(self.signs) if q is not None]
         branches, rows, signs = torch.tensor(of, dtype=torch.int64).view(-1, 3).unbind(dim=1)
         offsets = torch.zeros(len(self), taus.shape[1], dtype=torch.float64)
-        offsets[branches] = taus[rows] * (signs.double() * self.rho)[:, None]
+        scales, at_once = signs.double() * self.rho, max(1, AT_ONCE // max(1, taus.shape[1]))
+        for k in range(0, len(rows), at_once):
+            part = slice(k, k + at_once)
+            offsets[branches[part]] = taus[rows[part]] * scales[part, None]
         return offsets
 
     def matrix(self) -> Tensor:

@@ -15,8 +15,8 @@ from tezo_ds.errors import ConfigError
 from tezo_ds.models.structure import kind_of
 
 NONLINEAR = (
-    "the adapter cannot be merged into the weights, as it has a nonlinearity, nor does peft know it; load it "
-    "by tezo_ds.adapters.load(model, folder)"
+    "tensor trains with a nonlinearity between them cannot be merged into the weights, nor does peft know "
+    "them; load the adapter by tezo_ds.adapters.load(model, folder)"
 )
 
 

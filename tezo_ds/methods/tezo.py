@@ -63,7 +63,7 @@ class Tezo(Method):
         return lambda view: ended.move_(view, None, 0, store)
 
     def branches(self, ask: Ask) -> LowRank:
-        return self.along(self.offsets(ask))
+        return LowRank(self.offsets(ask).add_(self.coefficients)[:, None], self.factors)
 
     def along(self, changes: Tensor) -> LowRank:
         return LowRank((self.coefficients + changes)[:, None], self.factors)

@@ -169,11 +169,13 @@ class FusedProbe(Probe):
 
     def _set_changes(self, branches: LowRank) -> None:
         space = self._factors.space
-        c = branches.c[:, 0].to(self._sharding.device)  # (branches, D)
+        wide = {v.name: torch.promote_types(v.dtype, torch.float32) for v in space.vectors}
+        widest = torch.float64 if torch.float64 in wide.values() else torch.float32
+        # Of adapters with many branches D numbers are many, so they are narrowed on their way.
+        c = branches.c[:, 0].to(widest).to(self._sharding.device)  # (branches, D)
         self._changes = self._adapters.prepared(c, space)
         for vector in self._vectors:
-            wide = torch.promote_types(vector.dtype, torch.float32)
-            self._changes[vector.name] = c[:, space.slices[vector.name]].to(wide)
+            self._changes[vector.name] = c[:, space.slices[vector.name]].to(wide[vector.name])
 
     def _load(self) -> None:
         """Loads factors that have changed into the sites."""
