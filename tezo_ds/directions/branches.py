@@ -12,7 +12,6 @@ from torch import Tensor
 from tezo_ds.directions.lowrank import Factors, Store, add_low_rank_
 from tezo_ds.sharding.view import ShardView
 
-
 AT_ONCE = 1 << 20  # numbers of ±ρτ made at a time, at most
 
 
