@@ -12,6 +12,7 @@ from torch import nn
 
 import tezo_ds
 from tezo_ds.directions.branches import Ask
+from tezo_ds.trunk.trunk import EXAMPLE_IDS
 
 ADAZETA = {
     "query_schedule": "adazeta", "queries_max": 3, "query_alpha": 0.85, "query_beta": 0.9,
@@ -93,16 +94,38 @@ def test_places_of_each_architecture(kind: str) -> None:
         assert all(bool(part.any()) for part in engine.coefficients().values())
 
 
-def test_adapters_of_late_layers_share_a_trunk() -> None:
+@pytest.mark.parametrize("cache", ["off", "memory"])
+def test_adapters_of_late_layers_share_a_trunk(cache: str) -> None:
     fields = {**RUN, **PUBLISHED, "include": ["last:1"]}
-    split = tezo_ds.initialize(tiny(), fields)
+    split = tezo_ds.initialize(tiny(), {**fields, "trunk_cache": cache})
     whole = tezo_ds.initialize(tiny(), {**fields, "shared_trunk": False})
-    for step in range(3):
-        batch = make_batch(4, seed=step)
+    for _ in range(3):
+        batch = {**make_batch(4), EXAMPLE_IDS: torch.arange(4)}
         assert split.step(batch).kappa == pytest.approx(whole.step(batch).kappa, rel=1e-3, abs=1e-3)
     trunk = split.objective.trunk
     assert trunk is not None and trunk.found is not None and trunk.found.first == 1
     assert {name.split(".")[2] for name in split.coefficients()} == {"1"}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"rho": "auto", "queries": 6}, {"normalize": "std"}, {"difference": "forward"},
+        {"memory_budget": 0.01}, {"micro_batch": 2}, {"clip_kappa": 0.9},
+        {"query_schedule": "adaptive", "queries_max": 4, "total_steps": 4, "steps_per_epoch": 1},
+    ],
+    ids=lambda more: next(iter(more)),
+)  # fmt: skip
+def test_what_works_for_tezo_works_here(more: dict[str, Any]) -> None:
+    engine = tezo_ds.initialize(tiny(), {**RUN, **PUBLISHED, **more})
+    for step in range(4):
+        report = engine.step(make_batch(4, seed=step))
+        assert report.dropped == 0 and all(report.kappa)
+        assert len(report.kappa) == engine.config.queries_at(step)
+    again = tezo_ds.initialize(tiny(), {**RUN, **PUBLISHED, **more})
+    again.load_coefficients(engine.coefficients())
+    batch = make_batch(4)
+    assert again.loss(batch) == engine.loss(batch)
 
 
 def test_numbers_are_float32_beside_16_bit_weights() -> None:

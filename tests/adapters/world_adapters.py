@@ -5,9 +5,12 @@ from __future__ import annotations
 import world_fsdp2
 import world_zero3
 from adapter_oracle import PUBLISHED, RUN, assert_the_oracle, batch_of, oracle
-from tiny import part_of
+from tiny import part_of, tiny
 from world_replicated import alone, assert_equal_on_all_ranks
+from world_traffic import plain_forwards, steps_of, trainer
 from worlds import World, case
+
+import tezo_ds
 
 WAYS = {"ZeRO-3": world_zero3.sharded, "FSDP2": world_fsdp2.sharded}
 RUNS = {
@@ -58,3 +61,33 @@ def ranks_and_examples_have_directions_of_their_own(world: World) -> None:
             engine.step(part_of(batch_of(step), world.rank, world.size))
         engine.check()
         assert_equal_on_all_ranks(engine.method.coefficients)
+
+
+@case(worlds=(2, 3))
+def a_step_gathers_each_weight_once_whatever_q(world: World) -> None:
+    model = world_fsdp2.shard(tiny())
+    gathered = plain_forwards(model, world)[-1].gathered
+    for queries in (1, 4):
+        engine = trainer(model, **{**fields_of("tt"), "queries": queries})
+        for traffic in steps_of(engine, part_of(batch_of(0), world.rank, world.size)):
+            assert traffic.gathered == gathered
+            others = [(call.op, call.nbytes) for call in traffic.calls if "gather" not in call.op]
+            assert others == [("allreduce_", 16 * 2 * queries + 8)]
+
+
+@case(worlds=(2,))
+def weights_may_lie_elsewhere_and_a_flipped_bit_is_found(world: World) -> None:
+    fields, batch = fields_of("tt, zero"), part_of(batch_of(0), world.rank, world.size)
+    plain = world_zero3.sharded(fields=fields)
+    away = world_zero3.sharded(fields=fields, zero={"offload_param": {"device": "cpu"}})
+    for _ in range(3):
+        assert plain.step(batch).kappa == away.step(batch).kappa
+    away.check()
+    if world.rank:
+        away.method.coefficients[0] += 1e-12
+    try:
+        away.check()
+    except tezo_ds.ShardingError as error:
+        assert "coefficients of model.layers.0.self_attn.o_proj.adapter.down.0" in str(error)
+    else:
+        raise AssertionError("not found")

@@ -10,8 +10,10 @@ from world_plan import job_of
 
 from tezo_ds.adapters.found import AHEAD
 from tezo_ds.config import TezoConfig
+from tezo_ds.doctor.flags import RunFlags
 from tezo_ds.plan import timing
 from tezo_ds.plan.dry_run import count
+from tezo_ds.settings import Settings
 
 MLP = ("--adapter", "tt", "--adapter-sites", "mlp", "--tt-modes", "16,16,16,4,4,4")
 TT = {"adapter": "tt", "bottleneck": 16}
@@ -49,6 +51,10 @@ def test_a_dry_run_gathers_what_a_plain_forward_does() -> None:
 def test_late_adapters_leave_a_trunk() -> None:
     late = job_of("llama", "fsdp2", 3, 3, TezoConfig(include=("last:1",), **TT))
     assert late.trunk.first == 2 and len(late.run.adapters.sites) == 2
+    settings = Settings(model="m", task="t", train_examples=8)
+    flags = RunFlags(settings, late.config.model_copy(update={"trunk_cache": "memory"}))
+    assert flags.trunk_cache(late.module, 2).first == 2
+    assert flags.needs(late.module, 2).state == 8 * late.run.adapters.numel
 
 
 def test_what_does_not_fit_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
