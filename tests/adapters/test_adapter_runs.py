@@ -121,6 +121,15 @@ def test_other_architectures(kind: str, fields: dict[str, Any], tmp_path: Path) 
     else:
         model = PeftModel.from_pretrained(tiny(kind), tmp_path / "adapter")
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    with_grad = logits.__wrapped__(
+        model
+    )  # hazard: parts of a result may not be written where grad is on
+    torch.testing.assert_close(with_grad.detach(), expected, rtol=1e-4, atol=1e-4)
+    if fields["adapter"] == "tt":
+        with_grad.square().sum().backward()
+        assert model.get_input_embeddings().weight.grad.any()
+        half = tiny(kind).to(torch.bfloat16)
+        assert logits(tezo_ds.adapters.load(half, tmp_path / "adapter")).dtype == torch.bfloat16
 
 
 def test_what_cannot_be_loaded_is_said(runs: dict[str, Run], tmp_path: Path) -> None:

@@ -40,14 +40,18 @@ class AdapterSite:
             y: its output; not looked at before the module.
             weights: result of `Adapter.prepare`, (branches, …) each.
         """
-        goal = x if self.side == "before" else y
-        goal = goal.contiguous() if self._fresh and self.side != "before" else _copy(goal)
-        branches, h = len(weights[0]), goal if self.side == "after" else x
-        sums = goal.view(branches, -1, goal.shape[-1])  # (branches, rows, size)
-        rows = h.reshape(branches, -1, h.shape[-1])
-        at_once = max(1, AT_ONCE // (branches * max(rows.shape[-1], sums.shape[-1])))
-        for h, part in zip(rows.split(at_once, dim=1), sums.split(at_once, dim=1), strict=True):
-            part.add_(self.adapter.term(weights, h))
+        h, goal = (y if self.side == "after" else x), (x if self.side == "before" else y)
+        rows = h.reshape(len(weights[0]), -1, h.shape[-1])  # (branches, rows, size)
+        if (
+            torch.is_grad_enabled()
+        ):  # in a user's own forward: autograd lets no one write into parts
+            return (goal + self.adapter.term(weights, rows).view(goal.shape)).to(goal.dtype)
+        own = self._fresh and self.side != "before"
+        goal = goal.contiguous() if own else goal.clone(memory_format=torch.contiguous_format)
+        sums = goal.view(len(rows), -1, goal.shape[-1])
+        at_once = max(1, AT_ONCE // (len(rows) * max(rows.shape[-1], sums.shape[-1])))
+        for part, some in zip(sums.split(at_once, dim=1), rows.split(at_once, dim=1), strict=True):
+            part.add_(self.adapter.term(weights, some))
         return goal
 
     def chosen(self, weights: Mapping[str, Weights], rows: Tensor) -> dict[str, Any]:
@@ -72,7 +76,3 @@ class AdapterSite:
             return with_hidden(output, add(self, x, hidden_of(output)))
 
         return call
-
-
-def _copy(x: Tensor) -> Tensor:
-    return x.clone(memory_format=torch.contiguous_format)

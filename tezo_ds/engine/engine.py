@@ -272,7 +272,8 @@ class Engine:
             yield
 
     def coefficients(self) -> dict[str, Tensor]:
-        """Returns copies, on the CPU, of the coefficients by parameter name, as of `by_name`."""
+        """Returns copies, on the CPU, of the coefficients by parameter name, as of `by_name`; those of an
+        adapter are its parameters, flat."""
         rows = [*self.method.finished, self.method.coefficients]
         return by_name(self.space, torch.stack(rows))
 
