@@ -30,10 +30,12 @@ class Adapter(ABC):
 
     Attributes:
         kind: value of the config's `adapter`.
+        no_merge: why its terms do not go into the weights, and what to do, in a phrase.
         size: sizes of h and of the term.
     """
 
     kind: ClassVar[str]
+    no_merge: ClassVar[str]
     size: tuple[int, int]
 
     @property

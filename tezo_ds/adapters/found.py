@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tezo_ds.adapters.base import Adapter, Weights
 from tezo_ds.adapters.lora import LoraAdapter
@@ -23,6 +23,8 @@ from tezo_ds.sharding.base import Sharding
 from tezo_ds.sharding.view import as_matrix
 
 AHEAD = 1 << 20  # numbers of weights prepared at a time, at most
+
+Kind = tuple[Adapter, torch.dtype]
 
 
 class Adapters:
@@ -64,17 +66,8 @@ class Adapters:
 
     def refuse_merged(self) -> None:
         """Raises ConfigError if there are adapters, which merged weights would lack."""
-        kinds = {site.adapter.kind for site in self.sites}
-        if "tt" in kinds:
-            raise ConfigError(
-                "a tensor-train adapter has a nonlinearity, so it cannot be merged into weights; write the "
-                "adapter (tezo-ds export --adapter) and load it by tezo_ds.adapters.load"
-            )
-        if kinds:
-            raise ConfigError(
-                "adapter lora is merged by peft: write it (tezo-ds export --adapter), load it by "
-                "PeftModel.from_pretrained, and merge_and_unload"
-            )
+        for site in self.sites:
+            raise ConfigError(site.adapter.no_merge)
 
     def bytes_in(self, branches: int) -> int:
         """Returns the bytes of a forward's weights: float32 coefficients of each branch, and what is prepared
@@ -114,29 +107,28 @@ class Prepared(dict[str, Any]):
     def __init__(self, adapters: Adapters, columns: dict[str, slice], c: Tensor) -> None:
         super().__init__()
         self._columns, self._c = columns, c
-        self._dtypes: dict[str, torch.dtype] = {}
-        self._alike: dict[Adapter, list[str]] = {}
-        self._of: dict[str, Adapter] = {}
+        self._kinds: dict[str, Kind] = {}
+        self._alike: dict[Kind, list[str]] = {}  # names of sites
+        self._now: dict[Kind, dict[str, Weights]] = {}
         for site, dtype in zip(adapters.sites, adapters.dtypes, strict=True):
-            self._of[site.name], self._dtypes[site.name] = site.adapter, dtype
-            self._alike.setdefault(site.adapter, []).append(site.name)
-        self._now: dict[Adapter, dict[str, Weights]] = {}
+            kind = self._kinds[site.name] = site.adapter, dtype
+            self._alike.setdefault(kind, []).append(site.name)
 
     def __missing__(self, name: str) -> Weights:
-        adapter = self._of[name]
-        now = self._now.get(adapter, {})
+        kind = self._kinds[name]
+        now = self._now.get(kind, {})
         if name not in now:
-            now = self._now[adapter] = dict(self._prepare(adapter, name))
+            now = self._now[kind] = dict(self._prepare(kind, name))
         return now[name]
 
-    def _prepare(self, adapter: Adapter, first: str) -> Iterator[tuple[str, Weights]]:
+    def _prepare(self, kind: Kind, first: str) -> Iterator[tuple[str, Weights]]:
         """Yields the weights of a site and of some that follow it."""
-        several = self._alike[adapter]
+        (adapter, dtype), several = kind, self._alike[kind]
         at_once = max(1, AHEAD // (len(self._c) * adapter.prepared_numel))
         start = several.index(first)
         names = several[start : start + at_once]
         packed = torch.stack([self._c[:, self._columns[name]] for name in names])
-        weights = adapter.prepare(adapter.split(packed.to(self._dtypes[first])))
+        weights = adapter.prepare(adapter.split(packed.to(dtype)))
         for k, name in enumerate(names):
             yield name, tuple(part[k] for part in weights)  # (branches, …) each
 
@@ -176,8 +168,7 @@ def _adapter(config: TezoConfig, sharding: Sharding, place: Place) -> Adapter:
 
 def _sizes(sharding: Sharding, place: Place) -> tuple[int, int]:
     """Returns a layer's inputs and outputs."""
-    kind = kind_of(place.module)
-    if kind is None:  # a whole feed-forward with experts
+    if kind_of(place.module) is None:  # a whole feed-forward with experts
         config: Any = sharding.module.config
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         return int(text.hidden_size), int(text.hidden_size)
@@ -188,7 +179,9 @@ def _sizes(sharding: Sharding, place: Place) -> tuple[int, int]:
             f"adapter: {place.path} is split by tensor parallelism, which adapters do not know; exclude "
             f"{place.path}.{NAME}, or shard by ZeRO-3 or FSDP2 alone"
         )
-    return whole if kind == "conv1d" else (whole[1], whole[0])
+    if isinstance(place.module, nn.Linear):  # whose weight may be packed, where it is quantised
+        return place.module.in_features, place.module.out_features
+    return whole  # of GPT-2's Conv1D
 
 
 def _dtype(sharding: Sharding, place: Place) -> torch.dtype:

@@ -27,6 +27,9 @@ class LoraAdapter(Adapter):
     rank: int
 
     kind: ClassVar[str] = "lora"
+    no_merge: ClassVar[str] = (
+        "an adapter lora is merged by peft; load it by PeftModel.from_pretrained and merge_and_unload"
+    )
 
     @property
     def shapes(self) -> dict[str, Shape]:

@@ -15,16 +15,18 @@ from tezo_ds.models.structure import blocks
 Side = Literal["before", "after", "beside"]
 
 # Last parts of the names of a block's layers; BERT and its kin have one name for many.
-ATTENTION_OUT = {"o_proj", "out_proj", "c_proj", "dense", "out_lin", "wo"}
+ATTENTION_OUT = {"o_proj", "out_proj", "c_proj", "dense", "out_lin", "Wo"}
 FEED_FORWARD_OUT = {
-    "down_proj", "fc2", "c_proj", "dense_4h_to_h", "lin2", "ffn_output", "fc_out", "w2", "output.dense",
+    "down_proj", "fc2", "c_proj", "dense_4h_to_h", "lin2", "ffn_output", "fc_out", "layer_2", "w2", "Wo",
+    "output.dense",
 }  # fmt: skip
 FEED_FORWARD_IN = {
-    "gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "dense_h_to_4h", "lin1", "ffn", "fc_in", "w1",
-    "w3", "intermediate.dense",
+    "gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "dense_h_to_4h", "lin1", "ffn", "fc_in",
+    "layer_1", "w1", "w3", "Wi", "intermediate.dense",
 }  # fmt: skip
 QUERY_VALUE = {
     "q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "c_attn", "query_key_value", "qkv_proj",
+    "Wqkv",
 }  # fmt: skip
 
 

@@ -41,6 +41,10 @@ class TensorTrainAdapter(Adapter):
     parallel: bool = True
 
     kind: ClassVar[str] = "tt"
+    no_merge: ClassVar[str] = (
+        "tensor trains with a nonlinearity between them cannot be merged into the weights, nor does peft "
+        "know them; load the adapter by tezo_ds.adapters.load(model, folder)"
+    )
 
     @classmethod
     def of(cls, config: TezoConfig, size: int) -> TensorTrainAdapter:

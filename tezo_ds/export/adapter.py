@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from tezo_ds.adapters.tt import TensorTrainAdapter
 from tezo_ds.config import TezoConfig
 from tezo_ds.directions.lowrank import FixedFactors
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError
-from tezo_ds.export.beside import NONLINEAR, peft_pairs, peft_tensors, save_tensor_trains
+from tezo_ds.export.beside import peft_pairs, peft_tensors, save_tensor_trains
 from tezo_ds.export.output_layer import not_in_weights, pair_of, save_biases, width_of
 from tezo_ds.export.tokenizer import save_tokenizer
 from tezo_ds.files.tensors import digest
@@ -161,7 +162,7 @@ def not_to_merge(engine: Engine) -> str | None:
 
 def to_know(engine: Engine) -> str | None:
     """Returns all that users of this run's adapter have to know, in one line; None if there is nothing."""
-    nonlinear = NONLINEAR if engine.config.adapter == "tt" else None
+    nonlinear = TensorTrainAdapter.no_merge if engine.config.adapter == "tt" else None
     return (
         "; ".join(filter(None, (nonlinear, not_to_merge(engine), not_in_weights(engine)))) or None
     )

@@ -8,27 +8,21 @@ from typing import Any
 from torch import Tensor
 
 from tezo_ds.adapters import loading
+from tezo_ds.adapters.base import Adapter
 from tezo_ds.adapters.lora import ALPHA, LoraAdapter
+from tezo_ds.adapters.tt import TensorTrainAdapter
 from tezo_ds.config import TezoConfig
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError
 from tezo_ds.models.structure import kind_of
 
-NONLINEAR = (
-    "tensor trains with a nonlinearity between them cannot be merged into the weights, nor does peft know "
-    "them; load the adapter by tezo_ds.adapters.load(model, folder)"
-)
+KINDS: dict[str, type[Adapter]] = {"tt": TensorTrainAdapter, "lora": LoraAdapter}
 
 
 def refuse_merged(config: TezoConfig, option: str) -> None:
     """Raises ConfigError if a run's result is beside the weights and an option asks for merged ones."""
-    if config.adapter == "tt":
-        raise ConfigError(f"{option}: {NONLINEAR}; leave {option} out")
-    if config.adapter == "lora":
-        raise ConfigError(
-            f"{option}: an adapter lora is merged by peft; write it by tezo-ds export --adapter, load it by "
-            f"PeftModel.from_pretrained and merge_and_unload, and leave {option} out"
-        )
+    if config.adapter != "none":
+        raise ConfigError(f"{option}: {KINDS[config.adapter].no_merge}; leave {option} out")
 
 
 def peft_tensors(engine: Engine) -> dict[str, Tensor]:
