@@ -11,7 +11,7 @@ from tiny import make_batch, tiny
 from torch import nn
 
 import tezo_ds
-from tezo_ds.directions.branches import Ask
+from tezo_ds.directions.branches import Ask, LowRank, Spread
 from tezo_ds.trunk.trunk import EXAMPLE_IDS
 
 ADAZETA = {
@@ -133,13 +133,14 @@ def test_numbers_are_float32_beside_16_bit_weights() -> None:
     fields = {**RUN, **PUBLISHED, "rho": 1e-4}
     engine = tezo_ds.initialize(tiny().to(torch.bfloat16), fields)
     assert engine.step(make_batch(4)).dropped == 0
-    c = engine.method.branches(Ask.of(0, [0], 1e-4)).c[:, 0]
+    c = engine.method.branches(Ask.of(0, [0], 1e-4)).c
     prepared = engine.selection.adapters.prepared
 
     def slope(c: torch.Tensor, parts: torch.dtype = torch.float32) -> torch.Tensor:
         adapters = engine.selection.adapters
         adapters.dtypes = tuple(parts for _ in adapters.dtypes)
-        left, right = prepared(c, engine.space)[adapters.sites[0].name][2:4]
+        branches = LowRank(c, engine.method.factors)
+        left, right = prepared(branches, engine.space)[adapters.sites[0].name][2:4]
         above, below = (left @ right).double()
         return (above - below) / 2e-4
 
@@ -149,6 +150,23 @@ def test_numbers_are_float32_beside_16_bit_weights() -> None:
     assert (
         slope(c.bfloat16().double()) - exact
     ).norm() > 0.5 * exact.norm()  # without the handling
+
+
+def test_many_numbers_are_made_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as all at once, of adapters, of vectors, and of matrices in place."""
+    runs: list[dict[str, Any]] = [
+        {**PUBLISHED, "train_vectors": True},
+        {"rank": 3, "probe": "inplace"},
+    ]
+    for fields in ({**RUN, **more} for more in runs):
+        found = []
+        for at_once in (1 << 20, 1):
+            monkeypatch.setattr("tezo_ds.methods.tezo.AT_ONCE", at_once)
+            engine = tezo_ds.initialize(tiny(), fields)
+            found.append([engine.step(make_batch(3, seed=step)).kappa for step in range(2)])
+            asked = engine.method.branches(Ask.of(2, [0, 1], 1e-2))
+            assert isinstance(asked, Spread) == (at_once == 1) and not asked.idle
+        assert found[0] == found[1]
 
 
 def test_norms_may_train_beside() -> None:

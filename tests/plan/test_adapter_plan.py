@@ -28,9 +28,9 @@ def test_the_released_llama_adapters(capsys: pytest.CaptureFixture[str]) -> None
     assert call("plan", "--model", "llama-7b", *MLP, "--queries", 4, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["adapter"] == {"sites": 96, "numel": 610_560}
-    # Coefficients of 8 branches, and what is contracted of some sites at a time.
+    # What is contracted of some sites at a time in 8 branches, and the parameters that it is of.
     each = (4096 + 64) * (1 + 2 * 5)
-    expected = 4 * 8 * 610_560 + 4 * 8 * each * (AHEAD // (8 * each))
+    expected = 4 * 8 * (AHEAD // (8 * each)) * (each + 610_560 // 96)
     assert found["columns"][0]["memory"]["factors"] == expected
 
 

@@ -15,6 +15,7 @@ from tezo_ds.adapters.places import Place, places_of
 from tezo_ds.adapters.sites import NAME, AdapterSite
 from tezo_ds.adapters.tt import TensorTrainAdapter
 from tezo_ds.config import TezoConfig
+from tezo_ds.directions.branches import LowRank
 from tezo_ds.directions.space import CoefficientSpace, Vector
 from tezo_ds.errors import ConfigError
 from tezo_ds.models.structure import kind_of
@@ -70,13 +71,13 @@ class Adapters:
             raise ConfigError(site.adapter.no_merge)
 
     def bytes_in(self, branches: int) -> int:
-        """Returns the bytes of a forward's weights: float32 coefficients of each branch, and what is prepared
-        at a time of each shape."""
-        held = 4 * branches * self.numel
+        """Returns the bytes of a forward's weights: of each shape what is prepared at a time, and parameters
+        that it is of."""
+        held = 0
         for adapter in dict.fromkeys(site.adapter for site in self.sites):
             count = sum(site.adapter == adapter for site in self.sites)
-            each = branches * adapter.prepared_numel
-            held += 4 * each * min(count, max(1, AHEAD // each))
+            at_once = min(count, max(1, AHEAD // (branches * adapter.prepared_numel)))
+            held += 4 * branches * at_once * (adapter.prepared_numel + adapter.numel)
         return held
 
     def start_(self, coefficients: Tensor, space: CoefficientSpace) -> None:
@@ -89,14 +90,12 @@ class Adapters:
         first, *_, last = (space.slices[f"{site.name}.{name}"] for name in site.adapter.shapes)
         return slice(first.start, last.stop)
 
-    def prepared(self, c: Tensor, space: CoefficientSpace) -> Prepared:
-        """Returns each site's weights in some branches.
-
-        Args:
-            c: coefficients of each branch, (branches, D), on the device of the forward.
-            space: the run's.
-        """
-        return Prepared(self, {site.name: self._columns(site, space) for site in self.sites}, c)
+    def prepared(
+        self, branches: LowRank, space: CoefficientSpace, device: torch.device | str = "cpu"
+    ) -> Prepared:
+        """Returns each site's weights in some branches, on the device of the forward."""
+        columns = {site.name: self._columns(site, space) for site in self.sites}
+        return Prepared(self, columns, branches, device)
 
 
 class Prepared(dict[str, Any]):
@@ -104,9 +103,12 @@ class Prepared(dict[str, Any]):
     shape at once, as they are tiny, but not of all, as those of many branches are not. May hold others'
     tensors besides."""
 
-    def __init__(self, adapters: Adapters, columns: dict[str, slice], c: Tensor) -> None:
+    def __init__(
+        self, adapters: Adapters, columns: dict[str, slice], branches: LowRank,
+        device: torch.device | str,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self._columns, self._c = columns, c
+        self._columns, self._branches, self._device = columns, branches, device
         self._kinds: dict[str, Kind] = {}
         self._alike: dict[Kind, list[str]] = {}  # names of sites
         self._now: dict[Kind, dict[str, Weights]] = {}
@@ -124,11 +126,12 @@ class Prepared(dict[str, Any]):
     def _prepare(self, kind: Kind, first: str) -> Iterator[tuple[str, Weights]]:
         """Yields the weights of a site and of some that follow it."""
         (adapter, dtype), several = kind, self._alike[kind]
-        at_once = max(1, AHEAD // (len(self._c) * adapter.prepared_numel))
+        at_once = max(1, AHEAD // (len(self._branches) * adapter.prepared_numel))
         start = several.index(first)
         names = several[start : start + at_once]
-        packed = torch.stack([self._c[:, self._columns[name]] for name in names])
-        weights = adapter.prepare(adapter.split(packed.to(dtype)))
+        parts = [self._branches.part(self._columns[name])[:, 0].to(dtype) for name in names]
+        packed = torch.stack(parts).to(self._device)  # (sites, branches, numel)
+        weights = adapter.prepare(adapter.split(packed))
         for k, name in enumerate(names):
             yield name, tuple(part[k] for part in weights)  # (branches, …) each
 

@@ -100,12 +100,16 @@ class LowRank(Branches):
     def __len__(self) -> int:
         return len(self.c)
 
+    def part(self, columns: slice) -> Tensor:
+        """Returns c of some columns, (branches, copies, width)."""
+        return self.c[..., columns]
+
     def move_(
         self, view: ShardView, start: int | None, end: int | None, store: Store | None = None
     ) -> None:
         """Moves a shard in place, as in `Branches`; `store` is that of `add_low_rank_`."""
         # (copies, rank) or, of a vector, (copies, numel)
-        c = between(self.c[..., self.factors.space.slices[view.name]], start, end)
+        c = between(self.part(self.factors.space.slices[view.name]), start, end)
         if view.name in self.factors.matrices:
             if view.numel and c.any():
                 add_low_rank_(
@@ -113,6 +117,26 @@ class LowRank(Branches):
                 )
         else:
             add_vector_(view, c[0], store)
+
+
+class Spread(LowRank):
+    """Changes a ± ρτ that are made when they are asked for: those of many numbers in many branches would
+    take more memory than the forward."""
+
+    def __init__(self, a: Tensor, ask: Ask, taus: Tensor, factors: Factors) -> None:
+        self._a, self._ask, self._taus, self.factors = a, ask, taus, factors
+        self.idle = not (bool(a.any()) or any(sign * ask.rho for _, sign in ask.signs))
+
+    def __len__(self) -> int:
+        return len(self._ask)
+
+    @property
+    def c(self) -> Tensor:  # type: ignore[override]
+        """All of c, (branches, 1, D)."""
+        return self.part(slice(None))
+
+    def part(self, columns: slice) -> Tensor:
+        return self._ask.times(self._taus[:, columns]).add_(self._a[columns])[:, None]
 
 
 def between(c: Tensor, start: int | None, end: int | None) -> Tensor:

@@ -146,6 +146,8 @@ class FusedProbe(Probe):
     def _start(self, branches: LowRank) -> None:
         """Gives each group its coefficients: all columns at once into the order of the groups, each of
         which then takes a view."""
+        if not self._groups:  # adapters alone: c is large, and nothing of it of matrices
+            return
         c = branches.c.to(self._sharding.device)[..., self._columns]  # (branches, copies, widths)
         by_dtype = {dtype: c.to(dtype) for dtype in {_wide(group) for group in self._groups}}
         start = 0
@@ -169,13 +171,12 @@ class FusedProbe(Probe):
 
     def _set_changes(self, branches: LowRank) -> None:
         space = self._factors.space
-        wide = {v.name: torch.promote_types(v.dtype, torch.float32) for v in space.vectors}
-        widest = torch.float64 if torch.float64 in wide.values() else torch.float32
-        # Of adapters with many branches D numbers are many, so they are narrowed on their way.
-        c = branches.c[:, 0].to(widest).to(self._sharding.device)  # (branches, D)
-        self._changes = self._adapters.prepared(c, space)
+        device = self._sharding.device
+        self._changes = self._adapters.prepared(branches, space, device)
         for vector in self._vectors:
-            self._changes[vector.name] = c[:, space.slices[vector.name]].to(wide[vector.name])
+            wide = torch.promote_types(vector.dtype, torch.float32)
+            c = branches.part(space.slices[vector.name])[:, 0]  # (branches, numel)
+            self._changes[vector.name] = c.to(wide).to(device)
 
     def _load(self) -> None:
         """Loads factors that have changed into the sites."""
