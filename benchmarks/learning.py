@@ -9,6 +9,7 @@ other tasks get, too.
 
     python benchmarks/learning.py                                       all; many hours
     python benchmarks/learning.py --tasks trec --arms bias fit --seeds 3
+    python benchmarks/learning.py --tasks trec sms --arms frozen+tt frozen+lora --include '*' --no-page
     python benchmarks/learning.py --report                              writes docs/learning.md's table alone
 
 A finished run is a line in --out, which is kept in the repository: any machine goes on from there.

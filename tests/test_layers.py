@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine",),
     ("per_example",),
     ("methods", "probes"),
-    ("output_layer", "auto"),
+    ("output_layer", "auto", "adapters"),
     ("directions", "losses"),
     ("solving", "trunk"),
     ("config", "models"),
@@ -43,7 +43,7 @@ CORE = (
 )  # fmt: skip
 CORE_LINES = 6000  # of all its files, blank ones left out
 # Left out: the methods as their papers have them, which no step runs, and the one method that solves.
-APART = ("methods.reference", "methods.tezo_gn", "engine.solving")
+APART = ("methods.reference", "methods.reference_adapters", "methods.tezo_gn", "engine.solving")
 
 
 def modules() -> dict[str, Path]:

@@ -9,7 +9,7 @@ import depth
 import learning
 import pytest
 import torch
-from parts.learning.arms import Arm, arms_of
+from parts.learning.arms import OTHERS, Arm, arms_of
 from parts.learning.report import MARKERS
 from parts.methods.report import Results
 from rich.console import Console
@@ -71,7 +71,7 @@ def test_budgets_count_what_a_fit_takes_and_finished_runs_are_kept(
 
 def test_every_arm_is_a_command_line_that_train_takes() -> None:
     (train,) = (c for c in app.registered_commands if c.callback and c.callback.__name__ == "train")
-    for arm in arms_of(learning.DEFAULT_ARMS):
+    for arm in arms_of([*learning.DEFAULT_ARMS, *(f"frozen+{steps}" for steps in OTHERS)]):
         flags = arm.flags(10.0, {"seed": 1, "output_layer_examples": 5})
         names = [word for word in flags if word.startswith("--")]
         assert len(set(names)) == len(names)

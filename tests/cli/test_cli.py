@@ -63,6 +63,13 @@ OVERRIDES: dict[str, Any] = {
     "restore": "copy",
     "stochastic_rounding": False,
     "train_vectors": True,
+    "adapter": "none",
+    "adapter_sites": "mlp",
+    "tt_rank": 3,
+    "tt_modes": [5, 5, 2, 3],
+    "tt_init": "published",
+    "bottleneck": 6,
+    "contraction": "sequential",
     "output_layer": "fit",
     "output_layer_every": 2,
     "output_layer_examples": 9,
@@ -119,10 +126,11 @@ def test_every_field_of_the_block_has_an_option(given: Given, tmp_path: Path) ->
     fields = tezo_ds.TezoConfig.model_fields
     assert OVERRIDES.keys() == fields.keys()
     same = {name for name, value in OVERRIDES.items() if value == fields[name].get_default()}
-    # memory_budget sets the first, and a trunk or label words are not there.
-    assert same == {"branch_chunk", "trunk_cache", "inner_layers"}
+    # memory_budget sets the first; a trunk or label words are not there; an adapter goes with fewer fields.
+    assert same == {"branch_chunk", "trunk_cache", "inner_layers", "adapter"}
     options = {k: v[0] if k in ("include", "exclude") else v for k, v in OVERRIDES.items()}
     options |= {name: tuple(OVERRIDES[name]) for name in ("betas", "step_scales")}
+    options["tt_modes"] = "5,5,2,3"
     assert call(*given.train(tmp_path / "run", **options, steps=3)) == 0
     assert Run(tmp_path / "run").config["tezo"] == OVERRIDES
 

@@ -41,6 +41,8 @@ def said(config: dict[str, Any], caplog: pytest.LogCaptureFixture) -> str:
         ({"restore": "copy"}, "restore"),
         ({"stochastic_rounding": False}, "stochastic_rounding"),
         ({"queries_max": 4}, "queries_max"),
+        ({"tt_rank": 3}, "tt_rank"),
+        ({"adapter": "tt", "bottleneck": 6}, "rank"),
         ({"query_alpha": 2.0}, "query_alpha"),
         ({"query_schedule": "adazeta", "queries_max": 4, "steps_per_epoch": 2, "queries": 3}, "queries"),
     ],

@@ -23,11 +23,14 @@ OWN = {"lr": None, "seed": None}  # no flags for these, so the file's own hold; 
 
 
 def at_hand(path: Path, folder: Path) -> dict[str, Any]:
-    """Reads a config's content, with the one field that every machine must set for itself."""
+    """Reads a config's content, with the one field that every machine must set for itself, and a bottleneck
+    below the toy's size."""
     content: dict[str, Any] = json.loads(path.read_text())
     offload = content["zero_optimization"].get("offload_param", {})
     if "nvme_path" in offload:
         offload["nvme_path"] = str(folder / "nvme")
+    if "bottleneck" in content["tezo"]:
+        content["tezo"]["bottleneck"] = 8
     return content
 
 

@@ -61,7 +61,8 @@ def evaluate(
     refuse_idle(settings.fsdp, given)
     # FSDP2 would gather the weights in another dtype than its shards have, in which those are written.
     gathered = settings.compute_dtype if given["dtype"] is None and not settings.fsdp else None
-    if gathered and not result.writes:
+    writes = result.writes and (ran is None or ran.adapter == "none")
+    if gathered and not writes:
         settings.dtype = gathered
     config, deepspeed_config = session.resolve_config(source, {"rank": 1}, fsdp=settings.fsdp)
     quieten()
@@ -71,7 +72,7 @@ def evaluate(
     sharding = opened.engine.sharding
     display = Display(sharding.rank, sharding.world_size, log_every=1, stderr=True)
     result.give(opened.engine, display)
-    if gathered and result.writes and deepspeed_config is None:
+    if gathered and writes and deepspeed_config is None:
         results.gathered_in(opened.engine, getattr(torch, gathered))
     evaluator = opened.evaluator()
     if evaluator is None:

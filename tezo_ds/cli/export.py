@@ -63,6 +63,7 @@ def export(
     with uncollected():
         from tezo_ds.cli import accelerate
         from tezo_ds.export.adapter import no_adapter_because, not_low_rank, to_know
+        from tezo_ds.export.beside import refuse_merged
         from tezo_ds.export.merged import refuse_filled
         from tezo_ds.export.output_layer import not_in_merged
         from tezo_ds.run.card import model_card
@@ -85,6 +86,8 @@ def export(
     fsdp = launched.settings.get("fsdp") if given["fsdp"] is None else given["fsdp"]
     finished = session.open_result(run, deepspeed or launched.deepspeed, fsdp)
     settings, config, result = finished.settings, finished.config, finished.result
+    if merged is not None:
+        refuse_merged(config, "--merged")
     if adapter is not None and (reason := not_low_rank(config)):
         raise ConfigError(reason)
     steps = len(journal_of(run, config).steps)

@@ -32,7 +32,8 @@ tezo-ds plan --model ./my-model --world 16 --gpu a100-40g --length 2048 --querie
 """
 BLOCK = (
     "method", "rank", "queries", "placement", "probe", "branch_chunk", "micro_batch", "shared_trunk",
-    "trunk_cache", "trunk_cache_gib", "include", "exclude", "train_vectors", "output_layer",
+    "trunk_cache", "trunk_cache_gib", "include", "exclude", "train_vectors", "adapter",
+    "adapter_sites", "tt_rank", "tt_modes", "bottleneck", "output_layer",
     "output_layer_every", "output_layer_examples", "output_layer_rank", "inner_layers",
 )  # fmt: skip
 HARDWARE = "Overrides of --gpu and of what is assumed"
@@ -156,6 +157,8 @@ def plan(
     if not as_json:
         report.show(job, found, f"{model} on {world} x {gpu}", warnings)
         trunk_table.show(ways, trunk_table.lines(job, ways, kept))
+        if job.run.adapters.sites:
+            print(report.of_adapters(job))
         if fit is not None:
             print(output_layer.line(fit, takes, job.config.output_layer_every))
     if dry_run:

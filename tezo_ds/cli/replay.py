@@ -51,6 +51,7 @@ def replay(
     """Rebuilds a run's result; see REPLAY_HELP."""
     with uncollected():
         from tezo_ds.cli.export import export_merged
+        from tezo_ds.export.beside import refuse_merged
         from tezo_ds.export.merged import refuse_filled
         from tezo_ds.export.output_layer import not_in_merged
         from tezo_ds.models.loading import load_skeleton
@@ -68,6 +69,8 @@ def replay(
     if merged is not None:
         refuse_filled(merged)
     settings, config = read_run(run)
+    if merged is not None:
+        refuse_merged(config, "--merged")
     settings.fsdp = False  # one process holds it whole
     if coefficients is not None and not config.facts.learns_coefficients:
         raise ConfigError(f"--coefficients: {config.method} learns weights; use --merged FOLDER")

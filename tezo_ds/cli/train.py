@@ -39,6 +39,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
     with uncollected():
         from tezo_ds.cli import accelerate
         from tezo_ds.export.adapter import no_adapter_because
+        from tezo_ds.export.beside import refuse_merged
         from tezo_ds.intake.notices import notices
         from tezo_ds.intake.weights import agreed_fingerprint
         from tezo_ds.run import changed, resuming
@@ -58,6 +59,8 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         {name: given[name] for name in TezoConfig.model_fields},
         {"total_steps": options.steps}, settings.fsdp, options.timeout,
     )  # fmt: skip
+    if options.save_model:
+        refuse_merged(config, "--save-model")
     quieten()
     about: dict[str, Any] = {
         "steps": options.steps, "batch_size": options.batch_size, "deepspeed": deepspeed_config

@@ -22,7 +22,8 @@ FREE |= {"shared_trunk", "trunk_cache_gib"}
 
 AUTO = "auto"
 METHOD, STEP, DIRECTIONS = "Method", "Step size", "Directions"
-PROBE, TRAINS = "Probe, memory and checks", "What trains"
+PROBE, TRAINS, ADAPTER = "Probe, memory and checks", "What trains", "Adapters"
+LORA_RANK = 8  # default of `rank` under adapter lora
 ADAMS = "tezo-adam, tezo-adam-coef, mezo-adam"
 
 
@@ -41,7 +42,7 @@ class TezoConfig(BaseModel):
     rank: Annotated[int, Field(ge=1)] | Literal["auto"] = declared(
         16,
         'columns r of U and V of each matrix; "auto" chooses them by layer (tezo methods only); lozo takes '
-        "2 by default",
+        "2 by default, adapter lora 8 for its A and B",
         group=METHOD, used_by="tezo…, lozo…", example=4,
     )  # fmt: skip
     rank_threshold: float = declared(
@@ -238,6 +239,42 @@ class TezoConfig(BaseModel):
     train_vectors: bool = declared(
         False, "train biases and norm weights, too", group=TRAINS, example=True
     )
+    adapter: Literal["none", "tt", "lora"] = declared(
+        "none",
+        "small functions that train beside frozen weights: tt, tensor-train adapters (TT-ZO), or lora, A and "
+        "B of the queries and values (MeZO's LoRA); none: the weights' own directions",
+        group=ADAPTER, example="tt",
+    )  # fmt: skip
+    adapter_sites: Literal["after", "mlp"] = declared(
+        "after",
+        "where tensor-train adapters stand: after the attention and the feed-forward of each block, or mlp, "
+        "before the feed-forward's first layers and after its last",
+        group=ADAPTER, used_by="adapter tt", example="mlp",
+    )  # fmt: skip
+    tt_rank: int = declared(
+        5, "rank of the tensor trains", group=ADAPTER, used_by="adapter tt", example=8, ge=1
+    )
+    tt_modes: tuple[Annotated[int, Field(ge=1)], ...] = declared(
+        (),
+        "modes of the tensor trains: first those of the layers' size, then the bottleneck's, such as "
+        "16,16,16,4,4,4; unset: factors that are near each other",
+        group=ADAPTER, used_by="adapter tt", example=(16, 16, 16, 4, 4, 4),
+    )  # fmt: skip
+    tt_init: Literal["zero", "published"] = declared(
+        "zero",
+        "last core at the start: zero, so that the model begins as its base, or published, random as others",
+        group=ADAPTER, used_by="adapter tt", example="published",
+    )  # fmt: skip
+    bottleneck: int = declared(
+        64, "size between the two layers of a tensor-train adapter", group=ADAPTER, used_by="adapter tt",
+        example=32, ge=1,
+    )  # fmt: skip
+    contraction: Literal["parallel", "sequential"] = declared(
+        "parallel",
+        "how tensor trains meet their input: parallel, cores with each other first, or sequential, the input "
+        "with one core after the other (slow, for comparison)",
+        group=ADAPTER, used_by="adapter tt", example="sequential",
+    )  # fmt: skip
     output_layer: Literal["frozen", "bias", "fit"] = declared(
         "frozen",
         "term on the logits of a task's label words, or with objective lm of all tokens that are labels, "
@@ -265,6 +302,15 @@ class TezoConfig(BaseModel):
         group=TRAINS, used_by="output_layer fit", example="layers:20",
     )  # fmt: skip
 
+    @field_validator("tt_modes", mode="before")
+    @classmethod
+    def _with_commas(cls, modes: Any) -> Any:
+        """Takes 16,16,4,4 for a list, as no one writes an option six times."""
+        words = [modes] if isinstance(modes, str) else modes
+        if isinstance(words, (list, tuple)) and all(isinstance(word, str) for word in words):
+            return [part for word in words for part in word.split(",")]
+        return words
+
     @field_validator("method")
     @classmethod
     def _is_a_method(cls, name: str) -> str:
@@ -281,7 +327,11 @@ class TezoConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_method(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict) or "method" not in fields:
+        if not isinstance(fields, dict):
+            return fields
+        if fields.get("adapter") == "lora":
+            fields = {"rank": LORA_RANK, **fields}
+        if "method" not in fields:
             return fields
         with suppress(ValueError):  # no method, which the field's own check says
             facts = facts_of(str(fields["method"]))
@@ -318,6 +368,26 @@ class TezoConfig(BaseModel):
             raise ValueError("include: auto stands alone; use exclude for what it must not choose")
         if self.chooses and self.train_vectors:
             raise ValueError("include: auto chooses among matrices; leave train_vectors off")
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_goes_with(self) -> TezoConfig:
+        if self.adapter == "none":
+            return self
+        if not self.facts.learns_coefficients or self.facts.solves:
+            raise ValueError(
+                f"adapter: {self.adapter} is for tezo, tezo-m and tezo-adam-coef (SGD, momentum and Adam on "
+                f"its parameters), not for method {self.method}"
+            )
+        odd = {
+            "refresh_every": self.refresh_every > 0, "rank": self.rank == AUTO, "include": self.chooses,
+            "probe": self.probe == "inplace", "output_layer": self.output_layer != "frozen",
+        }  # fmt: skip
+        if wrong := [name for name, is_odd in odd.items() if is_odd]:
+            raise ValueError(
+                f"{wrong[0]}: is for weights that change, which are frozen beside an adapter "
+                f"{self.adapter}; leave {wrong[0]} as it is by default"
+            )
         return self
 
     @model_validator(mode="after")

@@ -12,6 +12,8 @@ from torch import Tensor
 from tezo_ds.directions.lowrank import Factors, Store, add_low_rank_
 from tezo_ds.sharding.view import ShardView
 
+AT_ONCE = 1 << 20  # numbers of ±ρτ made at a time, at most
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -55,7 +57,10 @@ class Ask:
         of = [(b, place[q], sign) for b, (q, sign) in enumerate(self.signs) if q is not None]
         branches, rows, signs = torch.tensor(of, dtype=torch.int64).view(-1, 3).unbind(dim=1)
         offsets = torch.zeros(len(self), taus.shape[1], dtype=torch.float64)
-        offsets[branches] = taus[rows] * (signs.double() * self.rho)[:, None]
+        scales, at_once = signs.double() * self.rho, max(1, AT_ONCE // max(1, taus.shape[1]))
+        for k in range(0, len(rows), at_once):
+            part = slice(k, k + at_once)
+            offsets[branches[part]] = taus[rows[part]] * scales[part, None]
         return offsets
 
     def matrix(self) -> Tensor:
@@ -95,12 +100,16 @@ class LowRank(Branches):
     def __len__(self) -> int:
         return len(self.c)
 
+    def part(self, columns: slice) -> Tensor:
+        """Returns c of some columns, (branches, copies, width)."""
+        return self.c[..., columns]
+
     def move_(
         self, view: ShardView, start: int | None, end: int | None, store: Store | None = None
     ) -> None:
         """Moves a shard in place, as in `Branches`; `store` is that of `add_low_rank_`."""
         # (copies, rank) or, of a vector, (copies, numel)
-        c = between(self.c[..., self.factors.space.slices[view.name]], start, end)
+        c = between(self.part(self.factors.space.slices[view.name]), start, end)
         if view.name in self.factors.matrices:
             if view.numel and c.any():
                 add_low_rank_(
@@ -108,6 +117,26 @@ class LowRank(Branches):
                 )
         else:
             add_vector_(view, c[0], store)
+
+
+class Spread(LowRank):
+    """Changes a ± ρτ that are made when they are asked for: those of many numbers in many branches would
+    take more memory than the forward."""
+
+    def __init__(self, a: Tensor, ask: Ask, taus: Tensor, factors: Factors) -> None:
+        self._a, self._ask, self._taus, self.factors = a, ask, taus, factors
+        self.idle = not (bool(a.any()) or any(sign * ask.rho for _, sign in ask.signs))
+
+    def __len__(self) -> int:
+        return len(self._ask)
+
+    @property
+    def c(self) -> Tensor:  # type: ignore[override]
+        """All of c, (branches, 1, D)."""
+        return self.part(slice(None))
+
+    def part(self, columns: slice) -> Tensor:
+        return self._ask.times(self._taus[:, columns]).add_(self._a[columns])[:, None]
 
 
 def between(c: Tensor, start: int | None, end: int | None) -> Tensor:

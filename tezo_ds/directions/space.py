@@ -28,7 +28,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Vector:
-    """One trainable parameter of one dim: its coefficients are its elements."""
+    """One trainable parameter whose coefficients are its elements: of one dim, or an adapter's, flat."""
 
     name: str
     numel: int

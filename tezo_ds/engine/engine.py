@@ -66,6 +66,7 @@ class Engine:
         chosen = self.selection
         self.space = CoefficientSpace(chosen.matrices, config.seed, chosen.vectors)
         self.method = make_method(config, self.space, sharding.device)
+        chosen.adapters.start_(self.method.coefficients, self.space)
         if self.method.writes:
             self._refuse_quantised(f"method {config.method} writes weights")
         self.objective, self.probe, of_examples = measures(
@@ -74,7 +75,8 @@ class Engine:
         self.output_layer = OutputTerm(sharding)
         self.objective.micro_batch = config.micro_batch
         if config.shared_trunk:
-            self.probe.trunk = self.objective.trunk = trunk_of(config, sharding, self.space.slices)
+            acting = {*self.space.slices, *chosen.adapters.at}
+            self.probe.trunk = self.objective.trunk = trunk_of(config, sharding, acting)
         self.run_state = StepState(math.nan if config.rho == "auto" else config.rho)
         self.measuring = Measuring(
             config, sharding, self.method, self.probe, self.objective, self.run_state, of_examples
@@ -270,7 +272,8 @@ class Engine:
             yield
 
     def coefficients(self) -> dict[str, Tensor]:
-        """Returns copies, on the CPU, of the coefficients by parameter name, as of `by_name`."""
+        """Returns copies, on the CPU, of the coefficients by parameter name, as of `by_name`; those of an
+        adapter are its parameters, flat."""
         rows = [*self.method.finished, self.method.coefficients]
         return by_name(self.space, torch.stack(rows))
 
@@ -357,7 +360,9 @@ class Engine:
 
         Raises:
             ShardingError: the weights are quantised on their way to the forward; replicas differ.
+            ConfigError: there are adapters.
         """
+        self.selection.adapters.refuse_merged()
         self._refuse_quantised("merge")
         self.check()
         kept = self.method.kept_aside()
@@ -379,8 +384,9 @@ class Engine:
 
         Raises:
             ShardingError: the weights are quantised on their way to the forward.
-            ConfigError: there is a term of an output layer that is tied.
+            ConfigError: there is a term of an output layer that is tied, or there are adapters.
         """
+        self.selection.adapters.refuse_merged()
         self._refuse_quantised("merged weights")
         self.output_layer.refuse_merged()
         add = self.output_layer.merge_into

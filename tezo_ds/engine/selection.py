@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from tezo_ds.adapters.found import Adapters, adapters_of
 from tezo_ds.auto.rank import auto_ranks
 from tezo_ds.config import TezoConfig
 from tezo_ds.directions.space import Matrix, Vector
@@ -19,6 +20,7 @@ from tezo_ds.sharding.view import matrix_shape
 VECTOR = "vectors (biases, norms); see train_vectors"
 EXCLUDED = "left out by include or exclude"
 NO_GRAD = "requires_grad is False"
+BASE = "weights beside which an adapter trains"
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Selection:
     frozen: Counter[str] = field(default_factory=Counter)  # reason -> parameters
     trainable_numel: int = 0
     frozen_numel: int = 0
+    adapters: Adapters = field(default_factory=Adapters)
 
 
 def select(
@@ -55,6 +58,9 @@ def select(
             model.
     """
     chosen, parameters = Selection(), dict(sharding.module.named_parameters())
+    chosen.adapters = adapters_of(config, sharding)
+    chosen.vectors += chosen.adapters.vectors
+    chosen.trainable_numel = chosen.adapters.numel
     included = set(ranks or parameters)
     if not config.chooses:
         included = matching(config.include, [*parameters])
@@ -94,6 +100,8 @@ def _frozen_because(
 ) -> str | None:
     if dims < 2 and not config.train_vectors:
         return VECTOR
+    if dims > 1 and config.adapter != "none":
+        return BASE
     if not included:
         return EXCLUDED
     return None if requires_grad else NO_GRAD

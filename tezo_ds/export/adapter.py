@@ -14,10 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from tezo_ds.adapters.tt import TensorTrainAdapter
 from tezo_ds.config import TezoConfig
 from tezo_ds.directions.lowrank import FixedFactors
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError
+from tezo_ds.export.beside import peft_pairs, peft_tensors, save_tensor_trains
 from tezo_ds.export.output_layer import not_in_weights, pairs_of, save_biases
 from tezo_ds.export.tokenizer import save_tokenizer
 from tezo_ds.files.tensors import digest
@@ -43,6 +45,8 @@ def lora_tensors(engine: Engine) -> dict[str, Tensor]:
     """
     if reason := no_adapter_because(engine):
         raise ConfigError(reason)
+    if engine.config.adapter == "lora":
+        return peft_tensors(engine)
     module = engine.sharding.module
     parameters = dict(module.named_parameters())
     coefficients, owners = engine.coefficients(), _owners(module)
@@ -97,13 +101,14 @@ def not_low_rank(config: TezoConfig) -> str | None:
 
 def no_adapter_because(engine: Engine) -> str | None:
     """Returns what stands against an adapter of this run, in one line; None if nothing does."""
-    module, vectors = engine.sharding.module, engine.space.vectors
+    module = engine.sharding.module
+    vectors = engine.space.vectors[len(engine.selection.adapters.vectors) :]
     if reason := not_low_rank(engine.config):
         return reason
     if vectors:
         return (
-            f"{vectors[0].name} ({len(vectors)} such) is a vector, which has no place in a LoRA "
-            f"adapter; leave train_vectors off, or {INSTEAD}"
+            f"{vectors[0].name} ({len(vectors)} such) is a vector, which has no place in an "
+            f"adapter; leave train_vectors off{'' if engine.config.adapter != 'none' else f', or {INSTEAD}'}"
         )
     names = {matrix.name for matrix in engine.space.matrices}
     gaps = {**uncovered(module, names), **_offset_embeddings(module, names)}
@@ -155,30 +160,41 @@ def not_to_merge(engine: Engine) -> str | None:
 
 def to_know(engine: Engine) -> str | None:
     """Returns all that users of this run's adapter have to know, in one line; None if there is nothing."""
-    return "; ".join(filter(None, (not_to_merge(engine), not_in_weights(engine)))) or None
+    nonlinear = TensorTrainAdapter.no_merge if engine.config.adapter == "tt" else None
+    return (
+        "; ".join(filter(None, (nonlinear, not_to_merge(engine), not_in_weights(engine)))) or None
+    )
 
 
 def lora_config(engine: Engine, base_model: str) -> dict[str, Any]:
     """Returns the content of adapter_config.json: scaling lora_alpha / r = 1, module paths in full."""
+    if engine.config.adapter == "lora":
+        return {**_lora_config(engine, base_model), **peft_pairs(engine)}
     module = engine.sharding.module
     owners, parameters = _owners(module), dict(module.named_parameters())
     used = [use for matrix in engine.space.matrices for use in owners[id(parameters[matrix.name])]]
     targets, rank = [path for path, _ in used], _rank(engine)
     targets += [path for path in pairs_of(engine) if path not in targets]
     return {
+        **_lora_config(engine, base_model),
+        "r": rank,
+        "lora_alpha": rank,
+        "fan_in_fan_out": any(kind_of(module.get_submodule(path)) == "conv1d" for path in targets),
+        "target_modules": targets,
+    }
+
+
+def _lora_config(engine: Engine, base_model: str) -> dict[str, Any]:
+    return {
         "peft_type": "LORA",
-        "task_type": None if is_masked_lm(module) else "CAUSAL_LM",
+        "task_type": None if is_masked_lm(engine.sharding.module) else "CAUSAL_LM",
         "base_model_name_or_path": os.path.abspath(base_model)
         if os.path.isdir(base_model)
         else base_model,
-        "r": rank,
-        "lora_alpha": rank,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "fan_in_fan_out": any(kind_of(module.get_submodule(path)) == "conv1d" for path in targets),
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": targets,
         "inference_mode": True,
     }
 
@@ -190,8 +206,9 @@ def save_adapter(
     card: str = "",
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Writes a folder that `peft.PeftModel.from_pretrained` loads. For one rank; replaces the folder
-    whole or not at all. peft takes changed weights for good ones: `sha256sum -c SHA256SUMS` tells.
+    """Writes a folder that `peft.PeftModel.from_pretrained` loads, or `tezo_ds.adapters.load` where tensor
+    trains have trained. For one rank; replaces the folder whole or not at all. peft takes changed weights
+    for good ones: `sha256sum -c SHA256SUMS` tells.
 
     Args:
         engine: an engine after training.
@@ -207,14 +224,16 @@ def save_adapter(
     folder = Path(folder)
     if base_model is None:
         base_model = getattr(getattr(engine.sharding.module, "config", None), "_name_or_path", "")
-    tensors, config = lora_tensors(engine), lora_config(engine, base_model)
+    if reason := no_adapter_because(engine):
+        raise ConfigError(reason)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         with writing(folder):
             partial.mkdir(parents=True)
-            save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-            (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-            save_biases(engine, partial)
+            if engine.config.adapter == "tt":
+                save_tensor_trains(engine, partial, base_model)
+            else:
+                _save_for_peft(engine, partial, base_model)
             if card:
                 (partial / "README.md").write_text(card, encoding="utf-8")
             if tokenizer is not None:
@@ -225,6 +244,13 @@ def save_adapter(
             partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _save_for_peft(engine: Engine, folder: Path, base_model: str) -> None:
+    tensors, config = lora_tensors(engine), lora_config(engine, base_model)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_biases(engine, folder)
 
 
 def _write_checksums(folder: Path) -> None:

@@ -18,6 +18,8 @@ def unused_fields(engine: Engine) -> str:
         if name in engine.config.model_fields_set
     }
     unused = {name: by for name, by in unused.items() if not _looks_at(engine, by)}
+    if engine.config.adapter == "tt" and "rank" in engine.config.model_fields_set:
+        unused["rank"] = "directions in weights; tensor trains take tt_rank"
     if not unused:
         return ""
     listed = ", ".join(f"{name} (for {by})" for name, by in unused.items())

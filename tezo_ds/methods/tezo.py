@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tezo_ds.config import TezoConfig
-from tezo_ds.directions.branches import Ask, LowRank
+from tezo_ds.directions.branches import AT_ONCE, Ask, LowRank, Spread
 from tezo_ds.directions.lowrank import FixedFactors
 from tezo_ds.directions.rounding import Storing
 from tezo_ds.directions.space import CoefficientSpace, Packed
@@ -63,6 +63,9 @@ class Tezo(Method):
         return lambda view: ended.move_(view, None, 0, store)
 
     def branches(self, ask: Ask) -> LowRank:
+        if len(ask) * self.space.numel > AT_ONCE:
+            taus = self.space.taus(ask.step, ask.directions)
+            return Spread(self.coefficients, ask, taus, self.factors)
         return self.along(self.offsets(ask))
 
     def along(self, changes: Tensor) -> LowRank:

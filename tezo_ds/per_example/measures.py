@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from tezo_ds.adapters.found import adapters_of
 from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError
 from tezo_ds.losses.objective import LossFn, Objective
@@ -53,5 +54,6 @@ def measures(
             "per_example; set branch_chunk or micro_batch instead"
         )
     objective = ExampleObjective(sharding, loss_fn)
-    by_example = ExampleProbe(sharding, method.factors, objective)
+    adapters = adapters_of(config, sharding)
+    by_example = ExampleProbe(sharding, method.factors, objective, adapters)
     return objective, by_example, ExampleLosses(config, sharding, method, by_example, objective)

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from tezo_ds.adapters.found import Adapters
+from tezo_ds.adapters.sites import AdapterSite
 from tezo_ds.directions.branches import Branches, LowRank
 from tezo_ds.directions.lowrank import Factors
 from tezo_ds.models.structure import embeddings
@@ -43,8 +45,11 @@ class ExampleBranches(LowRank):
 class ExampleProbe(FusedProbe):
     """The fused probe, which takes `ExampleBranches` besides branches that all examples share."""
 
-    def __init__(self, sharding: Sharding, factors: Factors, objective: ExampleObjective) -> None:
-        super().__init__(sharding, factors)
+    def __init__(
+        self, sharding: Sharding, factors: Factors, objective: ExampleObjective,
+        adapters: Adapters | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(sharding, factors, adapters)
         self._objective, self._head = objective, embeddings(sharding.module, "output")
         self._own: ExampleBranches | None = None
         self._seen: dict[
@@ -83,7 +88,7 @@ class ExampleProbe(FusedProbe):
         with self._rows_of(chosen), _given(site.group, chosen):
             return super()._add(site, x, y)
 
-    def _add_vectors(self, site: VectorSite, x: Tensor, y: Tensor) -> Tensor:
+    def _add_vectors(self, site: VectorSite | AdapterSite, x: Tensor, y: Tensor) -> Tensor:
         chosen = self._chosen(site, x)
         if chosen is None:
             return super()._add_vectors(site, x, y)
@@ -91,7 +96,7 @@ class ExampleProbe(FusedProbe):
             site.calls += 1
             return y
         every = self._changes
-        self._changes = {n: every[n][chosen] for n in (site.bias, site.weight) if n is not None}
+        self._changes = site.chosen(every, chosen)
         try:
             with self._rows_of(chosen):
                 return super()._add_vectors(site, x, y)
@@ -113,7 +118,7 @@ class ExampleProbe(FusedProbe):
     def _copies(self) -> int:
         return 0 if self._own is None else self._own.branches
 
-    def _chosen(self, site: Site | VectorSite, x: Tensor) -> Tensor | None:
+    def _chosen(self, site: Site | VectorSite | AdapterSite, x: Tensor) -> Tensor | None:
         """Returns the row of c of each row of an input of labelled positions alone, int64 (branches * k,);
         None for an input of all positions."""
         copies, owners = self._copies, self._objective.owners

@@ -44,7 +44,8 @@ def columns(job: Job, overlapped: bool = True) -> list[Column]:
     dense, _ = resolve({"method": "mezo", **kept})
     mezo = replace(job, config=dense, sharding="zero3", cached=False)
     probe = "fused" if job.run.fused else "in place"
-    ours = f"{job.config.method}, {probe}, {job.sharding}"
+    beside = "" if job.config.adapter == "none" else f" {job.config.adapter}"
+    ours = f"{job.config.method}{beside}, {probe}, {job.sharding}"
     return [
         _engine(ours, job, overlapped),
         _engine("MeZO in place, ZeRO-3", mezo, overlapped),

@@ -85,7 +85,7 @@ class Job:
     @cached_property
     def trunk(self) -> Trunk:
         """What comes before the first layer that trains; nothing where every branch runs it."""
-        return trunk_of(self.module, self.run.space.slices if self.config.shared_trunk else ())
+        return trunk_of(self.module, self.run.acting if self.config.shared_trunk else ())
 
     @property
     def gathers(self) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tezo_ds.adapters.found import Adapters
 from tezo_ds.config import TezoConfig
 from tezo_ds.directions.space import CoefficientSpace, Matrix
 from tezo_ds.engine.selection import Selection, select
@@ -71,8 +72,9 @@ class Needs:
             and as much for a second copy.
         gathered: weights that are whole at once: those outside of blocks, and two of the largest block;
             under FSDP2, where that is more, twice the former and a block.
-        probe: U and V of the fused probe, r(m + n) numbers a matrix (LOZO r((1 + Q)m + n)); for the in-place
-            probe its copy of the trained shards, and for a low-rank method U and V beside it.
+        probe: U and V of the fused probe, r(m + n) numbers a matrix (LOZO r((1 + Q)m + n)), and the weights
+            of adapters in each branch; for the in-place probe its copy of the trained shards, and for a
+            low-rank method U and V beside it.
         state: the method's state, with moments that lie beside the shards.
         disk: the most in the run folder: snapshots, one more while it is written, and the merged model.
         sent: weights that one forward gathers.
@@ -125,6 +127,16 @@ class PlannedRun:
         """Space of the coefficients to learn."""
         return CoefficientSpace(self._chosen.matrices, self.config.seed, self._chosen.vectors)
 
+    @property
+    def adapters(self) -> Adapters:
+        """Adapters that train beside the weights."""
+        return self._chosen.adapters
+
+    @property
+    def acting(self) -> set[str]:
+        """Names of the parameters that train, and of those in whose modules adapters act."""
+        return {*self.space.slices, *self.adapters.at}
+
     @cached_property
     def method(self) -> Method:
         """The method at its start."""
@@ -151,14 +163,14 @@ def needs(run: PlannedRun, snapshots: int = 0, merged: bool = False) -> Needs:
     layout, compute, config = run.layout, run.compute, run.config
     parameters = dict(run.module.named_parameters())
     shard = held_bytes(parameters.values(), layout)
-    trained = {name: parameters[name] for name in run.space.slices}
+    trained = {name: parameters[name] for name in run.space.slices if name in parameters}
     numel = sum(_held(p, layout) for p in trained.values())
     dense = config.facts.dense_moments  # float32 beside 16 bits
     equal = sum(part.data.nbytes for part in run.method.state.values())
     whole = sum(p.numel() * _itemsize(p, compute) for p in parameters.values())
     weights = sum(p.numel() * (p.itemsize + 4 * dense) for p in trained.values())
     factors = factor_numel(run.method, config, run.space.matrices)
-    disk = RECORDS + (snapshots + 1) * equal + 4 * factors
+    disk = RECORDS + (snapshots + 1) * equal + 4 * (factors + run.adapters.numel)
     disk += (snapshots + 1) * weights if writes(config) and snapshots else 0
     disk += sum(p.nbytes for p in parameters.values()) if merged else 0
     return Needs(
@@ -187,6 +199,7 @@ def factor_numel(method: Method, config: TezoConfig, matrices: Iterable[Matrix])
 def _of_probe(run: PlannedRun, trained: dict[str, Any]) -> int:
     itemsize = max((_itemsize(p, run.compute) for p in trained.values()), default=0)
     held = factor_numel(run.method, run.config, run.space.matrices) * itemsize
+    held += run.adapters.bytes_in(run.config.branch_chunk or 2 * run.config.queries)
     if not run.fused and keeps_copies(run.config, run.method.factors):
         held += sum(_held(p, run.layout) * p.itemsize for p in trained.values())
     return held

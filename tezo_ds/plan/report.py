@@ -59,6 +59,8 @@ def as_json(
         ],
         "warnings": list(warnings),
     }  # fmt: skip
+    if adapters := job.run.adapters.sites:
+        found["adapter"] = {"sites": len(adapters), "numel": job.run.adapters.numel}
     if trunk is not None:
         found["trunk"] = trunk
     if output_layer is not None:
@@ -66,6 +68,15 @@ def as_json(
     if counted is not None:
         found["dry_run"] = asdict(counted)
     return json.dumps(found, indent=2)
+
+
+def of_adapters(job: Job) -> str:
+    """Returns a line that tells what trains beside the weights."""
+    adapters, branches = job.run.adapters, job.branches_at_once
+    return (
+        f"adapter {job.config.adapter}: {len(adapters.sites)} of them, {adapters.numel:,} numbers train; "
+        f"in {branches} branches at once they take {adapters.bytes_in(branches) / GIB:.3f} GiB"
+    )
 
 
 def _heading(job: Job, about: str) -> str:
@@ -95,7 +106,7 @@ def _rows(job: Job) -> list[tuple[str, Callable[[Column], str]]]:
 
     return [
         ("shard of the weights", gib(lambda c: c.memory.shard)),
-        ("U, V or copies", gib(lambda c: c.memory.factors)),
+        ("U, V, adapters or copies", gib(lambda c: c.memory.factors)),
         ("state of the method", gib(lambda c: c.memory.state)),
         ("gathered weights", gib(lambda c: c.memory.gathered)),
         ("activations", gib(lambda c: c.memory.activations)),

@@ -89,13 +89,14 @@ def _flops(job: Job) -> tuple[float, float]:
 
 def flops(job: Job, tokens: int, fused: bool, labels: int | None = None) -> float:
     """Returns the FLOPs of one forward of a rank: two for each weight and token, attention in full, and the
-    skinny products of a fused probe."""
+    skinny products of a fused probe and of adapters."""
     shape = job.shape
     rows = tokens / job.length * job.labels if labels is None else labels
     total = 2.0 * tokens * (shape.multiplied + 2 * job.length * shape.queries * shape.layers)
     total += 2.0 * rows * shape.vocabulary * shape.hidden
     if fused:
         total += 2.0 * tokens * sum(m.rank * sum(m.shape) for m in _in_blocks(job))
+        total += 2.0 * tokens * sum(s.adapter.prepared_numel for s in job.run.adapters.sites)
     return total
 
 

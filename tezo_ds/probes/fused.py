@@ -4,8 +4,9 @@
     y = W[ids] + (U[ids] ∘ c) Vᵀ     Embedding
 
 with c = a ± ρτ of the branch that a row belongs to; `sites` has the general form, `vectors` that of
-biases and norms. A batch of B examples goes in `branches` times, copy after copy, so that the rows of
-one branch are contiguous ("branch-major").
+biases and norms, and the room `adapters` that of small functions with parameters of their own. A batch of
+B examples goes in `branches` times, copy after copy, so that the rows of one branch are contiguous
+("branch-major").
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tezo_ds.adapters.found import Adapters, adapters_of
+from tezo_ds.adapters.sites import AdapterSite
 from tezo_ds.config import TezoConfig
 from tezo_ds.directions.branches import Branches, LowRank
 from tezo_ds.directions.lowrank import Factors
@@ -48,18 +51,26 @@ class FusedProbe(Probe):
 
     name = "fused"
 
-    def __init__(self, sharding: Sharding, factors: Factors) -> None:
+    def __init__(
+        self, sharding: Sharding, factors: Factors, adapters: Adapters | None = None
+    ) -> None:
         self._sharding, self._factors = sharding, factors
+        self._adapters = adapters or Adapters()
         self._sites = list(_find_sites(sharding, factors))
         self._loaded: tuple[int, int] | None = None  # period and renewal of the sites' factors
         self._load()
         for site in self._sites:
             Group([site])
         self._regroup()
-        vectors = {vector.name for vector in factors.space.vectors}
-        self._vector_sites = list(find_vector_sites(sharding, vectors))
-        self._all: list[Site | VectorSite] = [*self._sites, *self._vector_sites]
-        self._changes: dict[str, Tensor] = {}  # of each vector, (branches, numel)
+        self._vectors = factors.space.vectors[len(self._adapters.vectors) :]  # the model's own
+        names = {vector.name for vector in self._vectors}
+        self._vector_sites: list[VectorSite | AdapterSite] = [
+            *find_vector_sites(sharding, names),
+            *self._adapters.sites,
+        ]
+        self._all: list[Site | VectorSite | AdapterSite] = [*self._sites, *self._vector_sites]
+        # Of each vector, (branches, numel); of each adapter by its site's name.
+        self._changes: dict[str, Any] = {}
         self._joined = sum(map(_may_share, self._sites)) < 2  # known who shares a product
         self._branches = self._examples = 1
         self._leads: set[int] = set()  # sizes of a leading dim that counts branch-major rows
@@ -81,7 +92,7 @@ class FusedProbe(Probe):
         cls, config: TezoConfig, sharding: Sharding, names: Collection[str], factors: Factors | None
     ) -> FusedProbe:
         assert factors is not None, "a gap"
-        return cls(sharding, factors)
+        return cls(sharding, factors, adapters_of(config, sharding))
 
     def measure(self, objective: Losses, batch: Mapping[str, Any], branches: Branches) -> Tensor:
         """Returns loss sums and counts of all branches, measured together: float64 (2, branches).
@@ -135,6 +146,8 @@ class FusedProbe(Probe):
     def _start(self, branches: LowRank) -> None:
         """Gives each group its coefficients: all columns at once into the order of the groups, each of
         which then takes a view."""
+        if not self._groups:  # adapters alone: c is large, and nothing of it of matrices
+            return
         c = branches.c.to(self._sharding.device)[..., self._columns]  # (branches, copies, widths)
         by_dtype = {dtype: c.to(dtype) for dtype in {_wide(group) for group in self._groups}}
         start = 0
@@ -158,11 +171,12 @@ class FusedProbe(Probe):
 
     def _set_changes(self, branches: LowRank) -> None:
         space = self._factors.space
-        c = branches.c[:, 0, space.of_vectors].to(self._sharding.device)
-        for vector in space.vectors:
-            part, start = space.slices[vector.name], space.of_vectors.start
+        device = self._sharding.device
+        self._changes = self._adapters.prepared(branches, space, device)
+        for vector in self._vectors:
             wide = torch.promote_types(vector.dtype, torch.float32)
-            self._changes[vector.name] = c[:, part.start - start : part.stop - start].to(wide)
+            c = branches.part(space.slices[vector.name])[:, 0]  # (branches, numel)
+            self._changes[vector.name] = c.to(wide).to(device)
 
     def _load(self) -> None:
         """Loads factors that have changed into the sites."""
@@ -216,8 +230,8 @@ class FusedProbe(Probe):
         y.view(-1, y.shape[-1]).addmm_(*site.group.term(site, x))
         return result
 
-    def _add_vectors(self, site: VectorSite, x: Tensor, y: Tensor) -> Tensor:
-        """Returns y plus the terms of a site's vectors."""
+    def _add_vectors(self, site: VectorSite | AdapterSite, x: Tensor, y: Tensor) -> Tensor:
+        """Returns y plus the terms of a site's vectors, or of its adapter."""
         if self._branches > 1 and (not x.dim() or x.shape[0] not in self._leads):
             raise ProbeError(_unclear(site, x))
         return site.add_(x, y, self._changes)
@@ -251,7 +265,7 @@ def _warn_of_own_products(error: Exception) -> None:
     log.warning("probe: each layer takes a product of its own, a few percent slower (%s)", reason)
 
 
-def _unclear(site: Site | VectorSite, x: Tensor) -> str:
+def _unclear(site: Site | VectorSite | AdapterSite, x: Tensor) -> str:
     return (
         f"{site.path}: input of shape {tuple(x.shape)} does not show which of its rows belong to which "
         f'branch; add "{site.name}" to exclude, or set probe to inplace'

@@ -45,7 +45,8 @@ class InplaceProbe(Probe):
     def gaps(
         cls, sharding: Sharding, names: Collection[str], factors: Factors | None
     ) -> dict[str, str]:
-        return {}
+        held = {name for name, _ in sharding.module.named_parameters()}
+        return {name: "parameter of an adapter" for name in names if name not in held}
 
     @classmethod
     def make(

@@ -9,13 +9,15 @@ A layer's result is affine in its vectors, so each branch's change is a term of 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tezo_ds.adapters.sites import AdapterSite
 from tezo_ds.models.structure import PLAIN, kind_of, users
 from tezo_ds.sharding.base import Sharding
 from tezo_ds.sharding.view import as_matrix
@@ -49,7 +51,21 @@ class VectorSite:
         assert name is not None
         return name
 
-    def add_(self, x: Tensor, y: Tensor, changes: dict[str, Tensor]) -> Tensor:
+    def around(self, add: Callable[[VectorSite, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+        """Returns a forward of the module whose result has passed through `add`."""
+        forward = self.module.forward
+
+        def call(*args: Tensor, **kwargs: Tensor) -> Tensor:
+            x = next(chain(args, kwargs.values()))
+            return add(self, x, forward(*args, **kwargs))
+
+        return call
+
+    def chosen(self, changes: Mapping[str, Tensor], rows: Tensor) -> dict[str, Any]:
+        """Returns the site's changes of some branches alone, int64 (k,), by name."""
+        return {name: changes[name][rows] for name in (self.bias, self.weight) if name is not None}
+
+    def add_(self, x: Tensor, y: Tensor, changes: Mapping[str, Tensor]) -> Tensor:
         """Returns y with the site's terms; changes are each δ, (branches, numel), float32 or wider."""
         self.calls += 1
         y = y.contiguous()
@@ -145,22 +161,10 @@ def _with(module: nn.Module, weight: Tensor, bias: Tensor) -> Norm:
 
 @contextmanager
 def attached_vectors(
-    sites: list[VectorSite], add: Callable[[VectorSite, Tensor, Tensor], Tensor]
+    sites: list[VectorSite | AdapterSite], add: Callable[[Any, Tensor, Tensor], Tensor]
 ) -> Iterator[None]:
-    """Context manager: each site's forward inside passes its result through `add`."""
+    """Context manager: what each site's module takes or gives inside passes through `add`."""
     with ExitStack() as stack:
         for site in sites:
-            stack.enter_context(replaced(site.module, _wrapped(site, add)))
+            stack.enter_context(replaced(site.module, site.around(add)))
         yield
-
-
-def _wrapped(
-    site: VectorSite, add: Callable[[VectorSite, Tensor, Tensor], Tensor]
-) -> Callable[..., Tensor]:
-    forward = site.module.forward
-
-    def call(*args: Tensor, **kwargs: Tensor) -> Tensor:
-        x = next(chain(args, kwargs.values()))
-        return add(site, x, forward(*args, **kwargs))
-
-    return call

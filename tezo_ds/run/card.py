@@ -22,6 +22,11 @@ _TOLD = (
     "include",
     "exclude",
 )
+_OF_ADAPTERS = {
+    "tt": ("adapter", "adapter_sites", "tt_rank", "tt_modes", "tt_init", "bottleneck"),
+    "lora": ("adapter",),
+}
+_LIBRARIES = {"tt": "tezo_ds", "lora": "peft", "none": "peft"}
 
 
 def model_card(run: Path, steps: int, adapter: bool, warning: str | None = None) -> str:
@@ -38,10 +43,15 @@ def model_card(run: Path, steps: int, adapter: bool, warning: str | None = None)
     """
     content = read_about(run)
     settings, block = content["settings"], content[BLOCK]
+    beside = block["adapter"]
+    told = [
+        name for name in (*_TOLD, *_OF_ADAPTERS.get(beside, ())) if (name, beside) != ("rank", "tt")
+    ]
+    kind = "tensor-train" if beside == "tt" else "lora"
     data = ModelCardData(
         base_model=settings["model"],
-        library_name="peft" if adapter else "transformers",
-        tags=["tezo_ds", "zeroth-order", block["method"], *(["lora"] if adapter else [])],
+        library_name=_LIBRARIES[beside] if adapter else "transformers",
+        tags=["tezo_ds", "zeroth-order", block["method"], *([kind] if adapter else [])],
     )
     rows = {
         "base model": settings["model"],
@@ -49,16 +59,18 @@ def model_card(run: Path, steps: int, adapter: bool, warning: str | None = None)
         "data": settings["data"] or "the task's own",
         "steps": steps,
         "examples a step": content["batch_size"],
-        **{name: block[name] for name in _TOLD},
+        **{name: block[name] for name in told},
         "accuracy": _accuracy(run, steps),
         "made by": ", ".join(f"{name} {at}" for name, at in content["versions"].items()),
     }
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items() if value != "")
     warned = f"**Warning:** {warning}.\n\n" if warning else ""
-    kind = "LoRA adapter" if adapter else "model"
+    what = "model"
+    if adapter:
+        what = "tensor-train adapter" if beside == "tt" else "LoRA adapter"
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {Path(settings['model']).name}, fine-tuned on "
-        f"{Path(settings['task']).name}\n\nA {kind} that was trained without backpropagation, by "
+        f"{Path(settings['task']).name}\n\nA {what} that was trained without backpropagation, by "
         f"zeroth-order steps (`{block['method']}`).\n\n{warned}| | |\n|---|---|\n{table}\n"
     )
 

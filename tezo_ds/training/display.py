@@ -59,7 +59,10 @@ class Display:
         selection, config = engine.selection, engine.config
         table = Table(show_header=False, box=None, padding=(0, 2))
         what = [f"{len(selection.matrices)} matrices"] if selection.matrices else []
-        what += [f"{len(selection.vectors)} vectors"] if selection.vectors else []
+        adapters = selection.adapters
+        what += [f"{len(adapters.sites)} adapters {config.adapter}"] if adapters.sites else []
+        vectors = len(selection.vectors) - len(adapters.vectors)
+        what += [f"{vectors} vectors"] if vectors else []
         table.add_row("trains", f"{', '.join(what)}, {selection.trainable_numel:,} weights")
         for reason, count in selection.frozen.items():
             table.add_row("frozen", f"{count} parameters: {reason}")

@@ -22,6 +22,23 @@ STEPS: dict[str, dict[str, Any]] = {
         "difference": "forward",
     },
 }  # fmt: skip
+# Adapters, and what to compare them with; for the head frozen alone, as an adapter goes with no other.
+_TT, _LORA = (
+    {"adapter": "tt", "rho": 1e-3, "batch_size": 16},
+    {"adapter": "lora", "rho": 1e-2, "batch_size": 16},
+)
+OTHERS: dict[str, dict[str, Any]] = {
+    "tezo": {"method": "tezo", "rho": 1e-3, "lr": 1e-6, "batch_size": 16},
+    "tt": {**_TT, "method": "tezo", "lr": 1e-5},
+    "tt-published": {**_TT, "method": "tezo", "tt_init": "published", "lr": 1e-5},
+    "tt-adam": {**_TT, "method": "tezo-adam-coef", "lr": 1e-4},
+    "tt-adazeta": {
+        **_TT, "method": "tezo", "lr": 1e-5, "query_schedule": "adazeta", "query_alpha": 0.85,
+        "query_beta": 0.4, "queries_max": 15,
+    },
+    "lora": {**_LORA, "method": "tezo", "lr": 1e-5},
+    "lora-adam": {**_LORA, "method": "tezo-adam-coef", "lr": 1e-4},
+}  # fmt: skip
 NONE = "none"  # no steps: what the head alone gives
 
 
@@ -31,7 +48,7 @@ class Arm:
 
     Attributes:
         head: a key of HEADS.
-        steps: a key of STEPS, or NONE.
+        steps: a key of STEPS or OTHERS, or NONE.
     """
 
     head: str
@@ -45,7 +62,7 @@ class Arm:
 
     def flags(self, factor: float, common: dict[str, Any]) -> list[str]:
         """Returns the command line's flags, with the rate times a factor."""
-        fields = {**common, **HEADS[self.head], **STEPS.get(self.steps, {})}
+        fields = {**common, **HEADS[self.head], **{**STEPS, **OTHERS}.get(self.steps, {})}
         if "lr" in fields:
             fields["lr"] = float(f"{fields['lr'] * factor:.3g}")
         if self.head == "frozen":
