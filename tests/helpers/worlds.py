@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import once
+
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = tuple(sorted((ROOT / "tests").glob("*/world_*.py")))
 TIMEOUT = 900  # seconds for all cases of one size, beside other tests
@@ -123,7 +125,10 @@ class Background:
         self._temporary.cleanup()
 
     def _start(self) -> subprocess.Popen[bytes]:
+        kept = Path(self._temporary.name, "once")
+        kept.mkdir()
         env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+        env[once.FOLDER] = str(kept)
         words: list[str | Path] = [sys.executable, __file__]
         for size, folder in self._folders.items():
             words += [str(size), folder]

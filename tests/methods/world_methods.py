@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import world_fsdp2
 import world_zero3
+from once import once
 from tiny import make_batch, part_of, tiny
 from torch import nn
 from world_everywhere import WAYS, Model
@@ -29,7 +28,7 @@ def batch_of(step: int) -> dict[str, torch.Tensor]:
     return make_batch(7, seed=step)
 
 
-@functools.cache
+@once
 def oracle(method: str, vectors: bool) -> reference.Record:
     """Returns the last record of the oracle, of a float32 model."""
     model = Model()
