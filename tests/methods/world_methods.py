@@ -15,7 +15,7 @@ from worlds import World, case
 import tezo_ds
 from tezo_ds.methods import reference
 
-STEPS = 8  # two periods, and a beginning of a third
+STEPS = 7  # two periods, and a beginning of a third
 FIELDS = {"rank": 3, "rho": 1e-2, "lr": 3e-4, "queries": 2, "seed": 11, "train_vectors": True}
 SMALL = {"lr": 1e-4}
 METHODS: dict[str, dict] = {
