@@ -13,8 +13,8 @@ from typing import TypeVar
 from unittest import mock
 
 import torch.distributed as dist
+from worlds import ONCE
 
-FOLDER = "TEZO_TEST_ONCE"  # variable: where worlds keep what they have made
 Found = TypeVar("Found")
 
 
@@ -29,7 +29,7 @@ def once(make: Callable[..., Found]) -> Callable[..., Found]:
     @functools.wraps(make)
     def found(*given: object) -> Found:
         with mock.patch.object(dist, "is_initialized", lambda: False):
-            folder = os.environ.get(FOLDER)
+            folder = os.environ.get(ONCE)
             if folder is None:
                 return make(*given)
             words = repr((make.__module__, make.__qualname__, given))

@@ -30,13 +30,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import once
-
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = tuple(sorted((ROOT / "tests").glob("*/world_*.py")))
 TIMEOUT = 900  # seconds for all cases of one size, beside other tests
 GRACE = 10  # seconds for the other ranks, once one has failed
 LANES = 2  # sizes at a time
+ONCE = "TEZO_TEST_ONCE"  # variable: where what `once` makes is kept
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ class Background:
         kept = Path(self._temporary.name, "once")
         kept.mkdir()
         env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-        env[once.FOLDER] = str(kept)
+        env[ONCE] = str(kept)
         words: list[str | Path] = [sys.executable, __file__]
         for size, folder in self._folders.items():
             words += [str(size), folder]
