@@ -8,11 +8,12 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from cli_fixtures import make_given
-from command_line import BLOCK, Given, Run, assert_near, flags
+from command_line import BLOCK, Given, Run, assert_near, flags, not_drawn
 from safetensors.torch import load_file
 from tiny import tiny
 from torch import Tensor
@@ -27,6 +28,7 @@ from tezo_ds.models.fsdp import FsdpPlan
 from tezo_ds.models.loading import load_model
 from tezo_ds.run.folder import COEFFICIENTS, MODEL
 from tezo_ds.settings import Settings
+from tezo_ds.training import loop
 from tezo_ds.training.session import open_engine
 
 MIXED = {"dtype": "float32", "compute_dtype": "bfloat16"}
@@ -43,9 +45,9 @@ def given_to(world: World) -> Given:
 
 
 def call(*arguments: object) -> str:
-    """Runs `tezo-ds ARGUMENTS` and returns what this rank prints."""
+    """Runs `tezo-ds ARGUMENTS`, without a run's picture, and returns what this rank prints."""
     out = io.StringIO()
-    with contextlib.redirect_stdout(out):
+    with contextlib.redirect_stdout(out), mock.patch.object(loop, "draw_curve", not_drawn):
         cli.app([str(word) for word in arguments], standalone_mode=False)
     dist.barrier()
     return out.getvalue()

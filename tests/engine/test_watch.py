@@ -107,10 +107,13 @@ def test_messages_name_the_minority_and_shorten_long_lists() -> None:
 # Rank 1 loses a bit, and rank 0 is slow to write its results: long enough for the launcher to notice
 # that rank 1 has failed, and to ask rank 0 to end.
 SPOILT = """
-import math, os, time
+import gc, math, os, time
+gc.disable()  # as collections would go through what is imported again and again
 from tezo_ds.cli import main
 from tezo_ds.training import loop as training
 from tezo_ds.methods.tezo import Tezo
+gc.freeze()
+gc.enable()
 
 update, write = Tezo.update, training._write_results
 

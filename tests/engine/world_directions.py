@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from unittest import mock
 
 import torch
+from once import once
 from tiny import make_batch, part_of, tiny
 from world_everywhere import WAYS, Model
 from world_fsdp2 import shard
@@ -26,6 +28,16 @@ def alone(queries: int, method: str, **more: object) -> tezo_ds.Engine:
     return engine
 
 
+@once
+def steps_of_one(
+    queries: int, method: str, more: str
+) -> tuple[list[tuple[float, ...]], dict[str, torch.Tensor]]:
+    """Returns κ of three steps of one process, and the state after them; further fields as JSON."""
+    one = alone(queries, method, **json.loads(more))
+    kappas = [one.step(make_batch(5, seed=step)).kappa for step in range(3)]
+    return kappas, {name: packed.data for name, packed in one.method.state.items()}
+
+
 @case(worlds=(2, 4))
 def two_queries_on_each_rank_are_as_many_on_one(world: World) -> None:
     for way in (way for way in WAYS if world.size in way.ranks):
@@ -41,16 +53,18 @@ def two_queries_on_each_rank_are_as_many_on_one(world: World) -> None:
             model, config = way.model(world)
             fields = {**OWN, "method": method, **more}
             engine = tezo_ds.initialize(model, {**config, "tezo": fields} if config else fields)
-            one = alone(QUERIES * data, method, **more)
-            for step in range(3):
-                batch = make_batch(5, seed=step)  # the same examples on every rank
-                ours, theirs = engine.step(batch), one.step(batch)
-                torch.testing.assert_close(ours.kappa, theirs.kappa, rtol=1e-2, atol=5e-3)
-                assert len(set(ours.kappa)) == QUERIES * data
+            kappas, end = steps_of_one(QUERIES * data, method, json.dumps(more))
+            for step, theirs in enumerate(kappas):
+                ours = engine.step(
+                    make_batch(5, seed=step)
+                ).kappa  # the same examples on every rank
+                torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=5e-3)
+                assert len(set(ours)) == QUERIES * data
             state = {name: packed.data for name, packed in engine.method.state.items()}
-            for name, packed in one.method.state.items():
-                scale = packed.data.abs().max().item()
-                torch.testing.assert_close(state[name], packed.data, rtol=1e-2, atol=1e-2 * scale)
+            assert state.keys() == end.keys()
+            for name, expected in end.items():
+                scale = expected.abs().max().item()
+                torch.testing.assert_close(state[name], expected, rtol=1e-2, atol=1e-2 * scale)
                 assert_equal_on_all_ranks(state[name])
             engine.check()
 

@@ -1,6 +1,9 @@
+# ruff: noqa: E402
 """The imports of a rank: `fault_runs` has them made once, in a server that forks."""
 
 import gc
+
+gc.disable()  # until all is imported, as collections would go through it again and again
 
 import datasets  # noqa: F401
 import deepspeed.runtime.zero  # noqa: F401
@@ -20,3 +23,4 @@ from tezo_ds.sharding import fsdp2, zero3  # noqa: F401
 from tezo_ds.training import loop, session  # noqa: F401
 
 gc.freeze()  # so that no fork's collections go through what is imported, nor copy its pages
+gc.enable()

@@ -43,6 +43,9 @@ class OtherKernels(TorchDispatchMode):
         super().__init__()
         assert by in KINDS[1:], by
         self._by, self.products = by, 0
+        self._known: dict[
+            int, tuple[Callable[..., Any], bool]
+        ] = {}  # operators, and which multiply
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -53,7 +56,7 @@ class OtherKernels(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if getattr(func, "overloadpacket", None) not in PRODUCTS:
+        if not self._multiplies(func):
             return func(*args, **(kwargs or {}))
         # Before the product, which may overwrite an operand.
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -64,6 +67,13 @@ class OtherKernels(TorchDispatchMode):
             if out.dtype in WORDS and out.device.type != "meta":
                 nudge(out, zlib.crc32(repr([self._facts(t) for t in given]).encode()))
         return result
+
+    def _multiplies(self, func: Callable[..., Any]) -> bool:
+        known = self._known.get(id(func))  # as torch hashes operators in Python, each time
+        if known is None:
+            known = func, getattr(func, "overloadpacket", None) in PRODUCTS
+            self._known[id(func)] = known
+        return known[1]
 
     def _facts(self, operand: Tensor) -> Any:
         if self._by == "shapes":

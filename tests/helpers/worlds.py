@@ -35,6 +35,7 @@ MODULES = tuple(sorted((ROOT / "tests").glob("*/world_*.py")))
 TIMEOUT = 900  # seconds for all cases of one size, beside other tests
 GRACE = 10  # seconds for the other ranks, once one has failed
 LANES = 2  # sizes at a time
+ONCE = "TEZO_TEST_ONCE"  # variable: where what `once` makes is kept
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,10 @@ class Background:
         self._temporary.cleanup()
 
     def _start(self) -> subprocess.Popen[bytes]:
+        kept = Path(self._temporary.name, "once")
+        kept.mkdir()
         env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+        env[ONCE] = str(kept)
         words: list[str | Path] = [sys.executable, __file__]
         for size, folder in self._folders.items():
             words += [str(size), folder]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import world_fsdp2
 import world_zero3
+from once import once
 from tiny import make_batch, part_of, tiny
 from torch import nn
 from world_everywhere import WAYS, Model
@@ -16,7 +15,7 @@ from worlds import World, case
 import tezo_ds
 from tezo_ds.methods import reference
 
-STEPS = 8  # two periods, and a beginning of a third
+STEPS = 7  # two periods, and a beginning of a third
 FIELDS = {"rank": 3, "rho": 1e-2, "lr": 3e-4, "queries": 2, "seed": 11, "train_vectors": True}
 SMALL = {"lr": 1e-4}
 METHODS: dict[str, dict] = {
@@ -29,7 +28,7 @@ def batch_of(step: int) -> dict[str, torch.Tensor]:
     return make_batch(7, seed=step)
 
 
-@functools.cache
+@once
 def oracle(method: str, vectors: bool) -> reference.Record:
     """Returns the last record of the oracle, of a float32 model."""
     model = Model()

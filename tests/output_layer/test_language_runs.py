@@ -127,11 +127,31 @@ def test_a_cache_that_is_not_filled_as_the_fit_did_has_other_bits(
     assert kappas(run)[:3] == kappas(whole)[:3] and kappas(run) != kappas(whole)
 
 
-@pytest.mark.parametrize("objective", ["lm", "choices"])
+def cached(given: Given, run: Path, cache: str, objective: str) -> dict[str, torch.Tensor]:
+    """Returns the first term of a run with a trunk's cache, or without."""
+    options: dict[str, Any] = {**FIT, **LATE, "rank": 4, "eval_batch_size": 7, "trunk_cache": cache}
+    if objective == "lm":
+        arguments = train(given, run, **options)
+    else:
+        arguments = given.train(run, **options, objective=objective)
+    assert call(*arguments) == 0
+    return terms(run)["step-00000000"]
+
+
+@pytest.fixture(scope="module", params=["lm", "choices"])
+def uncached(
+    given: Given, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[str, dict[str, torch.Tensor]]:
+    """Returns an objective, and the first term without a cache."""
+    run = tmp_path_factory.mktemp("uncached") / "run"
+    return request.param, cached(given, run, "off", request.param)
+
+
 @pytest.mark.parametrize("cache", ["memory", "disk"])
 def test_states_come_out_of_the_cache(
-    given: Given, cache: str, objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    given: Given, cache: str, uncached: tuple[str, dict[str, torch.Tensor]], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """A fit again runs no early block, and up to rounding the term is that without a cache."""
     misses: list[int] = []
     hidden = Trunk._hidden
@@ -142,20 +162,9 @@ def test_states_come_out_of_the_cache(
         return hidden(self, forward, inputs, visit, compute)
 
     monkeypatch.setattr(Trunk, "_hidden", watched)
-    fields: dict[str, Any] = {**FIT, **LATE, "rank": 4, "eval_batch_size": 7}
-    found = []
-    for name in ("off", cache):
-        misses.clear()
-        options = {**fields, "trunk_cache": name}
-        arguments = (
-            train(given, tmp_path / name, **options)
-            if objective == "lm"
-            else given.train(tmp_path / name, **options, objective=objective)
-        )
-        assert call(*arguments) == 0
-        found.append(terms(tmp_path / name))
+    objective, first = uncached
+    other = cached(given, tmp_path / "run", cache, objective)
     assert sum(misses) == 48  # each once, whoever came first
-    first, other = (each["step-00000000"] for each in found)
     assert torch.equal(first[TOKENS], other[TOKENS])
     torch.testing.assert_close(other[BIAS], first[BIAS], rtol=1e-2, atol=1e-3)
     wholes = [t[WEIGHT] @ t[BASIS] if BASIS in t else t[WEIGHT] for t in (first, other)]

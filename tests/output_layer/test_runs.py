@@ -14,6 +14,7 @@ from command_line import STEPS, WORDS, Given, Run, assert_found_again, call
 from other_kernels import OtherKernels
 from safetensors.torch import load_file, save_file
 from test_resume import Killed, kappas, killed_after, same
+from world_output_layer import roughly
 
 from tezo_ds.output_layer.term import BIAS, TOKENS, WEIGHT
 from tezo_ds.run.folder import (
@@ -107,7 +108,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
     options = {**FIT, "method": method, **lr, "output_layer_every": 3, "check_every": 2}
     options |= {"snapshot_every": snapshot_every, "eval_every": 4, "inner_layers": "last:1"}
     whole, run = tmp_path / "whole", tmp_path / "run"
-    with OtherKernels("shapes"):
+    with OtherKernels("shapes"), roughly():
         assert call(*untied.train(whole, **options)) == 0
         arguments = untied.train(run, **options)
         killed_after(3, arguments, monkeypatch)  # before the fit that is due then

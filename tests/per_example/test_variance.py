@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tezo_ds
 
-STEPS = 700
+STEPS = 500
 FIELDS = {"rank": 2, "rho": 1e-3, "lr": 0.0, "include": ("*q_proj*", "*down_proj*"), "seed": 3}
 
 
@@ -74,6 +74,6 @@ def test_the_error_is_what_theory_says(of, queries: int) -> None:
         theory = {"shared": S, "per_example": S / B + s}
         found[placement] = theory[placement] * (D + 1) / queries
         assert error == pytest.approx(found[placement], rel=0.2), placement
-        assert bias < 3 * error / STEPS, f"{placement}: the estimate is not of the gradient"
+        assert bias < 2 * error / STEPS, f"{placement}: the estimate is not of the gradient"
     # so that a run that had the other placement would fail above
     assert found["shared"] > 1.5 * found["per_example"]

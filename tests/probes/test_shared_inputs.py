@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trained import shared
 
 import tezo_ds
+from tezo_ds.probes import shared_inputs
 from tezo_ds.probes.fused import FusedProbe
 
 FIELDS = {"rank": 3, "rho": 1e-2, "lr": 1e-4, "queries": 2}
@@ -48,6 +49,19 @@ def test_models_of_each_kind(kind: str, expected: list[list[str]]) -> None:
     assert [[sorted(run) for run in runs] for runs in found] == [
         [sorted(run) for run in expected]
     ] * 3
+
+
+def test_models_that_are_alike_are_looked_at_once() -> None:
+    """Whatever the number of examples, which a run without values has its own of."""
+    hollow = shared_inputs.Hollow
+    with (
+        mock.patch.object(shared_inputs, "_FOUND", {}),
+        mock.patch.object(shared_inputs, "Hollow", side_effect=hollow) as looked,
+    ):
+        for batch, times in ((make_batch(3), 1), (make_batch(7), 1), (make_batch(3, length=12), 2)):
+            engine = at_coefficients(made())
+            engine.loss(batch)
+            assert shared(engine) and looked.call_count == times
 
 
 def test_no_forward_of_the_model_is_spent() -> None:

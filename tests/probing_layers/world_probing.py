@@ -11,6 +11,7 @@ import world_fsdp2
 import world_fsdp_runs
 from command_line import Run, flags
 from deep import data, deep
+from once import once
 from tiny import part_of
 from torch import Tensor, nn
 from traffic import Traffic
@@ -19,6 +20,7 @@ from world_zero3 import ZERO3
 from worlds import World, case
 
 import tezo_ds
+from tezo_ds.probing_layers import files
 from tezo_ds.probing_layers.measure import Asked, Measured, measure
 from tezo_ds.probing_layers.names import bands_of
 from tezo_ds.sharding import zero3
@@ -27,11 +29,9 @@ from tezo_ds.training import include_auto, layers_probe
 EXAMPLES, COLUMNS = 7, 2
 
 
-def probed(model: nn.Module, rank: int, size: int, alone: bool = False) -> list[Measured]:
+def probed(model: nn.Module, rank: int, size: int) -> list[Measured]:
     """Measures this rank's share of the examples, in batches of two, as many on every rank."""
     engine = tezo_ds.initialize(model, {"rank": 3, "seed": 5, "include": ["*layers*"]})
-    if alone:
-        engine.sharding.world_size = 1
     names = [name for name, _ in engine.sharding.module.named_parameters()]
     mine, first = (
         part_of(data(EXAMPLES), rank, size),
@@ -43,6 +43,12 @@ def probed(model: nn.Module, rank: int, size: int, alone: bool = False) -> list[
     bands = bands_of(engine.space.matrices, names, 2)
     asked = Asked(bands, 5, batches, EXAMPLES, COLUMNS, 2e-3, 5)
     return measure(engine.sharding, engine.objective, asked)
+
+
+@once
+def probed_alone() -> list[Measured]:
+    """Measures all examples in one process."""
+    return probed(deep(), 0, 1)
 
 
 def some(mine: dict[str, Tensor], start: int) -> dict[str, Tensor]:
@@ -63,7 +69,7 @@ def ways() -> dict[str, Callable[[], nn.Module]]:
 
 @case(worlds=(1, 2, 3))
 def every_sharding_finds_the_table_of_one_process(world: World) -> None:
-    expected = probed(deep(), 0, 1, alone=True)
+    expected = probed_alone()
     assert len(expected) == 14
     for name, make in ways().items():
         found = probed(make(), world.rank, world.size)
@@ -92,10 +98,12 @@ def runs_choose_the_same_on_all_ranks_and_go_on_with_it(world: World) -> None:
         config.write_text(json.dumps({**ZERO3, "tezo": {}}))
     dist.barrier()
     options = {"include": "auto", "output_layer": "bias", "objective": "choices"}
+    options["train_examples"] = 9
     words = {"fsdp": ["--fsdp"], "zero3": ["--deepspeed", str(config)]}
     for name, switches in words.items():
         folder = world.folder / f"probing-{name}"
-        with mock.patch.object(layers_probe, "choose", lambda sets: sets[1]):
+        second = mock.patch.object(layers_probe, "choose", lambda sets: sets[1])
+        with second, mock.patch.object(files, "draw"):
             out = world_fsdp_runs.call(*given.train(folder, steps=2, **options), *switches)
         if world.rank == 0:
             assert "include auto: recommended" in out

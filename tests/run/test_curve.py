@@ -18,11 +18,13 @@ pytest_plugins = ("cli_fixtures",)
 
 BACKENDS = ["module://matplotlib_inline.backend_inline", "nonsense"]
 ONE_EACH = """if True:
-    import json, os, sys
+    import gc, json, os, sys
+    gc.disable()  # as collections would go through what is imported again and again
     import transformers.models.llama.modeling_llama
     from tezo_ds.cli import main
     from tezo_ds.run import resuming
     from tezo_ds.training import loop, session
+    gc.freeze()
 
     assert "matplotlib" not in sys.modules  # which reads the variable
     codes = []

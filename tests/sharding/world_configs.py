@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import world_fsdp_runs
 from cli_fixtures import make_given
 from command_line import BLOCK, Given, Run
 from deepspeed.utils import groups
 from file_aio import FileTraffic, toy_nvme
 from worlds import ROOT, World, case
 
-from tezo_ds import cli
 from tezo_ds.models import loading
 
 CONFIGS = ROOT / "ds_configs"
@@ -40,11 +40,10 @@ def train(given: Given, content: dict[str, Any], folder: Path, world: World) -> 
     file.write_text(json.dumps(content))
     options = {"deepspeed": file, "steps": STEPS, "batch_size": BATCH, **OWN}
     try:
-        cli.app(given.train(folder / "run", **options), standalone_mode=False)
+        world_fsdp_runs.call(*given.train(folder / "run", **options))
     finally:
         loading._zero_configs.clear()
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
-    dist.barrier()
 
 
 def check_run(run: Run, content: dict[str, Any]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 from collections.abc import Iterator
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from once import once
 from tiny import make_batch, part_of, tiny
 from worlds import World, case
 
@@ -26,10 +26,10 @@ def alone(kind: str, tied: bool, fields: dict, **kwargs: object) -> tezo_ds.Engi
     return engine
 
 
-@functools.cache
+@once
 def steps_alone(what: str) -> tuple[list[tezo_ds.StepReport], torch.Tensor, float]:
     """Returns reports, coefficients and the last batch's loss after them, of the reference that `alone`
-    makes of these arguments, as JSON. Equal arguments within a process give one and the same run."""
+    makes of these arguments, as JSON."""
     kind, tied, fields, sizes = json.loads(what)
     reference = alone(kind, tied, fields, **sizes)
     batches = [make_batch(7, seed=step) for step in range(STEPS)]

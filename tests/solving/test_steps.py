@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from gauss_newton_oracle import run
+from once import once
 from tiny import make_batch, tiny
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,7 +23,7 @@ def batch_of(step: int) -> dict[str, Tensor]:
     return make_batch(7, seed=step)
 
 
-@functools.cache
+@once
 def expected(recall: bool = True, choices: int = 0) -> tuple[dict[str, Tensor], Tensor]:
     """Returns the oracle's weights after STEPS of a model in float64, and the biases of so many choices."""
     model = tiny("llama", tied=False).double()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from unittest import mock
 
 import tiny as shapes
 import torch
 import world_fsdp2
 from deep import FIELDS, LAYERS, VISITS, deep, engine_of, numbered
+from once import once
 from tiny import part_of, tiny
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,6 +19,7 @@ from world_traffic import padded
 from world_zero3 import ZERO3
 from worlds import World, case
 
+from tezo_ds import StepReport
 from tezo_ds.sharding import zero3
 from tezo_ds.tasks.batches import lane_indices
 
@@ -48,15 +51,20 @@ def idle(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**{k: v[:1] for k, v in batch.items()}, "labels": batch["labels"][:1] * 0 - 100}
 
 
+@once
+def whole_forwards(tied: bool, fields: str) -> list[StepReport]:
+    """Reports steps of one process whose forwards are not split; fields as JSON."""
+    plain = {**json.loads(fields), "trunk_cache": "off", "shared_trunk": False}
+    engine = engine_of(deep("llama", tied), **plain)
+    return [engine.step(numbered(rows)) for rows in VISITS]
+
+
 @case(worlds=(1, 2, 3, 4))
 def split_forwards_are_those_of_one_process(world: World) -> None:
     vectors = {"train_vectors": True, "micro_batch": 1, **CACHED}
     ways = ((True, CACHED), (False, vectors), (False, {"probe": "inplace"}), (True, {}))
     for tied, fields in ways[: TRIED[world.size]]:
-        plain = {**fields, "trunk_cache": "off", "shared_trunk": False}
-        alone = engine_of(deep("llama", tied), **plain)
-        alone.sharding.world_size = 1
-        reports = [alone.step(numbered(rows)) for rows in VISITS]
+        reports = whole_forwards(tied, json.dumps(fields))
         for name, model in shards(world, tied).items():
             engine = engine_of(model, **fields)
             for step, theirs in enumerate(reports):

@@ -85,7 +85,10 @@ def blocks(model: nn.Module, layers: Sequence[str] | None = None) -> list[nn.Mod
 
 def _uses(module: nn.Module) -> Counter[int]:
     """Counts the modules that hold each parameter, by the parameter's id."""
-    return Counter(id(p) for m in module.modules() for p in m.parameters(recurse=False))
+    held = (
+        m._parameters.values() for m in module.modules()
+    )  # parameters() walks for each module again
+    return Counter(key for each in held for key in {id(p) for p in each if p is not None})
 
 
 def is_masked_lm(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 
 from tezo_ds.config import TezoConfig
 from tezo_ds.engine.engine import sums_are_shared
+from tezo_ds.models.structure import blocks
 from tezo_ds.plan.hardware import Cluster
 from tezo_ds.plan.needs import Layout, Needs, PlannedRun, gathered_groups, held_bytes, needs
 from tezo_ds.plan.prefetch import DEFAULTS, Gathered, Limits, gathered
@@ -68,12 +69,18 @@ class Job:
         """Bytes outside of blocks, and of the largest block."""
         return gathered_groups(self.module, None)
 
+    @cached_property
+    def in_blocks(self) -> frozenset[nn.Module]:
+        """The modules of the model's blocks."""
+        return frozenset(m for block in blocks(self.module) for m in block.modules())
+
     def with_examples(self, examples: int) -> Job:
         """Returns the job with another number of examples a rank; shares what follows from the model."""
         other = replace(self, examples=examples)
         other.__dict__.update(
             run=self.run, shape=self.shape, need=self.need, groups_of_weights=self.groups_of_weights,
             ahead=self.ahead, gathered_bytes=self.gathered_bytes, trunk=self.trunk, saved=self.saved,
+            in_blocks=self.in_blocks,
         )  # fmt: skip
         return other
 

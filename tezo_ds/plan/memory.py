@@ -9,7 +9,6 @@ from torch import nn
 
 from tezo_ds.directions.lowrank import BLOCK_NUMEL
 from tezo_ds.losses.head import CHUNK_NUMEL
-from tezo_ds.models.structure import blocks
 from tezo_ds.plan.job import Job
 
 # bf16 weights and gradients, float32 weights, two moments, and 2 more: DeepSpeed's own
@@ -143,7 +142,7 @@ def _stages(job: Job) -> Stages:
 def _stages_ahead(job: Job, unit: int, mlp: int, attention: int, last: tuple[int, int]) -> Stages:
     """Returns the stages under ZeRO-3, which frees each weight after its use: with most activations while the
     input of a Linear is made, before the Linear is entered; with most weights while the Linear gathers."""
-    shape, inner = job.shape, {m for block in blocks(job.module) for m in block.modules()}
+    shape, inner = job.shape, job.in_blocks
     first, block, last_layers = [(0, 0)], [(0, 0)], [(0, 0)]
     for moment in job.ahead.moments:
         module = moment.visit.module

@@ -63,8 +63,27 @@ def _alike(
     weights = [
         (*sharding.shape(p), sharding.compute_dtype(p)) for p in sharding.module.parameters()
     ]
-    given = tree_map_only(Tensor, lambda x: (tuple(x.shape), x.dtype), [args, dict(kwargs)])
+    rows, examples = _examples(args, kwargs)
+    given = tree_map_only(
+        Tensor, lambda x: (_shape(x, rows, examples), x.dtype), [args, dict(kwargs)]
+    )
     return modules, tuple(weights), repr(as_dict()), repr(given), tuple(sorted(paths))
+
+
+def _examples(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns the rows of a forward's arguments, and how many examples are run in their place."""
+    shapes = _shapes(args, kwargs)
+    sizes = {n for shape in shapes for n in shape[1:]}
+    return max(shape[0] for shape in shapes), next(n for n in EXAMPLES if n not in sizes)
+
+
+def _shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Size]:
+    return [x.shape for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()]
+
+
+def _shape(x: Tensor, rows: int, examples: int) -> tuple[int, ...]:
+    """Returns the shape of an argument of the run without values."""
+    return (examples, *x.shape[1:]) if x.shape[:1] == (rows,) else tuple(x.shape)
 
 
 class Hollow:
@@ -131,14 +150,12 @@ class Hollow:
         Raises:
             Exception: of any kind, where the model's code asks for values.
         """
-        shapes = [x.shape for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()]
-        rows, sizes = max(shape[0] for shape in shapes), {n for shape in shapes for n in shape[1:]}
-        examples = next(n for n in EXAMPLES if n not in sizes)
-        leads = {examples, *(examples * shape[1] for shape in shapes if len(shape) > 1)}
+        rows, examples = _examples(args, kwargs)
+        lengths = {shape[1] for shape in _shapes(args, kwargs) if len(shape) > 1}
+        leads = {examples, *(examples * length for length in lengths)}
 
         def hollow(x: Tensor) -> Tensor:
-            shape = (examples, *x.shape[1:]) if x.shape[:1] == (rows,) else x.shape
-            return torch.empty(shape, dtype=x.dtype, device=x.device)
+            return torch.empty(_shape(x, rows, examples), dtype=x.dtype, device=x.device)
 
         watch = _Watch(leads)
         for path, module in self.module.named_modules():
