@@ -9,7 +9,6 @@ from typing import Protocol
 from torch import Tensor
 
 FOLD = 5  # every fifth example is held out to choose λ
-WORSE = 2  # values of λ in a row that may be worse than the best before the others are left out
 
 
 @dataclass(frozen=True)
@@ -36,15 +35,11 @@ def choose(
     """Chooses λ, among strengths from the largest down, by the examples that are held out: returns it and
     how well the others' fit does there."""
     best: tuple[float, Quality] | None = None
-    worse = 0
     for strength in strengths:
         x = problem.least(x, strength, False, tolerance)  # begun where the stronger ridge ended
         quality = problem.quality(x)
-        if best is None or quality.loss < best[1].loss:
-            best, worse = (strength, quality), 0
-        else:
-            worse += 1
-        if worse == WORSE:
-            break
+        if best is not None and quality.loss >= best[1].loss:
+            break  # weaker ones, which take longest, are worse still
+        best = strength, quality
     assert best is not None
     return best

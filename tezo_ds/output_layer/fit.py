@@ -102,14 +102,9 @@ def fit(states: States, bias_alone: bool, all_reduce: AllReduce) -> Fitted:
     Raises:
         ProbeError: a hidden state, a logit or what is known of an inner layer is not finite.
     """
-    problem = _Problem(states, bias_alone, all_reduce)
+    problem = _problem(states, bias_alone, all_reduce)
     x = problem.zero()
     before = problem.quality(x)
-    if not math.isfinite(problem.scale + problem.size):  # on all ranks alike
-        raise ProbeError(
-            "output_layer: a hidden state or logit of the training examples is not finite; try "
-            "--dtype float32, or leave it frozen"
-        )
     strengths = [0.0] if bias_alone else [share * problem.scale for share in GRID]
     strength, after = choose(problem, x, strengths, ROUGHLY)
     x = problem.least(x, strength, None, EXACTLY)
@@ -118,6 +113,24 @@ def fit(states: States, bias_alone: bool, all_reduce: AllReduce) -> Fitted:
         weight, bias, None if bias_alone else strength, problem.counts[0], before, after,
         problem.totals.messages, problem.totals.message_bytes, inner=inner,
     )  # fmt: skip
+
+
+def held_out(states: States, all_reduce: AllReduce) -> Quality:
+    """Returns how well a fit to the examples that are not held out does on the others: `Fitted.after` of
+    `fit`, for less. Every rank calls this with the states of its own examples."""
+    problem = _problem(states, False, all_reduce)
+    strengths = [share * problem.scale for share in GRID]
+    return choose(problem, problem.zero(), strengths, ROUGHLY)[1]
+
+
+def _problem(states: States, bias_alone: bool, all_reduce: AllReduce) -> _Problem:
+    problem = _Problem(states, bias_alone, all_reduce)
+    if not math.isfinite(problem.scale + problem.size):  # on all ranks alike
+        raise ProbeError(
+            "output_layer: a hidden state or logit of the training examples is not finite; try "
+            "--dtype float32, or leave it frozen"
+        )
+    return problem
 
 
 class _Problem:

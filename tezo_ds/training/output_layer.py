@@ -15,7 +15,7 @@ from tezo_ds.errors import ConfigError
 from tezo_ds.files.tensors import digest
 from tezo_ds.output_layer.answering import refuse_unfit as refuse_no_inner
 from tezo_ds.output_layer.choosing import FOLD
-from tezo_ds.output_layer.fit import Fitted, States, fit
+from tezo_ds.output_layer.fit import Fitted, States, fit, held_out
 from tezo_ds.output_layer.inner import AUTO, tensors_of
 from tezo_ds.output_layer.language import fit_tokens
 from tezo_ds.output_layer.states import Batches, collect, collect_tokens
@@ -174,15 +174,16 @@ class OutputLayerFits:
     def _best(self, states: States, alone: bool) -> tuple[Fitted, Sequence[int]]:
         """Returns the fit, and which of the inner layers it has: all, or with `auto` the one or none that
         does best on the examples that are held out."""
-        every = range(len(states.inner))
-        tried: list[Sequence[int]] = [every]
+        chosen: Sequence[int] = range(len(states.inner))
+
+        def with_(some: Sequence[int]) -> States:
+            return replace(states, inner=[states.inner[i] for i in some])
+
         if self._engine.config.inner_layers == AUTO:
-            tried = [(), *((i,) for i in every)]
-        fits = []
-        for chosen in tried:
-            own = replace(states, inner=[states.inner[i] for i in chosen])
-            fits.append((fit(own, alone, self._reduce), chosen))
-        return min(fits, key=lambda found: found[0].after.loss)
+            tried: list[Sequence[int]] = [(), *((i,) for i in chosen)]
+            losses = [held_out(with_(some), self._reduce).loss for some in tried]
+            chosen = tried[losses.index(min(losses))]
+        return fit(with_(chosen), alone, self._reduce), chosen
 
     @property
     def _count(self) -> int:
