@@ -146,17 +146,19 @@ def both_ways_to_sum_give_the_same_bits_with_unequal_shares(world: World) -> Non
 
 @case(worlds=(2, 3))
 def a_cached_trunk_gives_the_steps_without(world: World) -> None:
-    for name, model in sharded(world, lambda: deep("llama", False)).items():
-        found = []
+    def last(model: nn.Module, cache: str) -> tuple[tuple[float, ...], torch.Tensor]:
         fields = {"placement": "per_example", "branch_chunk": 3, "micro_batch": 2}
-        for held, cache in ((model, "memory"), (deep("llama", False), "off")):
-            engine = engine_of(held, **fields, trunk_cache=cache)
-            for rows in VISITS:
-                batch = part_of(numbered(list(rows)), world.rank, world.size)
-                report = engine.step(batch)
-            found.append((report.kappa, engine.method.coefficients.clone()))
-        torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-2, atol=5e-3, msg=name)
-        assert_equal_on_all_ranks(found[0][1])
+        engine = engine_of(model, **fields, trunk_cache=cache)
+        for rows in VISITS:
+            batch = part_of(numbered(list(rows)), world.rank, world.size)
+            report = engine.step(batch)
+        return report.kappa, engine.method.coefficients
+
+    without, _ = last(deep("llama", False), "off")
+    for name, model in sharded(world, lambda: deep("llama", False)).items():
+        kappa, coefficients = last(model, "memory")
+        torch.testing.assert_close(kappa, without, rtol=1e-2, atol=5e-3, msg=name)
+        assert_equal_on_all_ranks(coefficients)
 
 
 @case(worlds=(2,))
