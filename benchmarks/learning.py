@@ -122,8 +122,7 @@ class Benchmark:
             words = [sys.executable, "-m", "tezo_ds", "train", *self._data(task, split)]
             words += arm.flags(factor, {
                 "model": args.model, "objective": "choices", "seed": seed, "steps": max(1, steps),
-                "train_examples": args.examples, "test_examples": args.test_examples,
-                "output_layer_examples": args.examples, "max_length": args.max_length,
+                "test_examples": args.test_examples, "output_layer_examples": args.examples, "max_length": args.max_length,
                 "output": out, "no_save_model": True, "check_every": 0, "snapshot_every": 0,
             })  # fmt: skip
             for pattern in args.include if arm.steps != NONE else ["last:1"]:
@@ -188,7 +187,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--budget", type=float, default=300.0, help="processor seconds of training of a run")
     add("--seeds", type=int, default=3, choices=range(1, MOST_SEEDS + 1), metavar="N")
     add("--include", nargs="+", default=["last:3"], help="what the steps train")
-    add("--examples", type=int, default=1000, help="training examples, also of the fits")
+    add("--examples", type=int, default=1000, help="training examples of a fit, drawn by the seed")
     add("--test-examples", type=int, default=400)
     add("--max-length", type=int, default=64)
     add("--model", default=str(ROOT / ".cache/quickstart/SmolLM2-135M-Instruct"))
