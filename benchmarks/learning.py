@@ -122,8 +122,9 @@ class Benchmark:
             words = [sys.executable, "-m", "tezo_ds", "train", *self._data(task, split)]
             words += arm.flags(factor, {
                 "model": args.model, "objective": "choices", "seed": seed, "steps": max(1, steps),
-                "test_examples": args.test_examples, "output_layer_examples": args.examples, "max_length": args.max_length,
-                "output": out, "no_save_model": True, "check_every": 0, "snapshot_every": 0,
+                "test_examples": args.test_examples, "output_layer_examples": args.examples,
+                "max_length": args.max_length, "output": out, "no_save_model": True, "check_every": 0,
+                "snapshot_every": 0,
             })  # fmt: skip
             for pattern in args.include if arm.steps != NONE else ["last:1"]:
                 words += ["--include", pattern]
