@@ -24,11 +24,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tezo_ds.auto.radius import Radius, choose_rho
 from tezo_ds.config import TezoConfig
-from tezo_ds.directions.branches import Ask
+from tezo_ds.directions.branches import Ask, kappas
 from tezo_ds.engine.engine import Engine
-from tezo_ds.engine.radius import Radius, choose_rho
-from tezo_ds.engine.slopes import kappas
 from tezo_ds.sharding import sharding_of
 from tezo_ds.tasks import collate, encode
 

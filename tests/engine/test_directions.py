@@ -11,10 +11,10 @@ from tiny import make_batch, tiny
 from torch import nn
 
 import tezo_ds
-from tezo_ds.directions.branches import Ask
+from tezo_ds.directions.branches import Ask, kappas
 from tezo_ds.directions.space import CoefficientSpace, Matrix, Vector
 from tezo_ds.engine.live_bytes import LiveBytes
-from tezo_ds.engine.slopes import WINDOW, clip, kappas, quality, slopes_of
+from tezo_ds.engine.slopes import WINDOW, clip, quality, slopes_of
 
 FIELDS = {"rank": 3, "rho": 1e-2, "lr": 1e-3, "queries": 3, "seed": 5}
 

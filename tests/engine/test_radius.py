@@ -12,10 +12,10 @@ from tiny import make_batch, tiny
 from torch import Tensor
 
 import tezo_ds
+from tezo_ds.auto.radius import DIRECTIONS, START, choose_rho
 from tezo_ds.config import TezoConfig
 from tezo_ds.directions.branches import Ask, Branches
 from tezo_ds.engine.engine import Engine
-from tezo_ds.engine.radius import DIRECTIONS, START, choose_rho
 from tezo_ds.errors import ProbeError
 from tezo_ds.losses.objective import Objective
 from tezo_ds.sharding import sharding_of

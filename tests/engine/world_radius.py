@@ -10,7 +10,7 @@ from world_replicated import assert_equal_on_all_ranks
 from worlds import World, case
 
 import tezo_ds
-from tezo_ds.engine.radius import choose_rho
+from tezo_ds.auto.radius import choose_rho
 
 FIELDS = {"rank": 3, "seed": 11, "lr": 1e-4}
 AUTO = {**FIELDS, "rho": "auto"}

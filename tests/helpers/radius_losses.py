@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 import tezo_ds
-from tezo_ds.directions.branches import Ask
-from tezo_ds.engine.slopes import kappas
+from tezo_ds.directions.branches import Ask, kappas
 from tezo_ds.probes.inplace import InplaceProbe
 
 

@@ -11,7 +11,7 @@ from own_directions import OWN, ragged
 from tiny import make_batch, tiny
 
 import tezo_ds
-from tezo_ds.engine.slopes import kappas
+from tezo_ds.directions.branches import kappas
 from tezo_ds.solving.deviation import deviation, scale_of
 
 RHO = 1e-2

@@ -155,3 +155,20 @@ def add_vector_(view: ShardView, change: Tensor, store: Store | None = None) -> 
             piece.values.copy_(values)
         else:
             store(piece, values)
+
+
+def kappas(losses: Tensor, rho: float, central: bool) -> Tensor:
+    """Returns κ of each direction, (L⁺ - L⁻) / 2ρ or (L⁺ - L) / ρ: float64 (groups, directions), NaN
+    where a loss is not finite.
+
+    Args:
+        losses: float64 (groups, branches), of ranks that measured directions of their own; branches
+            as `Ask.of` orders them.
+        rho: ρ.
+        central: both signs of each direction, or a centre and one sign.
+    """
+    if central:
+        found = (losses[:, 0::2] - losses[:, 1::2]) / (2 * rho)
+    else:
+        found = (losses[:, 1:] - losses[:, :1]) / rho
+    return torch.where(found.isfinite(), found, torch.nan)

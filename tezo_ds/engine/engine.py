@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tezo_ds.auto.radius import Radius
 from tezo_ds.config import TezoConfig
 from tezo_ds.directions.space import CoefficientSpace, Packed, as_rows, by_name
 from tezo_ds.engine.measuring import Measuring
 from tezo_ds.engine.merging import merged_tensors
-from tezo_ds.engine.radius import Radius
 from tezo_ds.engine.replicas import Watch, require_same_start
 from tezo_ds.engine.report import StepReport
 from tezo_ds.engine.selection import Selection, select

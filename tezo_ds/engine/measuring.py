@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tezo_ds.auto.radius import Radius, choose_rho
 from tezo_ds.config import TezoConfig
-from tezo_ds.directions.branches import Ask, Branches
+from tezo_ds.directions.branches import Ask, Branches, kappas
 from tezo_ds.engine.live_bytes import LiveBytes
-from tezo_ds.engine.radius import Radius, choose_rho
-from tezo_ds.engine.slopes import PATIENCE, kappas
+from tezo_ds.engine.slopes import PATIENCE
 from tezo_ds.engine.state import Cost, StepState
 from tezo_ds.errors import ConfigError, ProbeError
 from tezo_ds.losses.objective import Objective

@@ -12,23 +12,6 @@ WINDOW = 256  # slopes that the clipping quantile is of
 ENOUGH = 16  # of them before anything is clipped
 
 
-def kappas(losses: Tensor, rho: float, central: bool) -> Tensor:
-    """Returns κ of each direction, (L⁺ - L⁻) / 2ρ or (L⁺ - L) / ρ: float64 (groups, directions), NaN
-    where a loss is not finite.
-
-    Args:
-        losses: float64 (groups, branches), of ranks that measured directions of their own; branches
-            as `Ask.of` orders them.
-        rho: ρ.
-        central: both signs of each direction, or a centre and one sign.
-    """
-    if central:
-        found = (losses[:, 0::2] - losses[:, 1::2]) / (2 * rho)
-    else:
-        found = (losses[:, 1:] - losses[:, :1]) / rho
-    return torch.where(found.isfinite(), found, torch.nan)
-
-
 def slopes_of(kappa: Tensor) -> Tensor:
     """Returns the weight of each direction, float64 (Q,): κ over the number of directions measured, 0 for
     directions that failed."""

@@ -25,8 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tezo_ds.directions.branches import Ask
-from tezo_ds.engine.slopes import kappas
+from tezo_ds.directions.branches import Ask, kappas
 from tezo_ds.errors import ProbeError
 
 STEP = 2**31 - 1  # step of the directions that are measured; no run gets as far
