@@ -26,5 +26,5 @@ PATH="$bin:$PATH" deepspeed --num_gpus "$ranks" --master_port "${MASTER_PORT:-29
     --module -- tezo_ds train \
     --deepspeed ds_configs/quickstart.json \
     --model "$cache/SmolLM2-135M-Instruct" --task trec --data "$cache/trec" \
-    --objective choices --output-layer fit --output-layer-examples 1000 --steps 16 --test-examples 400 \
+    --objective choices --output-layer fit --output-layer-examples 1000 --steps 8 --test-examples 400 \
     --batch-size $((ranks * ((16 + ranks - 1) / ranks))) --output "$output" "$@"
