@@ -27,15 +27,14 @@ from tezo_ds.trunk.outputs import hidden_of
 from tezo_ds.trunk.stand_ins import replaced
 
 PUSH = 0.05  # ε over the length of the hidden state behind the block
-CLOSE = (
-    1e-2  # of the logits' spread, by which a position that goes on from keys and values may differ
-)
+CLOSE, ROUNDINGS = 1e-2, 8  # how far, over the largest logit, a position that goes on may be off
 
 
 class _Watched:
     """What an inner layer is given, and the hidden states behind its block; what to add to its output.
 
     Attributes:
+        inner: the inner layer.
         on: whether the forward that runs is looked at.
         given: (B, T, n), or (B * T, n).
         behind: (B, T, d).
@@ -45,7 +44,7 @@ class _Watched:
     def __init__(self, inner: InnerLayer, stack: ExitStack) -> None:
         self.given = self.behind = torch.empty(0)
         self.push: Tensor | None = None
-        self.on = False
+        self.on, self.inner = False, inner
         layer, block = inner.layer, inner.block
         for hook in (
             layer.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -150,7 +149,10 @@ class Answering:
         self, watched: _Watched, batch: Mapping[str, Any], rows: Tensor, places: Tensor, logits: Tensor,
         count: int,
     ) -> Answers:  # fmt: skip
-        given = watched.given.reshape(*batch["labels"].shape, -1)
+        path, n = watched.inner.path, watched.inner.sizes[1]
+        if self._sharding.maxima([watched.given.numel() != batch["labels"].numel() * n])[0]:
+            raise self._unfit(f"runs {path} on other positions than all of a batch, as experts do")
+        given = watched.given.reshape(*batch["labels"].shape, n)
         inputs = given[rows, places]  # (k, n)
         hidden = _wide(watched.behind[rows, places])  # (k, d)
         step = PUSH * hidden.norm(dim=1)  # (k,): ε of each example
@@ -161,7 +163,7 @@ class Answering:
             found = self._forward(batch, rows, places, len(pushes))  # (1 + C, k, words)
         finally:
             watched.push = None
-        self._try(found[0, :count], logits)
+        self._try(found[0, :count], logits, inputs.dtype)
         answers = (found[1:] - found[0]) / step[:, None]
         return Answers(inputs[:count], answers.permute(1, 2, 0)[:count].contiguous())
 
@@ -192,16 +194,16 @@ class Answering:
         everyone = torch.arange(len(rows), device=rows.device)
         return self._head(inputs, everyone, branches, lambda logits, _: _wide(logits[..., words]))
 
-    def _try(self, again: Tensor, logits: Tensor) -> None:
+    def _try(self, again: Tensor, logits: Tensor, dtype: torch.dtype) -> None:
         """Sees once that a position that goes on from keys and values has a whole forward's logits."""
         if self._tried:
             return
         self._tried = True
-        spread = (
-            float((logits - logits.mean(dim=1, keepdim=True)).abs().max()) if len(logits) else 0.0
-        )
-        differs = len(logits) and float((again - logits).abs().max()) > CLOSE * spread
-        if self._sharding.maxima([bool(differs)])[0]:
+        differs = False
+        if len(logits):
+            close = max(CLOSE, ROUNDINGS * torch.finfo(dtype).eps)
+            differs = float((again - logits).abs().max()) > close * float(logits.abs().max())
+        if self._sharding.maxima([differs])[0]:
             raise self._unfit(
                 "goes on from its keys and values to other logits than a whole forward's"
             )

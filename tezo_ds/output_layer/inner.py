@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tezo_ds.errors import ConfigError
-from tezo_ds.models.structure import kind_of
+from tezo_ds.models.structure import embeddings, kind_of
 from tezo_ds.output_layer.newton import by_halves
 from tezo_ds.patterns import layers_of, numbered_layers
 
@@ -50,9 +50,7 @@ class InnerLayer:
     @property
     def sizes(self) -> tuple[int, int]:
         """Numbers that the whole map gives, m, and takes, n, whoever holds it."""
-        if kind_of(self.layer) == "conv1d":
-            return int(self.layer.nf), int(self.layer.nx)  # type: ignore[arg-type]
-        return int(self.layer.out_features), int(self.layer.in_features)  # type: ignore[arg-type]
+        return _sizes(self.layer)
 
     def load(self, left: Tensor, right: Tensor) -> None:
         """Takes U and A.
@@ -98,17 +96,29 @@ class InnerLayer:
             tensor.copy_((tensor + change).to(tensor.dtype))
 
 
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    if kind_of(layer) == "conv1d":
+        return int(layer.nf), int(layer.nx)  # type: ignore[arg-type]
+    return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
+
+
 def last_map(module: nn.Module, block: str) -> str:
-    """Returns the path of the last linear map of a block, which is named by its own.
+    """Returns the path of the last linear map of a block, which is named by its own, of those that give as
+    many numbers as enter the output layer: neither a router nor what stands within an attention.
 
     Raises:
         ConfigError: the block has none.
     """
-    inside = module.get_submodule(block)
-    maps = [name for name, m in inside.named_modules() if kind_of(m) in ("linear", "conv1d")]
+    width = getattr(embeddings(module, "output"), "in_features", None)
+    maps = [
+        name
+        for name, m in module.get_submodule(block).named_modules()
+        if kind_of(m) in ("linear", "conv1d") and _sizes(m)[0] == width
+    ]
     if not maps:
         raise ConfigError(
-            f"inner_layers: {block} of {type(module).__name__} has no linear map; leave inner_layers off"
+            f"inner_layers: {block} of {type(module).__name__} has no linear map that gives the {width} "
+            "numbers that enter the output layer; leave inner_layers off"
         )
     return f"{block}.{maps[-1]}"
 

@@ -13,20 +13,32 @@ from parts.learning.arms import Arm
 from parts.methods.report import Record, interval
 
 MARKERS = "<!-- benchmarks/learning.py: begin -->", "<!-- benchmarks/learning.py: end -->"
-COLUMNS = ("arm", "acc. %", "± 95 %", "loss", "seeds", "steps", "s")
+COLUMNS = ("arm", "acc. %", "± 95 %", "vs fit", "loss", "seeds", "steps", "s")
+BESIDE = "fit"  # the arm whose runs of the same seeds each other's are compared with
 
 Line = tuple[str, Arm, list[Record]]  # task, arm, its runs by seed
 
 
-def _cells(arm: Arm, runs: Sequence[Record]) -> list[str]:
+def _cells(arm: Arm, runs: Sequence[Record], beside: Sequence[Record]) -> list[str]:
     mean, half = interval([run["accuracy"] for run in runs])
     losses = [run["loss"] for run in runs if run["loss"] is not None]
     loss = f"{statistics.mean(losses):.3f}" if len(losses) == len(runs) else "not finite"
     return [
-        arm.name, f"{100 * mean:.1f}", "" if half is None else f"{100 * half:.1f}", loss, str(len(runs)),
+        arm.name, f"{100 * mean:.1f}", "" if half is None else f"{100 * half:.1f}", _more(runs, beside),
+        loss, str(len(runs)),
         f"{statistics.mean(run['steps_made'] for run in runs):.0f}",
         f"{statistics.mean(run['seconds'] for run in runs):.0f}",
     ]  # fmt: skip
+
+
+def _more(runs: Sequence[Record], beside: Sequence[Record]) -> str:
+    """Returns by how many points runs are ahead of others of the same seeds, which drew the same examples."""
+    theirs = {run["seed"]: run["accuracy"] for run in beside if beside is not runs}
+    more = [run["accuracy"] - theirs[run["seed"]] for run in runs if run["seed"] in theirs]
+    if not more:
+        return ""
+    mean, half = interval(more)
+    return f"{100 * mean:+.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
 
 
 def _rows(lines: Sequence[Line], task: str) -> list[list[str]]:
@@ -36,7 +48,8 @@ def _rows(lines: Sequence[Line], task: str) -> list[list[str]]:
     mean, half = interval([run["accuracy"] for run in zeros])
     first = ["zero-shot", f"{100 * mean:.1f}", "" if half is None else f"{100 * half:.1f}"]
     rows = [[*first, *[""] * (len(COLUMNS) - 3)]]
-    return rows + [_cells(arm, runs) for arm, runs in of_task if arm.name != "zero-shot"]
+    beside = next((runs for arm, runs in of_task if arm.name == BESIDE), [])
+    return rows + [_cells(arm, runs, beside) for arm, runs in of_task if arm.name != "zero-shot"]
 
 
 def tasks_of(lines: Sequence[Line]) -> list[str]:
