@@ -27,6 +27,11 @@ LORA_RANK = 8  # default of `rank` under adapter lora
 ADAMS = "tezo-adam, tezo-adam-coef, mezo-adam"
 
 
+def _first_of(odd: dict[str, bool]) -> str | None:
+    """Returns the first field that is set otherwise than it may be."""
+    return next((name for name, is_odd in odd.items() if is_odd), None)
+
+
 class TezoConfig(BaseModel):
     """The `tezo` block. Every field has an override of the same name on the command line."""
 
@@ -355,10 +360,10 @@ class TezoConfig(BaseModel):
                 "branch_chunk": self.branch_chunk > 0, "memory_budget": self.memory_budget is not None,
                 "clip_kappa": self.clip_kappa is not None, "normalize": self.normalize != "none",
             }  # fmt: skip
-            if wrong := [name for name, is_odd in odd.items() if is_odd]:
+            if wrong := _first_of(odd):
                 raise ValueError(
-                    f"{wrong[0]}: {self.method} needs all branches of a step in one fused forward, the same "
-                    f"on every rank; leave {wrong[0]} as it is by default"
+                    f"{wrong}: {self.method} needs all branches of a step in one fused forward, the same "
+                    f"on every rank; leave {wrong} as it is by default"
                 )
         return self
 
@@ -383,10 +388,10 @@ class TezoConfig(BaseModel):
             "refresh_every": self.refresh_every > 0, "rank": self.rank == AUTO, "include": self.chooses,
             "probe": self.probe == "inplace", "output_layer": self.output_layer != "frozen",
         }  # fmt: skip
-        if wrong := [name for name, is_odd in odd.items() if is_odd]:
+        if wrong := _first_of(odd):
             raise ValueError(
-                f"{wrong[0]}: is for weights that change, which are frozen beside an adapter "
-                f"{self.adapter}; leave {wrong[0]} as it is by default"
+                f"{wrong}: is for weights that change, which are frozen beside an adapter "
+                f"{self.adapter}; leave {wrong} as it is by default"
             )
         return self
 

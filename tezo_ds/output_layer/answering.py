@@ -23,7 +23,7 @@ from tezo_ds.losses.objective import Objective
 from tezo_ds.models.structure import is_masked_lm
 from tezo_ds.output_layer.columns import Answers
 from tezo_ds.output_layer.inner import InnerLayer, directions
-from tezo_ds.trunk.outputs import hidden_of
+from tezo_ds.trunk.outputs import hidden_in, hidden_of
 from tezo_ds.trunk.stand_ins import replaced
 
 PUSH = 0.05  # ε over the length of the hidden state behind the block
@@ -55,7 +55,7 @@ class _Watched:
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.on:
-            self.given = next(iter((*args, *kwargs.values())))
+            self.given = hidden_in(args, kwargs)
 
     def _after(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         return None if self.push is None else output + self.push.to(output.dtype).view_as(output)

@@ -65,14 +65,17 @@ class Head:
     into b and leaves the problem as it is.
 
     Attributes:
-        variance: of each number of the states, float64 (d,).
         scale: mean square of the centred states.
+
+    Args:
+        hidden: states of this rank's examples, (n, d).
+        words: C.
+        mean, variance: of each number of the states over all ranks' examples, float64 (d,).
     """
 
     def __init__(self, hidden: Tensor, words: int, mean: Tensor, variance: Tensor) -> None:
         self._hidden, self._mean = hidden, mean.to(hidden.device)
         self.shape = (words, hidden.shape[1] + 1)
-        self.variance = variance
         self.scale = dot(variance, torch.ones_like(variance))
         # Variables in which a logistic loss, which curves by a quarter at most, curves alike all over.
         self.curves = torch.cat([variance, torch.ones(1).double()]).expand(self.shape) / 4
@@ -115,7 +118,7 @@ class Inner:
 
     def __init__(self, answers: Answers, rms: Tensor, size: float, states: float) -> None:
         self._answers = answers
-        self._last: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+        self._last: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
         floor = FLOOR * dot(rms, torch.ones_like(rms)) / len(rms)
         self.units = (rms + floor) * size
         self.units[self.units == 0] = 1  # nothing enters, or nothing answers
@@ -130,10 +133,10 @@ class Inner:
     def _known(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Returns inputs in their units, (k, width), and J, (k, C, K), of some examples in float64; the last
         that were asked for are at hand, as a solver asks for the same again and again."""
-        if not any(rows is known for known, _ in self._last):
+        if self._last is None or self._last[0] is not rows:
             inputs = self._answers.inputs[rows].double() / self.units.to(rows.device)
-            self._last = [(rows, (inputs, self._answers.responses[rows].double()))]
-        return self._last[0][1]
+            self._last = rows, (inputs, self._answers.responses[rows].double())
+        return self._last[1]
 
     def term(self, rows: Tensor, x: Tensor) -> Tensor:
         """Returns J A x, (k, C)."""

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tezo_ds.config.block import AUTO
 from tezo_ds.errors import ConfigError
 from tezo_ds.models.structure import embeddings, kind_of
 from tezo_ds.output_layer.newton import by_halves
 from tezo_ds.patterns import layers_of, numbered_layers
+from tezo_ds.trunk.outputs import hidden_in
 
 PREFIX, LEFT, RIGHT = "inner_layers.", ".left", ".right"
-AUTO = "auto"
 DEPTHS = (1 / 2, 2 / 3, 5 / 6)  # of the blocks that `auto` tries
 
 
@@ -38,13 +39,17 @@ class InnerLayer:
         block: the transformer block that it is in.
         layer: the linear map.
         term: U (m, K) and A (K, n), float32; None: nothing is added.
-        off: whether nothing is added for the moment.
+
+    Args:
+        off: tells whether nothing is added for the moment.
     """
 
-    def __init__(self, path: str, block: nn.Module, layer: nn.Module) -> None:
-        self.path, self.block, self.layer = path, block, layer
+    def __init__(
+        self, path: str, block: nn.Module, layer: nn.Module, off: Callable[[], bool]
+    ) -> None:
+        self.path, self.block, self.layer, self._off = path, block, layer, off
         self.term: tuple[Tensor, Tensor] | None = None
-        self.off = self._attached = False
+        self._attached = False
         self._placed: tuple[Any, Tensor, Tensor] | None = None
 
     @property
@@ -71,10 +76,9 @@ class InnerLayer:
     def _around(self, project: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
             y = project(*args, **kwargs)
-            if self.off or self.term is None:
+            if self._off() or self.term is None:
                 return y
-            (x,) = (*args, *kwargs.values())
-            return self._added(x, y)
+            return self._added(hidden_in(args, kwargs), y)
 
         return forward
 
@@ -149,10 +153,11 @@ class InnerLayers:
 
     Args:
         module: the model.
+        off: tells whether nothing is added for the moment.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module, off: Callable[[], bool] = lambda: False) -> None:
+        self._module, self._off = module, off
         self._known: dict[str, InnerLayer] = {}
 
     def of_blocks(self, chosen: str) -> list[InnerLayer]:
@@ -167,7 +172,7 @@ class InnerLayers:
     def _of(self, path: str, block: str) -> InnerLayer:
         if path not in self._known:
             modules = self._module.get_submodule(block), self._module.get_submodule(path)
-            self._known[path] = InnerLayer(path, *modules)
+            self._known[path] = InnerLayer(path, *modules, self._off)
         return self._known[path]
 
     @property
@@ -208,8 +213,3 @@ class InnerLayers:
         raise ConfigError(
             f"inner_layers: {type(self._module).__name__} has no {path}; use the run's own model"
         )
-
-    def turn(self, off: bool) -> None:
-        """Turns all terms off or on."""
-        for inner in self._known.values():
-            inner.off = off

@@ -17,6 +17,7 @@ from tezo_ds.output_layer.columns import Answers
 from tezo_ds.output_layer.fit import States
 from tezo_ds.output_layer.inner import InnerLayer
 from tezo_ds.output_layer.language import TokenStates
+from tezo_ds.trunk.outputs import hidden_in
 
 Batches = Iterable[tuple[Mapping[str, Any], Tensor]]
 Of = Callable[[Tensor, Tensor], Tensor]
@@ -42,7 +43,7 @@ class _Seen:
         stack.callback(after.remove)
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.hidden = next(iter((*args, *kwargs.values())))  # (B, T, d)
+        self.hidden = hidden_in(args, kwargs)  # (B, T, d)
         if len(self._words) > len(self.rows):
             self._know_rows()
 

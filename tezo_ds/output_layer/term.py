@@ -55,7 +55,7 @@ class OutputTerm:
     def __init__(self, sharding: Sharding) -> None:
         self._sharding = sharding
         self.layer = embeddings(sharding.module, "output")
-        self.inner = InnerLayers(sharding.module)
+        self.inner = InnerLayers(sharding.module, lambda: self._off)
         self._loaded: dict[str, Tensor] = {}
         self._placed: tuple[Any, ...] | None = (
             None  # ((device, dtype), tokens, weight, bias, basis or None)
@@ -135,12 +135,10 @@ class OutputTerm:
     def off(self) -> Iterator[None]:
         """Context manager: nothing is added inside, in inner layers neither."""
         self._off = True
-        self.inner.turn(off=True)
         try:
             yield
         finally:
             self._off = False
-            self.inner.turn(off=False)
 
     def refuse_unfit(self) -> None:
         """Raises ConfigError unless the model's output layer can have a term at all."""

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from tezo_ds.config import TezoConfig
+from tezo_ds.config.block import AUTO
 from tezo_ds.models.structure import embeddings
 from tezo_ds.output_layer.fit import CHUNK
-from tezo_ds.output_layer.inner import AUTO, InnerLayers
+from tezo_ds.output_layer.inner import InnerLayers
 from tezo_ds.output_layer.language import CHUNK_NUMEL
 from tezo_ds.output_layer.lbfgs import PAIRS
 from tezo_ds.plan.job import Job

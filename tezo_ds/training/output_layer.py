@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tezo_ds.config.block import AUTO
 from tezo_ds.errors import ConfigError
 from tezo_ds.files.tensors import digest
 from tezo_ds.output_layer.answering import refuse_unfit as refuse_no_inner
 from tezo_ds.output_layer.choosing import FOLD
 from tezo_ds.output_layer.fit import Fitted, States, fit, held_out
-from tezo_ds.output_layer.inner import AUTO, tensors_of
+from tezo_ds.output_layer.inner import tensors_of
 from tezo_ds.output_layer.language import fit_tokens
 from tezo_ds.output_layer.states import Batches, collect, collect_tokens
 from tezo_ds.output_layer.term import BASIS, BIAS, TOKENS, WEIGHT, due_by
