@@ -4,8 +4,8 @@ SmolLM2-135M-Instruct on four tasks (see parts/methods/data.py), by `tezo-ds tra
 run, one thread. An arm is a head (frozen, bias, fit or inner, see docs/output-layer.md) and a method's
 steps behind it, or none. A run makes as many steps as fit into the budget, what the head takes
 included, at the pace that two pilot runs of the arm had; processor seconds count, so a busy machine changes
-little. Each method's rate is the best of a few on validation examples of TREC, by loss, and is what all
-other tasks get, too.
+little. Each method's rate is the best on validation examples of TREC, by loss, of rates ten times apart that
+are tried until the best has a worse one on either side; all other tasks get it, too.
 
     python benchmarks/learning.py                                       all; many hours
     python benchmarks/learning.py --tasks trec --arms bias fit --seeds 3
@@ -38,8 +38,10 @@ from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 TUNED_ON, TUNING_SEED = "trec", 0
-FACTORS = (1.0, 10.0, 100.0)  # of the rates in STEPS
+FIRST_FACTORS = (1.0, 10.0)  # of the rates in STEPS; further ones, while the best lies at an end
+MOST_FACTORS = 6
 PILOTS = (1, 5)  # steps
+PILOT_EXAMPLES, TUNING_EXAMPLES = 16, 200  # to test with, at most
 DEFAULT_ARMS = [
     *HEADS, *(f"{head}+{steps}" for steps in STEPS for head in HEADS)
 ]  # fmt: skip
@@ -77,22 +79,29 @@ class Benchmark:
         return {
             "task": task, "arm": arm.name, "budget": args.budget if arm.steps != NONE else 0,
             "examples": args.examples, "test_examples": args.test_examples, "include": args.include,
+            **({"batch_size": args.batch_size} if args.batch_size else {}),
         }  # fmt: skip
 
     def _tuned(self, arm: Arm) -> float:
         """Returns the factor of a method's rate that validates best on one task, by loss."""
         if arm.steps in (NONE, "tezo-gn"):  # which has no rate to speak of
             return 1.0
-        losses = {}
-        for factor in FACTORS:
-            key = {**self._common(TUNED_ON, arm), "role": "tune", "factor": factor}
-            record = self._results.find(key)
-            if record is None:
-                record = {**key, **self._trained(TUNED_ON, arm, TUNING_SEED, factor, "valid")}
-                self._results.add(record)
-                self._tell(f"{TUNED_ON}, {arm.name}, rate times {factor:g}", record)
-            losses[factor] = math.inf if record["loss"] is None else record["loss"]
+        losses: dict[float, float] = {}
+        wanted: float | None = FIRST_FACTORS[0]
+        while wanted is not None and len(losses) < MOST_FACTORS:
+            losses[wanted] = self._validated(arm, wanted)
+            wanted = next_factor(losses)
         return min(losses, key=lambda factor: losses[factor])
+
+    def _validated(self, arm: Arm, factor: float) -> float:
+        """Returns the validation loss at a factor of the rate, infinite where it is not finite."""
+        key = {**self._common(TUNED_ON, arm), "role": "tune", "factor": factor}
+        record = self._results.find(key)
+        if record is None:
+            record = {**key, **self._trained(TUNED_ON, arm, TUNING_SEED, factor, "valid")}
+            self._results.add(record)
+            self._tell(f"{TUNED_ON}, {arm.name}, rate times {factor:g}", record)
+        return math.inf if record["loss"] is None else float(record["loss"])
 
     def _steps(self, task: str, arm: Arm) -> int:
         """Returns how many steps the budget has room for, by two pilot runs and one without the arm."""
@@ -103,17 +112,23 @@ class Benchmark:
             key = {**self._common(task, Arm(head, arm.steps)), "role": "pilot", "steps": steps}
             record = self._results.find(key)
             if record is None:
-                record = {**key, **self._call(task, Arm(head, arm.steps), 0, 1.0, "valid", steps)}
+                record = {
+                    **key,
+                    **self._call(
+                        task, Arm(head, arm.steps), 0, 1.0, "valid", steps, PILOT_EXAMPLES
+                    ),
+                }
                 self._results.add(record)
             taken.append(record["seconds"])
         pace = max(0.01, (taken[1] - taken[0]) / (PILOTS[1] - PILOTS[0]))
         return max(1, int((self._args.budget - max(0.0, taken[0] - taken[2])) / pace))
 
     def _trained(self, task: str, arm: Arm, seed: int, factor: float, split: str) -> Record:
-        return self._call(task, arm, seed, factor, split, self._steps(task, arm))
+        most = TUNING_EXAMPLES if split == "valid" else self._args.test_examples
+        return self._call(task, arm, seed, factor, split, self._steps(task, arm), most)
 
     def _call(
-        self, task: str, arm: Arm, seed: int, factor: float, split: str, steps: int
+        self, task: str, arm: Arm, seed: int, factor: float, split: str, steps: int, most: int
     ) -> Record:
         """Makes one run in a process of its own, and returns what it found."""
         args = self._args
@@ -122,10 +137,10 @@ class Benchmark:
             words = [sys.executable, "-m", "tezo_ds", "train", *self._data(task, split)]
             words += arm.flags(factor, {
                 "model": args.model, "objective": "choices", "seed": seed, "steps": max(1, steps),
-                "test_examples": args.test_examples, "output_layer_examples": args.examples,
+                "test_examples": min(most, args.test_examples), "output_layer_examples": args.examples,
                 "max_length": args.max_length, "output": out, "no_save_model": True, "check_every": 0,
                 "snapshot_every": 0,
-            })  # fmt: skip
+            }, args.batch_size)  # fmt: skip
             for pattern in args.include if arm.steps != NONE else ["last:1"]:
                 words += ["--include", pattern]
             if arm.steps == NONE:
@@ -174,6 +189,17 @@ class Benchmark:
                     yield task, arm, found
 
 
+def next_factor(losses: dict[float, float]) -> float | None:
+    """Returns the factor to try after those whose losses are known, or None where the best has neighbours."""
+    untried = [factor for factor in FIRST_FACTORS if factor not in losses]
+    if untried:
+        return untried[0]
+    best = min(losses, key=lambda factor: losses[factor])
+    if best == max(losses) and math.isfinite(losses[best]):
+        return best * 10
+    return min(losses) / 10 if best == min(losses) else None
+
+
 def _processor_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
@@ -190,6 +216,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--include", nargs="+", default=["last:3"], help="what the steps train")
     add("--examples", type=int, default=1000, help="training examples of a fit, drawn by the seed")
     add("--test-examples", type=int, default=400)
+    add("--batch-size", type=int, help="of all methods; each its own by default")
     add("--max-length", type=int, default=64)
     add("--model", default=str(ROOT / ".cache/quickstart/SmolLM2-135M-Instruct"))
     add("--cache", type=Path, default=ROOT / ".cache/methods", help="of the data")
@@ -221,7 +248,17 @@ def main(words: Sequence[str] | None = None) -> None:
 def command(args: argparse.Namespace) -> str:
     """Returns the command that makes the same runs again."""
     parser, words = arguments(), ["python benchmarks/learning.py"]
-    for name in ("tasks", "arms", "budget", "seeds", "include", "examples", "test_examples"):
+    names = (
+        "tasks",
+        "arms",
+        "budget",
+        "seeds",
+        "include",
+        "examples",
+        "test_examples",
+        "batch_size",
+    )
+    for name in names:
         value = getattr(args, name)
         if value != parser.get_default(name):
             given = " ".join(value) if isinstance(value, list) else str(value)

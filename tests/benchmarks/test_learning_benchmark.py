@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +26,7 @@ class Told(learning.Benchmark):
     calls: ClassVar[list[tuple[str, str, int, float, str, int]]] = []
 
     def _call(
-        self, task: str, arm: Arm, seed: int, factor: float, split: str, steps: int
+        self, task: str, arm: Arm, seed: int, factor: float, split: str, steps: int, most: int
     ) -> dict[str, Any]:
         self.calls.append((task, arm.name, seed, factor, split, steps))
         seconds = 10.0 + 2 * max(1, steps) + 30 * (arm.head == "fit")
@@ -69,6 +71,18 @@ def test_budgets_count_what_a_fit_takes_and_finished_runs_are_kept(
     assert "| fit | 51.5 | 6.4 |  | " in text and "here, 2 cores" in text
     assert text.startswith("before") and text.endswith("after")
     assert page.with_suffix(".png").stat().st_size > 1000
+
+
+def test_rates_are_tried_until_the_best_has_a_worse_one_on_either_side() -> None:
+    def tried(loss_of: Callable[[float], float]) -> list[float]:
+        losses: dict[float, float] = {}
+        while (factor := learning.next_factor(losses)) is not None and len(losses) < 9:
+            losses[factor] = loss_of(factor)
+        return list(losses)
+
+    assert tried(lambda f: abs(f - 1000)) == [1, 10, 100, 1000, 10000]
+    assert tried(lambda f: abs(f - 1)) == [1, 10, 0.1]
+    assert tried(lambda f: math.inf if f >= 1 else abs(f - 0.1)) == [1, 10, 0.1, 0.01]
 
 
 def test_every_arm_is_a_command_line_that_train_takes() -> None:

@@ -60,11 +60,15 @@ class Arm:
         parts = [part for part in (self.head, self.steps) if part not in ("frozen", NONE)]
         return " + ".join(parts) or "zero-shot"
 
-    def flags(self, factor: float, common: dict[str, Any]) -> list[str]:
-        """Returns the command line's flags, with the rate times a factor."""
+    def flags(
+        self, factor: float, common: dict[str, Any], batch_size: int | None = None
+    ) -> list[str]:
+        """Returns the command line's flags: the rate times a factor and, if given, another batch size."""
         fields = {**common, **HEADS[self.head], **{**STEPS, **OTHERS}.get(self.steps, {})}
         if "lr" in fields:
             fields["lr"] = float(f"{fields['lr'] * factor:.3g}")
+        if batch_size is not None and self.steps != NONE:
+            fields["batch_size"] = batch_size
         if self.head == "frozen":
             fields.pop("output_layer_examples", None)
         words = []
