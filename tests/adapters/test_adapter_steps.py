@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_oracle import PUBLISHED, RUN, assert_the_oracle, oracle
+from adapter_oracle import (
+    PUBLISHED,
+    RUN,
+    assert_the_oracle,
+    batch_of,
+    gauss_newton,
+    oracle,
+    parameters_of,
+)
 from tiny import make_batch, tiny
 from torch import nn
 
@@ -40,6 +48,24 @@ def test_the_oracles_run(name: str) -> None:
     assert_the_oracle(engine, oracle(method, fields), 0, 1, close=1e-5)  # norms are in float32
     after = dict(engine.sharding.module.named_parameters())
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", [PUBLISHED, {"adapter": "lora", "rank": 3}], ids=["tt", "lora"])
+def test_solved_steps_are_the_oracles(kind: dict[str, Any]) -> None:
+    fields = {**RUN, **kind, "method": "tezo-gn", "lr": 1.0, "queries": 4, "damping": 0.2}
+    engine = tezo_ds.initialize(tiny().double(), fields)
+    start = parameters_of(engine)
+    reports = [engine.step(batch_of(step)) for step in range(6)]
+    assert {len(report.kappa) for report in reports} == {4, 5}, "the last step is a direction, too"
+    found, expected = parameters_of(engine), gauss_newton(fields, 0.2, (0.25, 0.5, 1.0))
+    moved = max(float((expected[name] - start[name]).abs().max()) for name in start)
+    assert moved > 1e-3
+    for name, theirs in expected.items():
+        torch.testing.assert_close(found[name], theirs, rtol=0, atol=1e-4 * moved)
+    again = tezo_ds.initialize(tiny().double(), fields)
+    for report in reports:
+        again.replay(report.step, report.kappa, report.lr, report.rho, report.solved)
+    assert all(torch.equal(again.state()[k], part) for k, part in engine.state().items())
 
 
 ATTENTION, FEED_FORWARD = "self_attn.o_proj", "mlp.down_proj"
@@ -210,8 +236,8 @@ class Blocks(Bare):
         (tiny, {"tt_rank": 0}, "tt_rank: Input should be greater than or equal to 1 (got 0)"),
         (tiny, {"adapter": "lora", "rank": 0}, "rank: Input should be greater than or equal to 1"),
         (tiny, {"adapter": "lora", "rank": "auto"}, "rank: is for weights that change"),
-        (tiny, {"method": "mezo"}, "adapter: tt is for tezo, tezo-m and tezo-adam-coef"),
-        (tiny, {"method": "tezo-gn"}, "not for method tezo-gn"),
+        (tiny, {"method": "mezo"}, "adapter: tt is for tezo, tezo-m, tezo-adam-coef"),
+        (tiny, {"method": "tezo-adam"}, "and tezo-gn, not for method tezo-adam"),
         (tiny, {"refresh_every": 2}, "refresh_every: is for weights that change"),
         (tiny, {"include": ["auto"]}, "include: is for weights that change"),
         (tiny, {"probe": "inplace"}, "probe: is for weights that change"),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import gauss_newton_oracle
 import torch
 from tiny import make_batch, tiny
 from torch import Tensor, nn
@@ -105,6 +106,24 @@ def _run(method: str, tied: bool, items: tuple[tuple[str, Any], ...]) -> tuple[R
 def oracle(method: str, fields: dict, tied: bool = True) -> tuple[Record, ...]:
     """Returns the records of the oracle's run of a float64 model, of every example."""
     return _run(method, tied, tuple(sorted(fields.items())))
+
+
+def gauss_newton(fields: dict, damping: float, scales: tuple[float, ...]) -> dict[str, Tensor]:
+    """Returns the parameters after 6 steps of tezo-gn, by its own oracle."""
+    start = parameters_of(tezo_ds.initialize(tiny().double(), fields))
+    model = tiny().double()
+
+    def logits(step: int, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        batch = batch_of(step)
+        labels = batch["labels"][:, 1:].flatten()
+        with torch.no_grad(), wrapped(model, parameters, fields):
+            found = model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1].flatten(0, 1)
+        return found[labels != -100], labels[labels != -100]
+
+    *_, (last, _) = gauss_newton_oracle.run(
+        start, logits, 6, fields["queries"], None, fields["seed"], fields["rho"], damping, scales
+    )
+    return last
 
 
 def assert_the_oracle(

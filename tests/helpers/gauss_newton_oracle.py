@@ -19,7 +19,7 @@ def run(
     logits: Callable[[int, Weights], tuple[Tensor, Tensor]],
     steps: int,
     queries: int,
-    rank: int,
+    rank: int | None,
     seed: int,
     rho: float,
     damping: float,
@@ -30,11 +30,11 @@ def run(
     """Takes steps from `weights`, which are left as they are, and yields weights and biases after each.
 
     Args:
-        weights: matrices by name.
+        weights: matrices by name, or an adapter's parameters.
         logits: (step, weights) -> (logits of all labelled positions (n, words), their labels (n,)).
         steps: number of steps.
         queries: Q.
-        rank, seed: of the factors.
+        rank, seed: of the factors; None: directions are dense normals, as an adapter's.
         rho: ρ.
         damping: δ.
         scales: scales of the step that are tried, beside 0.
@@ -42,13 +42,16 @@ def run(
         words: number of words, if they have biases, 0 at first, that each step moves as well.
     """
     W = {name: w.detach().to("cpu", torch.float64, copy=True) for name, w in weights.items()}
-    bias, last, D = torch.zeros(words).double(), None, rank * len(W)
+    widths = {name: w.numel() if rank is None else rank for name, w in W.items()}
+    bias, last, D = torch.zeros(words).double(), None, sum(widths.values())
     for step in range(steps):
         drawn = [
-            {name: tau(name, rank, seed, step, q).double() for name in W} for q in range(queries)
+            {name: tau(name, widths[name], seed, step, q).double() for name in W}
+            for q in range(queries)
         ]
         directions = ([last] if recall and last else []) + drawn  # coefficients by name
-        Z = [{name: _matrix(name, W[name], of[name], seed) for name in W} for of in directions]
+        spread = _matrix if rank is not None else lambda name, weight, of, seed: of.view_as(weight)
+        Z = [{name: spread(name, W[name], of[name], seed) for name in W} for of in directions]
 
         def at(
             shift: Weights, scale: float, lean: Tensor, here: Weights = W, now: int = step

@@ -379,10 +379,10 @@ class TezoConfig(BaseModel):
     def _adapter_goes_with(self) -> TezoConfig:
         if self.adapter == "none":
             return self
-        if not self.facts.learns_coefficients or self.facts.solves:
+        if not self.facts.learns_coefficients:
             raise ValueError(
-                f"adapter: {self.adapter} is for tezo, tezo-m and tezo-adam-coef (SGD, momentum and Adam on "
-                f"its parameters), not for method {self.method}"
+                f"adapter: {self.adapter} is for tezo, tezo-m, tezo-adam-coef (SGD, momentum and Adam on its "
+                f"parameters) and tezo-gn, not for method {self.method}"
             )
         odd = {
             "refresh_every": self.refresh_every > 0, "rank": self.rank == AUTO, "include": self.chooses,
