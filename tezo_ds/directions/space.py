@@ -77,7 +77,8 @@ class CoefficientSpace:
     def _drawer(self, names: list[str], width: int) -> tuple[Tensor, Tensor, Tensor, int]:
         """Returns key words (names,) and columns of D (names * width,) of parameters of one width."""
         keys = torch.tensor([derive_key(self.seed, name, "tau") for name in names])
-        columns = torch.cat([torch.arange(self.numel)[self.slices[name]] for name in names])
+        parts = [self.slices[name] for name in names]
+        columns = torch.cat([torch.arange(part.start, part.stop) for part in parts])
         return keys[:, 0], keys[:, 1], columns, width
 
     def taus(self, step: int, directions: Sequence[int]) -> Tensor:
