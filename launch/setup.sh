@@ -44,6 +44,8 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         die "$python has no venv module; install it (Debian, Ubuntu: apt-get install python3-venv)"
     say "making $venv with $("$python" --version)"
     "$python" -m venv --clear "$venv"
+    "$venv/bin/python" -m pip install -qq --upgrade pip || # newer ones install in half the time
+        say "going on with pip as it is, as it could not be upgraded"
 elif ! new_enough "$venv/bin/python"; then
     die "$venv has a Python older than 3.10; remove that folder and run again"
 fi

@@ -5,9 +5,9 @@
 #   launch/test.sh --fast              the tests that take one process and no more than seconds
 #   launch/test.sh tests/rng/test_rng.py   anything else goes to pytest
 #
-# Two things at a time, as each is a pytest of its own and takes about a core: the tests that start real launchers,
-# which mostly import and wait; beside them those that take one process; and once either have ended, the worlds of
-# ranks (tests/helpers/worlds.py). More at a time are slower on two cores, as they take turns at them.
+# Pytests beside each other, for two cores: the tests that start real launchers, those of them that wait for most of
+# their time, and those that take one process; once the first of these three has ended, the worlds of ranks
+# (tests/helpers/worlds.py), whose processes fill the gaps that the others leave.
 set -euo pipefail
 
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -48,9 +48,11 @@ if [[ "${1:-}" == --fast ]]; then
 else
     # Compiles the libraries' modules once, if that was not done yet, instead of in each process.
     PYTHONPATH=tests/helpers "$bin/python" -c "import fault_imports" >"$logs/imports" 2>&1 || cat "$logs/imports"
-    names+=(launches worlds)
-    mapfile -t launching < <(grep -rl launches tests --include='test_*.py') # quicker than to collect all
-    behind launches first tests -m launches "${launching[@]}"
+    names+=(waits launches worlds)
+    mapfile -t waiting < <(grep -rl mark.waits tests --include='test_*.py') # quicker than to collect all
+    mapfile -t launching < <(grep -rl mark.launches tests --include='test_*.py')
+    behind waits first tests -m waits "${waiting[@]}"
+    behind launches first tests -m "launches and not waits" "${launching[@]}"
     behind worlds worlds
     first tests -m "not launches and not world" tests || failed+=("one process")
 fi

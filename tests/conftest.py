@@ -44,6 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
         OtherKernels(kernels).__enter__()  # until the process ends
     for line in (
         "launches: starts processes that take all cores",
+        "waits: a launch that waits for most of its time",
         "world: a case of tests/helpers/worlds.py",
         "slow: takes some seconds; launch/test.sh --fast leaves it out",
     ):
@@ -102,7 +103,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         if isinstance(item, WorldCase):
             asked.setdefault(item.size, []).append(item.case.name)
     if not session.config.option.collectonly:
-        order = sorted(asked, key=lambda size: len(asked[size]), reverse=True)
+        # Small worlds last, when nothing else runs that would fill the gaps of large ones.
+        order = sorted(asked, reverse=True)
         background = worlds.Background({size: asked[size] for size in order})
         session.config.stash[BACKGROUND] = background
     gc.freeze()  # what is imported by now is no garbage, and most of what collections would go through

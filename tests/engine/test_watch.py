@@ -134,6 +134,7 @@ main()
 
 
 @pytest.mark.launches
+@pytest.mark.waits
 def test_a_run_whose_replicas_differ_ends_with_whole_files(given: Given, tmp_path: Path) -> None:
     (tmp_path / "spoilt.py").write_text(SPOILT)
     run = Run(tmp_path / "run")

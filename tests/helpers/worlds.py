@@ -6,7 +6,7 @@ A case is a function of a `World` in tests/ROOM/world_*.py, decorated with `@cas
 runs it and any rank's exception fails it. conftest.py makes a test of each case and size.
 `python tests/helpers/worlds.py SIZE FOLDER` starts the ranks of one size, runs the cases that
 FOLDER/cases.json names and leaves one JSON line a case and rank, and in FOLDER/log what they printed. Of more
-sizes, each with its folder, two run at a time, as the ranks of one mostly wait for each other.
+worlds, each with its folder, two run at a time, as the ranks of one mostly wait for each other.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = tuple(sorted((ROOT / "tests").glob("*/world_*.py")))
-TIMEOUT = 900  # seconds for all cases of one size, beside other tests
+TIMEOUT = 900  # seconds for all cases of one world, beside other tests
 GRACE = 10  # seconds for the other ranks, once one has failed
-LANES = 2  # sizes at a time
+LANES = 2  # worlds at a time
+MOST = 40  # cases of one world, so that both lanes end at about the same time
 ONCE = "TEZO_TEST_ONCE"  # variable: where what `once` makes is kept
 
 
@@ -93,10 +94,13 @@ class Background:
             asked: names of cases by the size of their world; the first sizes run first.
         """
         self._temporary = tempfile.TemporaryDirectory()
-        self._folders = {size: Path(self._temporary.name, str(size)) for size in asked}
-        for size, folder in self._folders.items():
-            folder.mkdir()
-            (folder / "cases.json").write_text(json.dumps(asked[size]))
+        self._folders: dict[Path, int] = {}  # sizes of worlds by their folders
+        for size, names in asked.items():
+            for first in range(0, len(names), MOST):
+                folder = Path(self._temporary.name, f"{size}-{first}")
+                folder.mkdir()
+                (folder / "cases.json").write_text(json.dumps(names[first : first + MOST]))
+                self._folders[folder] = size
         self._process: subprocess.Popen[bytes] | None = None
         if self._folders:
             self._process = self._start()
@@ -105,12 +109,15 @@ class Background:
         """Returns the errors of each case ([] where all ranks passed), once the worlds have ended."""
         assert self._process is not None
         self._process.wait()
-        return _errors(size, self._folders[size])
+        errors: dict[str, list[str]] = {}
+        for folder in (folder for folder, of in self._folders.items() if of == size):
+            errors |= _errors(size, folder)
+        return errors
 
     def seconds(self) -> dict[str, float]:
         """Returns how long each case that ended took its slowest rank, by name and size."""
         took: dict[str, float] = {}
-        for size, folder in self._folders.items():
+        for folder, size in self._folders.items():
             for line in _lines(folder):
                 name = f"{line['case']}[{size}]"
                 took[name] = max(took.get(name, 0.0), line["seconds"])
@@ -129,7 +136,7 @@ class Background:
         env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
         env[ONCE] = str(kept)
         words: list[str | Path] = [sys.executable, __file__]
-        for size, folder in self._folders.items():
+        for folder, size in self._folders.items():
             words += [str(size), folder]
         return subprocess.Popen(words, env=env, start_new_session=True)
 
@@ -239,7 +246,7 @@ def _one_world(size: int, folder: Path, first: int, deadline: float) -> None:
 
 
 def _lane(todo: multiprocessing.SimpleQueue[tuple[int, Path] | None]) -> None:
-    """Runs one size after the other, each as it comes out of the queue, until None does."""
+    """Runs one world after the other, each as it comes out of the queue, until None does."""
     failed = False
     while (one := todo.get()) is not None:
         size, folder = one
@@ -248,7 +255,7 @@ def _lane(todo: multiprocessing.SimpleQueue[tuple[int, Path] | None]) -> None:
             os.dup2(log.fileno(), 2)
         try:
             _run(size, folder)
-        except Exception:  # the other sizes run all the same
+        except Exception:  # the others run all the same
             traceback.print_exc()
             failed = True
     sys.exit(failed)

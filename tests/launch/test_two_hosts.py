@@ -26,6 +26,7 @@ REASON = why_not()
 pytestmark = [
     pytest.mark.skipif(REASON is not None, reason=REASON or ""),
     pytest.mark.launches,
+    pytest.mark.waits,
 ]
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests" / "helpers" / "two_hosts.py"

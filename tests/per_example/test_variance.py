@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tezo_ds
 
-STEPS = 500
+STEPS = 300
 FIELDS = {"rank": 2, "rho": 1e-3, "lr": 0.0, "include": ("*q_proj*", "*down_proj*"), "seed": 3}
 
 

@@ -48,6 +48,7 @@ def until_done(ranks: Ranks, run: Path, steps: int) -> None:
 
 
 @pytest.mark.launches
+@pytest.mark.waits
 def test_a_rank_that_is_killed_loses_nothing(given: Given, tmp_path: Path) -> None:
     """A killed run resumes and loses nothing; another run in a folder that is in use is refused and harms
     nothing. The benchmark kills runs of all methods under ZeRO-3 and FSDP2."""

@@ -15,7 +15,7 @@ from torch.distributed import DistBackendError
 from tezo_ds.training.liveness import BEATS, Note, awaited, of_collective
 
 pytest_plugins = ("cli_fixtures",)
-pytestmark = pytest.mark.launches
+pytestmark = [pytest.mark.launches, pytest.mark.waits]
 
 STEP = 4  # in which the trouble comes
 SURVIVED = "look at its process and host, then start the same command to go on\n"
