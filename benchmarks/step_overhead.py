@@ -58,9 +58,9 @@ def mezo_step(
     weights = [parameters[matrix.name].data for matrix in engine.space.matrices]
 
     def move(seed: int, scale: float) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(weights[0].device).manual_seed(seed)
         for weight in weights:
-            weight.add_(torch.randn(weight.shape, generator=generator), alpha=scale)
+            weight.add_(torch.empty_like(weight).normal_(generator=generator), alpha=scale)
 
     def loss() -> float:
         loss_sum, count = engine.objective(batch, 1)
