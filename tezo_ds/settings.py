@@ -28,8 +28,8 @@ class Settings(BaseModel):
     )  # fmt: skip
     task: str = declared(
         ...,
-        "built-in task (trec, rotten-tomatoes, sst2, boolq, rte, cb), or a file of examples, which needs "
-        "--template",
+        "built-in task (trec, rotten-tomatoes, sst2, boolq, rte, cb), or a file of examples: for a "
+        "--template, or by its columns text, prompt and completion, messages, or instruction and output",
         group=DATA, example="reviews.jsonl",
     )  # fmt: skip
     data: str | None = declared(
@@ -55,6 +55,31 @@ class Settings(BaseModel):
     label_field: str | None = declared(
         None, "column that holds the label", group=DATA, example="sentiment"
     )
+    text_field: str | None = declared(
+        None,
+        "column of a file of texts, without a template; unset: text",
+        group=DATA,
+        example="body",
+    )
+    prompt_field: str | None = declared(
+        None, "column of prompts that have a completion, as texts or as messages; unset: prompt",
+        group=DATA, example="question",
+    )  # fmt: skip
+    completion_field: str | None = declared(
+        None, "column of completions, of a prompt or of a template; unset: completion", group=DATA,
+        example="answer",
+    )  # fmt: skip
+    messages_field: str | None = declared(
+        None,
+        "column of conversations; unset: messages or conversations",
+        group=DATA,
+        example="chat",
+    )
+    loss_on: Literal["completion", "all"] = declared(
+        "completion",
+        "what trains of prompts with completions and of conversations: the answers (completion), or all",
+        group=DATA, example="all",
+    )  # fmt: skip
     objective: Literal["lm", "choices"] = declared(
         "lm",
         "loss of an answer: lm, among all tokens; choices, among the task's words alone",

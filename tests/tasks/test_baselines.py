@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tezo_ds.tasks.baselines import majority_accuracy
-from tezo_ds.tasks.data import Example
+from tezo_ds.tasks.example import Example
 
 
 def of(labels: str) -> list[Example]:

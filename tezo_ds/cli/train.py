@@ -44,7 +44,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         from tezo_ds.intake.weights import agreed_fingerprint
         from tezo_ds.run import changed, resuming
         from tezo_ds.run.about import describe
-        from tezo_ds.tasks import encode, truncations
+        from tezo_ds.tasks import encode
         from tezo_ds.training import loop, session
         from tezo_ds.training.display import Display, quieten
         from tezo_ds.training.include_auto import Choice, choose_matrices, to_measure
@@ -95,7 +95,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         refuse_unfit(opened, saves)
         max_length = opened.settings.max_length
         examples = encode(opened.tokenizer, opened.task.train, max_length, opened.mask_token)
-        display.data(opened.task, truncations(examples), max_length)
+        display.data(opened.task, examples, max_length)
         choice = Choice()
         if chooses:
             choice = choose_matrices(opened, examples, options, config.trunk_cache, display)

@@ -28,7 +28,7 @@ from tezo_ds.run.terms import Terms, terms_of
 from tezo_ds.settings import Settings
 from tezo_ds.sharding.world import agreed
 from tezo_ds.tasks import Example
-from tezo_ds.tasks.encoding import Encoded
+from tezo_ds.tasks.encoded import Encoded
 
 # Settings that may change on resume, as config.FREE of the block.
 _FREE_SETTINGS = {
@@ -194,7 +194,12 @@ def _free(stored: Mapping[str, Any]) -> frozenset[str]:
 def fingerprint(examples: Sequence[Encoded]) -> str:
     """Returns a digest of the training examples, in their order."""
     return _hash(
-        (e.input_ids, e.label_start, *(() if e.mask is None else (e.label_end, e.mask)))
+        (
+            e.input_ids,
+            e.label_start,
+            *(() if e.mask is None else (e.label_end, e.mask)),
+            *(() if e.spans is None else e.spans),
+        )
         for e in examples
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from tezo_ds.tasks.data import Example
+from tezo_ds.tasks.example import Example
 
 
 def majority_accuracy(train: Sequence[Example], test: Sequence[Example]) -> float | None:

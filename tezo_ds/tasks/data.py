@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from tezo_ds.errors import DataError
+from tezo_ds.tasks.cells import check_column, is_missing, text_of
+from tezo_ds.tasks.example import Example
+from tezo_ds.tasks.formatted import asked_format, formatted
 from tezo_ds.tasks.reading import SUFFIXES, Table, find_splits, read_file, read_hub
 from tezo_ds.tasks.spec import BUILTIN_TASKS, TaskSpec
 from tezo_ds.tasks.unlabelled import unlabelled
-
-
-@dataclass(frozen=True)
-class Example:
-    """A filled-in prompt; label and answer (the label's word) are None in a language-model task."""
-
-    prompt: str
-    label: str | None
-    answer: str | None
 
 
 @dataclass
@@ -49,6 +42,11 @@ def load_task(
     template: str | None = None,
     verbalizers: Mapping[Any, str] | None = None,
     label_field: str | None = None,
+    text_field: str | None = None,
+    prompt_field: str | None = None,
+    completion_field: str | None = None,
+    messages_field: str | None = None,
+    loss_on: Literal["completion", "all"] = "completion",
     test_fraction: float = 0.2,
     train_examples: int | None = None,
     test_examples: int | None = None,
@@ -56,13 +54,17 @@ def load_task(
 ) -> TaskData:
     """Loads a task's examples, the same on all ranks, which may call this at the same time.
 
-    task: a name in BUILTIN_TASKS, or a .jsonl, .json or .csv file, which needs a `template`.
+    task: a name in BUILTIN_TASKS, or a .jsonl, .json or .csv file.
     data: for a built-in task, a folder with train.* and test.* or one file, in place of the hub.
     test_data: a test file. Without one (and without a test.*), `test_fraction` of the examples is
         held out: which ones depends on `seed` and each prompt only, not on the order of the rows.
     template, verbalizers, label_field: override the built-in's; see TaskSpec. For a file without
         verbalizers, the labels are themselves the words; if the file has no label column, or the
         template shows it, it is a language-model task.
+    text_field, prompt_field, completion_field, messages_field: columns of a file without a template,
+        where they are not called text, prompt, completion or messages; see `formats.format_of`. A template
+        may stand for the prompt of a completion.
+    loss_on: what trains of prompts with completions, and of conversations: the answers, or all.
     train_examples, test_examples: the most examples to take, chosen like the split.
 
     Raises DataError, in one line, for anything wrong with the names, the files or their rows.
@@ -72,11 +74,26 @@ def load_task(
     for name, count in (("train_examples", train_examples), ("test_examples", test_examples)):
         if count is not None and count < 1:
             raise DataError(f"{name} is {count}; it must be at least 1")
-    source = _source(task, data, test_data, template)
+    source = _source(task, data, test_data)
     tables = _read(task, source, test_data)
-    spec = _resolve_spec(task, tables, template, verbalizers, label_field)
-
-    splits = [_examples(table, spec) for table in tables]
+    fields = {
+        "text": text_field, "prompt": prompt_field, "completion": completion_field,
+        "messages": messages_field,
+    }  # fmt: skip
+    form = asked_format(task, tables[0], template, fields)
+    if form is None:
+        spec = _resolve_spec(task, tables, template, verbalizers, label_field)
+        splits = [_examples(table, spec) for table in tables]
+        note = unlabelled(spec, tables[0].columns)
+    else:
+        if verbalizers is not None or label_field is not None:
+            raise DataError(
+                f"{task}: is of {form.told()}, which have no labels; leave verbalizers and label_field out, "
+                "or give a template"
+            )
+        spec = TaskSpec(name=Path(task).stem, template=template or f"{{{form.columns[0]}}}")
+        splits = [formatted(table, spec, form, loss_on == "all") for table in tables]
+        note = form.told()
     unique = [_deduplicate(examples) for examples in splits]
     duplicates = sum(len(s) for s in splits) - sum(len(u) for u in unique)
     if len(tables) == 2:
@@ -87,10 +104,10 @@ def load_task(
         kept = train
     leaked = len(train) - len(kept)
     kept, test = _subset(kept, train_examples, seed), _subset(test, test_examples, seed)
-    return TaskData(spec, kept, test, duplicates, leaked, unlabelled(spec, tables[0].columns))
+    return TaskData(spec, kept, test, duplicates, leaked, note)
 
 
-def _source(task: str, data: str | None, test_data: str | None, template: str | None) -> str | None:
+def _source(task: str, data: str | None, test_data: str | None) -> str | None:
     """Returns the local file or folder to read; None for the hub."""
     if task in BUILTIN_TASKS:
         if data is None and test_data is not None:
@@ -103,8 +120,6 @@ def _source(task: str, data: str | None, test_data: str | None, template: str | 
         )
     if data is not None:
         raise DataError(f"data is given, but the task is itself a file ({task}); drop one of them")
-    if template is None:
-        raise DataError(f"{task}: a task from a file needs a template, such as '{{text}} It was'")
     return task
 
 
@@ -131,7 +146,7 @@ def _resolve_spec(
     given = {"template": template, "label_field": label_field}
     fields |= {name: value for name, value in given.items() if value is not None}
     if verbalizers is not None:
-        if any(isinstance(label, float) and _is_missing(label) for label in verbalizers):
+        if any(isinstance(label, float) and is_missing(label) for label in verbalizers):
             raise DataError(f"{task}: verbalizers: a label is missing (NaN); leave it out")
         fields["verbalizers"] = {str(label): word for label, word in verbalizers.items()}
     try:
@@ -152,14 +167,14 @@ def _labels_as_words(tables: list[Table], spec: TaskSpec, required: bool) -> dic
     column = spec.label_field
     if column not in tables[0].columns:
         if required:
-            _check_column(tables[0], column, "label_field")
+            check_column(tables[0], column, "label_field")
         return None
     if column in spec.columns:
         return None
     labels: set[str] = set()
     for table in tables:
-        _check_column(table, column, "label_field")
-        labels.update(_text(table, n, row, column) for n, row in enumerate(table.rows, 1))
+        check_column(table, column, "label_field")
+        labels.update(text_of(table, n, row, column) for n, row in enumerate(table.rows, 1))
     if len(labels) == 1:
         raise DataError(
             f"{tables[0].where}: all labels in column {column!r} are {labels.pop()!r};"
@@ -175,19 +190,19 @@ def _labels_as_words(tables: list[Table], spec: TaskSpec, required: bool) -> dic
 
 def _examples(table: Table, spec: TaskSpec) -> list[Example]:
     for column in spec.columns:
-        _check_column(table, column, "the template")
+        check_column(table, column, "the template")
     if spec.verbalizers is not None:
-        _check_column(table, spec.label_field, "label_field")
+        check_column(table, spec.label_field, "label_field")
     return [_example(table, number, row, spec) for number, row in enumerate(table.rows, 1)]
 
 
 def _example(table: Table, number: int, row: Mapping[str, Any], spec: TaskSpec) -> Example:
-    values = {column: _text(table, number, row, column) for column in spec.columns}
+    values = {column: text_of(table, number, row, column) for column in spec.columns}
     if spec.verbalizers is None:
         return Example(spec.fill(values), None, None)
     # Stripped, because some sets end each sentence in a space, and the template adds its own.
     prompt = spec.fill({column: value.strip() for column, value in values.items()})
-    text = _text(table, number, row, spec.label_field)
+    text = text_of(table, number, row, spec.label_field)
     label = _label_of(text, spec.verbalizers)
     if label is None:
         known = ", ".join(spec.verbalizers)
@@ -209,43 +224,11 @@ def _whole(text: str) -> str:
     return text[:-2] if text.endswith(".0") and text[:-2].lstrip("-").isdecimal() else text
 
 
-def _check_column(table: Table, column: str, named_by: str) -> None:
-    if column not in table.columns:
-        there = ", ".join(table.columns)
-        raise DataError(f"{table.where}: {named_by} names column {column!r}; there are: {there}")
-
-
-def _text(table: Table, number: int, row: Mapping[str, Any], column: str) -> str:
-    """Returns a cell as text. Numbers and truth values are spelt as Python does: a JSON true is `True`."""
-    value = row[column]
-    where = f"{table.where}, row {number}, column {column!r}"
-    if _is_missing(value):
-        raise DataError(f"{where}: missing or empty; fill it in or remove the row")
-    if not isinstance(value, (str, int, float)):
-        raise DataError(
-            f"{where}: holds a {type(value).__name__}; only text and numbers can be used"
-        )
-    text = str(value)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{where}: holds half of a surrogate pair; write the character") from None
-    return text
-
-
-def _is_missing(value: Any) -> bool:
-    """Returns whether there is nothing in a cell. NaN is what pandas and json.dumps write for it; nor is an
-    infinite number one that a prompt or a label could be."""
-    if isinstance(value, float):
-        return not math.isfinite(value)
-    return value is None or (isinstance(value, str) and not value.strip())
-
-
 def _deduplicate(examples: list[Example]) -> list[Example]:
-    """Returns the first example of each prompt."""
+    """Returns the first example of each key."""
     first: dict[str, Example] = {}
     for example in examples:
-        first.setdefault(example.prompt, example)
+        first.setdefault(example.key, example)
     return list(first.values())
 
 
@@ -284,5 +267,5 @@ def _subset(examples: list[Example], count: int | None, seed: int) -> list[Examp
     if count is None or count >= len(examples):
         return examples
     chosen = sorted(examples, key=lambda e: _rank(e, "subset", seed))[:count]
-    prompts = {e.prompt for e in chosen}
-    return [e for e in examples if e.prompt in prompts]
+    keys = {e.key for e in chosen}
+    return [e for e in examples if e.key in keys]

@@ -1,49 +1,22 @@
-"""Examples as token ids, and batches of them as tensors."""
+"""Examples as token ids."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tezo_ds.errors import ConfigError, DataError
-from tezo_ds.losses.objective import IGNORE
 from tezo_ds.models.structure import is_masked_lm
-from tezo_ds.tasks.data import Example
+from tezo_ds.tasks.chat import tokenised
+from tezo_ds.tasks.encoded import Encoded
+from tezo_ds.tasks.example import Example
+from tezo_ds.tasks.formats import Conversation, Kind
 from tezo_ds.tasks.reading import one_line
 
 _TAIL = 32  # characters of a prompt's end that can matter to how the next word is tokenised
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One sequence of token ids; `input_ids[label_start:label_end]` are its labels, `label` is the
-    example's."""
-
-    input_ids: list[int]
-    label_start: int
-    label: str | None
-    truncated: int = 0
-    """How many tokens of the prompt's beginning were cut away; 0 for a whole prompt."""
-    label_end: int | None = None
-    """Where the labels end; None: with the sequence."""
-    mask: int | None = None
-    """The token that a masked model gets in the place of each label; None: the model gets the labels."""
-
-
-def labels_of(encoded: Encoded) -> list[int]:
-    """Returns a sequence's labels; the first token of all has nothing before it to be predicted by, but for
-    a masked model."""
-    start = encoded.label_start if encoded.mask is not None else max(1, encoded.label_start)
-    return encoded.input_ids[start : encoded.label_end]
-
-
-def truncations(encoded: Sequence[Encoded]) -> int:
-    """Returns how many sequences lost a part of their prompt, to be reported to the user."""
-    return sum(e.truncated > 0 for e in encoded)
 
 
 def mask_token(module: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -77,32 +50,97 @@ def encode(
     For a masked model `mask` (see `mask_token`) takes the place of each of the answer's tokens, and the
     tokenizer's special tokens follow, as such models were trained.
 
+    A completion follows its prompt as it is, a text or completion ends in EOS, and a conversation is what
+    the chat template makes of it, see `chat.tokenised`.
+
     A sequence longer than `max_length` loses the beginning of its prompt (not BOS, nor any of the
-    answer) and says so in `truncated`. Raises DataError where no prompt token would be left, where
-    a language-model text is a single token, with nothing to predict, or is for a masked model.
+    answer) and says so in `truncated`; if a completion is longer by itself, its end, which `lost` counts,
+    as it does the answers in what a conversation loses, which is its beginning. Raises DataError where no
+    prompt token would be left, where there is nothing to predict, or no answer for a masked model.
     """
     before, after = _special_ids(tokenizer)
     end = [] if mask is None else after
-    answered = [e for e in examples if e.answer is not None]
-    pairs = iter(_prompt_and_answer_ids(tokenizer, [(e.prompt, str(e.answer)) for e in answered]))
-    texts = iter(_ids(tokenizer, [e.prompt for e in examples if e.answer is None]))
+    joined = [
+        (e.prompt, str(e.answer), " ") for e in examples if e.kind is Kind.TEMPLATE and e.answer
+    ]
+    joined += [(e.prompt, str(e.answer), "") for e in examples if e.kind is Kind.COMPLETION]
+    ids = dict(zip(joined, _prompt_and_answer_ids(tokenizer, joined), strict=True))
+    alone = [e.prompt for e in examples if e.answer is None and e.kind is not Kind.MESSAGES]
+    texts = iter(_ids(tokenizer, alone))
     encoded = []
     for example in examples:
-        if example.answer is not None:
-            prompt, answer = next(pairs)
-            whole = _fit(before, prompt, answer, example, max_length, len(answer), end)
-            encoded.append(replace(whole, mask=mask))
-            continue
-        if mask is not None:
+        if mask is not None and (example.kind is not Kind.TEMPLATE or example.answer is None):
             raise DataError(
                 f"text {example.prompt[:40]!r} has no answer for a masked model to fill in; use a task "
                 "with answers, or a causal model"
             )
-        whole = _fit(before, next(texts), after, example, max_length, len(after))
-        if len(whole.input_ids) < 2:
-            raise DataError(f"text {example.prompt[:40]!r} is a single token: nothing to predict")
-        encoded.append(Encoded(whole.input_ids, 1, example.label, whole.truncated))
+        if example.kind is Kind.MESSAGES:
+            encoded.append(_conversation(tokenizer, example, before, max_length))
+        elif example.kind is Kind.COMPLETION:
+            prompt, answer = ids[example.prompt, str(example.answer), ""]
+            answer = [*answer, *_end_of(tokenizer, str(example.answer))]
+            encoded.append(_completion(before, prompt, answer, example, max_length))
+        elif example.answer is not None:
+            prompt, answer = ids[example.prompt, example.answer, " "]
+            whole = _fit(before, prompt, answer, example, max_length, len(answer), end)
+            encoded.append(replace(whole, mask=mask))
+        else:
+            text, ending = next(texts), after
+            if example.kind is Kind.TEXT and not after:
+                ending = _end_of(tokenizer, example.prompt)
+            whole = _fit(before, text, ending, example, max_length, len(ending))
+            if len(whole.input_ids) < 2:
+                raise DataError(
+                    f"text {example.prompt[:40]!r} is a single token: nothing to predict"
+                )
+            encoded.append(Encoded(whole.input_ids, 1, example.label, whole.truncated))
     return encoded
+
+
+def _end_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Returns what ends a text that the model is to end: EOS, unless there is none or the text has it."""
+    token, number = tokenizer.eos_token, tokenizer.eos_token_id
+    return [] if number is None or text.endswith(str(token)) else [int(number)]
+
+
+def _completion(
+    before: list[int], prompt: list[int], answer: list[int], example: Example, max_length: int
+) -> Encoded:
+    """Joins a prompt and its completion, which loses its end where it alone is too long."""
+    room = max(1, max_length - len(before) - 1)
+    kept = answer[:room]
+    whole = _fit(before, prompt, kept, example, max_length, len(kept))
+    return replace(
+        whole,
+        label_start=1 if example.everything else whole.label_start,
+        lost=len(answer) - len(kept),
+    )
+
+
+def _conversation(
+    tokenizer: PreTrainedTokenizerBase, example: Example, before: list[int], max_length: int
+) -> Encoded:
+    """Tokenises a conversation, which loses its beginning, but for BOS, where it is too long.
+
+    Raises:
+        DataError: none of its answers would be left.
+    """
+    conversation = Conversation.of_text(example.prompt)
+    ids, spans = tokenised(tokenizer, conversation, example.everything)
+    cut = max(0, len(ids) - max_length)
+    kept = len(before) if cut and ids[: len(before)] == before else 0
+    # What comes first has nothing before it to be predicted by.
+    left = [(max(1, kept, start - cut), end - cut) for start, end in spans]
+    left = [(start, end) for start, end in left if start < end]
+    labels, remaining = (sum(end - start for start, end in part) for part in (spans, left))
+    if not remaining:
+        raise DataError(
+            f"max_length {max_length} leaves no answer of a conversation of {len(ids)} tokens; raise it"
+        )
+    shorter = ids[:kept] + ids[cut + kept :]
+    return Encoded(
+        shorter, left[0][0], None, cut, len(shorter), spans=tuple(left), lost=labels - remaining
+    )
 
 
 def candidates(
@@ -119,7 +157,9 @@ def candidates(
     """
     before, after = _special_ids(tokenizer)
     end = [] if mask is None else after
-    pairs = _prompt_and_answer_ids(tokenizer, [(e.prompt, w) for e in examples for w in words])
+    pairs = _prompt_and_answer_ids(
+        tokenizer, [(e.prompt, word, " ") for e in examples for word in words]
+    )
     rows = []
     for i, example in enumerate(examples):
         row = pairs[i * len(words) : (i + 1) * len(words)]
@@ -133,7 +173,7 @@ def answer_tokens(
     tokenizer: PreTrainedTokenizerBase, prompt: str, words: Sequence[str]
 ) -> list[list[int]]:
     """Returns the token ids of each word as an answer to the prompt, whose end alone is looked at."""
-    pairs = [(prompt[-_TAIL:], word) for word in words]
+    pairs = [(prompt[-_TAIL:], word, " ") for word in words]
     return [answer for _, answer in _prompt_and_answer_ids(tokenizer, pairs)]
 
 
@@ -151,7 +191,9 @@ def first_tokens(
     tails = sorted({prompt[-_TAIL:] for prompt in prompts})
     if len(tails) > 1 and first_tokens(tokenizer, words, tails[:1]) is None:
         return None  # found at once, however many words and prompts there are
-    pairs = _prompt_and_answer_ids(tokenizer, [(t, w) for w in words for t in tails])
+    pairs = _prompt_and_answer_ids(
+        tokenizer, [(tail, word, " ") for word in words for tail in tails]
+    )
     found = []
     for i in range(len(words)):
         answers = [answer for _, answer in pairs[i * len(tails) : (i + 1) * len(tails)]]
@@ -159,40 +201,6 @@ def first_tokens(
             return None
         found.append(answers[0][0])
     return found if len(set(found)) == len(words) else None
-
-
-def collate(
-    batch: Sequence[Encoded], pad_id: int, multiple: int = 1, filler: Encoded | None = None
-) -> dict[str, torch.Tensor]:
-    """Pads a batch on the right to its longest sequence, rounded up to a multiple of `multiple`.
-
-    Returns int64 tensors (B, T): input_ids, attention_mask, and labels, which are aligned with
-    input_ids (the loss does the shifting) and -100 where nothing is to be predicted. In input_ids a
-    masked model's mask stands where its labels are.
-
-    A rank with nothing to do must still take part in a sharded forward: an empty batch gives one
-    row of `filler` whose labels are all -100. Raises ValueError when batch and filler are missing.
-    """
-    rows = list(batch)
-    if not rows:
-        if filler is None:
-            raise ValueError("collate: the batch is empty and there is no filler")
-        rows = [replace(filler, label_start=len(filler.input_ids), label_end=None)]
-    longest = max(len(e.input_ids) for e in rows)
-    shape = (len(rows), -(-longest // multiple) * multiple)
-    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORE, dtype=torch.int64)
-    for i, e in enumerate(rows):
-        length = len(e.input_ids)
-        ids = torch.tensor(e.input_ids, dtype=torch.int64)
-        input_ids[i, :length] = ids
-        attention_mask[i, :length] = 1
-        answer = slice(e.label_start, length if e.label_end is None else e.label_end)
-        labels[i, answer] = ids[answer]
-        if e.mask is not None:
-            input_ids[i, answer] = e.mask
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 def _fit(
@@ -243,19 +251,23 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
 
 
 def _prompt_and_answer_ids(
-    tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]
+    tokenizer: PreTrainedTokenizerBase, triples: Sequence[tuple[str, str, str]]
 ) -> list[tuple[list[int], list[int]]]:
-    """Returns ids of "prompt answer", tokenised as one text and split where the prompt's own ids end.
+    """Returns ids of a prompt and its answer, tokenised as one text and split where the prompt's own ids end.
 
     One text, because the model meets it so, and because some tokenizers give a text's first word
     another token than the same word after a space. If the end of a prompt merges with its answer,
     the merged token is the answer's.
+
+    Args:
+        tokenizer: the tokenizer.
+        triples: prompt, answer and what stands between them.
     """
-    prompts = sorted({prompt for prompt, _ in pairs})
+    prompts = sorted({prompt for prompt, _, _ in triples})
     alone = dict(zip(prompts, _ids(tokenizer, prompts), strict=True))
     parted = []
-    wholes = _ids(tokenizer, [f"{prompt} {answer}" for prompt, answer in pairs])
-    for (prompt, _), whole in zip(pairs, wholes, strict=True):
+    wholes = _ids(tokenizer, [f"{prompt}{between}{answer}" for prompt, answer, between in triples])
+    for (prompt, _, _), whole in zip(triples, wholes, strict=True):
         start = 0
         while start < min(len(alone[prompt]), len(whole)) and alone[prompt][start] == whole[start]:
             start += 1

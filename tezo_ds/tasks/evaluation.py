@@ -12,15 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from tezo_ds.engine.engine import Engine
 from tezo_ds.tasks.batches import rounds, shard_range
-from tezo_ds.tasks.data import Example
-from tezo_ds.tasks.encoding import (
-    Encoded,
-    candidates,
-    collate,
-    encode,
-    first_tokens,
-    mask_token,
-)
+from tezo_ds.tasks.encoded import Encoded, collate
+from tezo_ds.tasks.encoding import candidates, encode, first_tokens, mask_token
+from tezo_ds.tasks.example import Example
 from tezo_ds.tasks.spec import MOST_CHOICES, TaskSpec
 from tezo_ds.trunk.cache import Cache
 from tezo_ds.trunk.trunk import EXAMPLE_IDS

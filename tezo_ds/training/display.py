@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from tezo_ds.launched import env_rank
 from tezo_ds.run.folder import COEFFICIENTS, JOURNAL
 from tezo_ds.tasks import TaskData
 from tezo_ds.tasks.baselines import majority_accuracy
+from tezo_ds.tasks.encoded import Encoded, losses_of_labels, truncations
 from tezo_ds.tasks.evaluation import Score
 
 WINDOW = 20  # steps that shown figures are medians of
@@ -81,7 +82,7 @@ class Display:
                 "weights every step; set restore: copy"
             )
 
-    def data(self, task: TaskData, truncated: int, max_length: int) -> None:
+    def data(self, task: TaskData, encoded: Sequence[Encoded], max_length: int) -> None:
         """Prints how many examples there are, and how many were left out or cut."""
         self.note(
             f"{task.spec.name}: {len(task.train)} training and {len(task.test)} test examples"
@@ -94,8 +95,13 @@ class Display:
             )
         if (share := majority_accuracy(task.train, task.test)) is not None:
             self.note(f"accuracy of always answering with the most frequent class: {share:.1%}")
-        if truncated:
+        if truncated := truncations(encoded):
             self.note(f"{truncated} training prompts cut to {max_length} tokens; see --max-length")
+        if lost := losses_of_labels(encoded):
+            self.note(
+                f"warning: {lost} training examples are longer than {max_length} tokens by their answers, "
+                "which lose a part; see --max-length"
+            )
 
     def end(self, summary: dict[str, Any], folder: Path, begun_at: int = 0) -> None:
         """Prints the result of a run, in one place; `begun_at` steps were made by earlier processes."""

@@ -18,7 +18,7 @@ from tezo_ds.probing_layers.report import Found, sentence
 from tezo_ds.run.folder import RunFolder
 from tezo_ds.run.terms import save_term
 from tezo_ds.settings import RunOptions
-from tezo_ds.tasks.encoding import Encoded
+from tezo_ds.tasks.encoded import Encoded
 from tezo_ds.training.display import Display
 from tezo_ds.training.layers_probe import Wanted, probe_layers
 from tezo_ds.training.output_layer import OutputLayerFits

@@ -19,7 +19,7 @@ from tezo_ds.probing_layers.measure import Asked, Batch, measure
 from tezo_ds.probing_layers.names import bands_of
 from tezo_ds.probing_layers.report import Found
 from tezo_ds.tasks.batches import batch_indices, rounds
-from tezo_ds.tasks.encoding import Encoded, collate
+from tezo_ds.tasks.encoded import Encoded, collate
 from tezo_ds.training.display import Display
 from tezo_ds.training.session import Session
 

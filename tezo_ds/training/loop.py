@@ -36,7 +36,7 @@ from tezo_ds.run.folder import (
 from tezo_ds.run.resuming import snapshot
 from tezo_ds.settings import RunOptions
 from tezo_ds.tasks.batches import batch_indices, lane_indices
-from tezo_ds.tasks.encoding import Encoded, collate
+from tezo_ds.tasks.encoded import Encoded, collate
 from tezo_ds.tasks.evaluation import Stopped
 from tezo_ds.training.display import Display
 from tezo_ds.training.divergence import Divergence

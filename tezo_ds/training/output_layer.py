@@ -24,7 +24,7 @@ from tezo_ds.output_layer.term import BASIS, BIAS, TOKENS, WEIGHT, due_by
 from tezo_ds.run.folder import RunFolder
 from tezo_ds.run.terms import save_term
 from tezo_ds.tasks.batches import batch_indices, lane_places, shard_range
-from tezo_ds.tasks.encoding import Encoded, collate, labels_of
+from tezo_ds.tasks.encoded import Encoded, collate, labels_of
 from tezo_ds.training.display import Display
 from tezo_ds.training.session import Session
 from tezo_ds.trunk.trunk import EXAMPLE_IDS

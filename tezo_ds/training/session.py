@@ -105,8 +105,10 @@ def open_session(
     s = settings
     task = load_task(
         s.task, data=s.data, test_data=s.test_data, template=s.template, verbalizers=s.verbalizers,
-        label_field=s.label_field, test_fraction=s.test_fraction, train_examples=s.train_examples,
-        test_examples=s.test_examples, seed=s.data_seed,
+        label_field=s.label_field, text_field=s.text_field, prompt_field=s.prompt_field,
+        completion_field=s.completion_field, messages_field=s.messages_field, loss_on=s.loss_on,
+        test_fraction=s.test_fraction, train_examples=s.train_examples, test_examples=s.test_examples,
+        seed=s.data_seed,
     )  # fmt: skip
     refuse_adapter(s.model)
     tokenizer = load_tokenizer(s.model, trust=s.trust_remote_code)

@@ -11,7 +11,7 @@ from tezo_ds.files.text import read_json, to_json, writing
 from tezo_ds.run.folder import TRUNK_CACHE
 from tezo_ds.run.resuming import fingerprint
 from tezo_ds.sharding.world import agreed
-from tezo_ds.tasks.encoding import Encoded
+from tezo_ds.tasks.encoded import Encoded
 from tezo_ds.tasks.evaluation import Evaluator
 from tezo_ds.trunk.cache import Cache, MemoryCache
 from tezo_ds.trunk.disk import DiskCache

@@ -16,7 +16,7 @@ from tezo_ds.models import loading
 from tezo_ds.sharding import Sharding, sharding_of
 from tezo_ds.sharding.world import local_device
 from tezo_ds.tasks import batch_indices, collate
-from tezo_ds.tasks.encoding import Encoded
+from tezo_ds.tasks.encoded import Encoded
 
 
 @dataclass(frozen=True)

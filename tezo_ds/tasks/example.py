@@ -1,0 +1,31 @@
+"""One example of a task, before it is tokenised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tezo_ds.tasks.formats import Kind
+
+
+@dataclass(frozen=True)
+class Example:
+    """A filled-in prompt; label and answer (the label's word) are None in a language-model task.
+
+    Attributes:
+        prompt: text; of a conversation its JSON, see `formats.Conversation`.
+        label: of a task with labels.
+        answer: text that follows the prompt: a label's word after a space, or a completion as it is.
+        kind: what prompt and answer are.
+        everything: whether all tokens train, where by its kind the answers alone would.
+    """
+
+    prompt: str
+    label: str | None
+    answer: str | None
+    kind: Kind = Kind.TEMPLATE
+    everything: bool = False
+
+    @property
+    def key(self) -> str:
+        """Text that two examples share if one is the other again: of a prompt with a completion both."""
+        return self.prompt if self.kind is not Kind.COMPLETION else f"{self.prompt}\0{self.answer}"
