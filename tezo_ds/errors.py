@@ -33,3 +33,11 @@ class ShardingError(TezoError):
 
 class StorageError(TezoError):
     """Files of a run that are damaged, another run's, or cannot be written."""
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the first line of an error's innermost cause: `datasets` wraps the one that says something."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

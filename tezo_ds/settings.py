@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from tezo_ds.config.declared import declared
 
@@ -32,9 +32,35 @@ class Settings(BaseModel):
         "--template, or by its columns text, prompt and completion, messages, or instruction and output",
         group=DATA, example="reviews.jsonl",
     )  # fmt: skip
+    dataset: str | None = declared(
+        None,
+        "examples of a built-in task, or instead of --task: a .jsonl, .json, .csv, .tsv or .parquet file, "
+        "also with .gz, .bz2 or .xz; a pattern of several; a folder with train.* and test.*, or of "
+        "save_to_disk; or a data set of the hub",
+        group=DATA, example="HuggingFaceH4/no_robots",
+    )  # fmt: skip
+    dataset_config: str | None = declared(
+        None,
+        "configuration of a data set of the hub",
+        group=DATA,
+        used_by="--dataset",
+        example="main",
+    )
+    dataset_revision: str | None = declared(
+        None, "branch, tag or commit of a data set of the hub", group=DATA, used_by="--dataset",
+        example="v1.0",
+    )  # fmt: skip
+    train_split: str = declared(
+        "train", "split to train on, of a data set with several", group=DATA, used_by="--dataset",
+        example="train_sft",
+    )  # fmt: skip
+    test_split: str | None = declared(
+        None, "split to test on; unset: test, where there is one", group=DATA, used_by="--dataset",
+        example="validation",
+    )  # fmt: skip
     data: str | None = declared(
         None,
-        "local folder or file of a built-in task, in place of the hub",
+        "local folder or file of a built-in task, in place of the hub; as --dataset",
         group=DATA,
         example="./trec",
     )
@@ -146,6 +172,14 @@ class Settings(BaseModel):
         None, "class names of the modules that FSDP2 gathers one at a time; unset: transformer blocks",
         group=SHARDING, used_by="--fsdp", flag=False,
     )  # fmt: skip
+
+    @model_validator(mode="before")
+    @classmethod
+    def _dataset_is_a_task(cls, fields: Any) -> Any:
+        """Lets a data set stand for the task, whose format its columns tell."""
+        if isinstance(fields, dict) and fields.get("task") is None and fields.get("dataset"):
+            return {**fields, "task": fields["dataset"]}
+        return fields
 
 
 class RunOptions(BaseModel):

@@ -99,7 +99,10 @@ def test_bad_files(
 
 def test_unknown_names_and_missing_files(tmp_path: Path) -> None:
     known = "trec, rotten-tomatoes, sst2, boolq, rte, cb"
-    expected = f"unknown task 'imdb'; known: {known}, or a .jsonl, .json, .csv file"
+    expected = (
+        f"unknown task 'imdb'; known: {known}, or a .jsonl, .json, .csv, .tsv, .parquet file, a "
+    )
+    expected += "folder, or a data set of the hub such as org/name"
     assert failure("imdb") == expected
     missing = str(tmp_path / "no.jsonl")
     assert failure(missing, template="{text}") == f"{missing}: no such file or folder"
@@ -113,7 +116,9 @@ def test_unknown_names_and_missing_files(tmp_path: Path) -> None:
     assert failure("trec", data=str(tmp_path)) == expected
     text = tmp_path / "a.txt"
     text.write_text("x")
-    assert failure("trec", data=str(text)) == f"{text}: not a .jsonl, .json, .csv file"
+    assert failure("trec", data=str(text)) == (
+        f"{text}: not a .jsonl, .json, .csv, .tsv, .parquet file, nor one of these with .gz, .bz2, .xz"
+    )
 
 
 def test_labels_without_a_word(tmp_path: Path) -> None:

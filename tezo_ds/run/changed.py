@@ -25,7 +25,7 @@ def refuse_changed(
         now: the same fields, of the run asked for.
         settings: model and data.
     """
-    source = settings.data or settings.task
+    source = settings.data or settings.dataset or settings.task
     what = {
         WEIGHTS: f"the weights in {settings.model}",
         "data": f"the training examples in {source}, as the model's tokenizer encodes them,",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tezo_ds.errors import DataError
-from tezo_ds.tasks.reading import Table
+from tezo_ds.tasks.table import Table
 
 
 def check_column(table: Table, column: str, named_by: str) -> None:
@@ -20,7 +20,7 @@ def check_column(table: Table, column: str, named_by: str) -> None:
 def text_of(table: Table, number: int, row: Mapping[str, Any], column: str) -> str:
     """Returns a cell as text. Numbers and truth values are spelt as Python does: a JSON true is `True`."""
     value = row[column]
-    where = f"{table.where}, row {number}, column {column!r}"
+    where = f"{table.at(number)}, column {column!r}"
     if is_missing(value):
         raise DataError(f"{where}: missing or empty; fill it in or remove the row")
     if not isinstance(value, (str, int, float)):

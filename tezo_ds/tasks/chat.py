@@ -7,9 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tezo_ds.errors import DataError
+from tezo_ds.errors import DataError, one_line
 from tezo_ds.tasks.formats import Conversation
-from tezo_ds.tasks.reading import one_line
 
 Spans = tuple[tuple[int, int], ...]
 

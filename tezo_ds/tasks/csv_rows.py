@@ -19,20 +19,20 @@ _END = "end"
 _LIMIT = threading.Lock()  # of csv's bound on a field, which all threads share
 
 
-def read_csv(where: str, text: str) -> tuple[list[str], list[Row]]:
+def read_csv(where: str, text: str, delimiter: str | None = None) -> tuple[list[str], list[Row]]:
     """Returns the names of the columns and the rows; a cell that a short row lacks is empty.
 
-    The delimiter is a comma, or the semicolon or tab that parts a header without commas, or what a first
-    line `sep=;` says. A column without a name is left out if it is the first, which is where pandas puts
-    its index, or empty, which is what trailing commas leave. Cells stay text: pandas would make the label
-    `01` 1 and the word `NA` null.
+    Unless it is given the delimiter is a comma, or the semicolon or tab that parts a header without
+    commas, or what a first line `sep=;` says. A column without a name is left out if it is the first, which
+    is where pandas puts its index, or empty, which is what trailing commas leave. Cells stay text: pandas
+    would make the label `01` 1 and the word `NA` null.
 
     Raises:
         DataError: one line, of the first thing that is wrong.
     """
     named = _NAMED.match(text)
     body, before = (text[named.end() :], 1) if named else (text, 0)
-    delimiter = named[1] if named else _delimiter(where, body)
+    delimiter = delimiter or (named[1] if named else _delimiter(where, body))
     (first, header), *lines = [(n + before, row) for n, row in _lines(where, body, delimiter)]
     header = [name if name.strip() else "" for name in header]
     if not lines:

@@ -14,9 +14,13 @@ from tezo_ds.errors import DataError
 from tezo_ds.tasks.cells import check_column, is_missing, text_of
 from tezo_ds.tasks.example import Example
 from tezo_ds.tasks.formatted import asked_format, formatted
-from tezo_ds.tasks.reading import SUFFIXES, Table, find_splits, read_file, read_hub
+from tezo_ds.tasks.reading import SUFFIXES
+from tezo_ds.tasks.sources import Hub, is_source, read_builtin, read_source
 from tezo_ds.tasks.spec import BUILTIN_TASKS, TaskSpec
+from tezo_ds.tasks.table import Table
 from tezo_ds.tasks.unlabelled import unlabelled
+
+NO_HUB = Hub()
 
 
 @dataclass
@@ -42,6 +46,8 @@ def load_task(
     template: str | None = None,
     verbalizers: Mapping[Any, str] | None = None,
     label_field: str | None = None,
+    dataset: str | None = None,
+    hub: Hub = NO_HUB,
     text_field: str | None = None,
     prompt_field: str | None = None,
     completion_field: str | None = None,
@@ -54,9 +60,11 @@ def load_task(
 ) -> TaskData:
     """Loads a task's examples, the same on all ranks, which may call this at the same time.
 
-    task: a name in BUILTIN_TASKS, or a .jsonl, .json or .csv file.
-    data: for a built-in task, a folder with train.* and test.* or one file, in place of the hub.
-    test_data: a test file. Without one (and without a test.*), `test_fraction` of the examples is
+    task: a name in BUILTIN_TASKS, or where the examples are: a file, a pattern of several, a folder, or a
+        data set of the hub, see `sources.read_source`.
+    data, dataset: for a built-in task, where its examples are, in place of its own data set of the hub.
+    hub: what to take of a data set with several configurations or splits.
+    test_data: a test file. Without one (and without a test split), `test_fraction` of the examples is
         held out: which ones depends on `seed` and each prompt only, not on the order of the rows.
     template, verbalizers, label_field: override the built-in's; see TaskSpec. For a file without
         verbalizers, the labels are themselves the words; if the file has no label column, or the
@@ -74,8 +82,10 @@ def load_task(
     for name, count in (("train_examples", train_examples), ("test_examples", test_examples)):
         if count is not None and count < 1:
             raise DataError(f"{name} is {count}; it must be at least 1")
-    source = _source(task, data, test_data)
-    tables = _read(task, source, test_data)
+    source = _source(task, data, dataset, test_data)
+    tables = (
+        read_builtin(BUILTIN_TASKS[task]) if source is None else read_source(source, test_data, hub)
+    )
     fields = {
         "text": text_field, "prompt": prompt_field, "completion": completion_field,
         "messages": messages_field,
@@ -107,31 +117,28 @@ def load_task(
     return TaskData(spec, kept, test, duplicates, leaked, note)
 
 
-def _source(task: str, data: str | None, test_data: str | None) -> str | None:
-    """Returns the local file or folder to read; None for the hub."""
-    if task in BUILTIN_TASKS:
-        if data is None and test_data is not None:
-            raise DataError(f"test_data is given for task {task!r} without data; pass both")
-        return data
-    if Path(task).suffix not in SUFFIXES:
+def _source(task: str, data: str | None, dataset: str | None, test_data: str | None) -> str | None:
+    """Returns what to read; None for a built-in task's data set of the hub."""
+    if None not in (data, dataset):
         raise DataError(
-            f"unknown task {task!r}; known: {', '.join(BUILTIN_TASKS)},"
-            f" or a {', '.join(SUFFIXES)} file"
+            f"data {data} and dataset {dataset} both say where the examples are; keep one"
         )
-    if data is not None:
-        raise DataError(f"data is given, but the task is itself a file ({task}); drop one of them")
+    given = dataset if data is None else data
+    if task in BUILTIN_TASKS:
+        if given is None and test_data is not None:
+            raise DataError(f"test_data is given for task {task!r} without data; pass both")
+        return given
+    if not is_source(task):
+        raise DataError(
+            f"unknown task {task!r}; known: {', '.join(BUILTIN_TASKS)}, or a {', '.join(SUFFIXES)} file, a "
+            "folder, or a data set of the hub such as org/name"
+        )
+    if data is not None or dataset not in (None, task):
+        name = "dataset" if data is None else "data"
+        raise DataError(
+            f"{name} is given, but the task is itself a file ({task}); drop one of them"
+        )
     return task
-
-
-def _read(task: str, source: str | None, test_data: str | None) -> list[Table]:
-    """Reads the training table, and the test table if there is one."""
-    if source is None:
-        spec = BUILTIN_TASKS[task]
-        return [read_hub(spec, spec.train_split), read_hub(spec, spec.test_split)]
-    train, test = find_splits(source)
-    if test_data is not None:
-        test = Path(test_data)
-    return [read_file(path) for path in (train, test) if path is not None]
 
 
 def _resolve_spec(
@@ -206,7 +213,7 @@ def _example(table: Table, number: int, row: Mapping[str, Any], spec: TaskSpec) 
     label = _label_of(text, spec.verbalizers)
     if label is None:
         known = ", ".join(spec.verbalizers)
-        raise DataError(f"{table.where}, row {number}: label {text!r} has no word; known: {known}")
+        raise DataError(f"{table.at(number)}: label {text!r} has no word; known: {known}")
     return Example(prompt, label, spec.verbalizers[label])
 
 

@@ -8,13 +8,12 @@ from dataclasses import replace
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tezo_ds.errors import ConfigError, DataError
+from tezo_ds.errors import ConfigError, DataError, one_line
 from tezo_ds.models.structure import is_masked_lm
 from tezo_ds.tasks.chat import tokenised
 from tezo_ds.tasks.encoded import Encoded
 from tezo_ds.tasks.example import Example
 from tezo_ds.tasks.formats import Conversation, Kind
-from tezo_ds.tasks.reading import one_line
 
 _TAIL = 32  # characters of a prompt's end that can matter to how the next word is tokenised
 

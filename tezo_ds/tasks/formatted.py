@@ -19,8 +19,8 @@ from tezo_ds.tasks.formats import (
     messages_of,
     with_context,
 )
-from tezo_ds.tasks.reading import Table
 from tezo_ds.tasks.spec import BUILTIN_TASKS, TaskSpec
+from tezo_ds.tasks.table import Table
 
 LABEL = "label"  # column that a text without a template has for nothing
 
@@ -120,7 +120,7 @@ def _conversation(conversation: Conversation, everything: bool) -> Example:
 def _messages(
     table: Table, number: int, row: Mapping[str, Any], column: str
 ) -> list[dict[str, Any]]:
-    return messages_of(row[column], f"{table.where}, row {number}, column {column!r}")
+    return messages_of(row[column], f"{table.at(number)}, column {column!r}")
 
 
 def _tools(table: Table, number: int, row: Mapping[str, Any]) -> list[Any] | None:
@@ -134,5 +134,5 @@ def _tools(table: Table, number: int, row: Mapping[str, Any]) -> list[Any] | Non
         except json.JSONDecodeError:
             found = None
     if not isinstance(found, list):
-        raise DataError(f"{table.where}, row {number}, column 'tools': is no list of functions")
+        raise DataError(f"{table.at(number)}, column 'tools': is no list of functions")
     return found

@@ -30,6 +30,7 @@ from tezo_ds.sharding.world import join_world
 from tezo_ds.tasks import TaskData, first_tokens, load_task
 from tezo_ds.tasks.encoding import mask_token
 from tezo_ds.tasks.evaluation import Evaluator
+from tezo_ds.tasks.sources import Hub
 
 
 @dataclass
@@ -104,11 +105,12 @@ def open_session(
     """
     s = settings
     task = load_task(
-        s.task, data=s.data, test_data=s.test_data, template=s.template, verbalizers=s.verbalizers,
-        label_field=s.label_field, text_field=s.text_field, prompt_field=s.prompt_field,
-        completion_field=s.completion_field, messages_field=s.messages_field, loss_on=s.loss_on,
-        test_fraction=s.test_fraction, train_examples=s.train_examples, test_examples=s.test_examples,
-        seed=s.data_seed,
+        s.task, data=s.data, dataset=s.dataset,
+        hub=Hub(s.dataset_config, s.dataset_revision, s.train_split, s.test_split),
+        test_data=s.test_data, template=s.template, verbalizers=s.verbalizers, label_field=s.label_field,
+        text_field=s.text_field, prompt_field=s.prompt_field, completion_field=s.completion_field,
+        messages_field=s.messages_field, loss_on=s.loss_on, test_fraction=s.test_fraction,
+        train_examples=s.train_examples, test_examples=s.test_examples, seed=s.data_seed,
     )  # fmt: skip
     refuse_adapter(s.model)
     tokenizer = load_tokenizer(s.model, trust=s.trust_remote_code)

@@ -1,0 +1,131 @@
+"""Where examples come from: a file, several, a folder, or a data set of the hub."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from tezo_ds.errors import DataError
+from tezo_ds.tasks.reading import OPENERS, SUFFIXES, format_suffix, read_file
+from tezo_ds.tasks.spec import TaskSpec
+from tezo_ds.tasks.table import Table, joined
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_SAVED = ("dataset_dict.json", "state.json")  # of which `save_to_disk` leaves one in its folder
+
+
+@dataclass(frozen=True)
+class Hub:
+    """What to take of a data set that has several configurations, revisions or splits.
+
+    Attributes:
+        config, revision: as `datasets.load_dataset` takes them.
+        train_split, test_split: names; None of the test split: "test" where there is one.
+    """
+
+    config: str | None = None
+    revision: str | None = None
+    train_split: str = "train"
+    test_split: str | None = None
+
+
+def is_source(name: str) -> bool:
+    """Returns whether a name can be that of data: of a path, of several, or of a data set of the hub."""
+    return (
+        os.path.exists(name) or glob.has_magic(name) or format_suffix(Path(name)) in SUFFIXES
+        or _HUB_ID.fullmatch(name) is not None
+    )  # fmt: skip
+
+
+def read_source(source: str, test_data: str | None, hub: Hub) -> list[Table]:
+    """Returns the training table, and the test table if there is one.
+
+    Args:
+        source: file, pattern of files, folder with train.* and test.*, folder of `save_to_disk`, or hub id.
+        test_data: file or pattern of the test examples, in place of the source's.
+        hub: what to take of a data set with several parts.
+
+    Raises:
+        DataError: one line that says what is not there or cannot be read.
+    """
+    path = Path(source)
+    local = os.path.exists(source)  # which, other than Path.exists, takes names that are too long
+    if local and path.is_dir() and any((path / name).exists() for name in _SAVED):
+        tables = _saved(path, hub)
+    elif local and path.is_dir():
+        tables = [read_file(file) for file in _split_files(path)]
+    elif local or glob.has_magic(source):
+        tables = [_read_files(source)]
+    elif _HUB_ID.fullmatch(source) and format_suffix(path) not in SUFFIXES:
+        tables = _from_hub(source, hub, wants_test=test_data is None)
+    else:
+        raise DataError(f"{source}: no such file or folder")
+    return tables if test_data is None else [tables[0], _read_files(test_data)]
+
+
+def _read_files(pattern: str) -> Table:
+    """Reads one file, or all that a pattern matches, in the order of their names."""
+    if os.path.exists(pattern) or not glob.has_magic(pattern):
+        return read_file(Path(pattern))
+    found = sorted(glob.glob(pattern, recursive=True))
+    if not found:
+        raise DataError(f"{pattern}: no file matches this pattern")
+    return joined(pattern, [read_file(Path(path)) for path in found])
+
+
+def _split_files(folder: Path) -> list[Path]:
+    """Returns the training file of a folder, and the test file if there is one."""
+    train, test = _split_file(folder, "train"), _split_file(folder, "test")
+    if train is None:
+        raise DataError(f"{folder}: no train.jsonl, train.json or train.csv in this folder")
+    return [train] if test is None else [train, test]
+
+
+def _split_file(folder: Path, split: str) -> Path | None:
+    endings = [suffix + more for suffix in SUFFIXES for more in ("", *OPENERS)]
+    found = [folder / f"{split}{e}" for e in endings if (folder / f"{split}{e}").exists()]
+    if len(found) > 1:
+        names = ", ".join(p.name for p in found)
+        raise DataError(f"{folder}: {names} are all there; keep one of them")
+    return found[0] if found else None
+
+
+def _saved(folder: Path, hub: Hub) -> list[Table]:
+    from tezo_ds.tasks.arrow import saved_splits
+
+    splits = saved_splits(folder)
+    if hub.train_split not in splits or hub.test_split not in (None, *splits):
+        raise DataError(
+            f"{folder}: has splits {', '.join(splits)}; name those to take by train_split and test_split"
+        )
+    test = hub.test_split or ("test" if "test" in splits else None)
+    return [splits[name] for name in (hub.train_split, test) if name is not None]
+
+
+def _from_hub(hub_id: str, hub: Hub, wants_test: bool) -> list[Table]:
+    from tezo_ds.tasks.arrow import hub_splits, read_hub
+
+    train = read_hub(hub_id, hub.config, hub.train_split, hub.revision)
+    test = hub.test_split
+    if test is None and wants_test:
+        test = "test" if "test" in hub_splits(hub_id, hub.config, hub.revision) else None
+    if test is None or not wants_test:
+        return [train]
+    return [train, read_hub(hub_id, hub.config, test, hub.revision)]
+
+
+def read_builtin(spec: TaskSpec) -> list[Table]:
+    """Returns both tables of a built-in task, from the hub."""
+    from tezo_ds.tasks.arrow import read_hub
+
+    assert spec.hub_id is not None
+    field = spec.hub_label_field
+    renamed = None if field is None else (field, spec.label_field)
+    advice = "pass --data FOLDER, a folder with train.jsonl and test.jsonl"
+    return [
+        read_hub(spec.hub_id, spec.hub_config, split, spec.hub_revision, renamed, advice)
+        for split in (spec.train_split, spec.test_split)
+    ]
