@@ -20,8 +20,8 @@ import typer
 from command_line import call, flags
 from task_files import reviews, write
 from tiny import make_batch
-from tiny_tokenizer import save_tiny_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny_tokenizer import save_tiny_llama, with_chat_template
+from transformers import AutoModelForCausalLM
 
 from tezo_ds.cli import app
 from tezo_ds.cli.doctor import _flags_of_train
@@ -32,10 +32,6 @@ from tezo_ds.settings import RunOptions
 REPO = Path(__file__).resolve().parents[2]
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 MODELS = ("my-model", "MODEL")
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 # How commands begin that are neither run nor parsed, and why.
 LEFT_OUT = {
@@ -137,9 +133,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [f"{row['text']} It was {word}" for row in rows for word in words]
     for name in MODELS:
         save_tiny_llama(folder / name, texts, head_dim=16)
-        tokenizer = AutoTokenizer.from_pretrained(folder / name)
-        tokenizer.chat_template = CHAT_TEMPLATE
-        tokenizer.save_pretrained(folder / name)
+        with_chat_template(folder / name)
     write(folder / "reviews.jsonl", rows)
     asked = [(f"Is film {i} good?", row["text"]) for i, row in enumerate(rows)]
     write(folder / "answers.jsonl", [{"question": one, "answer": other} for one, other in asked])

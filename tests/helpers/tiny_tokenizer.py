@@ -8,7 +8,12 @@ from pathlib import Path
 import torch
 from tiny import tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 def tiny_tokenizer(
@@ -48,3 +53,10 @@ def save_tiny_llama(folder: Path, texts: list[str], **config: int) -> None:
         setattr(changed, name, value)
     torch.manual_seed(0)
     LlamaForCausalLM(changed).save_pretrained(folder)
+
+
+def with_chat_template(folder: Path) -> None:
+    """Gives a model folder's tokenizer a chat template, that marks no answers."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
