@@ -81,6 +81,11 @@ class Settings(BaseModel):
     label_field: str | None = declared(
         None, "column that holds the label", group=DATA, example="sentiment"
     )
+    choices_field: str | None = declared(
+        None,
+        "column of a list of answers, each example's own; the label column has the right one or its index",
+        group=DATA, example="choices",
+    )  # fmt: skip
     text_field: str | None = declared(
         None,
         "column of a file of texts, without a template; unset: text",

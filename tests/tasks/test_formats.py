@@ -216,7 +216,7 @@ def test_what_is_too_long_loses_no_answer_without_a_word() -> None:
         ([{"text": "x"}], {"template": "{text}", "text_field": "text"}, "both say what a prompt is"),
         (
             [{"text": "x"}], {"verbalizers": {"a": "b", "c": "d"}},
-            "which have no labels; leave verbalizers and label_field out",
+            "which have no labels; leave verbalizers, label_field and choices_field out",
         ),
         ([{"messages": CHAT, "tools": "{"}], {}, "column 'tools': is no list of functions"),
     ],

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from tezo_ds.errors import DataError
+from tezo_ds.tasks.candidates import with_candidates
 from tezo_ds.tasks.cells import check_column, is_missing, text_of
 from tezo_ds.tasks.example import Example
 from tezo_ds.tasks.formatted import asked_format, formatted
@@ -46,6 +47,7 @@ def load_task(
     template: str | None = None,
     verbalizers: Mapping[Any, str] | None = None,
     label_field: str | None = None,
+    choices_field: str | None = None,
     dataset: str | None = None,
     hub: Hub = NO_HUB,
     text_field: str | None = None,
@@ -62,6 +64,8 @@ def load_task(
 
     task: a name in BUILTIN_TASKS, or where the examples are: a file, a pattern of several, a folder, or a
         data set of the hub, see `sources.read_source`.
+    choices_field: column of a list of answers of each example's own; the label column then has the right
+        one, or its index.
     data, dataset: for a built-in task, where its examples are, in place of its own data set of the hub.
     hub: what to take of a data set with several configurations or splits.
     test_data: a test file. Without one (and without a test split), `test_fraction` of the examples is
@@ -92,14 +96,14 @@ def load_task(
     }  # fmt: skip
     form = asked_format(task, tables[0], template, fields)
     if form is None:
-        spec = _resolve_spec(task, tables, template, verbalizers, label_field)
+        spec = _resolve_spec(task, tables, template, verbalizers, label_field, choices_field)
         splits = [_examples(table, spec) for table in tables]
         note = unlabelled(spec, tables[0].columns)
     else:
-        if verbalizers is not None or label_field is not None:
+        if (verbalizers, label_field, choices_field) != (None, None, None):
             raise DataError(
-                f"{task}: is of {form.told()}, which have no labels; leave verbalizers and label_field out, "
-                "or give a template"
+                f"{task}: is of {form.told()}, which have no labels; leave verbalizers, label_field and "
+                "choices_field out, or give a template"
             )
         spec = TaskSpec(name=Path(task).stem, template=template or f"{{{form.columns[0]}}}")
         splits = [formatted(table, spec, form, loss_on == "all") for table in tables]
@@ -147,10 +151,11 @@ def _resolve_spec(
     template: str | None,
     verbalizers: Mapping[Any, str] | None,
     label_field: str | None,
+    choices_field: str | None,
 ) -> TaskSpec:
     builtin = BUILTIN_TASKS.get(task)
     fields: dict[str, Any] = builtin.model_dump() if builtin else {"name": Path(task).stem}
-    given = {"template": template, "label_field": label_field}
+    given = {"template": template, "label_field": label_field, "choices_field": choices_field}
     fields |= {name: value for name, value in given.items() if value is not None}
     if verbalizers is not None:
         if any(isinstance(label, float) and is_missing(label) for label in verbalizers):
@@ -158,7 +163,7 @@ def _resolve_spec(
         fields["verbalizers"] = {str(label): word for label, word in verbalizers.items()}
     try:
         spec = TaskSpec(**fields)
-        if builtin is None and verbalizers is None:
+        if builtin is None and verbalizers is None and choices_field is None:
             words = _labels_as_words(tables, spec, required=label_field is not None)
             spec = TaskSpec(**fields, verbalizers=words)
     except ValidationError as error:
@@ -198,17 +203,22 @@ def _labels_as_words(tables: list[Table], spec: TaskSpec, required: bool) -> dic
 def _examples(table: Table, spec: TaskSpec) -> list[Example]:
     for column in spec.columns:
         check_column(table, column, "the template")
-    if spec.verbalizers is not None:
+    if spec.verbalizers is not None or spec.choices_field is not None:
         check_column(table, spec.label_field, "label_field")
+    if spec.choices_field is not None:
+        check_column(table, spec.choices_field, "choices_field")
     return [_example(table, number, row, spec) for number, row in enumerate(table.rows, 1)]
 
 
 def _example(table: Table, number: int, row: Mapping[str, Any], spec: TaskSpec) -> Example:
     values = {column: text_of(table, number, row, column) for column in spec.columns}
-    if spec.verbalizers is None:
+    if spec.verbalizers is None and spec.choices_field is None:
         return Example(spec.fill(values), None, None)
     # Stripped, because some sets end each sentence in a space, and the template adds its own.
     prompt = spec.fill({column: value.strip() for column, value in values.items()})
+    if spec.choices_field is not None:
+        return with_candidates(table, number, row, spec, prompt)
+    assert spec.verbalizers is not None
     text = text_of(table, number, row, spec.label_field)
     label = _label_of(text, spec.verbalizers)
     if label is None:

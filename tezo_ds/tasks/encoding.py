@@ -149,19 +149,22 @@ def candidates(
     max_length: int,
     mask: int | None = None,
 ) -> list[list[Encoded]]:
-    """Encodes each example with each of the words as its answer, as `encode` does: [example][word].
+    """Encodes each example with each of the words, or with its own candidates, as its answer, as `encode`
+    does: [example][word].
 
     All candidates of an example see the same prompt, cut to fit the longest of them; a masked model gets
     as many masks as the candidate has tokens.
     """
     before, after = _special_ids(tokenizer)
     end = [] if mask is None else after
-    pairs = _prompt_and_answer_ids(
-        tokenizer, [(e.prompt, word, " ") for e in examples for word in words]
-    )
+    of_each = [example.candidates or words for example in examples]
+    triples = [
+        (e.prompt, word, " ") for e, own in zip(examples, of_each, strict=True) for word in own
+    ]
+    pairs = iter(_prompt_and_answer_ids(tokenizer, triples))
     rows = []
-    for i, example in enumerate(examples):
-        row = pairs[i * len(words) : (i + 1) * len(words)]
+    for example, own in zip(examples, of_each, strict=True):
+        row = [next(pairs) for _ in own]
         longest = max(len(answer) for _, answer in row)
         fits = [_fit(before, p, a, example, max_length, longest, end) for p, a in row]
         rows.append([replace(fit, mask=mask) for fit in fits])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tezo_ds.engine.engine import Engine
 from tezo_ds.tasks.batches import rounds, shard_range
-from tezo_ds.tasks.encoded import Encoded, collate
+from tezo_ds.tasks.encoded import collate
 from tezo_ds.tasks.encoding import candidates, encode, first_tokens, mask_token
 from tezo_ds.tasks.example import Example
 from tezo_ds.tasks.spec import MOST_CHOICES, TaskSpec
@@ -68,7 +69,7 @@ class Evaluator:
         self._rounds = rounds(len(examples), batch_size, world_size)
         share = shard_range(len(examples), rank, world_size)
         mine = examples[share.start : share.stop]
-        words, self._choices = list((spec.verbalizers or {}).values()), 1
+        words = list((spec.verbalizers or {}).values())
         self._tokens: list[int] | None = None
         self.loss_alone: str | None = None
         self.cache: Cache | None = None
@@ -82,13 +83,19 @@ class Evaluator:
             )
             words, self.labels = [], []
         number = {label: i for i, label in enumerate(self.labels)}
-        self._truth = torch.tensor([number[e.label] for e in mine if e.label in number])
-        if words and self._tokens is None:
-            self._choices = len(words)
-            rows = candidates(tokenizer, mine, words, max_length, mask)
-            self.encoded = [encoded for row in rows for encoded in row]
+        if spec.choices_field is not None:
+            right = [e.candidates.index(str(e.answer)) for e in mine]
         else:
-            self.encoded = encode(tokenizer, mine, max_length, mask)
+            right = [number[e.label] for e in mine if e.label in number]
+        self._truth = torch.tensor(right)
+        self._chosen = bool(self.labels) or spec.choices_field is not None
+        if self._chosen and self._tokens is None:
+            rows = candidates(tokenizer, mine, words, max_length, mask)
+        else:
+            rows = [[encoded] for encoded in encode(tokenizer, mine, max_length, mask)]
+        self.encoded = [encoded for row in rows for encoded in row]
+        self._counts = [len(row) for row in rows]  # sequences of each example
+        self._starts = [0, *accumulate(self._counts)]
         # For a rank that has run out: any sequence will do, as none of its labels count.
         self._filler = encode(tokenizer, examples[:1], max_length, mask)[0]
 
@@ -107,26 +114,28 @@ class Evaluator:
             Stopped: `stop` said so on some rank; raised on all.
         """
         totals = torch.zeros(3, dtype=torch.float64)  # correct, loss sum, label tokens
-        per_batch = self._batch_size * self._choices
         sharding = self._engine.sharding
         with self._engine.applied(), self._cached():
             for index in range(self._rounds):
-                part = slice(index * per_batch, (index + 1) * per_batch)
-                truth = self._truth[index * self._batch_size : (index + 1) * self._batch_size]
-                totals += self._batch(self.encoded[part], truth, part.start)
+                totals += self._batch(index)
                 if progress is not None:
                     progress((index + 1) / self._rounds)
                 if sharding.maxima([stop()])[0]:
                     raise Stopped
         correct, loss_sum, tokens = sharding.all_reduce(totals.to(sharding.device)).tolist()
-        accuracy = correct / self.examples if self.labels else None
+        accuracy = correct / self.examples if self._chosen else None
         return Score(accuracy, loss_sum / max(tokens, 1), self.examples)
 
     def _cached(self) -> AbstractContextManager[None]:
         trunk = self._engine.objective.trunk
         return nullcontext() if trunk is None else trunk.using(self.cache)
 
-    def _batch(self, encoded: list[Encoded], truth: Tensor, start: int) -> Tensor:
+    def _batch(self, index: int) -> Tensor:
+        """Returns how many examples of one batch are right, their loss sum and their label tokens."""
+        last = len(self._counts)
+        first, end = (min(last, at * self._batch_size) for at in (index, index + 1))
+        counts, truth, start = self._counts[first:end], self._truth[first:end], self._starts[first]
+        encoded = self.encoded[start : self._starts[end]]
         batch = collate(encoded, self._pad, filler=self._filler)
         if self.cache is not None:
             ids = range(start, start + len(encoded))
@@ -134,14 +143,14 @@ class Evaluator:
         words = None if self._tokens is None else torch.tensor(self._tokens)
         rows, losses, logits = self._engine.objective.score(batch, words)
         sums = torch.zeros(len(encoded), dtype=torch.float64).index_add_(0, rows, losses.double())
-        counts = torch.bincount(rows, minlength=len(encoded)).double()
+        tokens = torch.bincount(rows, minlength=len(encoded)).double()
+        correct = torch.tensor(0)
         if self._tokens is not None:
             correct = (logits.argmax(dim=1) == truth).sum()
-        elif self.labels:
-            means = (sums / counts).view(-1, self._choices)  # (examples, answers)
-            correct = (means.argmin(dim=1) == truth).sum()
-            right = torch.arange(len(truth)) * self._choices + truth
-            sums, counts = sums[right], counts[right]
-        else:
-            correct = torch.tensor(0)
-        return torch.stack([correct.double(), sums.sum(), counts.sum()])
+        elif self._chosen and counts:
+            means = (sums / tokens).split(counts)  # of each example, (answers,)
+            best = torch.stack([each.argmin() for each in means])
+            correct = (best == truth).sum()
+            right = torch.tensor([0, *accumulate(counts)][:-1]) + truth
+            sums, tokens = sums[right], tokens[right]
+        return torch.stack([correct.double(), sums.sum(), tokens.sum()])

@@ -17,6 +17,7 @@ class Example:
         answer: text that follows the prompt: a label's word after a space, or a completion as it is.
         kind: what prompt and answer are.
         everything: whether all tokens train, where by its kind the answers alone would.
+        candidates: answers of this example's own, the right one among them; none where the task has words.
     """
 
     prompt: str
@@ -24,6 +25,7 @@ class Example:
     answer: str | None
     kind: Kind = Kind.TEMPLATE
     everything: bool = False
+    candidates: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:

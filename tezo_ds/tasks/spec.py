@@ -28,6 +28,8 @@ class TaskSpec(BaseModel):
     verbalizers: dict[str, str] | None = None
     label_field: str = "label"
     """The column that holds the label."""
+    choices_field: str | None = None
+    """The column that holds each example's own answers, of which the label is one, or its index from 0."""
     hub_id: str | None = None
     hub_config: str | None = None
     hub_revision: str | None = None
@@ -77,7 +79,11 @@ class TaskSpec(BaseModel):
 
     @model_validator(mode="after")
     def _check_answer_fits(self) -> TaskSpec:
-        if self.verbalizers is None:
+        if self.choices_field is not None and self.verbalizers is not None:
+            raise ValueError(
+                "verbalizers are words of all examples, choices_field each one's own; keep one"
+            )
+        if self.verbalizers is None and self.choices_field is None:
             return self
         if self.label_field in self.columns:
             raise ValueError(f"the template shows the label column {self.label_field!r}")

@@ -108,6 +108,7 @@ def open_session(
         s.task, data=s.data, dataset=s.dataset,
         hub=Hub(s.dataset_config, s.dataset_revision, s.train_split, s.test_split),
         test_data=s.test_data, template=s.template, verbalizers=s.verbalizers, label_field=s.label_field,
+        choices_field=s.choices_field,
         text_field=s.text_field, prompt_field=s.prompt_field, completion_field=s.completion_field,
         messages_field=s.messages_field, loss_on=s.loss_on, test_fraction=s.test_fraction,
         train_examples=s.train_examples, test_examples=s.test_examples, seed=s.data_seed,
