@@ -141,6 +141,24 @@ class Settings(BaseModel):
     eval_batch_size: int = declared(
         32, "examples of a rank in one forward of an evaluation", group=DATA, example=8, ge=1
     )
+    metric: str = declared(
+        "none",
+        "measure generated answers in evaluations, too: exact or f1 (words, as SQuAD), rouge-l, "
+        "regex:PATTERN (the last match), or your own module:function of (predictions, references)",
+        group=DATA, example="f1",
+    )  # fmt: skip
+    max_new_tokens: int = declared(
+        50,
+        "tokens of a generated answer, at most",
+        group=DATA,
+        used_by="--metric",
+        example=200,
+        ge=1,
+    )
+    stop: tuple[str, ...] = declared(
+        (), "text that ends a generated answer, besides EOS; may be given several times", group=DATA,
+        used_by="--metric", example=("###",),
+    )  # fmt: skip
     dtype: Literal["auto", Stored] = declared(
         "auto",
         "dtype of the weights: auto (the checkpoint's), float32, bfloat16, float16 or float64; a "

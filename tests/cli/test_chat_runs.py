@@ -86,3 +86,53 @@ def test_answers_that_are_cut_are_said(
     assert call("train", *flags({**given, **more})) == 0
     out = capsys.readouterr().out
     assert "warning: 8 training examples are longer than 20 tokens by their answers" in out
+
+
+def test_answers_are_generated_shown_and_measured(
+    given: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(tmp_path / "run")
+    more = {"output": run.path, "metric": "f1", "max_new_tokens": 5, "steps": 3, "eval_every": 2}
+    assert call("train", *flags({**given, **more})) == 0
+    out = capsys.readouterr().out
+    assert out.count("f1 0.") == 3 and "  answers, e.g. '" in out
+    summary = run.summary
+    assert summary["metric"] == "f1" and 0 <= summary["metric_after"] <= 1
+    scores = [line["test_metric"] for line in run.lines if "test_metric" in line]
+    assert len(scores) == 3 and scores[-1] == summary["metric_after"]
+    assert call("evaluate", "--run", run.path) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["metric"], found["value"]) == ("f1", summary["metric_after"]) and found["answers"]
+    shown = (
+        "generate",
+        "--run",
+        run.path,
+        "--prompt",
+        "Who am I?",
+        "--prompt",
+        "one\\ntwo",
+        "--chat",
+    )
+    assert call(*shown, "--max-new-tokens", 4) == 0
+    lines = capsys.readouterr().out
+    assert lines.startswith("> Who am I?\n") and "> one\ntwo\n" in lines
+    assert (
+        call("generate", "--model", given["model"], "--prompt", "I am Ann", "--max-new-tokens", 4)
+        == 0
+    )
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--model", "m"], "--prompt is missing; add it"),
+        (["--prompt", "x"], "--run or --model is missing"),
+        (["--prompt", "x", "--model", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_generate_cannot_do(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("generate", *words) == 2
+    assert expected in capsys.readouterr().err

@@ -12,6 +12,7 @@ COLLECTED = "[entry['collections'] for entry in gc.get_stats()]"
 COMMANDS = {
     "train": ["--model", "m", "--task", "t", "--output", "o"],
     "evaluate": [],
+    "generate": ["--prompt", "p", "--run", "r"],
     "export": [],
     "replay": ["run"],
     "plan": ["--model", "m", "--world", "2"],

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import tezo_ds
-from tezo_ds.cli import doctor, evaluate, export, plan, probe_layers, replay, train
+from tezo_ds.cli import doctor, evaluate, export, generate, plan, probe_layers, replay, train
 from tezo_ds.errors import TezoError
 from tezo_ds.launched import env_local_rank, env_rank, env_world_size
 from tezo_ds.repeatable import ask_mkl
@@ -43,6 +43,7 @@ def launched(
 
 app.command(help=train.TRAIN_HELP)(train.train)
 app.command(help=evaluate.EVALUATE_HELP)(evaluate.evaluate)
+app.command(help=generate.GENERATE_HELP)(generate.generate)
 app.command(help=export.EXPORT_HELP)(export.export)
 app.command(help=replay.REPLAY_HELP)(replay.replay)
 app.command(help=doctor.DOCTOR_HELP, context_settings=doctor.CONTEXT)(doctor.doctor)

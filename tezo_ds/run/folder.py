@@ -187,11 +187,14 @@ class RunFolder:
         loss: float,
         examples: int,
         after: str | None = None,
+        metric: float | None = None,
     ) -> None:
-        """Writes one line for an evaluation after `step` steps, and `after` what else, if anything."""
+        """Writes one line for an evaluation after `step` steps, and `after` what else, if anything; with the
+        `metric` of generated answers, if there are any."""
         line = {"step": step, "test_accuracy": accuracy, "test_loss": loss}
-        more = {} if after is None else {"after": after}
-        self._log({**line, "test_examples": examples, **more})
+        more = {"after": after, "test_metric": metric}
+        known = {name: value for name, value in more.items() if value is not None}
+        self._log({**line, "test_examples": examples, **known})
 
     def _log(self, line: dict[str, Any]) -> None:
         assert self._metrics is not None, "opened before"

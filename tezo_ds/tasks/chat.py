@@ -29,11 +29,7 @@ def tokenised(
     Raises:
         DataError: there is no template, it refuses the messages, or its answers cannot be told apart.
     """
-    if not tokenizer.chat_template:
-        raise DataError(
-            "the model's tokenizer has no chat template for conversations; take an instruct model, or data "
-            "with prompt and completion"
-        )
+    _check_template(tokenizer)
     whole = _ids(tokenizer, conversation, len(conversation.messages))
     if everything:
         return whole, ((1, len(whole)),)
@@ -51,6 +47,45 @@ def tokenised(
     ):
         return whole, _masked(tokenizer, conversation)
     return whole, _joined([_added(tokenizer, conversation, whole, i, i + 1) for i in turns])
+
+
+def opening(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation
+) -> tuple[list[int], str]:
+    """Returns the ids of what comes before the last answer, up to where the model would begin it, and the
+    answer.
+
+    Raises:
+        DataError: there is no turn of the assistant with text.
+    """
+    turns = [
+        i for i, one in enumerate(conversation.messages)
+        if one["role"] == "assistant" and one.get("content") and i
+    ]  # fmt: skip
+    if not turns:
+        raise DataError(f"conversation {_shown(conversation)} has no answer to compare with")
+    last = turns[-1]
+    ids = _ids(tokenizer, conversation, last, add_generation_prompt=True)
+    return ids, str(conversation.messages[last]["content"]).strip()
+
+
+def asking(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Returns the ids of a user's message, up to where the model would begin to answer.
+
+    Raises:
+        DataError: there is no chat template, or it refuses the message.
+    """
+    _check_template(tokenizer)
+    conversation = Conversation([{"role": "user", "content": text}])
+    return _ids(tokenizer, conversation, 1, add_generation_prompt=True)
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.chat_template:
+        raise DataError(
+            "the model's tokenizer has no chat template for conversations; take an instruct model, or data "
+            "with prompt and completion"
+        )
 
 
 def _ids(

@@ -171,6 +171,11 @@ def candidates(
     return rows
 
 
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Returns the ids of a prompt that an answer is to follow: special tokens before it, none behind."""
+    return [*_special_ids(tokenizer)[0], *_ids(tokenizer, [prompt])[0]]
+
+
 def answer_tokens(
     tokenizer: PreTrainedTokenizerBase, prompt: str, words: Sequence[str]
 ) -> list[list[int]]:

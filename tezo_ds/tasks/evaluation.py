@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -16,9 +16,12 @@ from tezo_ds.tasks.batches import rounds, shard_range
 from tezo_ds.tasks.encoded import collate
 from tezo_ds.tasks.encoding import candidates, encode, first_tokens, mask_token
 from tezo_ds.tasks.example import Example
+from tezo_ds.tasks.generation import Generated
 from tezo_ds.tasks.spec import MOST_CHOICES, TaskSpec
 from tezo_ds.trunk.cache import Cache
 from tezo_ds.trunk.trunk import EXAMPLE_IDS
+
+SHOWN = 3  # answers that an evaluation returns
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,17 @@ class Score:
     """Accuracy and mean loss a label token, over all ranks.
 
     A language-model task and one of answers in free text have no accuracy: None.
+
+    Attributes:
+        metric: of generated answers; None where none are generated.
+        answers: the first of them.
     """
 
     accuracy: float | None
     loss: float
     examples: int
+    metric: float | None = None
+    answers: tuple[str, ...] = ()
 
 
 class Stopped(Exception):
@@ -47,6 +56,7 @@ class Evaluator:
     Attributes:
         encoded: this rank's sequences.
         cache: hidden states of them after the trunk; None: none are kept.
+        generated: what measures generated answers; None: nothing does.
         loss_alone: why answers are not picked from, in one line, where the task's are free text: each would
             be compared with all others; None where accuracy is measured, or there are no answers.
     """
@@ -73,6 +83,7 @@ class Evaluator:
         self._tokens: list[int] | None = None
         self.loss_alone: str | None = None
         self.cache: Cache | None = None
+        self.generated: Generated | None = None
         mask = mask_token(engine.sharding.module, tokenizer)
         if words:
             self._tokens = first_tokens(tokenizer, words, [e.prompt for e in examples])
@@ -124,7 +135,11 @@ class Evaluator:
                     raise Stopped
         correct, loss_sum, tokens = sharding.all_reduce(totals.to(sharding.device)).tolist()
         accuracy = correct / self.examples if self._chosen else None
-        return Score(accuracy, loss_sum / max(tokens, 1), self.examples)
+        score = Score(accuracy, loss_sum / max(tokens, 1), self.examples)
+        if self.generated is None:
+            return score
+        metric, answers = self.generated(progress)
+        return replace(score, metric=metric, answers=tuple(answers[:SHOWN]))
 
     def _cached(self) -> AbstractContextManager[None]:
         trunk = self._engine.objective.trunk

@@ -29,6 +29,7 @@ from tezo_ds.tasks.encoded import Encoded, losses_of_labels, truncations
 from tezo_ds.tasks.evaluation import Score
 
 WINDOW = 20  # steps that shown figures are medians of
+ANSWER = 80  # characters of a generated answer that are shown
 
 
 def quieten() -> None:
@@ -115,7 +116,10 @@ class Display:
                 )
             table.add_row("accuracy after", f"{after:.1%} ({100 * (after - before):+.1f} points)")
             table.add_row("test examples", f"{summary['test_examples']}")
-        elif "test_loss_after" in summary:
+        if None not in (summary.get("metric_before"), summary.get("metric_after")):
+            values = f"{summary['metric_before']:.3f} → {summary['metric_after']:.3f}"
+            table.add_row(str(summary["metric"]), values)
+        if (before is None or after is None) and "test_loss_after" in summary:
             losses = f"{summary['test_loss_before']:.4f} → {summary['test_loss_after']:.4f}"
             table.add_row("test loss", losses)
         steps, seconds = summary["steps"], f"{summary['seconds_training']:.0f} s"
@@ -189,13 +193,17 @@ class Display:
             task = bar.add_task(label, total=1.0)
             yield lambda fraction: bar.update(task, completed=fraction)
 
-    def score(self, step: int, score: Score, when: str | None = None) -> None:
-        """Prints the result of an evaluation, after so many steps or `when`."""
+    def score(self, step: int, score: Score, when: str | None = None, metric: str = "") -> None:
+        """Prints the result of an evaluation, after so many steps or `when`, and how answers begin."""
         accuracy = "" if score.accuracy is None else f"accuracy {score.accuracy:.1%}, "
+        if score.metric is not None:
+            accuracy += f"{metric} {score.metric:.3f}, "
         self.note(
             f"{when or f'after {step} steps'}: {accuracy}loss {score.loss:.4f} on {score.examples} test "
             "examples"
         )
+        for answer in score.answers:
+            self.note(f"  answers, e.g. {answer[:ANSWER]!r}")
 
 
 def _directions(engine: Engine) -> str:

@@ -313,11 +313,17 @@ class _Training:
             return
         if self._folder is not None:
             after = when if fit else None
-            self._folder.log_score(step, score.accuracy, score.loss, score.examples, after)
-        self._display.score(step, score, "with the output layer fitted" if fit else None)
+            self._folder.log_score(
+                step, score.accuracy, score.loss, score.examples, after, score.metric
+            )
+        name = self._session.settings.metric
+        self._display.score(step, score, "with the output layer fitted" if fit else None, name)
         if when is not None:
             line = {"test_accuracy": score.accuracy, "test_loss": score.loss}
+            line |= {} if score.metric is None else {"test_metric": score.metric}
             self._summary |= _scores(when, {**line, "test_examples": score.examples})
+            if score.metric is not None:
+                self._summary["metric"] = name
 
     def _leave(self) -> None:
         """Writes what there is on rank 0, whatever ended the run, whose own error is the one to show."""
@@ -337,9 +343,10 @@ class _Training:
 
 def _scores(when: str, line: Mapping[str, Any]) -> dict[str, Any]:
     """Returns fields of the summary, from an evaluation's line in metrics.jsonl."""
+    more = {f"metric_{when}": line["test_metric"]} if "test_metric" in line else {}
     return {
         f"accuracy_{when}": line["test_accuracy"], f"test_loss_{when}": line["test_loss"],
-        "test_examples": line["test_examples"],
+        "test_examples": line["test_examples"], **more,
     }  # fmt: skip
 
 

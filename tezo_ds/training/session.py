@@ -27,9 +27,11 @@ from tezo_ds.run.results import Result, read_result
 from tezo_ds.settings import TIMEOUT, Settings
 from tezo_ds.sharding import Sharding, sharding_of
 from tezo_ds.sharding.world import join_world
-from tezo_ds.tasks import TaskData, first_tokens, load_task
+from tezo_ds.tasks import TaskData, first_tokens, load_task, shard_range
 from tezo_ds.tasks.encoding import mask_token
 from tezo_ds.tasks.evaluation import Evaluator
+from tezo_ds.tasks.generation import Generated, Generator, asked
+from tezo_ds.tasks.metrics import NONE, metric_of
 from tezo_ds.tasks.sources import Hub
 
 
@@ -73,7 +75,7 @@ class Session:
         if not self.task.test:
             return None
         s = self.settings
-        return Evaluator(
+        evaluator = Evaluator(
             self.engine,
             self.tokenizer,
             self.task.spec,
@@ -82,6 +84,20 @@ class Session:
             s.max_length,
             self.pad_id,
         )
+        if s.metric != NONE:
+            evaluator.generated = self._generated()
+        return evaluator
+
+    def _generated(self) -> Generated:
+        """Returns what measures generated answers to this rank's test examples."""
+        s, sharding, tests = self.settings, self.engine.sharding, self.task.test
+        share = shard_range(len(tests), sharding.rank, sharding.world_size)
+        mine = tests[share.start : share.stop]
+        prompts, right = asked(self.tokenizer, mine, s.max_length, s.max_new_tokens)
+        generator = Generator(
+            self.engine, self.tokenizer, self.pad_id, s.max_new_tokens, s.stop, s.eval_batch_size
+        )
+        return Generated(s.metric, metric_of(s.metric), generator, prompts, right)
 
 
 def open_session(

@@ -1,0 +1,153 @@
+"""Answers that a model generates at the present coefficients: greedy, in batches, on all ranks alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tezo_ds.engine.engine import Engine
+from tezo_ds.errors import DataError
+from tezo_ds.sharding import Sharding
+from tezo_ds.tasks.chat import opening
+from tezo_ds.tasks.encoding import prompt_ids
+from tezo_ds.tasks.example import Example
+from tezo_ds.tasks.formats import Conversation, Kind
+from tezo_ds.tasks.metrics import Metric
+
+
+class Generator:
+    """Generator of greedy continuations.
+
+    Under ZeRO-3 and FSDP2 a forward takes all ranks, so a rank whose texts have ended, or that has none,
+    makes forwards until the last rank's have.
+
+    Args:
+        engine: the model at its coefficients.
+        tokenizer: the model's.
+        pad_id: token that pads prompts on the left, masked out.
+        most: tokens that are generated, at most.
+        stop: texts that end an answer, besides EOS; they and what follows are cut away.
+        batch_size: prompts at a time.
+    """
+
+    def __init__(
+        self, engine: Engine, tokenizer: PreTrainedTokenizerBase, pad_id: int, most: int,
+        stop: Sequence[str] = (), batch_size: int = 32,
+    ) -> None:  # fmt: skip
+        self._engine, self._tokenizer, self._pad = engine, tokenizer, pad_id
+        self._most, self._stop, self._batch_size = most, list(stop), batch_size
+
+    @property
+    def sharding(self) -> Sharding:
+        """The engine's sharding."""
+        return self._engine.sharding
+
+    def __call__(
+        self, prompts: Sequence[list[int]], progress: Callable[[float], None] | None = None,
+        streamer: Any = None,
+    ) -> list[str]:  # fmt: skip
+        """Returns the continuation of each of this rank's prompts. All ranks must call this.
+
+        Args:
+            prompts: token ids, none of them empty.
+            progress: given the fraction done.
+            streamer: of transformers, for a single prompt.
+        """
+        mine = -(-len(prompts) // self._batch_size)
+        rounds = self._engine.sharding.maxima([mine])[0]
+        found: list[str] = []
+        with self._engine.applied():
+            for index in range(rounds):
+                part = prompts[index * self._batch_size : (index + 1) * self._batch_size]
+                found += self._batch(part or [[self._pad]], streamer)[: len(part)]
+                if progress is not None:
+                    progress((index + 1) / rounds)
+        return found
+
+    def _batch(self, prompts: Sequence[list[int]], streamer: Any) -> list[str]:
+        sharding = self._engine.sharding
+        longest = max(map(len, prompts))
+        ids = torch.full((len(prompts), longest), self._pad, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        more: dict[str, Any] = {}
+        if self._stop:
+            more = {"stop_strings": self._stop, "tokenizer": self._tokenizer}
+        model: Any = sharding.module
+        made = model.generate(
+            input_ids=ids.to(sharding.device), attention_mask=mask.to(sharding.device),
+            max_new_tokens=self._most, do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None,
+            pad_token_id=self._pad, synced_gpus=sharding.everyone > 1, streamer=streamer, **more,
+        )  # fmt: skip
+        texts = self._tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True)
+        return [self._cut(text) for text in texts]
+
+    def _cut(self, text: str) -> str:
+        ends = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        return text[: min(ends)] if ends else text
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Metric of what a model answers to some prompts.
+
+    Attributes:
+        name: the metric's.
+        metric: (predictions, references) -> float.
+        generator: makes the answers.
+        prompts: this rank's, as token ids.
+        right: the right answers.
+    """
+
+    name: str
+    metric: Metric
+    generator: Generator
+    prompts: list[list[int]]
+    right: list[str]
+
+    def __call__(self, progress: Callable[[float], None] | None = None) -> tuple[float, list[str]]:
+        """Returns the metric over the prompts of all ranks, and this rank's answers. All ranks must call
+        this."""
+        made = self.generator(self.prompts, progress)
+        sharding = self.generator.sharding
+        found = sharding.gather((sharding.rank, made, self.right))
+        of_rank = {
+            rank: (said, right) for rank, said, right in found
+        }  # ranks may see the same data
+        said, right = ([x for r in sorted(of_rank) for x in of_rank[r][part]] for part in (0, 1))
+        return self.metric(said, right), made
+
+
+def asked(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int, most: int
+) -> tuple[list[list[int]], list[str]]:
+    """Returns the prompts of examples, as token ids that leave room for an answer, and the right answers.
+
+    Raises:
+        DataError: an example has no answer, or there is no room beside `most` new tokens.
+    """
+    room = max_length - most
+    if room < 1:
+        raise DataError(
+            f"--max-new-tokens {most} leaves no room for a prompt within --max-length {max_length}; lower "
+            "the former or raise the latter"
+        )
+    prompts, right = [], []
+    for example in examples:
+        if example.kind is Kind.MESSAGES:
+            ids, answer = opening(tokenizer, Conversation.of_text(example.prompt))
+        elif example.answer is not None:
+            ids, answer = prompt_ids(tokenizer, example.prompt), example.answer.strip()
+        else:
+            raise DataError(
+                f"text {example.prompt[:40]!r} has no answer to compare with; leave --metric out"
+            )
+        prompts.append(ids[-room:])
+        right.append(answer)
+    return prompts, right

@@ -1,0 +1,113 @@
+"""Metrics of generated answers beside the right ones: built in, by a pattern, or a user's function."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tezo_ds.errors import ConfigError
+
+Metric = Callable[[Sequence[str], Sequence[str]], float]
+NONE = "none"
+KINDS = "exact, f1, rouge-l, regex:PATTERN or module:function"
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+def metric_of(name: str) -> Metric:
+    """Returns a function (predictions, references) -> float, the mean over examples.
+
+    Args:
+        name: "exact" and "f1" compare words without case, punctuation and articles, as SQuAD does; "rouge-l"
+            is the F measure of the longest common subsequence, by the package rouge-score; "regex:PATTERN"
+            compares the last match in each, its first group if it has one; "module:function" is a user's.
+
+    Raises:
+        ConfigError: the name is none of these, the pattern is no pattern, or a package is not there.
+    """
+    if name == "exact":
+        return _mean(lambda said, right: float(_words(said) == _words(right)))
+    if name == "f1":
+        return _mean(_f1)
+    if name == "rouge-l":
+        return _rouge_l()
+    kind, _, rest = name.partition(":")
+    if kind == "regex" and rest:
+        return _regex(rest)
+    if kind and rest:
+        return _of_user(kind, rest)
+    raise ConfigError(f"--metric {name}: is not known; name {KINDS}")
+
+
+def _mean(of_one: Callable[[str, str], float]) -> Metric:
+    def metric(predictions: Sequence[str], references: Sequence[str]) -> float:
+        each = [of_one(said, right) for said, right in zip(predictions, references, strict=True)]
+        return sum(each) / len(each)
+
+    return metric
+
+
+def _words(text: str) -> list[str]:
+    kept = "".join(c for c in text.lower() if c not in string.punctuation)
+    return _ARTICLES.sub(" ", kept).split()
+
+
+def _f1(said: str, right: str) -> float:
+    ours, theirs = _words(said), _words(right)
+    common = sum((Counter(ours) & Counter(theirs)).values())
+    if not common:
+        return float(ours == theirs)
+    precision, recall = common / len(ours), common / len(theirs)
+    return 2 * precision * recall / (precision + recall)
+
+
+def _rouge_l() -> Metric:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise ConfigError(
+            "--metric rouge-l: needs the package rouge-score; pip install rouge-score"
+        ) from None
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    return _mean(lambda said, right: float(scorer.score(right, said)["rougeL"].fmeasure))
+
+
+def _regex(pattern: str) -> Metric:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"--metric regex:{pattern}: is no regular expression ({error})") from None
+
+    def found(text: str) -> str | None:
+        matches = compiled.findall(text)
+        if not matches:
+            return None
+        last = matches[-1]
+        return str(last if isinstance(last, str) else last[0])
+
+    def right(said: str, wanted: str) -> float:
+        return float(found(said) is not None and found(said) == found(wanted))
+
+    return _mean(right)
+
+
+def _of_user(module: str, name: str) -> Metric:
+    try:
+        function: Any = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"--metric {module}:{name}: cannot be had ({error}); name {KINDS}"
+        ) from None
+
+    def metric(predictions: Sequence[str], references: Sequence[str]) -> float:
+        try:
+            return float(function(predictions, references))
+        except Exception as error:  # the user's own
+            raise ConfigError(
+                f"--metric {module}:{name}: raised {type(error).__name__}: {str(error).splitlines()[:1]}"
+            ) from error
+
+    return metric
