@@ -218,6 +218,7 @@ def test_what_is_too_long_loses_no_answer_without_a_word() -> None:
             [{"text": "x"}], {"verbalizers": {"a": "b", "c": "d"}},
             "which have no labels; leave verbalizers, label_field and choices_field out",
         ),
+        ([{"q": "x", "a": "y"}], {"template": "{q", "completion_field": "a"}, "template: template '{q'"),
         ([{"messages": CHAT, "tools": "{"}], {}, "column 'tools': is no list of functions"),
     ],
 )  # fmt: skip

@@ -70,6 +70,14 @@ def test_an_answer_ends_before_a_stop_string() -> None:
     assert cut == whole[: whole.index(stop)]
 
 
+def test_a_model_that_cannot_generate_is_refused() -> None:
+    engine = tezo_ds.initialize(tiny("roberta"), {"rank": 2})
+    with pytest.raises(
+        ConfigError, match="RobertaForMaskedLM cannot generate text; leave --metric"
+    ):
+        Generator(engine, tiny_tokenizer(TEXTS), 2, NEW)
+
+
 def test_prompts_and_answers_of_examples() -> None:
     _, tokenizer = parts()
     tokenizer.chat_template = CHAT_TEMPLATE

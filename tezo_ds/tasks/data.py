@@ -105,7 +105,8 @@ def load_task(
                 f"{task}: is of {form.told()}, which have no labels; leave verbalizers, label_field and "
                 "choices_field out, or give a template"
             )
-        spec = TaskSpec(name=Path(task).stem, template=template or f"{{{form.columns[0]}}}")
+        asked = {"name": Path(task).stem, "template": template or f"{{{form.columns[0]}}}"}
+        spec = _spec(task, asked)
         splits = [formatted(table, spec, form, loss_on == "all") for table in tables]
         note = form.told()
     unique = [_deduplicate(examples) for examples in splits]
@@ -161,17 +162,22 @@ def _resolve_spec(
         if any(isinstance(label, float) and is_missing(label) for label in verbalizers):
             raise DataError(f"{task}: verbalizers: a label is missing (NaN); leave it out")
         fields["verbalizers"] = {str(label): word for label, word in verbalizers.items()}
+    spec = _spec(task, fields)
+    if builtin is None and verbalizers is None and choices_field is None:
+        words = _labels_as_words(tables, spec, required=label_field is not None)
+        spec = _spec(task, {**fields, "verbalizers": words})
+    return spec
+
+
+def _spec(task: str, fields: Mapping[str, Any]) -> TaskSpec:
+    """Makes a spec; raises DataError, in one line, where a field is malformed."""
     try:
-        spec = TaskSpec(**fields)
-        if builtin is None and verbalizers is None and choices_field is None:
-            words = _labels_as_words(tables, spec, required=label_field is not None)
-            spec = TaskSpec(**fields, verbalizers=words)
+        return TaskSpec(**fields)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "task"
         message = first["msg"].removeprefix("Value error, ")
         raise DataError(f"{task}: {field}: {message}") from None
-    return spec
 
 
 def _labels_as_words(tables: list[Table], spec: TaskSpec, required: bool) -> dict[str, str] | None:

@@ -60,7 +60,9 @@ def encode(
     before, after = _special_ids(tokenizer)
     end = [] if mask is None else after
     joined = [
-        (e.prompt, str(e.answer), " ") for e in examples if e.kind is Kind.TEMPLATE and e.answer
+        (e.prompt, e.answer, " ")
+        for e in examples
+        if e.kind is Kind.TEMPLATE and e.answer is not None
     ]
     joined += [(e.prompt, str(e.answer), "") for e in examples if e.kind is Kind.COMPLETION]
     ids = dict(zip(joined, _prompt_and_answer_ids(tokenizer, joined), strict=True))

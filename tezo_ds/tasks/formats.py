@@ -98,7 +98,7 @@ class Conversation:
 
     def to_text(self) -> str:
         """Returns JSON that `of_text` reads."""
-        return json.dumps([self.messages, self.asked, self.tools], ensure_ascii=False)
+        return json.dumps([self.messages, self.asked, self.tools], ensure_ascii=False, default=str)
 
     @classmethod
     def of_text(cls, text: str) -> Conversation:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tezo_ds.engine.engine import Engine
-from tezo_ds.errors import DataError
+from tezo_ds.errors import ConfigError, DataError
 from tezo_ds.sharding import Sharding
 from tezo_ds.tasks.chat import opening
 from tezo_ds.tasks.encoding import prompt_ids
@@ -32,12 +32,20 @@ class Generator:
         most: tokens that are generated, at most.
         stop: texts that end an answer, besides EOS; they and what follows are cut away.
         batch_size: prompts at a time.
+
+    Raises:
+        ConfigError: the model has no `generate`.
     """
 
     def __init__(
         self, engine: Engine, tokenizer: PreTrainedTokenizerBase, pad_id: int, most: int,
         stop: Sequence[str] = (), batch_size: int = 32,
     ) -> None:  # fmt: skip
+        module: Any = engine.sharding.module
+        if not (hasattr(module, "can_generate") and module.can_generate()):
+            raise ConfigError(
+                f"{type(module).__name__} cannot generate text; leave --metric out, or take a causal model"
+            )
         self._engine, self._tokenizer, self._pad = engine, tokenizer, pad_id
         self._most, self._stop, self._batch_size = most, list(stop), batch_size
 

@@ -237,6 +237,11 @@ def _choices(tokenizer: PreTrainedTokenizerBase, task: TaskData) -> Tensor:
         ConfigError: one token does not tell the words apart.
     """
     words = list((task.spec.verbalizers or {}).values())
+    if not words:
+        raise ConfigError(
+            "--objective choices needs label words, and this data has none; leave it out, or give a template "
+            "and a label column"
+        )
     prompts = [example.prompt for example in [*task.train, *task.test]]
     tokens = first_tokens(tokenizer, words, prompts) if words else None
     if tokens is None:
