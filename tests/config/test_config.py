@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,3 +76,16 @@ def test_cosine_falls_from_peak_to_zero() -> None:
     config = TezoConfig(lr=2.0, schedule="cosine", warmup_steps=1, total_steps=5)
     rates = [config.lr_at(step) for step in range(6)]
     assert rates == pytest.approx([2.0, 2.0, 1 + 0.5**0.5, 1.0, 1 - 0.5**0.5, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "lr"),
+    [
+        ({}, 1e-6), ({"method": "lozo"}, 1e-6), ({"method": "tezo-adam-coef"}, 1e-4),
+        ({"method": "tezo-gn"}, 1.0), ({"adapter": "tt"}, 1e-4), ({"adapter": "lora"}, 1e-4),
+        ({"adapter": "tt", "method": "tezo-adam-coef"}, 1e-3),
+        ({"adapter": "tt", "method": "tezo-gn"}, 1.0), ({"adapter": "lora", "lr": 1e-6}, 1e-6),
+    ],
+)  # fmt: skip
+def test_rates_by_default_are_a_methods_own(fields: dict[str, Any], lr: float) -> None:
+    assert TezoConfig(**fields).lr == lr

@@ -24,6 +24,7 @@ AUTO = "auto"
 METHOD, STEP, DIRECTIONS = "Method", "Step size", "Directions"
 PROBE, TRAINS, ADAPTER = "Probe, memory and checks", "What trains", "Adapters"
 LORA_RANK = 8  # default of `rank` under adapter lora
+ADAPTER_LR = {"sgd": 1e-4, "momentum": 1e-4, "adam": 1e-3}  # of `lr` of an adapter's parameters
 ADAMS = "tezo-adam, tezo-adam-coef, mezo-adam"
 
 
@@ -104,8 +105,11 @@ class TezoConfig(BaseModel):
         1e-3, 'perturbation radius ρ; "auto" chooses it on the first batch', group=STEP, example="auto"
     )  # fmt: skip
     lr: float = declared(
-        1e-6, "peak learning rate η; 1 by default under tezo-gn", group=STEP, example=2e-6, ge=0
-    )
+        1e-6,
+        "peak learning rate η; by default 1e-4 under tezo-adam-coef, 1 under tezo-gn, and of adapters 1e-4, "
+        "or with Adam 1e-3",
+        group=STEP, example=2e-6, ge=0,
+    )  # fmt: skip
     schedule: str = declared(
         "constant",
         "learning rate after the warm-up: constant, or falling to 0 at total_steps by linear or cosine",
@@ -334,13 +338,15 @@ class TezoConfig(BaseModel):
     def _defaults_of_method(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
+        adapted = fields.get("adapter", "none") != "none"
         if fields.get("adapter") == "lora":
             fields = {"rank": LORA_RANK, **fields}
-        if "method" not in fields:
+        if "method" not in fields and not adapted:
             return fields
         with suppress(ValueError):  # no method, which the field's own check says
-            facts = facts_of(str(fields["method"]))
-            for name, value in (("rank", facts.rank), ("lr", facts.lr)):
+            facts = facts_of(str(fields.get("method", cls.model_fields["method"].default)))
+            lr = ADAPTER_LR[facts.descent] if adapted and not facts.solves else facts.lr
+            for name, value in (("rank", facts.rank), ("lr", lr)):
                 if value not in (None, cls.model_fields[name].default):
                     fields = {name: value, **fields}
         return fields

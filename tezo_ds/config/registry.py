@@ -64,7 +64,12 @@ METHODS: dict[str, MethodFacts] = {
         "tezo_ds.methods.tezo_adam:make", "TeZO-Adam as published", "adam", fixed_factors=True
     ),
     "tezo-adam-coef": MethodFacts(
-        _TEZO, "Adam on TeZO's coefficients", "adam", fixed_factors=True, learns_coefficients=True
+        _TEZO,
+        "Adam on TeZO's coefficients",
+        "adam",
+        fixed_factors=True,
+        learns_coefficients=True,
+        lr=1e-4,
     ),
     "tezo-gn": MethodFacts(
         "tezo_ds.methods.tezo_gn:make",
