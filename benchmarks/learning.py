@@ -155,7 +155,8 @@ class Benchmark:
             summary = json.loads((out / "summary.json").read_text())
         return {
             "accuracy": summary["accuracy_after"], "loss": summary["test_loss_after"],
-            "zero_shot": summary["accuracy_before"], "head": summary.get("accuracy_output_layer"),
+            "zero_shot": summary["accuracy_before"], "majority": summary.get("accuracy_majority"),
+            "head": summary.get("accuracy_output_layer"),
             "steps_made": steps, "seconds": seconds,
             "fit": summary.get("output_layer"), "machine": describe(), "time": time.time(),
         }  # fmt: skip

@@ -32,7 +32,8 @@ class Told(learning.Benchmark):
         seconds = 10.0 + 2 * max(1, steps) + 30 * (arm.head == "fit")
         loss = abs(factor - 10) + 1  # the second rate is the best
         return {
-            "accuracy": 0.5 + seed / (50 if steps else 100), "loss": loss, "zero_shot": 0.2, "head": None,
+            "accuracy": 0.5 + seed / (50 if steps else 100), "loss": loss, "zero_shot": 0.2, "majority": 0.3,
+            "head": None,
             "steps_made": steps,
             "seconds": seconds, "machine": "here, 2 cores",
         }  # fmt: skip
@@ -68,6 +69,7 @@ def test_budgets_count_what_a_fit_takes_and_finished_runs_are_kept(
     learning.main([*words, *out, "--report"])
     text = page.read_text()
     assert "| fit + mezo | 53.0 | 12.7 | +1.5 ± 6.4 | 1.000 | 2 | 50 | 140 |" in text
+    assert "| most frequent class | 30.0 |" in text and "| zero-shot | 20.0 | 0.0 |" in text
     assert "| fit | 51.5 | 6.4 |  | " in text and "here, 2 cores" in text
     assert text.startswith("before") and text.endswith("after")
     assert page.with_suffix(".png").stat().st_size > 1000

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tezo_ds
 from tezo_ds.tasks import batch_indices, collate, encode, load_task
+from tezo_ds.tasks.baselines import majority_accuracy
 
 pytest_plugins = ("cli_fixtures",)
 
@@ -120,6 +121,8 @@ def test_evaluate_finds_what_the_run_found(
         }
     assert after["accuracy"] != before["accuracy"]
     assert abs(after["loss"] - before["loss"]) > 0.1
+    task = load_task(str(given.data), template=TEMPLATE, verbalizers=WORDS, test_fraction=0.4)
+    assert summary["accuracy_majority"] == majority_accuracy(task.train, task.test) > 0
 
 
 def test_every_field_of_the_block_has_an_option(given: Given, tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from tezo_ds.engine.report import StepReport
 from tezo_ds.launched import env_rank
 from tezo_ds.run.folder import COEFFICIENTS, JOURNAL
 from tezo_ds.tasks import TaskData
-from tezo_ds.tasks.baselines import majority_accuracy
 from tezo_ds.tasks.encoded import Encoded, losses_of_labels, truncations
 from tezo_ds.tasks.evaluation import Score
 
@@ -94,8 +93,6 @@ class Display:
             self.note(
                 f"left out: {task.duplicates} repeats, {task.leaked} that are test prompts too"
             )
-        if (share := majority_accuracy(task.train, task.test)) is not None:
-            self.note(f"accuracy of always answering with the most frequent class: {share:.1%}")
         if truncated := truncations(encoded):
             self.note(f"{truncated} training prompts cut to {max_length} tokens; see --max-length")
         if lost := losses_of_labels(encoded):
@@ -108,6 +105,8 @@ class Display:
         """Prints the result of a run, in one place; `begun_at` steps were made by earlier processes."""
         table = Table(show_header=False, box=None, padding=(0, 2))
         before, after = summary.get("accuracy_before"), summary.get("accuracy_after")
+        if (majority := summary.get("accuracy_majority")) is not None:
+            table.add_row("most frequent class", f"{majority:.1%} (always that answer)")
         if before is not None and after is not None:
             table.add_row("accuracy before", f"{before:.1%}")
             if (fitted := summary.get("accuracy_output_layer")) is not None:

@@ -35,6 +35,7 @@ from tezo_ds.run.folder import (
 )
 from tezo_ds.run.resuming import snapshot
 from tezo_ds.settings import RunOptions
+from tezo_ds.tasks.baselines import majority_accuracy
 from tezo_ds.tasks.batches import batch_indices, lane_indices
 from tezo_ds.tasks.encoded import Encoded, collate
 from tezo_ds.tasks.evaluation import Stopped
@@ -112,6 +113,9 @@ class _Training:
             "method": engine.config.method, "probe": engine.probe.name,
             "world_size": engine.sharding.world_size, "train_examples": len(examples),
         }  # fmt: skip
+        task = session.task
+        if (majority := majority_accuracy(task.train, task.test)) is not None:
+            self._summary["accuracy_majority"] = majority
 
     @property
     def _state(self) -> tuple[int, int]:

@@ -46,8 +46,10 @@ def _rows(lines: Sequence[Line], task: str) -> list[list[str]]:
     zero = {run["seed"]: run for _, runs in of_task for run in runs}
     zeros = [{**run, "accuracy": run["zero_shot"], "loss": None} for run in zero.values()]
     mean, half = interval([run["accuracy"] for run in zeros])
-    first = ["zero-shot", f"{100 * mean:.1f}", "" if half is None else f"{100 * half:.1f}"]
-    rows = [[*first, *[""] * (len(COLUMNS) - 3)]]
+    rows = [["zero-shot", f"{100 * mean:.1f}", "" if half is None else f"{100 * half:.1f}"]]
+    if known := [run["majority"] for run in zero.values() if run.get("majority") is not None]:
+        rows.insert(0, ["most frequent class", f"{100 * statistics.mean(known):.1f}", ""])
+    rows = [[*row, *[""] * (len(COLUMNS) - len(row))] for row in rows]
     beside = next((runs for arm, runs in of_task if arm.name == BESIDE), [])
     return rows + [_cells(arm, runs, beside) for arm, runs in of_task if arm.name != "zero-shot"]
 
