@@ -80,12 +80,15 @@ class Benchmark:
             "task": task, "arm": arm.name, "budget": args.budget if arm.steps != NONE else 0,
             "examples": args.examples, "test_examples": args.test_examples, "include": args.include,
             **({"batch_size": args.batch_size} if args.batch_size else {}),
+            **({"factor": args.factor} if args.factor and arm.steps != NONE else {}),
         }  # fmt: skip
 
     def _tuned(self, arm: Arm) -> float:
         """Returns the factor of a method's rate that validates best on one task, by loss."""
         if arm.steps in (NONE, "tezo-gn"):  # which has no rate to speak of
             return 1.0
+        if self._args.factor is not None:
+            return float(self._args.factor)
         losses: dict[float, float] = {}
         wanted: float | None = FIRST_FACTORS[0]
         while wanted is not None and len(losses) < MOST_FACTORS:
@@ -218,6 +221,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--examples", type=int, default=1000, help="training examples of a fit, drawn by the seed")
     add("--test-examples", type=int, default=400)
     add("--batch-size", type=int, help="of all methods; each its own by default")
+    add("--factor", type=float, help="of all rates, which are then not tuned")
     add("--max-length", type=int, default=64)
     add("--model", default=str(ROOT / ".cache/quickstart/SmolLM2-135M-Instruct"))
     add("--cache", type=Path, default=ROOT / ".cache/methods", help="of the data")
@@ -258,6 +262,7 @@ def command(args: argparse.Namespace) -> str:
         "examples",
         "test_examples",
         "batch_size",
+        "factor",
     )
     for name in names:
         value = getattr(args, name)

@@ -32,9 +32,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "tt": {**_TT, "method": "tezo", "lr": 1e-5},
     "tt-published": {**_TT, "method": "tezo", "tt_init": "published", "lr": 1e-5},
     "tt-adam": {**_TT, "method": "tezo-adam-coef", "lr": 1e-4},
-    "tt-adazeta": {
-        **_TT, "method": "tezo", "lr": 1e-5, "query_schedule": "adazeta", "query_alpha": 0.85,
-        "query_beta": 0.4, "queries_max": 15,
+    "tt-growing": {  # in epochs so short that queries grow within a run: 1, 2, 2, 3, 4, …, 8
+        **_TT, "method": "tezo", "lr": 1e-5, "query_schedule": "adazeta", "query_alpha": 2.0,
+        "query_beta": 0.5, "queries_max": 8, "steps_per_epoch": 10,
     },
     "lora": {**_LORA, "method": "tezo", "lr": 1e-5},
     "lora-adam": {**_LORA, "method": "tezo-adam-coef", "lr": 1e-4},
