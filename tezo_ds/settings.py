@@ -234,6 +234,21 @@ class RunOptions(BaseModel):
         500, "steps between snapshots to go on from; 0: none", example=1000, ge=0
     )
     snapshots: int = declared(2, "newest snapshots that are kept", example=3, ge=1)
+    keep: Literal["last", "best"] = declared(
+        "last",
+        "what the result is: coefficients after the last step, or of the evaluation that was best",
+        example="best",
+    )  # fmt: skip
+    best_by: Literal["loss", "accuracy", "metric"] = declared(
+        "loss", "what --keep best and --patience go by", used_by="--keep best, --patience",
+        example="accuracy",
+    )  # fmt: skip
+    patience: int | None = declared(
+        None,
+        "evaluations without a better one after which the run ends; unset: none",
+        example=5,
+        ge=1,
+    )
     stop_on_divergence: bool = declared(
         False,
         "end the run when the median loss of 20 steps is above twice that of its first 20; off: warn once",

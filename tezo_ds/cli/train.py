@@ -44,8 +44,10 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         from tezo_ds.intake.weights import agreed_fingerprint
         from tezo_ds.run import changed, resuming
         from tezo_ds.run.about import describe
+        from tezo_ds.run.results import replay
         from tezo_ds.tasks import encode
-        from tezo_ds.training import loop, session
+        from tezo_ds.training import best, loop, session
+        from tezo_ds.training.best import Best
         from tezo_ds.training.display import Display, quieten
         from tezo_ds.training.include_auto import Choice, choose_matrices, to_measure
         from tezo_ds.training.output_layer import refuse_unfit
@@ -61,6 +63,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
     )  # fmt: skip
     if options.save_model:
         refuse_merged(config, "--save-model")
+    best.refuse_unfit(options, settings, config)
     quieten()
     about: dict[str, Any] = {
         "steps": options.steps, "batch_size": options.batch_size, "deepspeed": deepspeed_config
@@ -93,6 +96,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         if not in_weights and (reason := no_adapter_because(opened.engine)):
             display.note(f"no adapter will be written: {reason}")
         refuse_unfit(opened, saves)
+        initial = opened.engine.state() if options.keep == "best" else {}
         max_length = opened.settings.max_length
         examples = encode(opened.tokenizer, opened.task.train, max_length, opened.mask_token)
         display.data(opened.task, examples, max_length)
@@ -104,9 +108,14 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         resuming.go_on(settings, opened.engine, examples, folder, found, about, display)
         choice.leave(folder, display)
         options = options.model_copy(update={"save_model": saves})
+
+        def rebuild(engine: Any, steps: int) -> None:
+            engine.load_state({**initial, **engine.output_layer.state}, written=False)
+            replay(engine, found.steps[:steps], display)
+
         losses = [line["loss"] for line in found.steps]
         summary = loop.train(
             opened, options, examples, folder, display, found.scores, losses, about[changed.WEIGHTS],
-            max(found.terms, default=choice.fitted), choice.fit,
+            max(found.terms, default=choice.fitted), choice.fit, Best(options, rebuild),
         )  # fmt: skip
         display.end(summary, options.output, found.done)

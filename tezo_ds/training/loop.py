@@ -39,6 +39,7 @@ from tezo_ds.tasks.baselines import majority_accuracy
 from tezo_ds.tasks.batches import batch_indices, lane_indices
 from tezo_ds.tasks.encoded import Encoded, collate
 from tezo_ds.tasks.evaluation import Stopped
+from tezo_ds.training.best import Best
 from tezo_ds.training.display import Display
 from tezo_ds.training.divergence import Divergence
 from tezo_ds.training.interrupts import Interrupted, deaf, turned_into_exceptions
@@ -62,6 +63,7 @@ def train(
     base: str | None = None,
     fitted: int | None = None,
     fit: dict[str, Any] | None = None,
+    best: Best | None = None,
 ) -> dict[str, Any]:
     """Trains from the engine's next step on. Every rank calls this; `folder` is rank 0's, None elsewhere.
 
@@ -76,6 +78,7 @@ def train(
         base: fingerprint of the base model's weights.
         fitted: steps before the fit of the output layer that a resumed run goes on with.
         fit: what is known of that fit.
+        best: what is done with the best evaluation; None: nothing.
 
     Returns:
         The summary, as in summary.json.
@@ -85,7 +88,7 @@ def train(
     """
     divergence = Divergence(losses, options.stop_on_divergence)
     training = _Training(session, options, examples, folder, display, scores or {}, divergence)
-    training.base = base
+    training.base, training.best = base, best
     training.fits.go_on(fitted, fit)
     return training.run()
 
@@ -103,11 +106,13 @@ class _Training:
         engine = session.engine
         self._evaluator = session.evaluator()
         self.base: str | None = None
+        self.best: Best | None = None
         self.fits = OutputLayerFits(session, examples, folder, display, options.batch_size)
         # Without a token to pad with, unlike the session's. Here, as rank 0 alone writes the adapter.
         asked = session.settings
         self._tokenizer = load_tokenizer(asked.model, pad=False, trust=asked.trust_remote_code)
         self._logged = self._state
+        self._last: int | None = None  # step made, where the engine went back to an earlier one
         self._summary: dict[str, Any] = {
             "status": "running", "model": session.settings.model, "task": session.task.spec.name,
             "method": engine.config.method, "probe": engine.probe.name,
@@ -144,12 +149,12 @@ class _Training:
                 self._before(alive)
                 trained = time.perf_counter()
                 with self._display.steps(self._options.steps):
-                    for report in () if self._stopping else self._steps(alive):
+                    for report in () if self._stopping or self._enough else self._steps(alive):
                         self._log(report)
                         raise_waiting()
                         if not self._stopping:
                             self._between(report.step + 1, alive)
-                        if self._stopping:
+                        if self._stopping or self._enough:
                             break
                 alive.at("the end of the run")
                 self._engine.check()
@@ -171,12 +176,14 @@ class _Training:
             seconds = round(time.perf_counter() - start, 2)
             if self.fits.found is not None:
                 summary["output_layer"] = self.fits.found
-            summary |= {"steps": self._engine.step_index, "seconds": seconds}
+            summary |= {"steps": self._last or self._engine.step_index, "seconds": seconds}
             self._leave()
         return summary
 
     def _before(self, alive: Liveness) -> None:
         """Makes the evaluations that are missing: before all steps, and one that a kill has cut short."""
+        for step in sorted(step for step in self._scored if isinstance(step, int)):
+            self._see(step, self._scored[step], earlier=True)
         self._know_trunk()
         if self._evaluator is not None and self._evaluator.loss_alone:
             self._display.note(self._evaluator.loss_alone)
@@ -285,6 +292,8 @@ class _Training:
         """Ends the run after its last step: evaluates and saves the model, or notes a stop."""
         if not self._stopping:
             self._evaluate("after")
+        if not self._stopping:
+            self._keep_best()
         if self._stopping:
             self._display.note(
                 f"stopped by SIGTERM after step {self._engine.step_index}; the same command goes on from "
@@ -296,6 +305,31 @@ class _Training:
             self._save_model(self._options.output / MODEL)
             self._summary["merged_model"] = MODEL
         self._summary["status"] = "finished"
+
+    @property
+    def _enough(self) -> bool:
+        """Whether the run ends here, as nothing better has come for long."""
+        return self.best is not None and self.best.over
+
+    def _see(self, step: int, line: Mapping[str, Any], earlier: bool = False) -> None:
+        if self.best is not None and self._evaluator is not None:
+            self.best.see(step, line, None if earlier else self._engine)
+
+    def _keep_best(self) -> None:
+        """Makes the best evaluation's coefficients the result, if that was asked for."""
+        best, last = self.best, self._engine.step_index
+        if best is None or self._evaluator is None:
+            return
+        if self._enough:
+            self._display.note(
+                f"ended after {last} steps: no evaluation was better than that after {best.step}"
+            )
+        if best.give(self._engine):
+            self._last = last
+            self._summary |= _scores("after", best.line) | {"kept_step": best.step}
+            self._display.note(
+                f"kept: the coefficients after {best.step} of {last} steps, the best evaluation's"
+            )
 
     def _save_model(self, path: Path) -> None:
         warning = not_in_merged(self._engine)
@@ -322,10 +356,16 @@ class _Training:
             )
         name = self._session.settings.metric
         self._display.score(step, score, "with the output layer fitted" if fit else None, name)
+        line = {
+            "test_accuracy": score.accuracy,
+            "test_loss": score.loss,
+            "test_examples": score.examples,
+        }
+        line |= {} if score.metric is None else {"test_metric": score.metric}
+        if not fit:
+            self._see(step, line)
         if when is not None:
-            line = {"test_accuracy": score.accuracy, "test_loss": score.loss}
-            line |= {} if score.metric is None else {"test_metric": score.metric}
-            self._summary |= _scores(when, {**line, "test_examples": score.examples})
+            self._summary |= _scores(when, line)
             if score.metric is not None:
                 self._summary["metric"] = name
 
