@@ -156,8 +156,8 @@ class Settings(BaseModel):
         ge=1,
     )
     stop: tuple[str, ...] = declared(
-        (), "text that ends a generated answer, besides EOS; may be given several times", group=DATA,
-        used_by="--metric", example=("###",),
+        (), "text that ends a generated answer, besides EOS, such as \\n; may be given several times",
+        group=DATA, used_by="--metric", example=("###",),
     )  # fmt: skip
     dtype: Literal["auto", Stored] = declared(
         "auto",
@@ -240,8 +240,8 @@ class RunOptions(BaseModel):
         example="best",
     )  # fmt: skip
     best_by: Literal["loss", "accuracy", "metric"] = declared(
-        "loss", "what --keep best and --patience go by", used_by="--keep best, --patience",
-        example="accuracy",
+        "loss", "what --keep best and --patience go by: loss, accuracy or metric",
+        used_by="--keep best, --patience", example="accuracy",
     )  # fmt: skip
     patience: int | None = declared(
         None,

@@ -11,6 +11,8 @@ from command_line import Run, call, flags
 from task_files import write
 from tiny_tokenizer import save_tiny_llama, with_chat_template
 
+from tezo_ds.cli.options import settings_from
+
 NAMES = ("Ann", "Bob", "Cid", "Dot", "Eve", "Fay", "Gus", "Hal")
 CHATS = [
     [
@@ -115,6 +117,10 @@ def test_answers_are_generated_shown_and_measured(
     )
     assert call(*shown, "--max-new-tokens", 4) == 0
     lines = capsys.readouterr().out
+    assert settings_from({"model": "m", "task": "t", "stop": ["\\n", "###"]}, {}).stop == (
+        "\n",
+        "###",
+    )
     assert lines.startswith("> Who am I?\n") and "> one\ntwo\n" in lines
     assert (
         call("generate", "--model", given["model"], "--prompt", "I am Ann", "--max-new-tokens", 4)

@@ -155,6 +155,9 @@ def test_a_template_that_rewrites_what_came_before_is_refused() -> None:
         encode(tokenizer_of(None), [row], 512)
     with pytest.raises(DataError, match=r"refuses conversation 'Be short.' \(.*only two"):
         encode(tokenizer_of("{{ raise_exception('only two roles') }}"), [row], 512)
+    mute = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    with pytest.raises(DataError, match="the chat template adds no token for the answers"):
+        encode(tokenizer_of(mute), [row], 512)
     silent = MARKED.replace("m['role'] == 'assistant'", "false")
     with pytest.raises(DataError, match="marks nothing of conversation"):
         encode(tokenizer_of(silent), [row], 512)

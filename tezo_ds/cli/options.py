@@ -131,6 +131,8 @@ def settings_from(given: Mapping[str, Any], before: Mapping[str, Any]) -> Settin
         given = {**given, "verbalizers": _json_object(given["verbalizers"])}
     if given.get("template") is not None:
         given = {**given, "template": unescaped(given["template"])}
+    if given.get("stop") is not None:
+        given = {**given, "stop": [unescaped(text) for text in given["stop"]]}
     return from_flags(Settings, given, before)
 
 

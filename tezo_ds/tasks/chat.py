@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from tezo_ds.errors import DataError, one_line
 from tezo_ds.tasks.formats import Conversation
 
 Spans = tuple[tuple[int, int], ...]
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # of a template that tells answers by itself
 
 
 def tokenised(
@@ -42,9 +44,7 @@ def tokenised(
         raise DataError(
             f"conversation {_shown(conversation)} has no turn of the assistant to train on"
         )
-    if "generation %}" in str(tokenizer.chat_template) or "generation -%}" in str(
-        tokenizer.chat_template
-    ):
+    if _MARK.search(tokenizer.get_chat_template(tools=conversation.tools)):
         return whole, _masked(tokenizer, conversation)
     return whole, _joined([_added(tokenizer, conversation, whole, i, i + 1) for i in turns])
 

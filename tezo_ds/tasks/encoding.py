@@ -134,6 +134,8 @@ def _conversation(
     left = [(max(1, kept, start - cut), end - cut) for start, end in spans]
     left = [(start, end) for start, end in left if start < end]
     labels, remaining = (sum(end - start for start, end in part) for part in (spans, left))
+    if not labels:
+        raise DataError("the chat template adds no token for the answers of a conversation")
     if not remaining:
         raise DataError(
             f"max_length {max_length} leaves no answer of a conversation of {len(ids)} tokens; raise it"
