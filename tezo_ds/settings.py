@@ -28,8 +28,9 @@ class Settings(BaseModel):
     )  # fmt: skip
     task: str = declared(
         ...,
-        "built-in task (trec, rotten-tomatoes, sst2, boolq, rte, cb), or a file of examples: for a "
-        "--template, or by its columns text, prompt and completion, messages, or instruction and output",
+        "built-in task (trec, sst2, sst5, rotten-tomatoes, snli, mnli, qnli, rte, cb, boolq, wic, wsc, "
+        "multirc, copa, record, squad, drop), or a file of examples: for a --template, or by its columns "
+        "text, prompt and completion, messages, or instruction and output",
         group=DATA, example="reviews.jsonl",
     )  # fmt: skip
     dataset: str | None = declared(
@@ -128,6 +129,10 @@ class Settings(BaseModel):
     test_examples: int | None = declared(
         None, "upper bound on test examples; unset: all", group=DATA, example=400
     )
+    shots: int | None = declared(
+        None, "training examples of each label, chosen by data_seed; unset: all", group=DATA, example=16,
+        ge=1,
+    )  # fmt: skip
     data_seed: int = declared(
         0, "seed of the held-out share and of the bounded subsets", group=DATA, example=1
     )

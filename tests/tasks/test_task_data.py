@@ -229,6 +229,17 @@ def test_builtin_specs() -> None:
         "boolq": {"True", "False"},
         "rte": {"entailment", "not_entailment"},
         "cb": {"entailment", "contradiction", "neutral"},
+        "sst5": {"very negative", "negative", "neutral", "positive", "very positive"},
+        "snli": {"entailment", "contradiction", "neutral"},
+        "mnli": {"entailment", "contradiction", "neutral"},
+        "qnli": {"entailment", "not_entailment"},
+        "wic": {"True", "False"},
+        "wsc": {"True", "False"},
+        "multirc": {"True", "False"},
+        "copa": set(),  # answers of each example's own
+        "record": set(),
+        "squad": set(),
+        "drop": set(),
     }
     assert BUILTIN_TASKS["cb"].columns == ["premise", "hypothesis"]
     spec = TaskSpec(name="x", template="{{{a b}}} {a b} {c.d}")

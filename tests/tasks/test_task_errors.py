@@ -9,7 +9,7 @@ import pytest
 from task_files import TEMPLATE, WORDS, reviews, write
 
 from tezo_ds.errors import DataError
-from tezo_ds.tasks import load_task
+from tezo_ds.tasks import BUILTIN_TASKS, load_task
 
 pytest_plugins = ("offline",)
 pytestmark = pytest.mark.usefixtures("no_network")
@@ -98,7 +98,8 @@ def test_bad_files(
 
 
 def test_unknown_names_and_missing_files(tmp_path: Path) -> None:
-    known = "trec, rotten-tomatoes, sst2, boolq, rte, cb"
+    known = ", ".join(BUILTIN_TASKS)
+    assert known.startswith("trec, rotten-tomatoes, sst2, sst5, ")
     expected = (
         f"unknown task 'imdb'; known: {known}, or a .jsonl, .json, .csv, .tsv, .parquet file, a "
     )

@@ -22,7 +22,7 @@ from tezo_ds.plan.output_layer import Fit, fit_of
 from tezo_ds.plan.trunk import Kept, hidden_size, trunk_of
 from tezo_ds.settings import Settings
 from tezo_ds.sharding.world import local_device
-from tezo_ds.tasks.spec import BUILTIN_TASKS
+from tezo_ds.tasks.builtin import BUILTIN_TASKS
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,16 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from tezo_ds.errors import DataError
+from tezo_ds.tasks.builtin import BUILTIN_TASKS
 from tezo_ds.tasks.candidates import with_candidates
 from tezo_ds.tasks.cells import check_column, is_missing, text_of
 from tezo_ds.tasks.example import Example
 from tezo_ds.tasks.formatted import asked_format, formatted
+from tezo_ds.tasks.papers import prepared
 from tezo_ds.tasks.reading import SUFFIXES
 from tezo_ds.tasks.sources import Hub, is_source, read_builtin, read_source
-from tezo_ds.tasks.spec import BUILTIN_TASKS, TaskSpec
+from tezo_ds.tasks.spec import TaskSpec
+from tezo_ds.tasks.splitting import deduplicate, hold_out, remove_prompts, so_many_of_each, subset
 from tezo_ds.tasks.table import Table
 from tezo_ds.tasks.unlabelled import unlabelled
 
@@ -58,6 +60,7 @@ def load_task(
     test_fraction: float = 0.2,
     train_examples: int | None = None,
     test_examples: int | None = None,
+    shots: int | None = None,
     seed: int = 0,
 ) -> TaskData:
     """Loads a task's examples, the same on all ranks, which may call this at the same time.
@@ -78,18 +81,21 @@ def load_task(
         may stand for the prompt of a completion.
     loss_on: what trains of prompts with completions, and of conversations: the answers, or all.
     train_examples, test_examples: the most examples to take, chosen like the split.
+    shots: how many training examples of each label to take.
 
     Raises DataError, in one line, for anything wrong with the names, the files or their rows.
     """
     if not 0 <= test_fraction < 1:
         raise DataError(f"test_fraction is {test_fraction}; it must be at least 0 and below 1")
-    for name, count in (("train_examples", train_examples), ("test_examples", test_examples)):
+    bounds = {"train_examples": train_examples, "test_examples": test_examples, "shots": shots}
+    for name, count in bounds.items():
         if count is not None and count < 1:
             raise DataError(f"{name} is {count}; it must be at least 1")
     source = _source(task, data, dataset, test_data)
     tables = (
         read_builtin(BUILTIN_TASKS[task]) if source is None else read_source(source, test_data, hub)
     )
+    tables = [prepared(task, table) for table in tables]
     fields = {
         "text": text_field, "prompt": prompt_field, "completion": completion_field,
         "messages": messages_field,
@@ -109,16 +115,18 @@ def load_task(
         spec = _spec(task, asked)
         splits = [formatted(table, spec, form, loss_on == "all") for table in tables]
         note = form.told()
-    unique = [_deduplicate(examples) for examples in splits]
+    unique = [deduplicate(examples) for examples in splits]
     duplicates = sum(len(s) for s in splits) - sum(len(u) for u in unique)
     if len(tables) == 2:
         train, test = unique
-        kept = _remove_prompts(train, test, tables)
+        kept = remove_prompts(train, test, tables)
     else:
-        train, test = _hold_out(unique[0], test_fraction, seed, tables[0].where)
+        train, test = hold_out(unique[0], test_fraction, seed, tables[0].where)
         kept = train
     leaked = len(train) - len(kept)
-    kept, test = _subset(kept, train_examples, seed), _subset(test, test_examples, seed)
+    if shots is not None:
+        kept = so_many_of_each(kept, shots, seed, tables[0].where)
+    kept, test = subset(kept, train_examples, seed), subset(test, test_examples, seed)
     return TaskData(spec, kept, test, duplicates, leaked, note)
 
 
@@ -211,19 +219,22 @@ def _examples(table: Table, spec: TaskSpec) -> list[Example]:
         check_column(table, column, "the template")
     if spec.verbalizers is not None or spec.choices_field is not None:
         check_column(table, spec.label_field, "label_field")
-    if spec.choices_field is not None:
-        check_column(table, spec.choices_field, "choices_field")
+    for name in ("choices_field", "answer_field"):
+        if (column := getattr(spec, name)) is not None:
+            check_column(table, column, name)
     return [_example(table, number, row, spec) for number, row in enumerate(table.rows, 1)]
 
 
 def _example(table: Table, number: int, row: Mapping[str, Any], spec: TaskSpec) -> Example:
     values = {column: text_of(table, number, row, column) for column in spec.columns}
-    if spec.verbalizers is None and spec.choices_field is None:
+    if (spec.verbalizers, spec.choices_field, spec.answer_field) == (None, None, None):
         return Example(spec.fill(values), None, None)
     # Stripped, because some sets end each sentence in a space, and the template adds its own.
     prompt = spec.fill({column: value.strip() for column, value in values.items()})
     if spec.choices_field is not None:
         return with_candidates(table, number, row, spec, prompt)
+    if spec.answer_field is not None:
+        return Example(prompt, None, text_of(table, number, row, spec.answer_field).strip())
     assert spec.verbalizers is not None
     text = text_of(table, number, row, spec.label_field)
     label = _label_of(text, spec.verbalizers)
@@ -245,50 +256,3 @@ def _label_of(text: str, known: Mapping[str, str]) -> str | None:
 def _whole(text: str) -> str:
     """Returns a whole number without the `.0` of a float; any other text as it is."""
     return text[:-2] if text.endswith(".0") and text[:-2].lstrip("-").isdecimal() else text
-
-
-def _deduplicate(examples: list[Example]) -> list[Example]:
-    """Returns the first example of each key."""
-    first: dict[str, Example] = {}
-    for example in examples:
-        first.setdefault(example.key, example)
-    return list(first.values())
-
-
-def _rank(example: Example, purpose: str, seed: int) -> float:
-    """Returns a number in [0, 1) that depends on purpose, seed and prompt alone."""
-    digest = hashlib.sha256(f"{purpose}:{seed}:{example.prompt}".encode()).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
-
-
-def _remove_prompts(
-    train: list[Example], test: list[Example], tables: list[Table]
-) -> list[Example]:
-    """Returns the training examples whose prompt is not in the test file."""
-    held_out = {e.prompt for e in test}
-    kept = [e for e in train if e.prompt not in held_out]
-    if not kept:
-        raise DataError(f"{tables[0].where}: every prompt is also in {tables[1].where}")
-    return kept
-
-
-def _hold_out(
-    examples: list[Example], fraction: float, seed: int, where: str
-) -> tuple[list[Example], list[Example]]:
-    train = [e for e in examples if _rank(e, "split", seed) >= fraction]
-    test = [e for e in examples if _rank(e, "split", seed) < fraction]
-    if not train or (fraction > 0 and not test):
-        raise DataError(
-            f"{where}: {len(examples)} prompts split into {len(train)} for training and {len(test)}"
-            f" for test; change test_fraction ({fraction}) or pass test_data"
-        )
-    return train, test
-
-
-def _subset(examples: list[Example], count: int | None, seed: int) -> list[Example]:
-    """Returns `count` examples, or all if there are fewer, in their given order."""
-    if count is None or count >= len(examples):
-        return examples
-    chosen = sorted(examples, key=lambda e: _rank(e, "subset", seed))[:count]
-    keys = {e.key for e in chosen}
-    return [e for e in examples if e.key in keys]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tezo_ds.errors import DataError
+from tezo_ds.tasks.builtin import BUILTIN_TASKS
 from tezo_ds.tasks.cells import check_column, is_missing, text_of
 from tezo_ds.tasks.example import Example
 from tezo_ds.tasks.formats import (
@@ -19,7 +20,7 @@ from tezo_ds.tasks.formats import (
     messages_of,
     with_context,
 )
-from tezo_ds.tasks.spec import BUILTIN_TASKS, TaskSpec
+from tezo_ds.tasks.spec import TaskSpec
 from tezo_ds.tasks.table import Table
 
 LABEL = "label"  # column that a text without a template has for nothing

@@ -30,6 +30,8 @@ class TaskSpec(BaseModel):
     """The column that holds the label."""
     choices_field: str | None = None
     """The column that holds each example's own answers, of which the label is one, or its index from 0."""
+    answer_field: str | None = None
+    """The column that holds an answer in free text."""
     hub_id: str | None = None
     hub_config: str | None = None
     hub_revision: str | None = None
@@ -83,7 +85,7 @@ class TaskSpec(BaseModel):
             raise ValueError(
                 "verbalizers are words of all examples, choices_field each one's own; keep one"
             )
-        if self.verbalizers is None and self.choices_field is None:
+        if self.verbalizers is None and self.choices_field is None and self.answer_field is None:
             return self
         if self.label_field in self.columns:
             raise ValueError(f"the template shows the label column {self.label_field!r}")
@@ -102,64 +104,3 @@ def _parse(template: str) -> list[tuple[str, str | None]]:
         if column == "" or spec or conversion:
             raise ValueError(f"template {template!r}: only plain {{column}} fields can be used")
     return [(literal, column) for literal, column, _, _ in parts]
-
-
-_SPECS = (
-    TaskSpec(
-        name="trec",
-        template="Question: {text}\n"
-        "Answer type (abbreviation, description, thing, person, place or number):",
-        verbalizers={
-            "ABBR": "abbreviation",
-            "DESC": "description",
-            "ENTY": "thing",
-            "HUM": "person",
-            "LOC": "place",
-            "NUM": "number",
-        },
-        hub_id="CogComp/trec",
-        # The main branch is a loading script, which datasets >= 4 refuses to run.
-        hub_revision="refs/convert/parquet",
-        hub_label_field="coarse_label",
-    ),
-    TaskSpec(
-        name="rotten-tomatoes",
-        template="{text} It was",
-        verbalizers={"neg": "terrible", "pos": "great"},
-        hub_id="cornell-movie-review-data/rotten_tomatoes",
-    ),
-    TaskSpec(
-        name="sst2",
-        template="{sentence} It was",
-        verbalizers={"negative": "terrible", "positive": "great"},
-        hub_id="nyu-mll/glue",
-        hub_config="sst2",
-        test_split="validation",  # GLUE's and SuperGLUE's test labels are not public
-    ),
-    TaskSpec(
-        name="boolq",
-        template="{passage}\nQuestion: {question}?\nAnswer (Yes or No):",
-        verbalizers={"True": "Yes", "False": "No"},
-        hub_id="google/boolq",
-        hub_label_field="answer",
-        test_split="validation",
-    ),
-    TaskSpec(
-        name="rte",
-        template='{premise}\nDoes it follow that "{hypothesis}"? Yes or No?\nAnswer:',
-        verbalizers={"entailment": "Yes", "not_entailment": "No"},
-        hub_id="aps/super_glue",
-        hub_config="rte",
-        test_split="validation",
-    ),
-    TaskSpec(
-        name="cb",
-        template='{premise}\nDoes it follow that "{hypothesis}"? Yes, No or Maybe?\nAnswer:',
-        verbalizers={"entailment": "Yes", "contradiction": "No", "neutral": "Maybe"},
-        hub_id="aps/super_glue",
-        hub_config="cb",
-        test_split="validation",
-    ),
-)
-
-BUILTIN_TASKS: dict[str, TaskSpec] = {spec.name: spec for spec in _SPECS}

@@ -10,7 +10,8 @@ from tezo_ds.tasks.spec import TaskSpec
 
 def unlabelled(spec: TaskSpec, columns: Sequence[str]) -> str | None:
     """Returns a line that says so, with the column that may have been meant; None where all is as asked."""
-    if spec.verbalizers is not None or spec.label_field in columns:
+    told = (spec.verbalizers, spec.choices_field, spec.answer_field)
+    if told != (None, None, None) or spec.label_field in columns:
         return None
     said = f"no column {spec.label_field!r}: the whole text is trained on"
     near = near_name(spec.label_field, [name for name in columns if name not in spec.columns])

@@ -127,7 +127,7 @@ def open_session(
         choices_field=s.choices_field,
         text_field=s.text_field, prompt_field=s.prompt_field, completion_field=s.completion_field,
         messages_field=s.messages_field, loss_on=s.loss_on, test_fraction=s.test_fraction,
-        train_examples=s.train_examples, test_examples=s.test_examples, seed=s.data_seed,
+        train_examples=s.train_examples, test_examples=s.test_examples, shots=s.shots, seed=s.data_seed,
     )  # fmt: skip
     refuse_adapter(s.model)
     tokenizer = load_tokenizer(s.model, trust=s.trust_remote_code)
