@@ -107,7 +107,9 @@ def test_what_cannot_be_merged_is_said_at_once(
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "roberta"])
-@pytest.mark.parametrize("fields", [{"adapter": "tt", "adapter_sites": "mlp"}, {"adapter": "lora"}])
+@pytest.mark.parametrize(
+    "fields", [{"adapter": "tt", "adapter_sites": "mlp", "tt_act": "tanh"}, {"adapter": "lora"}]
+)
 def test_other_architectures(kind: str, fields: dict[str, Any], tmp_path: Path) -> None:
     engine = tezo_ds.initialize(tiny(kind), {**fields, "tt_init": "published", "bottleneck": 6})
     generator = torch.Generator().manual_seed(0)

@@ -36,6 +36,10 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "tt of given modes, Adam": (
         "tezo-adam-coef", {**PUBLISHED, "tt_modes": (5, 5, 2, 3), "lr": 1e-3, "queries": 1}
     ),
+    "tt, tanh": ("tezo", {**PUBLISHED, "tt_act": "tanh", "queries": 1}),
+    "tt, tanh, core by core": (
+        "tezo", {**PUBLISHED, "tt_act": "tanh", "queries": 1, "contraction": "sequential"}
+    ),
     "lora": ("tezo", {"adapter": "lora", "rank": 3}),
 }  # fmt: skip
 

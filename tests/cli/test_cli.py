@@ -69,6 +69,7 @@ OVERRIDES: dict[str, Any] = {
     "tt_rank": 3,
     "tt_modes": [5, 5, 2, 3],
     "tt_init": "published",
+    "tt_act": "tanh",
     "bottleneck": 6,
     "contraction": "sequential",
     "output_layer": "fit",

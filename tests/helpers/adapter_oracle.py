@@ -50,7 +50,8 @@ def wrapped(model: nn.Module, parameters: dict[str, Tensor], fields: dict) -> It
         return found
 
     def tensor_train(path: str, h: Tensor) -> Tensor:
-        return reference_adapters.tensor_train_adapter(h, of(path), MODES)
+        act = fields.get("tt_act", "relu")
+        return reference_adapters.tensor_train_adapter(h, of(path), MODES, act)
 
     with ExitStack() as stack:
 

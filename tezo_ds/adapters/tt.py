@@ -1,11 +1,11 @@
-"""Tensor-train adapter of TT-ZO (AdaZeta, arXiv 2406.18060): h + up(relu(down(h))), whose two layers are
+"""Tensor-train adapter of TT-ZO (AdaZeta, arXiv 2406.18060): h + up(act(down(h))), whose two layers are
 tensor trains with a bias each.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +17,8 @@ from tezo_ds.adapters.contraction import halves, one_by_one
 from tezo_ds.adapters.modes import Modes, balanced, divided
 from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError
+
+ACTS: dict[str, Callable[[Tensor], Tensor]] = {"relu": Tensor.relu_, "tanh": Tensor.tanh_}
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class TensorTrainAdapter(Adapter):
         modes: of the layer's size, and of the bottleneck.
         zero: whether up's last core begins at zero, so that the adapted model is the base.
         parallel: whether `prepare` contracts the cores; otherwise `term` does, one after the other.
+        act: nonlinearity between the two, a key of ACTS.
     """
 
     size: tuple[int, int]
@@ -39,6 +42,7 @@ class TensorTrainAdapter(Adapter):
     modes: tuple[Modes, Modes]
     zero: bool = True
     parallel: bool = True
+    act: str = "relu"
 
     kind: ClassVar[str] = "tt"
     no_merge: ClassVar[str] = (
@@ -63,7 +67,7 @@ class TensorTrainAdapter(Adapter):
             modes = divided(config.tt_modes, size, config.bottleneck)
         return cls(
             (size, size), config.bottleneck, config.tt_rank, modes, config.tt_init == "zero",
-            config.contraction == "parallel",
+            config.contraction == "parallel", config.tt_act,
         )  # fmt: skip
 
     @property
@@ -116,7 +120,7 @@ class TensorTrainAdapter(Adapter):
         z = torch.baddbmm(
             down_bias[:, None], h @ down_left, down_right
         )  # (branches, rows, bottleneck)
-        return torch.baddbmm(up_bias[:, None], z.relu_() @ up_left, up_right)
+        return torch.baddbmm(up_bias[:, None], ACTS[self.act](z) @ up_left, up_right)
 
     def _one_by_one(
         self, h: Tensor, down_bias: Tensor, up_bias: Tensor, cores: list[Tensor]
@@ -124,19 +128,19 @@ class TensorTrainAdapter(Adapter):
         inputs, outputs = map(len, self.modes)
         down, up = cores[: inputs + outputs], cores[inputs + outputs :]
         z = one_by_one(h, down, inputs, self.bottleneck) + down_bias[:, None]
-        return one_by_one(z.relu_(), up, outputs, self.size[1]) + up_bias[:, None]
+        return one_by_one(ACTS[self.act](z), up, outputs, self.size[1]) + up_bias[:, None]
 
     def described(self) -> dict[str, Any]:
         return {
             "size": self.size[0], "bottleneck": self.bottleneck, "rank": self.rank,
-            "modes": [list(modes) for modes in self.modes],
+            "modes": [list(modes) for modes in self.modes], "act": self.act,
         }  # fmt: skip
 
     @classmethod
     def from_described(
-        cls, size: int, bottleneck: int, rank: int, modes: list[list[int]]
+        cls, size: int, bottleneck: int, rank: int, modes: list[list[int]], act: str = "relu"
     ) -> TensorTrainAdapter:
-        """Inverse of `described`.
+        """Inverse of `described`; files without an act are of relu.
 
         Raises:
             ValueError: the modes' products are below the sizes.
@@ -144,4 +148,4 @@ class TensorTrainAdapter(Adapter):
         large, small = map(tuple, modes)
         if math.prod(large) < size or math.prod(small) < bottleneck:
             raise ValueError(f"modes {modes} are too few for {size} and {bottleneck}")
-        return cls((size, size), bottleneck, rank, (large, small))
+        return cls((size, size), bottleneck, rank, (large, small), act=act)

@@ -274,6 +274,10 @@ class TezoConfig(BaseModel):
         "last core at the start: zero, so that the model begins as its base, or published, random as others",
         group=ADAPTER, used_by="adapter tt", example="published",
     )  # fmt: skip
+    tt_act: Literal["relu", "tanh"] = declared(
+        "relu", "nonlinearity between the two layers of a tensor-train adapter: relu or tanh",
+        group=ADAPTER, used_by="adapter tt", example="tanh",
+    )  # fmt: skip
     bottleneck: int = declared(
         64, "size between the two layers of a tensor-train adapter", group=ADAPTER, used_by="adapter tt",
         example=32, ge=1,

@@ -40,19 +40,23 @@ def weight_of(cores: Sequence[Tensor], cut: int, size: tuple[int, int]) -> Tenso
     return W.view(rows, -1)[: size[0], : size[1]]
 
 
-def tensor_train_adapter(h: Tensor, p: Mapping[str, Tensor], modes: Sequence[int]) -> Tensor:
-    """Returns h + up(relu(down(h))), of two tensor trains.
+def tensor_train_adapter(
+    h: Tensor, p: Mapping[str, Tensor], modes: Sequence[int], act: str = "relu"
+) -> Tensor:
+    """Returns h + up(act(down(h))), of two tensor trains.
 
     Args:
         h: (…, size).
         p: cores down.0, down.1 …, up.0, up.1 …, and down.bias (bottleneck,), up.bias (size,).
         modes: number of modes of the size, and of the bottleneck.
+        act: relu or tanh.
     """
     size, bottleneck = len(p["up.bias"]), len(p["down.bias"])
     cores = {layer: [p[f"{layer}.{k}"] for k in range(sum(modes))] for layer in ("down", "up")}
     down = weight_of(cores["down"], modes[0], (size, bottleneck))
     up = weight_of(cores["up"], modes[1], (bottleneck, size))
-    return h + torch.relu(h @ down + p["down.bias"]) @ up + p["up.bias"]
+    z = h @ down + p["down.bias"]
+    return h + (torch.tanh(z) if act == "tanh" else torch.relu(z)) @ up + p["up.bias"]
 
 
 def lora(x: Tensor, y: Tensor, p: Mapping[str, Tensor], alpha: float) -> Tensor:
