@@ -246,8 +246,9 @@ def main(words: Sequence[str] | None = None) -> None:
     for table in tables_of(lines):
         console.print(table)
     if args.page is not None and lines:
-        put_between_markers(args.page, markdown(lines, command(args)), MARKERS)
-        draw(lines, args.page.with_suffix(".png"))
+        picture = args.page.with_suffix(".png")
+        put_between_markers(args.page, markdown(lines, command(args), picture.name), MARKERS)
+        draw(lines, picture)
 
 
 def command(args: argparse.Namespace) -> str:

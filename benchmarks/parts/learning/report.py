@@ -72,15 +72,15 @@ def tables_of(lines: Sequence[Line]) -> list[Table]:
     return made
 
 
-def markdown(lines: Sequence[Line], command: str) -> str:
-    """Returns the text between the page's markers."""
+def markdown(lines: Sequence[Line], command: str, picture: str) -> str:
+    """Returns the text between the page's markers; `picture` is beside the page."""
     machines = dict.fromkeys(run["machine"] for _, _, runs in lines for run in runs)
     parts = [f"`{command}`", *(f"Machine: {machine}." for machine in machines)]
     for task in tasks_of(lines):
         rows = [COLUMNS, ["---"] * len(COLUMNS), *_rows(lines, task)]
         parts.append(f"### {task}")
         parts.append("\n".join("| " + " | ".join(row) + " |" for row in rows))
-    return "\n\n".join([*parts, "![Accuracy by arm](learning.png)"])
+    return "\n\n".join([*parts, f"![Accuracy by arm]({picture})"])
 
 
 def draw(lines: Sequence[Line], picture: Path) -> None:
