@@ -6,8 +6,8 @@
 #   launch/test.sh tests/rng/test_rng.py   anything else goes to pytest
 #
 # Pytests beside each other, for two cores: the tests that start real launchers, those of them that wait for most of
-# their time, and those that take one process; once the first of these three has ended, the worlds of ranks
-# (tests/helpers/worlds.py), whose processes fill the gaps that the others leave.
+# their time, and those that take one process; once two of these three have ended, the worlds of ranks
+# (tests/helpers/worlds.py), whose processes fill the gaps that the last leaves.
 set -euo pipefail
 
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -30,16 +30,16 @@ behind() { # NAME COMMAND…: in a process group of its own
 }
 tests() { "$bin/python" -m pytest --durations 20 "$@"; }
 lint() { "$bin/ruff" check . && "$bin/ruff" format --check . && "$bin/mypy"; }
-first() { # COMMAND…: the worlds begin once one of these has ended
+first() { # COMMAND…: the worlds begin once two of these have ended
     local code=0
     "$@" || code=$?
-    touch "$logs/first-has-ended"
+    mktemp -q "$logs/ended.XXXXXX" >/dev/null
     return "$code"
 }
 worlds() {
-    until [[ -e "$logs/first-has-ended" ]]; do sleep 1; done
-    # Behind the others, which are one process each: else its ranks, up to eight, would have most of the time, and
-    # one of the others would be left over for the end, alone.
+    until (($(find "$logs" -name 'ended.*' | wc -l) >= 2)); do sleep 1; done
+    # Behind the other, which is one process: else its ranks, up to eight, would have most of the time, and the
+    # other would be left over for the end, alone.
     nice -n 7 "$bin/python" -m pytest --durations 20 tests/*/world_*.py
 }
 
