@@ -22,6 +22,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -59,11 +61,13 @@ def check(args: argparse.Namespace, console: Console) -> list[Row]:
         ]
         words += ["--toy"] * args.toy
         with (args.out / f"{part}.log").open("w") as log:
-            process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                words, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
             try:
                 code: int | None = process.wait(PARTS[part] * args.patience)
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
                 code = None
         rows += read(path)
         taken = time.perf_counter() - start

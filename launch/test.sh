@@ -28,7 +28,8 @@ behind() { # NAME COMMAND…: in a process group of its own
     set +m
     groups+=("$!")
 }
-tests() { "$bin/python" -m pytest --durations 20 "$@"; }
+pytest=("$bin/python" -m pytest --durations 20)
+tests() { "${pytest[@]}" "$@"; }
 lint() { "$bin/ruff" check . && "$bin/ruff" format --check . && "$bin/mypy"; }
 first() { # COMMAND…: the worlds begin once two of these have ended
     local code=0
@@ -40,7 +41,7 @@ worlds() {
     until (($(find "$logs" -name 'ended.*' | wc -l) >= 2)); do sleep 1; done
     # Behind the other, which is one process: else its ranks, up to eight, would have most of the time, and the
     # other would be left over for the end, alone.
-    nice -n 7 "$bin/python" -m pytest --durations 20 tests/*/world_*.py
+    nice -n 7 "${pytest[@]}" tests/*/world_*.py
 }
 
 names=(lint) failed=()

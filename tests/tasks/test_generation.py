@@ -155,5 +155,5 @@ def test_a_metric_is_over_all_prompts() -> None:
     generator = Generator(engine, tokenizer, 2, NEW)
     answers = generator(prompts)
     right = [answers[0], "no", answers[2]]
-    value, made = Generated("exact", metric_of("exact"), generator, prompts, right)()
+    value, made = Generated(metric_of("exact"), generator, prompts, right)()
     assert made == answers and value == pytest.approx(2 / 3)

@@ -48,8 +48,8 @@ def answers_are_those_of_one_process(world: World) -> None:
         engine = engine_of(way())
         generator = Generator(engine, tokenizer, 2, NEW, (stop,))
         assert generator(prompts) == expected
-        value, made = Generated("exact", metric_of("exact"), generator, prompts, expected)()
+        value, made = Generated(metric_of("exact"), generator, prompts, expected)()
         assert made == expected and value == 1.0
         wrong = ["another answer"] * len(prompts) if world.rank == 0 else expected
-        value, _ = Generated("exact", metric_of("exact"), generator, prompts, wrong)()
+        value, _ = Generated(metric_of("exact"), generator, prompts, wrong)()
         assert value == 1 - 1 / (world.size - 1)

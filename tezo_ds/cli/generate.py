@@ -71,7 +71,9 @@ def generate(
     settings = asked.settings
     tokenizer = load_tokenizer(settings.model, trust=settings.trust_remote_code)
     texts = [unescaped(text) for text in prompt]
-    prompts = [asking(tokenizer, text) if chat else prompt_ids(tokenizer, text) for text in texts]
+    prompts = prompt_ids(tokenizer, texts)
+    if chat:
+        prompts = [asking(tokenizer, text) for text in texts]
     engine = session.open_engine(settings, asked.config, asked.deepspeed, asked.result.ranks)
     sharding = engine.sharding
     asked.give(engine, Display(sharding.rank, sharding.world_size, log_every=1, stderr=True))

@@ -47,7 +47,6 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         from tezo_ds.run.results import replay
         from tezo_ds.tasks import encode
         from tezo_ds.training import best, loop, session
-        from tezo_ds.training.best import Best
         from tezo_ds.training.display import Display, quieten
         from tezo_ds.training.include_auto import Choice, choose_matrices, to_measure
         from tezo_ds.training.output_layer import refuse_unfit
@@ -116,6 +115,6 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         losses = [line["loss"] for line in found.steps]
         summary = loop.train(
             opened, options, examples, folder, display, found.scores, losses, about[changed.WEIGHTS],
-            max(found.terms, default=choice.fitted), choice.fit, Best(options, rebuild),
+            max(found.terms, default=choice.fitted), choice.fit, best.Best(options, rebuild),
         )  # fmt: skip
         display.end(summary, options.output, found.done)

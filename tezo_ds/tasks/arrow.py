@@ -62,18 +62,13 @@ def read_hub(
     Raises:
         DataError: it cannot be had.
     """
-    where = f"{hub_id} ({split})"
+    with _asking_hub(hub_id, instead):
+        # The hub's cache is shared by all ranks: datasets locks it, and one of them downloads.
+        dataset: Any = datasets.load_dataset(hub_id, config, split=split, revision=revision)
     with _quiet_datasets():
-        try:
-            # The hub's cache is shared by all ranks: datasets locks it, and one of them downloads.
-            dataset: Any = datasets.load_dataset(hub_id, config, split=split, revision=revision)
-        except Exception as error:  # network, offline mode, gone, gated: no common base
-            raise DataError(
-                f"cannot reach {hub_id} on the Hugging Face hub ({one_line(error)}); {instead}"
-            ) from error
         if renamed is not None and renamed[1] not in dataset.column_names:
             dataset = dataset.rename_column(*renamed)
-        return _table(where, dataset)
+        return _table(f"{hub_id} ({split})", dataset)
 
 
 def hub_splits(hub_id: str, config: str | None, revision: str | None) -> list[str]:
@@ -82,12 +77,19 @@ def hub_splits(hub_id: str, config: str | None, revision: str | None) -> list[st
     Raises:
         DataError: they cannot be had.
     """
+    with _asking_hub(hub_id, INSTEAD):
+        return list(datasets.get_dataset_split_names(hub_id, config, revision=revision))
+
+
+@contextmanager
+def _asking_hub(hub_id: str, instead: str) -> Iterator[None]:
+    """Context manager: what fails inside is that the hub cannot be reached, and `instead` what to do."""
     with _quiet_datasets():
         try:
-            return list(datasets.get_dataset_split_names(hub_id, config, revision=revision))
-        except Exception as error:  # see `read_hub`
+            yield
+        except Exception as error:  # network, offline mode, gone, gated: no common base
             raise DataError(
-                f"cannot reach {hub_id} on the Hugging Face hub ({one_line(error)}); {INSTEAD}"
+                f"cannot reach {hub_id} on the Hugging Face hub ({one_line(error)}); {instead}"
             ) from error
 
 

@@ -175,9 +175,10 @@ def candidates(
     return rows
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Returns the ids of a prompt that an answer is to follow: special tokens before it, none behind."""
-    return [*_special_ids(tokenizer)[0], *_ids(tokenizer, [prompt])[0]]
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[list[int]]:
+    """Returns the ids of prompts that answers are to follow: special tokens before them, none behind."""
+    before, _ = _special_ids(tokenizer)
+    return [[*before, *ids] for ids in _ids(tokenizer, prompts)]
 
 
 def answer_tokens(

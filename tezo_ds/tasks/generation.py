@@ -106,14 +106,12 @@ class Generated:
     """Metric of what a model answers to some prompts.
 
     Attributes:
-        name: the metric's.
         metric: (predictions, references) -> float.
         generator: makes the answers.
         prompts: this rank's, as token ids.
         right: the right answers.
     """
 
-    name: str
     metric: Metric
     generator: Generator
     prompts: list[list[int]]
@@ -146,12 +144,14 @@ def asked(
             f"--max-new-tokens {most} leaves no room for a prompt within --max-length {max_length}; lower "
             "the former or raise the latter"
         )
+    answered = [e.prompt for e in examples if e.answer is not None]
+    texts = iter(prompt_ids(tokenizer, answered))
     prompts, right = [], []
     for example in examples:
         if example.kind is Kind.MESSAGES:
             ids, answer = opening(tokenizer, Conversation.of_text(example.prompt))
         elif example.answer is not None:
-            ids, answer = prompt_ids(tokenizer, example.prompt), example.answer.strip()
+            ids, answer = next(texts), example.answer.strip()
         else:
             raise DataError(
                 f"text {example.prompt[:40]!r} has no answer to compare with; leave --metric out"

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tezo_ds.errors import ConfigError
+from tezo_ds.errors import ConfigError, one_line
 
 Metric = Callable[[Sequence[str], Sequence[str]], float]
 NONE = "none"
@@ -106,8 +106,6 @@ def _of_user(module: str, name: str) -> Metric:
         try:
             return float(function(predictions, references))
         except Exception as error:  # the user's own
-            raise ConfigError(
-                f"--metric {module}:{name}: raised {type(error).__name__}: {str(error).splitlines()[:1]}"
-            ) from error
+            raise ConfigError(f"--metric {module}:{name}: raised {one_line(error)}") from error
 
     return metric

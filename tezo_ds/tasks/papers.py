@@ -51,12 +51,11 @@ def _labelled(row: Row) -> Row | None:
     return row if row["label"] not in (None, -1) else None
 
 
-PREPARE: dict[str, Callable[[Row], Row | None]] = {
-    "copa": _copa, "record": _record, "squad": _squad, "drop": _drop, "snli": _labelled,
-}  # fmt: skip
-# A column by which rows are known as published; those with a template's columns already stay as they are.
-KNOWN_BY = {
-    "copa": "premise", "record": "query", "squad": "answers", "drop": "answers_spans", "snli": "label",
+# By task a column by which rows are known as published, as those with a template's columns already stay as
+# they are, and what makes of such a row one with these columns; None leaves it out.
+PREPARE: dict[str, tuple[str, Callable[[Row], Row | None]]] = {
+    "copa": ("premise", _copa), "record": ("query", _record), "squad": ("answers", _squad),
+    "drop": ("answers_spans", _drop), "snli": ("label", _labelled),
 }  # fmt: skip
 
 
@@ -67,12 +66,15 @@ def prepared(task: str, table: Table) -> Table:
     Raises:
         DataError: a row is not as the data set has them.
     """
-    if task not in PREPARE or KNOWN_BY[task] not in table.columns:
+    if task not in PREPARE:
+        return table
+    column, prepare = PREPARE[task]
+    if column not in table.columns:
         return table
     rows = []
     for number, row in enumerate(table.rows, 1):
         try:
-            found = PREPARE[task](row)
+            found = prepare(row)
         except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
             raise DataError(
                 f"{table.at(number)}: is no row of {task} ({one_line(error)})"

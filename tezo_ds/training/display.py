@@ -115,12 +115,12 @@ class Display:
                 )
             table.add_row("accuracy after", f"{after:.1%} ({100 * (after - before):+.1f} points)")
             table.add_row("test examples", f"{summary['test_examples']}")
+        elif "test_loss_after" in summary:
+            losses = f"{summary['test_loss_before']:.4f} → {summary['test_loss_after']:.4f}"
+            table.add_row("test loss", losses)
         if None not in (summary.get("metric_before"), summary.get("metric_after")):
             values = f"{summary['metric_before']:.3f} → {summary['metric_after']:.3f}"
             table.add_row(str(summary["metric"]), values)
-        if (before is None or after is None) and "test_loss_after" in summary:
-            losses = f"{summary['test_loss_before']:.4f} → {summary['test_loss_after']:.4f}"
-            table.add_row("test loss", losses)
         steps, seconds = summary["steps"], f"{summary['seconds_training']:.0f} s"
         if begun_at:
             table.add_row("steps", f"{steps}, of them {steps - begun_at} now, in {seconds}")

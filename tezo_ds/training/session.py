@@ -97,7 +97,7 @@ class Session:
         generator = Generator(
             self.engine, self.tokenizer, self.pad_id, s.max_new_tokens, s.stop, s.eval_batch_size
         )
-        return Generated(s.metric, metric_of(s.metric), generator, prompts, right)
+        return Generated(metric_of(s.metric), generator, prompts, right)
 
 
 def open_session(

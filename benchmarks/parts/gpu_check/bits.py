@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,14 +60,14 @@ def run(rows: Rows, options: Options) -> None:
     rows.check("normals have the CPU's bits", lambda: same_normals(device))
     for dtype in (torch.float32, torch.bfloat16):
         name = f"four losses of a batch are one, {dtype_name(dtype)}"
-        rows.check(name, lambda d=dtype: repeated_losses(device, d))  # type: ignore[misc]
+        rows.check(name, partial(repeated_losses, device, dtype))
     rows.check("steps are the CPU's up to rounding", lambda: as_on_a_cpu(device))
     rows.check("a killed run goes on bit for bit", lambda: killed_run(options.work))
     rows.check("float64 is added up, world of one", float64_sums)
     for backend in ("fsdp2", "zero3"):
-        rows.check(f"{backend} of one rank steps alike", lambda b=backend: alike(b, device))  # type: ignore[misc]
+        rows.check(f"{backend} of one rank steps alike", partial(alike, backend, device))
         name = f"{backend} puts weights back in place"
-        rows.check(name, lambda b=backend: put_back(b, device))  # type: ignore[misc]
+        rows.check(name, partial(put_back, backend, device))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

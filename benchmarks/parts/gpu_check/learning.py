@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def run(rows: Rows, options: Options) -> None:
                 words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             )
     for (method, seed), process in started.items():
-        rows.measure(f"{method}, seed {seed}", lambda p=process: outcome(p, options))  # type: ignore[misc]
+        rows.measure(f"{method}, seed {seed}", partial(outcome, process, options))
 
 
 def outcome(process: subprocess.Popen[str], options: Options) -> tuple[str, Found]:

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tezo_ds.errors import one_line
+
 PASSED, FAILED, MEASURED, SKIPPED = "passed", "FAILED", "measured", "skipped"
 Found = dict[str, Any]
 
@@ -66,7 +68,7 @@ class Rows:
         except Skip as reason:
             status, told, found = SKIPPED, str(reason), {}
         except Exception as error:
-            status, told = FAILED, f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+            status, told = FAILED, one_line(error)
             found = {"traceback": traceback.format_exc()}
         row = Row(self._part, name, status, told, found, round(time.perf_counter() - start, 2))
         with self._path.open("a") as file:

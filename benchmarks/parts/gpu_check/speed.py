@@ -6,6 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,26 +85,12 @@ def peak_flops() -> float | None:
 def run(rows: Rows, options: Options) -> None:
     """Measures each model, shape and step."""
     for name in MODELS:
-        held: list[nn.Module] = []
-
-        def make(name: str = name, held: list[nn.Module] = held) -> tuple[str, Found]:
-            held.append(build(name, options.toy))
-            numel = sum(p.numel() for p in held[0].parameters())
-            return f"{1e-9 * numel:.2f} G weights, made on the device", {"numel": numel}
-
-        rows.measure(f"{name}: weights", make)
+        held: list[nn.Module] = []  # empty where the model could not be made
+        rows.measure(f"{name}: weights", partial(hold, held, name, options.toy))
         for shape in SHAPES:
-            for label, queries, rank, fields in steps_of(shape):
-
-                def timed(  # all by value, as the rows are tried at once
-                    name: str = name, shape: str = shape, queries: int = queries, label: str = label,
-                    fields: Found | None = fields, held: list[nn.Module] = held, rank: int = rank,
-                ) -> tuple[str, Found]:  # fmt: skip
-                    if not held:
-                        raise Skip("see its weights")
-                    batch = make_batch(TOY_SHAPES[shape] if options.toy else shape, 300, "last")
-                    return step_of(held[0], name, shape, batch, queries, label, fields)
-
+            batch = make_batch(TOY_SHAPES[shape] if options.toy else shape, 300, "last")
+            for label, queries, fields in steps_of(shape):
+                timed = partial(step_of, held, name, shape, batch, queries, fields)
                 rows.measure(f"{name} {shape}: {label}", timed)
         held.clear()
         gc.collect()
@@ -111,27 +98,35 @@ def run(rows: Rows, options: Options) -> None:
             torch.accelerator.empty_cache()
 
 
-def steps_of(shape: str) -> list[tuple[str, int, int, Found | None]]:
-    """Returns the steps to time at a shape: label, Q, rank and tezo fields; None: MeZO's loop."""
-    found: list[tuple[str, int, int, Found | None]] = []
-    for queries in (1, 8) if shape == MANY else (1,):
-        for rank in (16, 64):
-            found.append(
-                (f"fused, r {rank}, Q {queries}", queries, rank, {"rank": rank, "probe": "fused"})
-            )
-    found.append(
-        ("in place, r 16, Q 1", 1, 16, {"rank": 16, "probe": "inplace", "restore": "subtract"})
-    )
-    found.append(("MeZO's loop, Q 1", 1, 0, None))
-    found.append(("LOZO, r 2, Q 1", 1, 2, {"method": "lozo"}))
-    return found
+def hold(held: list[nn.Module], name: str, toy: bool) -> tuple[str, Found]:
+    """Makes a model, and holds it for the steps to come."""
+    held.append(build(name, toy))
+    numel = sum(p.numel() for p in held[0].parameters())
+    return f"{1e-9 * numel:.2f} G weights, made on the device", {"numel": numel}
+
+
+def steps_of(shape: str) -> list[tuple[str, int, Found | None]]:
+    """Returns the steps to time at a shape: label, Q and tezo fields; None: MeZO's loop."""
+    return [
+        *(
+            (f"fused, r {rank}, Q {queries}", queries, {"rank": rank, "probe": "fused"})
+            for queries in ((1, 8) if shape == MANY else (1,))
+            for rank in (16, 64)
+        ),
+        ("in place, r 16, Q 1", 1, {"rank": 16, "probe": "inplace", "restore": "subtract"}),
+        ("MeZO's loop, Q 1", 1, None),
+        ("LOZO, r 2, Q 1", 1, {"method": "lozo"}),
+    ]
 
 
 def step_of(
-    model: nn.Module, name: str, shape: str, batch: dict[str, torch.Tensor], queries: int, label: str,
+    held: list[nn.Module], name: str, shape: str, batch: dict[str, torch.Tensor], queries: int,
     fields: Found | None,
 ) -> tuple[str, Found]:  # fmt: skip
-    """Times a step and the plain forward of as many sequences, in turn."""
+    """Times the plain forward of as many sequences, and a step."""
+    if not held:
+        raise Skip("see its weights")
+    (model,) = held
     engine = tezo_ds.initialize(
         model,
         {"lr": 1e-9, "queries": queries, "check_every": 0, **(fields or {"probe": "inplace"})},
