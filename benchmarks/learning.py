@@ -2,10 +2,11 @@
 
 SmolLM2-135M-Instruct on four tasks (see parts/methods/data.py), by `tezo-ds train` in a process of its own a
 run, one thread. An arm is a head (frozen, bias, fit or inner, see docs/output-layer.md) and a method's
-steps behind it, or none. A run makes as many steps as fit into the budget, what the head takes
-included, at the pace that two pilot runs of the arm had; processor seconds count, so a busy machine changes
-little. Each method's rate is the best on validation examples of TREC, by loss, of rates ten times apart that
-are tried until the best has a worse one on either side; all other tasks get it, too.
+steps behind it, or none; frozen+adamw and frozen+adamw-lora are backpropagation, to compare with. A run
+makes as many steps as fit into the budget, what the head takes included, at the pace that two pilot runs of
+the arm had; processor seconds count, so a busy machine changes little. Each method's rate is the best on
+validation examples of TREC, by loss, of rates ten times apart that are tried until the best has a worse one
+on either side; all other tasks get it, too.
 
     python benchmarks/learning.py                                       all; many hours
     python benchmarks/learning.py --tasks trec --arms bias fit --seeds 3
@@ -30,7 +31,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from parts.common.machine import describe
-from parts.learning.arms import HEADS, NONE, STEPS, Arm, arms_of
+from parts.learning.arms import FIRST_ORDER, HEADS, NONE, STEPS, Arm, arms_of
+from parts.learning.first_order import WAYS
 from parts.learning.report import MARKERS, draw, markdown, tables_of
 from parts.methods.data import FIELDS, SHORT, TASKS, load_splits
 from parts.methods.report import MOST_SEEDS, Record, Results, put_between_markers
@@ -43,7 +45,8 @@ MOST_FACTORS = 6
 PILOTS = (1, 5)  # steps
 PILOT_EXAMPLES, TUNING_EXAMPLES = 16, 200  # to test with, at most
 DEFAULT_ARMS = [
-    *HEADS, *(f"{head}+{steps}" for steps in STEPS for head in HEADS)
+    *HEADS, *(f"{head}+{steps}" for steps in STEPS for head in HEADS),
+    *(f"frozen+{steps}" for steps in FIRST_ORDER),
 ]  # fmt: skip
 
 
@@ -66,7 +69,10 @@ class Benchmark:
     def _final(self, task: str, arm: Arm, seed: int) -> None:
         if self._results.find(self.key(task, arm, seed)) is None:
             factor = self._tuned(arm)
-            found = self._trained(task, arm, seed, factor, "test")
+            if arm.steps in FIRST_ORDER:
+                found = self._by_first_order(task, arm, seed)
+            else:
+                found = self._trained(task, arm, seed, factor, "test")
             self._results.add({**self.key(task, arm, seed), "factor": factor, **found})
             self._tell(f"{task}, {arm.name}, seed {seed}", found)
 
@@ -85,7 +91,7 @@ class Benchmark:
 
     def _tuned(self, arm: Arm) -> float:
         """Returns the factor of a method's rate that validates best on one task, by loss."""
-        if arm.steps in (NONE, "tezo-gn"):  # which has no rate to speak of
+        if arm.steps in (NONE, "tezo-gn", *FIRST_ORDER):  # which have none, or a common one
             return 1.0
         if self._args.factor is not None:
             return float(self._args.factor)
@@ -149,12 +155,8 @@ class Benchmark:
             if arm.steps == NONE:
                 words += ["--lr", "0", "--batch-size", "1"]
             before = _processor_seconds()
-            done = subprocess.run(
-                words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-            )
+            _run(words)
             seconds = _processor_seconds() - before
-            if done.returncode:
-                raise SystemExit(f"{' '.join(words)}:\n{done.stderr or done.stdout}")
             summary = json.loads((out / "summary.json").read_text())
         return {
             "accuracy": summary["accuracy_after"], "loss": summary["test_loss_after"],
@@ -162,6 +164,20 @@ class Benchmark:
             "head": summary.get("accuracy_output_layer"),
             "steps_made": steps, "seconds": seconds,
             "fit": summary.get("output_layer"), "machine": describe(), "time": time.time(),
+        }  # fmt: skip
+
+    def _by_first_order(self, task: str, arm: Arm, seed: int) -> Record:
+        """Trains by backpropagation for the budget, and returns what that gives on the test examples."""
+        args, way = self._args, FIRST_ORDER[arm.steps]
+        words = [sys.executable, "-m", "parts.learning.first_order", "--way", way]
+        words += ["--lr", str(WAYS[way]), "--seed", str(seed), *self._data(task, "test")]
+        for name in ("model", "budget", "max_length", "test_examples"):
+            words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+        if args.batch_size:
+            words += ["--batch-size", str(args.batch_size)]
+        found: Record = json.loads(_run(words).splitlines()[-1])
+        return {
+            **found, "zero_shot": None, "head": None, "fit": None, "machine": describe(), "time": time.time(),
         }  # fmt: skip
 
     def _data(self, task: str, split: str) -> list[str]:
@@ -202,6 +218,16 @@ def next_factor(losses: dict[float, float]) -> float | None:
     if best == max(losses) and math.isfinite(losses[best]):
         return best * 10
     return min(losses) / 10 if best == min(losses) else None
+
+
+def _run(words: list[str]) -> str:
+    """Runs a process of one thread, and returns what it printed; ends this one where it fails."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), env.get("PYTHONPATH", "")])
+    done = subprocess.run(words, capture_output=True, text=True, env=env)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)}:\n{done.stderr or done.stdout}")
+    return done.stdout
 
 
 def _processor_seconds() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ import depth
 import learning
 import pytest
 import torch
+from command_line import WORDS, Given
+from parts.learning import first_order
 from parts.learning.arms import OTHERS, Arm, arms_of
 from parts.learning.report import MARKERS
 from parts.methods.report import Results
@@ -18,6 +21,8 @@ from rich.console import Console
 from tiny import tiny
 
 from tezo_ds.cli import app
+
+pytest_plugins = ("cli_fixtures",)
 
 
 class Told(learning.Benchmark):
@@ -118,3 +123,24 @@ def test_places_are_what_enters_the_last_linear_map_of_a_block() -> None:
         model(input_ids=torch.arange(5, 12)[None])
     assert {name: x.shape[-1] for name, x in last.items()} == {"0": 37, "1": 37, depth.OUTPUT: 22}
     torch.testing.assert_close(last[depth.OUTPUT], hidden)
+
+
+@pytest.mark.parametrize("way", first_order.WAYS)
+def test_backpropagation_is_compared_with(
+    given: Given, way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it reports is of the model as it was trained, so a longer budget has a lower loss."""
+    for name, lines in (("train", slice(20, None)), ("test", slice(0, 20))):
+        films = given.data.read_text().splitlines()[lines]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(films))
+    data = ["--task", str(tmp_path / "train.jsonl"), "--test-data", str(tmp_path / "test.jsonl")]
+    data += ["--template", "{text} It was"]
+    words = ["--way", way, "--lr", "3e-3", "--model", str(given.model), *data]
+    words += ["--verbalizers", json.dumps(WORDS), "--test-examples", "20"]
+    found = []
+    for budget in ("0", "0.3"):
+        first_order.main([*words, "--budget", budget])
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    before, after = found
+    assert before["steps_made"] == 0 < after["steps_made"] and after["loss"] < before["loss"] - 0.1
+    assert 0.3 <= after["seconds"] < 5 and before["majority"] == after["majority"] <= 0.6

@@ -40,6 +40,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "lora-adam": {**_LORA, "method": "tezo-adam-coef", "lr": 1e-4},
 }  # fmt: skip
 NONE = "none"  # no steps: what the head alone gives
+FIRST_ORDER = {
+    "adamw-lora": "lora",
+    "adamw": "full",
+}  # by name of the steps, the way of first_order.py
 
 
 @dataclass(frozen=True)

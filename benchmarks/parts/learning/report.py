@@ -43,10 +43,13 @@ def _more(runs: Sequence[Record], beside: Sequence[Record]) -> str:
 
 def _rows(lines: Sequence[Line], task: str) -> list[list[str]]:
     of_task = [(arm, runs) for name, arm, runs in lines if name == task]
-    zero = {run["seed"]: run for _, runs in of_task for run in runs}
-    zeros = [{**run, "accuracy": run["zero_shot"], "loss": None} for run in zero.values()]
-    mean, half = interval([run["accuracy"] for run in zeros])
-    rows = [["zero-shot", f"{100 * mean:.1f}", "" if half is None else f"{100 * half:.1f}"]]
+    # By seed; a run of backpropagation does not look.
+    zero = {run["seed"]: run for _, runs in of_task for run in runs if run["zero_shot"] is not None}
+    shown = [run["zero_shot"] for run in zero.values()]
+    rows = []
+    if shown:
+        mean, half = interval(shown)
+        rows = [["zero-shot", f"{100 * mean:.1f}", "" if half is None else f"{100 * half:.1f}"]]
     if known := [run["majority"] for run in zero.values() if run.get("majority") is not None]:
         rows.insert(0, ["most frequent class", f"{100 * statistics.mean(known):.1f}", ""])
     rows = [[*row, *[""] * (len(COLUMNS) - len(row))] for row in rows]
