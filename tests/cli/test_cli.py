@@ -54,6 +54,7 @@ OVERRIDES: dict[str, Any] = {
     "clip_kappa": 0.9,
     "rank_max": 8,
     "refresh_every": 3,
+    "keep_periods": 4,
     "nu": 9,
     "rank_scaling": True,
     "betas": [0.8, 0.99],

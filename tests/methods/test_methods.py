@@ -44,6 +44,7 @@ pytestmark = pytest.mark.usefixtures(quick_draws.__name__)
 CASES = [
     ("tezo", {}), ("tezo", {"refresh_every": 4}), ("tezo-m", {"refresh_every": 4}),
     ("tezo-m", {}), ("tezo-adam", {}), ("tezo-adam", {"bias_correction": False, "refresh_every": 4}),
+    ("tezo-m", {"refresh_every": 4, "keep_periods": 2}),
     ("tezo-adam-coef", {}), ("lozo", {"nu": 3}), ("lozo", {"nu": 3, "rank_scaling": True}),
     ("lozo-m", {"nu": 3}), ("mezo", {}), ("mezo-m", {}), ("mezo-adam", {}),
 ]  # fmt: skip

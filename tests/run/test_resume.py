@@ -37,7 +37,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "tezo": {"clip_kappa": 0.8, "queries": 2},
     "tezo-m": {"refresh_every": 2},
     "tezo-adam-coef": {"rank": "auto", "rank_max": 3, "rank_threshold": 0.1},
-    "tezo-gn": {"queries": 3, "lr": 0.5},
+    "tezo-gn": {"queries": 3, "lr": 0.5, "refresh_every": 2, "keep_periods": 3},
     "adapter tt": {
         "method": "tezo-m",
         "adapter": "tt",

@@ -78,7 +78,8 @@ def results_of(run: Path | None, deepspeed: Path | None, given: Mapping[str, Any
     refuse_idle(settings.fsdp, given)
     # FSDP2 would gather the weights in another dtype than its shards have, in which those are written.
     gathered = settings.compute_dtype if given["dtype"] is None and not settings.fsdp else None
-    writes = result.writes and (ran is None or ran.adapter == "none")
+    beside = ran is not None and (ran.adapter != "none" or ran.keep_periods > 0)
+    writes = result.writes and not beside
     if gathered and not writes:
         settings.dtype = gathered
     config, deepspeed_config = session.resolve_config(source, {"rank": 1}, fsdp=settings.fsdp)

@@ -82,7 +82,7 @@ def replay(
     display = Display(0, 1, log_every=1)
     if contents.torn:
         display.note(f"{JOURNAL}: {contents.torn}; left out")
-    writes = merged is not None or config.refresh_every or not config.facts.learns_coefficients
+    writes = merged is not None or config.writes_periods or not config.facts.learns_coefficients
     if writes:
         engine = session.open_engine(settings, config, None, ranks_of(run, config))
         refuse_changed_weights(run, settings.model)

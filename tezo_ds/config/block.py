@@ -64,6 +64,12 @@ class TezoConfig(BaseModel):
         "steps after which what was learnt is written into the weights and U, V are drawn anew; 0: never",
         group=METHOD, used_by="tezo…", example=500, ge=0,
     )  # fmt: skip
+    keep_periods: int = declared(
+        0,
+        "ended periods of refresh_every steps that stay low-rank terms beside weights, which are then never "
+        "written; 0: they go into the weights",
+        group=METHOD, used_by="tezo…", example=3, ge=0,
+    )  # fmt: skip
     nu: int = declared(
         50, "ν, steps for which LOZO keeps its V", group=METHOD, used_by="lozo…", example=100, ge=1
     )
@@ -378,6 +384,26 @@ class TezoConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _periods_have_room(self) -> TezoConfig:
+        if not self.keep_periods:
+            return self
+        if not self.refresh_every:
+            raise ValueError("keep_periods: are ended by refresh_every, which is 0; set it, too")
+        if not self.facts.learns_coefficients:
+            raise ValueError(
+                f"keep_periods: {self.method} writes weights in every step; leave it out"
+            )
+        if self.total_steps is not None:
+            ended = (self.total_steps - 1) // self.refresh_every
+            if ended > self.keep_periods:
+                raise ValueError(
+                    f"keep_periods: {ended} periods of {self.refresh_every} steps end before step "
+                    f"{self.total_steps}, and {self.keep_periods} can stay; raise keep_periods, or "
+                    "refresh_every"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _auto_chooses_alone(self) -> TezoConfig:
         if AUTO in self.include and not self.chooses:
             raise ValueError("include: auto stands alone; use exclude for what it must not choose")
@@ -445,6 +471,11 @@ class TezoConfig(BaseModel):
     def facts(self) -> MethodFacts:
         """Registry facts of `method`."""
         return facts_of(self.method)
+
+    @property
+    def writes_periods(self) -> bool:
+        """Whether what a period learnt goes into the weights when it ends."""
+        return self.refresh_every > 0 and not self.keep_periods
 
     @property
     def chooses(self) -> bool:

@@ -303,7 +303,7 @@ class Engine:
             ConfigError: the engine is not new, or its method has no such periods.
             ShardingError: weights would be written, and cannot be.
         """
-        if finished and not written:
+        if finished and not written and self.method.writes:
             self._refuse_quantised("coefficients of several periods")
         if self.method.period or (finished and not self.config.facts.fixed_factors):
             raise ConfigError(

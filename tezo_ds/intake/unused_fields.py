@@ -35,7 +35,7 @@ def _looks_at(engine: Engine, used_by: str) -> bool:
     if used_by in PROBES:
         return engine.probe.name == PROBES[used_by]
     if used_by == WRITERS:
-        return engine.method.writes or config.refresh_every > 0
+        return engine.method.writes or config.writes_periods
     if field in TezoConfig.model_fields:
         return str(getattr(config, field)) in values.split(", ")
     return _is_one_of(config, used_by.split(", "))

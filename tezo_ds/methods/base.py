@@ -60,8 +60,9 @@ class Method(ABC):
         """Begins a step; the result has to be applied before the step's branches are asked for."""
         return None
 
-    def refresh(self) -> Write:
-        """Ends a period of coefficients, in methods whose factors are fixed for a period."""
+    def refresh(self) -> Write | None:
+        """Ends a period of coefficients, in methods whose factors are fixed for a period; the result is as of
+        `begin`."""
         raise NotImplementedError(f"{type(self).__name__} has no periods of coefficients")
 
     @abstractmethod

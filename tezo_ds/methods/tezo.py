@@ -10,8 +10,10 @@ from torch import Tensor
 from tezo_ds.config import TezoConfig
 from tezo_ds.directions.branches import AT_ONCE, Ask, LowRank, Spread
 from tezo_ds.directions.lowrank import FixedFactors
+from tezo_ds.directions.periods import PeriodFactors
 from tezo_ds.directions.rounding import Storing
 from tezo_ds.directions.space import CoefficientSpace, Packed
+from tezo_ds.errors import ConfigError
 from tezo_ds.methods.base import Method, Write
 from tezo_ds.methods.descent import Descent, descent_of
 
@@ -20,23 +22,29 @@ class Tezo(Method):
     """TeZO: a ← a - η · descent(g), g = Σ slope · τ, the mean over directions of κτ.
 
     Every `refresh_every` steps a goes into the weights, and U and V come from the next seed; moments,
-    which belong to the old U and V, start anew. Vectors have neither, and go on.
+    which belong to the old U and V, start anew. Vectors have neither, and go on. With `keep_periods` a
+    stays beside the weights instead, and no weight is written:
+
+        W_t = W₀ + Σ_p U_p diag(a_p) V_pᵀ
 
     Args:
         space: what trains.
         descent: SGD (tezo), momentum (tezo-m) or Adam on the coefficients (tezo-adam-coef).
         refresh_every: steps; 0: never.
         storing: how 16-bit weights are rounded.
+        keep_periods: ended periods that stay low-rank terms; 0: they are written.
     """
 
     factors: FixedFactors
 
     def __init__(
-        self, space: CoefficientSpace, descent: Descent, refresh_every: int, storing: Storing
-    ) -> None:
+        self, space: CoefficientSpace, descent: Descent, refresh_every: int, storing: Storing,
+        keep_periods: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__(space)
-        self.factors = FixedFactors(space)
-        self.writes = refresh_every > 0
+        self._beside = PeriodFactors(space, keep_periods + 1) if keep_periods else None
+        self.factors = self._beside or FixedFactors(space)
+        self.writes = refresh_every > 0 and not keep_periods
         self.descent, self._every, self._storing = descent, refresh_every, storing
         self._age = torch.zeros_like(self.coefficients)  # updates that the moments have seen
 
@@ -50,8 +58,18 @@ class Tezo(Method):
         due = self._every and step and step % self._every == 0
         return self.refresh() if due else None
 
-    def refresh(self) -> Write:
-        """Ends a period: a goes into the weights, and U and V come from the next seed."""
+    def refresh(self) -> Write | None:
+        """Ends a period: a goes into the weights, or stays beside them, and U and V come from the next seed.
+
+        Raises:
+            ConfigError: as many periods have ended as stay.
+        """
+        if self._beside is not None and len(self.finished) + 1 >= self._beside.count:
+            kept = self._beside.count - 1
+            raise ConfigError(
+                f"keep_periods: {kept} have ended, and steps go on; raise keep_periods, or "
+                "refresh_every, or leave keep_periods out, which writes them into the weights"
+            )
         learnt = self.coefficients.clone()
         learnt[self.space.of_vectors] = 0
         ended = LowRank(learnt[None, None], FixedFactors(self.space, self.factors.period))
@@ -60,19 +78,30 @@ class Tezo(Method):
         self.factors.advance()
         for tensor in (self.coefficients, self._age, *self.descent.state.values()):
             tensor[self.space.of_matrices] = 0
+        if self._beside is not None:
+            return None
         return lambda view: ended.move_(view, None, 0, store)
 
     def branches(self, ask: Ask) -> LowRank:
-        if len(ask) * self.space.numel > AT_ONCE:
+        if self._beside is None and len(ask) * self.space.numel > AT_ONCE:
             taus = self.space.taus(ask.step, ask.directions)
             return Spread(self.coefficients, ask, taus, self.factors)
         return self.along(self.offsets(ask))
 
     def along(self, changes: Tensor) -> LowRank:
-        return LowRank((self.coefficients + changes)[:, None], self.factors)
+        c = self.coefficients + changes  # (branches, D)
+        if self._beside is not None:
+            c = self._beside.placed(c, self.finished)
+        return LowRank(c[:, None], self.factors)
 
     def kept_aside(self) -> LowRank:
-        return LowRank(self.coefficients[None, None], self.factors)
+        return self.along(torch.zeros(1, self.space.numel, dtype=torch.float64))
+
+    def merged(self) -> None:
+        super().merged()
+        if self._beside is not None:
+            for learnt in self.finished:
+                learnt.zero_()
 
     def update(self, step: int, slopes: Tensor, gradient: Tensor, lr: float) -> Write | None:
         self._age += 1
@@ -83,4 +112,4 @@ class Tezo(Method):
 def make(config: TezoConfig, space: CoefficientSpace, device: torch.device) -> Tezo:
     """Makes TeZO from a config, at its start; the arguments are those of `make_method`."""
     descent = descent_of(config, torch.zeros(space.numel, dtype=torch.float64))
-    return Tezo(space, descent, config.refresh_every, Storing.of(config))
+    return Tezo(space, descent, config.refresh_every, Storing.of(config), config.keep_periods)

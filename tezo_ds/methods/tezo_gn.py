@@ -26,12 +26,14 @@ class TezoGaussNewton(Tezo):
         refresh_every: steps; 0: never.
         storing: how 16-bit weights are rounded.
         recalls: whether to measure along the last step.
+        keep_periods: as of `Tezo`.
     """
 
     def __init__(
-        self, space: CoefficientSpace, refresh_every: int, storing: Storing, recalls: bool
-    ) -> None:
-        super().__init__(space, Sgd(), refresh_every, storing)
+        self, space: CoefficientSpace, refresh_every: int, storing: Storing, recalls: bool,
+        keep_periods: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__(space, Sgd(), refresh_every, storing, keep_periods)
         self._recalls = recalls
         self._last = torch.zeros_like(self.coefficients)
 
@@ -43,7 +45,7 @@ class TezoGaussNewton(Tezo):
     def recalled(self) -> tuple[int, ...]:
         return (RECALLED,) if self._recalls and bool(self._last.any()) else ()
 
-    def refresh(self) -> Write:
+    def refresh(self) -> Write | None:
         self._last.zero_()  # of the old U and V
         return super().refresh()
 
@@ -70,4 +72,6 @@ class TezoGaussNewton(Tezo):
 
 def make(config: TezoConfig, space: CoefficientSpace, device: torch.device) -> TezoGaussNewton:
     """Makes the method from a config, at its start; the arguments are those of `make_method`."""
-    return TezoGaussNewton(space, config.refresh_every, Storing.of(config), config.recall)
+    return TezoGaussNewton(
+        space, config.refresh_every, Storing.of(config), config.recall, config.keep_periods
+    )

@@ -185,7 +185,7 @@ def needs(run: PlannedRun, snapshots: int = 0, merged: bool = False) -> Needs:
 
 def writes(config: TezoConfig) -> bool:
     """Returns whether a run changes weights, and so keeps them in its snapshots."""
-    return not config.facts.learns_coefficients or config.refresh_every > 0
+    return not config.facts.learns_coefficients or config.writes_periods
 
 
 def factor_numel(method: Method, config: TezoConfig, matrices: Iterable[Matrix]) -> int:
@@ -193,7 +193,8 @@ def factor_numel(method: Method, config: TezoConfig, matrices: Iterable[Matrix])
     if method.factors is None:
         return 0
     lefts = 1 + config.queries if config.facts.fresh_left else 1
-    return sum(m.rank * (lefts * m.shape[0] + m.shape[1]) for m in matrices)
+    periods = 1 + config.keep_periods
+    return sum(periods * m.rank * (lefts * m.shape[0] + m.shape[1]) for m in matrices)
 
 
 def _of_probe(run: PlannedRun, trained: dict[str, Any]) -> int:

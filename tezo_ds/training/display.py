@@ -225,7 +225,10 @@ def _of_method(engine: Engine) -> Iterator[tuple[str, str]]:
     if config.facts.fresh_left:
         yield "ν", f"{config.nu} steps until V is new"
     if config.refresh_every:
-        yield "refresh", f"every {config.refresh_every} steps"
+        kept = f", {config.keep_periods} ended periods beside the weights" * (
+            config.keep_periods > 0
+        )
+        yield "refresh", f"every {config.refresh_every} steps{kept}"
     if engine.probe.writes:
         yield "restore", "copy" if engine.probe.copies else "subtract"
     size = sum(part.data.nbytes for part in engine.method.state.values())

@@ -22,12 +22,13 @@ STEPS: dict[str, dict[str, Any]] = {
         "difference": "forward",
     },
 }  # fmt: skip
-# Adapters, and what to compare them with; for the head frozen alone, as an adapter goes with no other.
+# More than the default arms; adapters are for the head frozen alone, as they go with no other.
 _TT, _LORA = (
     {"adapter": "tt", "rho": 1e-3, "batch_size": 16},
     {"adapter": "lora", "rho": 1e-2, "batch_size": 16},
 )
 OTHERS: dict[str, dict[str, Any]] = {
+    "tezo-gn-fresh": {**STEPS["tezo-gn"], "refresh_every": 2, "keep_periods": 9},
     "tezo": {"method": "tezo", "rho": 1e-3, "lr": 1e-6, "batch_size": 16},
     "tt": {**_TT, "method": "tezo", "lr": 1e-5},
     "tt-published": {**_TT, "method": "tezo", "tt_init": "published", "lr": 1e-5},
