@@ -33,7 +33,7 @@ BEGIN, END = "<!-- made by launch/reference.py -->", "<!-- end -->"
 
 HEAD = """# Every field
 
-Made by `python launch/reference.py` from the fields that `tezo_ds/config/block.py` and `tezo_ds/settings.py`
+Made by `python launch/reference.py` from the fields that `tezo_ds/config/fields.py` and `tezo_ds/settings.py`
 declare; `--help` shows the same sentences.
 
 A run is configured in two places. The **`tezo` block** says how it learns: it stands in a DeepSpeed JSON, or

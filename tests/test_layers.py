@@ -42,8 +42,11 @@ CORE = (
     "errors", "launched",
 )  # fmt: skip
 CORE_LINES = 6000  # of all its files, blank ones left out
-# Left out: the methods as their papers have them, which no step runs, and the one method that solves.
-APART = ("methods.reference", "methods.reference_adapters", "methods.tezo_gn", "engine.solving")
+# Left out: the methods as their papers have them, which no step runs, the one method that solves, and the
+# text of the options.
+APART = (
+    "methods.reference", "methods.reference_adapters", "methods.tezo_gn", "engine.solving", "config.fields",
+)  # fmt: skip
 
 
 def modules() -> dict[str, Path]:
