@@ -16,6 +16,7 @@ from world_plan import small
 
 import tezo_ds
 from tezo_ds.config import TezoConfig
+from tezo_ds.errors import ConfigError
 from tezo_ds.output_layer.fit import States, fit
 from tezo_ds.output_layer.language import TokenStates, fit_tokens
 from tezo_ds.output_layer.states import collect, collect_tokens
@@ -64,6 +65,13 @@ def test_bytes_are_those_of_a_fit(way: Any, choices: bool, inner: str) -> None:
 
     taken = by_ranks(ranks, rank)
     assert taken == [(planned.positions, planned.states, planned.message)] * ranks
+
+
+def test_inner_layers_of_a_loss_over_all_tokens_are_refused() -> None:
+    config = TezoConfig(output_layer="fit", inner_layers="auto")
+    with pytest.raises(ConfigError, match="inner_layers: are fitted to label words"):
+        fit_of(tiny(), config, 2, EXAMPLES, LABELS, None)
+    assert fit_of(tiny(), config, 2, EXAMPLES, LABELS, 3) is not None
 
 
 def test_numbers_by_hand() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from tezo_ds.config import TezoConfig
 from tezo_ds.config.block import AUTO
+from tezo_ds.errors import ConfigError
 from tezo_ds.models.structure import embeddings
 from tezo_ds.output_layer.fit import CHUNK
 from tezo_ds.output_layer.inner import InnerLayers
@@ -69,9 +70,17 @@ def fit_of(
         words: label words, where they alone count in the loss; None: all tokens do, and the different ones
             among the labels are taken to be as many as they can be.
         compute: dtype in which weights are gathered; None: their own.
+
+    Raises:
+        ConfigError: inner layers are fitted to label words, and there are none.
     """
     if config.output_layer == "frozen":
         return None
+    if config.inner_layers != "none" and words is None:
+        raise ConfigError(
+            "inner_layers: are fitted to label words that alone count in the loss; give their number by "
+            "--words, or leave inner_layers off"
+        )
     width, layer = hidden_size(module), embeddings(module, "output")
     vocabulary = getattr(layer, "out_features", 1)
     itemsize = (compute or next(module.parameters()).dtype).itemsize
