@@ -25,6 +25,12 @@ WAYS = {"lora": 1e-3, "full": 2e-5}  # and the rates that are common for each
 RANK = 16
 
 
+def add_lora(model: PreTrainedModel) -> None:
+    """Puts adapters beside the queries and values of a model, in place, and freezes all else."""
+    names = ["q_proj", "v_proj"]
+    peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names))
+
+
 def trained(args: argparse.Namespace) -> dict[str, float | int | None]:
     """Trains for so many processor seconds; returns accuracy and loss on the test examples."""
     task = load_task(
@@ -36,8 +42,7 @@ def trained(args: argparse.Namespace) -> dict[str, float | int | None]:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     torch.manual_seed(args.seed)
     if args.way == "lora":
-        config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["q_proj", "v_proj"])
-        peft.get_peft_model(model, config)  # in place: what follows goes by the model itself
+        add_lora(model)
     words = list((task.spec.verbalizers or {}).values())
     tokens = first_tokens(tokenizer, words, [e.prompt for e in [*task.train, *task.test]])
     assert tokens is not None, "label words of one token each"
