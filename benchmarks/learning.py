@@ -155,8 +155,9 @@ class Benchmark:
                 "max_length": args.max_length, "output": out, "no_save_model": True, "check_every": 0,
                 "snapshot_every": 0,
             }, args.batch_size)  # fmt: skip
-            for pattern in args.include if arm.steps != NONE else ["last:1"]:
-                words += ["--include", pattern]
+            if "--include" not in words:
+                for pattern in args.include if arm.steps != NONE else ["last:1"]:
+                    words += ["--include", pattern]
             if arm.steps == NONE:
                 words += ["--lr", "0", "--batch-size", "1"]
             before = _processor_seconds()

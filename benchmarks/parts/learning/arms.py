@@ -28,7 +28,9 @@ _TT, _LORA = (
     {"adapter": "lora", "rho": 1e-2, "batch_size": 16},
 )
 OTHERS: dict[str, dict[str, Any]] = {
-    "tezo-gn-fresh": {**STEPS["tezo-gn"], "refresh_every": 2, "keep_periods": 9},
+    "tezo-gn-fresh": {  # most of a small space that is new in each step, whose forwards are cheap
+        **STEPS["tezo-gn"], "include": "last:1", "queries": 24, "refresh_every": 1,
+    },
     "tezo": {"method": "tezo", "rho": 1e-3, "lr": 1e-6, "batch_size": 16},
     "tt": {**_TT, "method": "tezo", "lr": 1e-5},
     "tt-published": {**_TT, "method": "tezo", "tt_init": "published", "lr": 1e-5},
