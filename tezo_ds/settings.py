@@ -143,6 +143,12 @@ class Settings(BaseModel):
         example=2048,
         ge=2,
     )
+    group_by_length: bool = declared(
+        False,
+        "make batches of examples of like lengths, for less padding: of 50 batches' examples at a time, "
+        "sorted",
+        group=DATA, example=True,
+    )  # fmt: skip
     eval_batch_size: int = declared(
         32, "examples of a rank in one forward of an evaluation", group=DATA, example=8, ge=1
     )

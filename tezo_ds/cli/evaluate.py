@@ -28,7 +28,7 @@ tezo-ds evaluate --model ./SmolLM2 --task trec --data ./trec
 
 
 @complete
-@takes(Settings, without=("train_examples",))
+@takes(Settings, without=("train_examples", "group_by_length"))
 def evaluate(
     run: Annotated[
         Path | None, typer.Option(help="run folder; its model, task and result are used")

@@ -46,7 +46,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         from tezo_ds.run.about import describe
         from tezo_ds.run.results import replay
         from tezo_ds.tasks import encode
-        from tezo_ds.training import best, loop, session
+        from tezo_ds.training import best, loop, session, step_batches
         from tezo_ds.training.display import Display, quieten
         from tezo_ds.training.include_auto import Choice, choose_matrices, to_measure
         from tezo_ds.training.output_layer import refuse_unfit
@@ -63,6 +63,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
     if options.save_model:
         refuse_merged(config, "--save-model")
     best.refuse_unfit(options, settings, config)
+    step_batches.refuse_unfit(settings, config)
     quieten()
     about: dict[str, Any] = {
         "steps": options.steps, "batch_size": options.batch_size, "deepspeed": deepspeed_config
@@ -112,9 +113,8 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
             engine.load_state({**initial, **engine.output_layer.state}, written=False)
             replay(engine, found.steps[:steps], display)
 
-        losses = [line["loss"] for line in found.steps]
         summary = loop.train(
-            opened, options, examples, folder, display, found.scores, losses, about[changed.WEIGHTS],
+            opened, options, examples, folder, display, found.scores, found.steps, about[changed.WEIGHTS],
             max(found.terms, default=choice.fitted), choice.fit, best.Best(options, rebuild),
         )  # fmt: skip
         display.end(summary, options.output, found.done)

@@ -126,6 +126,8 @@ class Display:
             table.add_row("steps", f"{steps}, of them {steps - begun_at} now, in {seconds}")
         else:
             table.add_row("steps", f"{steps} in {seconds}")
+        if (share := summary.get("padding_share")) is not None:
+            table.add_row("padding", f"{share:.1%} of the tokens of training batches")
         if "adapter" in summary:
             table.add_row("no adapter", summary["adapter"])
         if "merged_model" not in summary and not (folder / COEFFICIENTS).exists():

@@ -9,8 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tezo_ds.engine.engine import Engine
@@ -36,8 +34,7 @@ from tezo_ds.run.folder import (
 from tezo_ds.run.resuming import snapshot
 from tezo_ds.settings import RunOptions
 from tezo_ds.tasks.baselines import majority_accuracy
-from tezo_ds.tasks.batches import batch_indices, lane_indices
-from tezo_ds.tasks.encoded import Encoded, collate
+from tezo_ds.tasks.encoded import Encoded
 from tezo_ds.tasks.evaluation import Stopped
 from tezo_ds.training.best import Best
 from tezo_ds.training.display import Display
@@ -46,8 +43,8 @@ from tezo_ds.training.interrupts import Interrupted, deaf, turned_into_exception
 from tezo_ds.training.liveness import Liveness
 from tezo_ds.training.output_layer import OutputLayerFits
 from tezo_ds.training.session import Session
+from tezo_ds.training.step_batches import Padding, StepBatches
 from tezo_ds.training.trunk_caches import open_caches
-from tezo_ds.trunk.trunk import EXAMPLE_IDS
 
 REPLAYED = f"the steps so far from {JOURNAL} in the run folder"
 
@@ -59,7 +56,7 @@ def train(
     folder: RunFolder | None,
     display: Display,
     scores: Mapping[int | str, Mapping[str, Any]] | None = None,
-    losses: Sequence[float | None] = (),
+    made: Sequence[Mapping[str, Any]] = (),
     base: str | None = None,
     fitted: int | None = None,
     fit: dict[str, Any] | None = None,
@@ -74,7 +71,7 @@ def train(
 
     Args:
         scores: lines of a resumed run's evaluations, by the steps before them.
-        losses: losses of a resumed run's steps.
+        made: lines of the journal of a resumed run's steps.
         base: fingerprint of the base model's weights.
         fitted: steps before the fit of the output layer that a resumed run goes on with.
         fit: what is known of that fit.
@@ -86,8 +83,9 @@ def train(
     Raises:
         TezoError: the engine's errors. Interrupted: a signal came.
     """
-    divergence = Divergence(losses, options.stop_on_divergence)
+    divergence = Divergence([line["loss"] for line in made], options.stop_on_divergence)
     training = _Training(session, options, examples, folder, display, scores or {}, divergence)
+    training.count_padding(made)
     training.base, training.best = base, best
     training.fits.go_on(fitted, fit)
     return training.run()
@@ -107,6 +105,8 @@ class _Training:
         self._evaluator = session.evaluator()
         self.base: str | None = None
         self.best: Best | None = None
+        self._batch = StepBatches(session, examples, options.batch_size)
+        self._padding = Padding()
         self.fits = OutputLayerFits(session, examples, folder, display, options.batch_size)
         # Without a token to pad with, unlike the session's. Here, as rank 0 alone writes the adapter.
         asked = session.settings
@@ -135,6 +135,13 @@ class _Training:
     def _halfway(self) -> bool:
         """Returns whether a step has changed the engine and is not in the journal yet; both have to agree."""
         return self._state != self._logged
+
+    def count_padding(self, made: Sequence[Mapping[str, Any]]) -> None:
+        """Counts the padding of steps that earlier processes made; what older code has not noted is as it
+        would be on these ranks."""
+        if self._folder is not None:
+            for line in made:
+                self._padding.add(line.get("padding") or self._batch.tokens(line["step"]))
 
     def run(self) -> dict[str, Any]:
         """Trains, and returns the summary."""
@@ -177,6 +184,8 @@ class _Training:
             if self.fits.found is not None:
                 summary["output_layer"] = self.fits.found
             summary |= {"steps": self._last or self._engine.step_index, "seconds": seconds}
+            if (share := self._padding.share) is not None:
+                summary["padding_share"] = share
             self._leave()
         return summary
 
@@ -187,6 +196,8 @@ class _Training:
         self._know_trunk()
         if self._evaluator is not None and self._evaluator.loss_alone:
             self._display.note(self._evaluator.loss_alone)
+        if self._folder is not None and (told := self._batch.told(self._options.steps)):
+            self._display.note(told)
         if 0 in self._scored:
             self._summary |= _scores("before", self._scored[0])
         else:
@@ -234,20 +245,6 @@ class _Training:
                     if progress is not None:
                         progress((step + 1) / again)
 
-    def _batch(self, step: int) -> dict[str, Tensor]:
-        """Returns this rank's examples of a step, which with a trunk cache always come to the same rank."""
-        engine, sharding = self._engine, self._engine.sharding
-        cached = engine.config.trunk_cache != "off"
-        chosen = (lane_indices if cached else batch_indices)(
-            len(self._examples), self._options.batch_size, step, engine.config.seed, sharding.rank,
-            sharding.world_size,
-        )  # fmt: skip
-        batch = [self._examples[i] for i in chosen]
-        collated = collate(batch, self._session.pad_id, filler=self._examples[0])
-        if cached:
-            collated[EXAMPLE_IDS] = torch.tensor(chosen or [0])
-        return collated
-
     def _steps(self, alive: Liveness) -> Iterator[StepReport]:
         for step in range(self._engine.step_index, self._options.steps):
             alive.at(f"the batch of step {step}")
@@ -259,7 +256,9 @@ class _Training:
         """Logs a step, which counts with its line in the journal."""
         engine, every = self._engine, self._engine.config.check_every
         if self._folder is not None:
-            more: dict[str, Any] = dict(self.fits.field(report.step))
+            tokens = self._batch.tokens(report.step)
+            self._padding.add(tokens)
+            more: dict[str, Any] = {**self.fits.field(report.step), "padding": tokens}
             if every and engine.step_index % every == 0:
                 more["state"] = digest(engine.state())
             if engine.run_state.cost is not None:
