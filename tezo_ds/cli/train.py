@@ -43,6 +43,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         from tezo_ds.intake.notices import notices
         from tezo_ds.intake.weights import agreed_fingerprint
         from tezo_ds.run import changed, resuming
+        from tezo_ds.run import folder as folder_
         from tezo_ds.run.about import describe
         from tezo_ds.run.results import replay
         from tezo_ds.tasks import encode
@@ -105,6 +106,8 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
             choice = choose_matrices(opened, examples, options, config.trunk_cache, display)
         about[changed.WEIGHTS] = agreed_fingerprint(settings.model)
         about[changed.TESTS] = resuming.fingerprint_of_tests(opened.task.test)
+        if opened.task.validation:
+            about[changed.VALIDATION] = resuming.fingerprint_of_tests(opened.task.validation)
         resuming.go_on(settings, opened.engine, examples, folder, found, about, display)
         choice.leave(folder, display)
         options = options.model_copy(update={"save_model": saves})
@@ -115,6 +118,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
 
         summary = loop.train(
             opened, options, examples, folder, display, found.scores, found.steps, about[changed.WEIGHTS],
-            max(found.terms, default=choice.fitted), choice.fit, best.Best(options, rebuild),
+            max(found.terms, default=choice.fitted), choice.fit,
+            best.Best(options, rebuild, folder_.VALIDATION if opened.task.validation else folder_.TEST),
         )  # fmt: skip
         display.end(summary, options.output, found.done)

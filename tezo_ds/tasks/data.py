@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +17,22 @@ from tezo_ds.tasks.example import Example
 from tezo_ds.tasks.formatted import asked_format, formatted
 from tezo_ds.tasks.papers import prepared
 from tezo_ds.tasks.reading import SUFFIXES
-from tezo_ds.tasks.sources import Hub, is_source, read_builtin, read_source
+from tezo_ds.tasks.sources import (
+    Hub,
+    is_source,
+    read_builtin,
+    read_source,
+    read_validation,
+)
 from tezo_ds.tasks.spec import TaskSpec
-from tezo_ds.tasks.splitting import deduplicate, hold_out, remove_prompts, so_many_of_each, subset
+from tezo_ds.tasks.splitting import (
+    deduplicate,
+    hold_out,
+    remove_prompts,
+    so_many_of_each,
+    subset,
+    with_validation,
+)
 from tezo_ds.tasks.table import Table
 from tezo_ds.tasks.unlabelled import unlabelled
 
@@ -28,7 +41,7 @@ NO_HUB = Hub()
 
 @dataclass
 class TaskData:
-    """The examples of a task, no prompt twice in a split or across the two."""
+    """The examples of a task, no prompt twice in a split or across two of them."""
 
     spec: TaskSpec
     train: list[Example]
@@ -36,9 +49,11 @@ class TaskData:
     duplicates: int = 0
     """Rows left out because their prompt was in an earlier row of the same file."""
     leaked: int = 0
-    """Training examples left out because their prompt is in the test file."""
+    """Training examples left out because their prompt is in the test or validation file."""
     note: str | None = None
     """What the user should know of how the file was understood."""
+    validation: list[Example] = field(default_factory=list)
+    """Examples that a run is judged by on its way, where there are any; the test's otherwise are."""
 
 
 def load_task(
@@ -46,6 +61,7 @@ def load_task(
     *,
     data: str | None = None,
     test_data: str | None = None,
+    validation_data: str | None = None,
     template: str | None = None,
     verbalizers: Mapping[Any, str] | None = None,
     label_field: str | None = None,
@@ -60,6 +76,7 @@ def load_task(
     test_fraction: float = 0.2,
     train_examples: int | None = None,
     test_examples: int | None = None,
+    validation_examples: int | None = None,
     shots: int | None = None,
     seed: int = 0,
 ) -> TaskData:
@@ -73,6 +90,7 @@ def load_task(
     hub: what to take of a data set with several configurations or splits.
     test_data: a test file. Without one (and without a test split), `test_fraction` of the examples is
         held out: which ones depends on `seed` and each prompt only, not on the order of the rows.
+    validation_data: a validation file, in place of the split that `hub` names.
     template, verbalizers, label_field: override the built-in's; see TaskSpec. For a file without
         verbalizers, the labels are themselves the words; if the file has no label column, or the
         template shows it, it is a language-model task.
@@ -81,13 +99,18 @@ def load_task(
         may stand for the prompt of a completion.
     loss_on: what trains of prompts with completions, and of conversations: the answers, or all.
     train_examples, test_examples: the most examples to take, chosen like the split.
+    validation_examples: the most to take of the validation file or split; without one, how many training
+        examples are held out for validation.
     shots: how many training examples of each label to take.
 
     Raises DataError, in one line, for anything wrong with the names, the files or their rows.
     """
     if not 0 <= test_fraction < 1:
         raise DataError(f"test_fraction is {test_fraction}; it must be at least 0 and below 1")
-    bounds = {"train_examples": train_examples, "test_examples": test_examples, "shots": shots}
+    bounds = {
+        "train_examples": train_examples, "test_examples": test_examples, "shots": shots,
+        "validation_examples": validation_examples,
+    }  # fmt: skip
     for name, count in bounds.items():
         if count is not None and count < 1:
             raise DataError(f"{name} is {count}; it must be at least 1")
@@ -95,7 +118,10 @@ def load_task(
     tables = (
         read_builtin(BUILTIN_TASKS[task]) if source is None else read_source(source, test_data, hub)
     )
-    tables = [prepared(task, table) for table in tables]
+    builtin = BUILTIN_TASKS[task] if source is None else None
+    apart = read_validation(source, builtin, validation_data, hub)
+    both = len(tables) == 2
+    tables = [prepared(task, table) for table in (*tables, *([] if apart is None else [apart]))]
     fields = {
         "text": text_field, "prompt": prompt_field, "completion": completion_field,
         "messages": messages_field,
@@ -117,17 +143,21 @@ def load_task(
         note = form.told()
     unique = [deduplicate(examples) for examples in splits]
     duplicates = sum(len(s) for s in splits) - sum(len(u) for u in unique)
-    if len(tables) == 2:
+    given = None if apart is None else unique.pop()
+    if both:
         train, test = unique
         kept = remove_prompts(train, test, tables)
     else:
         train, test = hold_out(unique[0], test_fraction, seed, tables[0].where)
         kept = train
     leaked = len(train) - len(kept)
+    where = tables[0 if given is None else -1].where
+    parts = with_validation(kept, test, given, where, validation_examples, seed)
+    kept, leaked = parts.train, leaked + parts.leaked
     if shots is not None:
         kept = so_many_of_each(kept, shots, seed, tables[0].where)
     kept, test = subset(kept, train_examples, seed), subset(test, test_examples, seed)
-    return TaskData(spec, kept, test, duplicates, leaked, note)
+    return TaskData(spec, kept, test, duplicates, leaked, note, parts.validation)
 
 
 def _source(task: str, data: str | None, dataset: str | None, test_data: str | None) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tezo_ds.errors import DataError
@@ -24,12 +24,14 @@ class Hub:
     Attributes:
         config, revision: as `datasets.load_dataset` takes them.
         train_split, test_split: names; None of the test split: "test" where there is one.
+        validation_split: name of the split to validate on; None: there is none.
     """
 
     config: str | None = None
     revision: str | None = None
     train_split: str = "train"
     test_split: str | None = None
+    validation_split: str | None = None
 
 
 def is_source(name: str) -> bool:
@@ -53,7 +55,7 @@ def read_source(source: str, test_data: str | None, hub: Hub) -> list[Table]:
     """
     path = Path(source)
     local = os.path.exists(source)  # which, other than Path.exists, takes names that are too long
-    if local and path.is_dir() and any((path / name).exists() for name in _SAVED):
+    if local and path.is_dir() and _is_saved(path):
         tables = _saved(path, hub)
     elif local and path.is_dir():
         tables = [read_file(file) for file in _split_files(path)]
@@ -64,6 +66,49 @@ def read_source(source: str, test_data: str | None, hub: Hub) -> list[Table]:
     else:
         raise DataError(f"{source}: no such file or folder")
     return tables if test_data is None else [tables[0], _read_files(test_data)]
+
+
+def read_validation(
+    source: str | None, builtin: TaskSpec | None, validation_data: str | None, hub: Hub
+) -> Table | None:
+    """Returns the table to validate on; None where none is asked for.
+
+    Args:
+        source: as of `read_source`; None: the built-in task's own on the hub.
+        builtin: the task, where it is one.
+        validation_data: file or pattern of the validation examples.
+        hub: names the split, in place of a file.
+
+    Raises:
+        DataError: it is not there, or both are given.
+    """
+    name = hub.validation_split
+    if validation_data is not None and name is not None:
+        raise DataError(
+            f"validation_data {validation_data} and validation_split {name} both say what to validate on; "
+            "keep one"
+        )
+    if validation_data is not None:
+        return _read_files(validation_data)
+    if name is None:
+        return None
+    if source is None:
+        assert builtin is not None
+        return _builtin_split(builtin, name)
+    path = Path(source)
+    if os.path.exists(source) and path.is_dir():
+        if _is_saved(path):
+            return _saved(path, replace(hub, train_split=name, test_split=None))[0]
+        if (file := _split_file(path, name)) is not None:
+            return read_file(file)
+        raise DataError(f"{source}: no {name}.jsonl or the like in this folder to validate on")
+    if os.path.exists(source) or glob.has_magic(source):
+        raise DataError(
+            f"{source}: has no splits, of which validation_split names one ({name}); give validation_data"
+        )
+    from tezo_ds.tasks.arrow import read_hub
+
+    return read_hub(source, hub.config, name, hub.revision)
 
 
 def _read_files(pattern: str) -> Table:
@@ -93,6 +138,10 @@ def _split_file(folder: Path, split: str) -> Path | None:
     return found[0] if found else None
 
 
+def _is_saved(folder: Path) -> bool:
+    return any((folder / name).exists() for name in _SAVED)
+
+
 def _saved(folder: Path, hub: Hub) -> list[Table]:
     from tezo_ds.tasks.arrow import saved_splits
 
@@ -119,13 +168,14 @@ def _from_hub(hub_id: str, hub: Hub, wants_test: bool) -> list[Table]:
 
 def read_builtin(spec: TaskSpec) -> list[Table]:
     """Returns both tables of a built-in task, from the hub."""
+    return [_builtin_split(spec, split) for split in (spec.train_split, spec.test_split)]
+
+
+def _builtin_split(spec: TaskSpec, split: str) -> Table:
     from tezo_ds.tasks.arrow import read_hub
 
     assert spec.hub_id is not None
     field = spec.hub_label_field
     renamed = None if field is None else (field, spec.label_field)
     advice = "pass --data FOLDER, a folder with train.jsonl and test.jsonl"
-    return [
-        read_hub(spec.hub_id, spec.hub_config, split, spec.hub_revision, renamed, advice)
-        for split in (spec.train_split, spec.test_split)
-    ]
+    return read_hub(spec.hub_id, spec.hub_config, split, spec.hub_revision, renamed, advice)

@@ -35,10 +35,10 @@ from tezo_ds.run.resuming import snapshot
 from tezo_ds.settings import RunOptions
 from tezo_ds.tasks.baselines import majority_accuracy
 from tezo_ds.tasks.encoded import Encoded
-from tezo_ds.tasks.evaluation import Stopped
 from tezo_ds.training.best import Best
 from tezo_ds.training.display import Display
 from tezo_ds.training.divergence import Divergence
+from tezo_ds.training.evaluations import Evaluations, Scores
 from tezo_ds.training.interrupts import Interrupted, deaf, turned_into_exceptions
 from tezo_ds.training.liveness import Liveness
 from tezo_ds.training.output_layer import OutputLayerFits
@@ -55,7 +55,7 @@ def train(
     examples: Sequence[Encoded],
     folder: RunFolder | None,
     display: Display,
-    scores: Mapping[int | str, Mapping[str, Any]] | None = None,
+    scores: Scores | None = None,
     made: Sequence[Mapping[str, Any]] = (),
     base: str | None = None,
     fitted: int | None = None,
@@ -70,7 +70,7 @@ def train(
     run in the same way after the step that all are in, without its last evaluation.
 
     Args:
-        scores: lines of a resumed run's evaluations, by the steps before them.
+        scores: lines of a resumed run's evaluations, by part and by the steps before them.
         made: lines of the journal of a resumed run's steps.
         base: fingerprint of the base model's weights.
         fitted: steps before the fit of the output layer that a resumed run goes on with.
@@ -84,9 +84,10 @@ def train(
         TezoError: the engine's errors. Interrupted: a signal came.
     """
     divergence = Divergence([line["loss"] for line in made], options.stop_on_divergence)
-    training = _Training(session, options, examples, folder, display, scores or {}, divergence)
+    evaluations = Evaluations(session, options, folder, display, scores or {}, best)
+    training = _Training(session, options, examples, folder, display, divergence, evaluations)
     training.count_padding(made)
-    training.base, training.best = base, best
+    training.base = base
     training.fits.go_on(fitted, fit)
     return training.run()
 
@@ -96,15 +97,13 @@ class _Training:
 
     def __init__(
         self, session: Session, options: RunOptions, examples: Sequence[Encoded], folder: RunFolder | None,
-        display: Display, scores: Mapping[int | str, Mapping[str, Any]], divergence: Divergence,
+        display: Display, divergence: Divergence, evaluations: Evaluations,
     ) -> None:  # fmt: skip
         self._session, self._options, self._examples = session, options, examples
-        self._folder, self._display, self._scored = folder, display, scores
-        self._engine, self._divergence = session.engine, divergence
+        self._folder, self._display = folder, display
+        self._engine, self._divergence, self._evaluations = session.engine, divergence, evaluations
         engine = session.engine
-        self._evaluator = session.evaluator()
         self.base: str | None = None
-        self.best: Best | None = None
         self._batch = StepBatches(session, examples, options.batch_size)
         self._padding = Padding()
         self.fits = OutputLayerFits(session, examples, folder, display, options.batch_size)
@@ -112,7 +111,6 @@ class _Training:
         asked = session.settings
         self._tokenizer = load_tokenizer(asked.model, pad=False, trust=asked.trust_remote_code)
         self._logged = self._state
-        self._last: int | None = None  # step made, where the engine went back to an earlier one
         self._summary: dict[str, Any] = {
             "status": "running", "model": session.settings.model, "task": session.task.spec.name,
             "method": engine.config.method, "probe": engine.probe.name,
@@ -156,12 +154,14 @@ class _Training:
                 self._before(alive)
                 trained = time.perf_counter()
                 with self._display.steps(self._options.steps):
-                    for report in () if self._stopping or self._enough else self._steps(alive):
+                    for report in (
+                        () if self._stopping or self._evaluations.enough else self._steps(alive)
+                    ):
                         self._log(report)
                         raise_waiting()
                         if not self._stopping:
                             self._between(report.step + 1, alive)
-                        if self._stopping or self._enough:
+                        if self._stopping or self._evaluations.enough:
                             break
                 alive.at("the end of the run")
                 self._engine.check()
@@ -183,7 +183,8 @@ class _Training:
             seconds = round(time.perf_counter() - start, 2)
             if self.fits.found is not None:
                 summary["output_layer"] = self.fits.found
-            summary |= {"steps": self._last or self._engine.step_index, "seconds": seconds}
+            steps = self._evaluations.last or self._engine.step_index
+            summary |= {**self._evaluations.found, "steps": steps, "seconds": seconds}
             if (share := self._padding.share) is not None:
                 summary["padding_share"] = share
             self._leave()
@@ -191,26 +192,20 @@ class _Training:
 
     def _before(self, alive: Liveness) -> None:
         """Makes the evaluations that are missing: before all steps, and one that a kill has cut short."""
-        for step in sorted(step for step in self._scored if isinstance(step, int)):
-            self._see(step, self._scored[step], earlier=True)
+        evaluations, done = self._evaluations, self._engine.step_index
+        evaluations.recall()
         self._know_trunk()
-        if self._evaluator is not None and self._evaluator.loss_alone:
-            self._display.note(self._evaluator.loss_alone)
+        for evaluator in evaluations.evaluators.values():
+            if evaluator.loss_alone:
+                self._display.note(evaluator.loss_alone)
+                break
         if self._folder is not None and (told := self._batch.told(self._options.steps)):
             self._display.note(told)
-        if 0 in self._scored:
-            self._summary |= _scores("before", self._scored[0])
-        else:
-            with self._engine.output_layer.off():  # which a killed run may have left
-                self._evaluate("before")
-        done = self._engine.step_index
+        evaluations.before()
         self._fit(alive)
-        if "output_layer" in self._scored:
-            self._summary |= _scores("output_layer", self._scored["output_layer"])
-        elif not done and self.fits.found is not None:
-            self._evaluate("output_layer")
-        if self._due(done) and done not in self._scored:
-            self._evaluate(None)
+        evaluations.fitted(not done and self.fits.found is not None)
+        if evaluations.due(done):
+            evaluations.between(done)
 
     def _fit(self, alive: Liveness) -> None:
         """Fits the output layer if that is due after the steps so far."""
@@ -229,7 +224,11 @@ class _Training:
         if trunk.found is not None:
             self._display.note(f"trunk: {trunk}")
         takes = open_caches(
-            engine, self._examples, self._evaluator, self.base, self._options.output
+            engine,
+            self._examples,
+            self._evaluations.evaluators,
+            self.base,
+            self._options.output,
         )
         if not takes:
             return
@@ -278,21 +277,14 @@ class _Training:
             alive.at(f"the snapshot after {done} steps")
             snapshot(self._engine, options.output, self._folder, options.snapshots)
         self._fit(alive)
-        if self._due(done):
+        if self._evaluations.due(done):
             alive.at(f"the evaluation after {done} steps")
-            self._evaluate(None)
-
-    def _due(self, done: int) -> bool:
-        """Returns whether an evaluation follows `done` steps, other than those before and after all steps."""
-        every = self._options.eval_every
-        return every > 0 and done % every == 0 and 0 < done < self._options.steps
+            self._evaluations.between(done)
 
     def _after(self) -> None:
         """Ends the run after its last step: evaluates and saves the model, or notes a stop."""
         if not self._stopping:
-            self._evaluate("after")
-        if not self._stopping:
-            self._keep_best()
+            self._evaluations.after()
         if self._stopping:
             self._display.note(
                 f"stopped by SIGTERM after step {self._engine.step_index}; the same command goes on from "
@@ -305,68 +297,11 @@ class _Training:
             self._summary["merged_model"] = MODEL
         self._summary["status"] = "finished"
 
-    @property
-    def _enough(self) -> bool:
-        """Whether the run ends here, as nothing better has come for long."""
-        return self.best is not None and self.best.over
-
-    def _see(self, step: int, line: Mapping[str, Any], earlier: bool = False) -> None:
-        if self.best is not None and self._evaluator is not None:
-            self.best.see(step, line, None if earlier else self._engine)
-
-    def _keep_best(self) -> None:
-        """Makes the best evaluation's coefficients the result, if that was asked for."""
-        best, last = self.best, self._engine.step_index
-        if best is None or self._evaluator is None:
-            return
-        if self._enough:
-            self._display.note(
-                f"ended after {last} steps: no evaluation was better than that after {best.step}"
-            )
-        if best.give(self._engine):
-            self._last = last
-            self._summary |= _scores("after", best.line) | {"kept_step": best.step}
-            self._display.note(
-                f"kept: the coefficients after {best.step} of {last} steps, the best evaluation's"
-            )
-
     def _save_model(self, path: Path) -> None:
         warning = not_in_merged(self._engine)
         card = model_card(path.parent, self._engine.step_index, adapter=False, warning=warning)
         with self._display.evaluation(f"writing {path}") as progress:
             save_merged(self._engine, path, self._tokenizer, progress=progress, card=card)
-
-    def _evaluate(self, when: str | None) -> None:
-        evaluator, step = self._evaluator, self._engine.step_index
-        if evaluator is None:
-            return
-        fit = when == "output_layer"
-        label = f"evaluating {evaluator.examples} test examples"
-        try:
-            with self._display.evaluation(label) as progress:
-                score = evaluator(progress, lambda: self._engine.measuring.asked)
-        except Stopped:
-            self._engine.run_state.stopping = True
-            return
-        if self._folder is not None:
-            after = when if fit else None
-            self._folder.log_score(
-                step, score.accuracy, score.loss, score.examples, after, score.metric
-            )
-        name = self._session.settings.metric
-        self._display.score(step, score, "with the output layer fitted" if fit else None, name)
-        line = {
-            "test_accuracy": score.accuracy,
-            "test_loss": score.loss,
-            "test_examples": score.examples,
-        }
-        line |= {} if score.metric is None else {"test_metric": score.metric}
-        if not fit:
-            self._see(step, line)
-        if when is not None:
-            self._summary |= _scores(when, line)
-            if score.metric is not None:
-                self._summary["metric"] = name
 
     def _leave(self) -> None:
         """Writes what there is on rank 0, whatever ended the run, whose own error is the one to show."""
@@ -382,15 +317,6 @@ class _Training:
                 if self._summary["status"] in ("finished", "stopped"):
                     raise
                 self._display.note(str(error))
-
-
-def _scores(when: str, line: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns fields of the summary, from an evaluation's line in metrics.jsonl."""
-    more = {f"metric_{when}": line["test_metric"]} if "test_metric" in line else {}
-    return {
-        f"accuracy_{when}": line["test_accuracy"], f"test_loss_{when}": line["test_loss"],
-        "test_examples": line["test_examples"], **more,
-    }  # fmt: skip
 
 
 def _write_results(
