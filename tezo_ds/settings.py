@@ -161,6 +161,12 @@ class Settings(BaseModel):
         example=2048,
         ge=2,
     )
+    streaming: bool = declared(
+        False,
+        "leave the rows in memory-mapped files, for data larger than memory; examples are made and tokenised "
+        "when a step takes them",
+        group=DATA, example=True,
+    )  # fmt: skip
     group_by_length: bool = declared(
         False,
         "make batches of examples of like lengths, for less padding: of 50 batches' examples at a time, "

@@ -29,6 +29,9 @@ from tezo_ds.settings import Settings
 from tezo_ds.sharding.world import agreed
 from tezo_ds.tasks import Example
 from tezo_ds.tasks.encoded import Encoded
+from tezo_ds.tasks.lazy import LazyEncoded
+
+FIRST = 16  # lazy examples that are tokenised for a digest
 
 # Settings that may change on resume, as config.FREE of the block.
 _FREE_SETTINGS = {
@@ -197,7 +200,11 @@ def _free(stored: Mapping[str, Any]) -> frozenset[str]:
 
 
 def fingerprint(examples: Sequence[Encoded]) -> str:
-    """Returns a digest of the training examples, in their order."""
+    """Returns a digest of the training examples, in their order; of lazy ones as texts, with the first as
+    the tokenizer has them."""
+    if isinstance(examples, LazyEncoded):
+        known = fingerprint(examples.pick(range(min(len(examples), FIRST))))
+        return _hash([examples.examples.digest, known])
     return _hash(
         (
             e.input_ids,

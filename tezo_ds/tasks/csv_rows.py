@@ -67,11 +67,8 @@ def head_of(where: str, text: str, delimiter: str | None = None) -> Head:
         DataError: one line, of what is wrong.
     """
     body, before, delimiter = _begun(where, text, delimiter)
-    (first, header), *rows = _lines(where, body, delimiter, 2)
-    if not rows:
-        raise DataError(f"{where}: the file has a header and no rows")
+    (first, header), (number, row) = _lines(where, body, delimiter, 2)  # or our own last row
     names = _names(where, first + before, header)
-    number, row = rows[0]
     if len(row) > len(header):
         _check_length(where, number + before, row, header, delimiter)
         raise DataError(f"{where}, line {number + before}: ends in commas that the header has not")

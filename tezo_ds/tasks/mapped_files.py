@@ -6,6 +6,7 @@ dates of texts like 2024-05-01. So rows are to the letter those of `reading.read
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from tezo_ds.errors import DataError, one_line
 from tezo_ds.tasks.arrow import quiet_datasets, table_of
 from tezo_ds.tasks.csv_rows import Head, head_of
 from tezo_ds.tasks.mapped import MappedRows, raw_rows
-from tezo_ds.tasks.reading import checked_suffix, first_text, json_row, refuse_not_utf8
+from tezo_ds.tasks.reading import FIRST, checked_suffix, first_text, json_row, refuse_not_utf8
 from tezo_ds.tasks.table import Table
+
+BOM = "\ufeff"  # which stays before the first line of a compressed file
 
 
 def mapped_file(path: Path) -> Table:
@@ -29,6 +32,8 @@ def mapped_file(path: Path) -> Table:
     """
     suffix = checked_suffix(path)
     if suffix == ".parquet":
+        if path.suffix != suffix:
+            raise DataError(f"{path}: is a packed Parquet file; unpack it, or leave streaming out")
         return table_of(str(path), _cached(path, Dataset.from_parquet), mapped=True)
     start = first_text(path)
     if not start.strip():
@@ -51,33 +56,33 @@ def _cached(path: Path, read: Any, **options: Any) -> Dataset:
             return found
         except Exception as error:  # pyarrow's, pandas', and the library's around them
             refuse_not_utf8(path, error)
+            if "corresponds to no data" in str(error):  # what `datasets` says of no rows
+                raise DataError(f"{path}: the file has no rows") from None
             cause = error.__cause__ or error
             raise DataError(f"{path}: cannot be read ({one_line(cause)})") from None
 
 
 def _json_lines(path: Path) -> Table:
     """Returns a table of the JSON objects in a file's lines; looks at all of them once."""
-    lines = _cached(path, Dataset.from_text, encoding="utf-8-sig").with_format("arrow")
+    lines = _cached(path, Dataset.from_text, encoding="utf-8-sig", chunksize=FIRST).with_format(
+        "arrow"
+    )
     columns: dict[str, None] = {}
-    kept: list[int] = []
+    kept, whole = array("q"), True
     for index, line in enumerate(raw_rows(lines)):
-        if line["text"].strip():
-            columns.update(dict.fromkeys(json_row(path, index + 1, line["text"])))
-        else:
-            kept = kept or list(range(index))  # from the first blank line on
-        if kept and line["text"].strip():
+        if (text := line["text"].removeprefix(BOM)).strip():
+            columns.update(dict.fromkeys(json_row(path, index + 1, text)))
             kept.append(index)
+        else:
+            whole = False
     names = list(columns)
 
     def decode(line: Mapping[str, Any]) -> dict[str, Any]:
-        found = json_row(path, 0, line["text"])
+        found = json_row(path, 0, line["text"].removeprefix(BOM))
         return {name: found.get(name) for name in names}
 
-    return Table(str(path), names, MappedRows(lines, decode, _numbers(kept)))
-
-
-def _numbers(kept: list[int]) -> np.ndarray | None:
-    return np.array(kept, dtype=np.int64) if kept else None
+    numbers = None if whole else np.frombuffer(kept, dtype=np.int64)
+    return Table(str(path), names, MappedRows(lines, decode, numbers))
 
 
 def _csv(path: Path, head: Head) -> Table:
@@ -88,8 +93,6 @@ def _csv(path: Path, head: Head) -> Table:
         names=names, header=0, sep=head.delimiter, skiprows=head.skipped, index_col=False,
         keep_default_na=False, na_filter=False, encoding="utf-8-sig",
     )  # fmt: skip
-    if not len(dataset):
-        raise DataError(f"{path}: the file has a header and no rows")
     columns = [name for name in head.header if name]
 
     def decode(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from tezo_ds.run.folder import COEFFICIENTS, JOURNAL
 from tezo_ds.tasks import TaskData
 from tezo_ds.tasks.encoded import Encoded, losses_of_labels, truncations
 from tezo_ds.tasks.evaluation import Score
+from tezo_ds.tasks.lazy import LazyEncoded
 
 WINDOW = 20  # steps that shown figures are medians of
 ANSWER = 80  # characters of a generated answer that are shown
@@ -95,9 +96,23 @@ class Display:
             self.note(
                 f"left out: {task.duplicates} repeats, {task.leaked} that are {what} prompts too"
             )
-        if truncated := truncations(encoded):
+        if isinstance(encoded, LazyEncoded):
+            self.note(
+                "streaming: examples are tokenised when a step takes them; what is cut, or has no embedding, "
+                "is found then"
+            )
+        else:
+            self._cut(truncations(encoded), losses_of_labels(encoded), max_length)
+
+    def cut(self, encoded: Sequence[Encoded], max_length: int) -> None:
+        """Prints how many examples that steps took were cut, where that was not known before."""
+        if isinstance(encoded, LazyEncoded):
+            self._cut(encoded.truncations, encoded.losses_of_labels, max_length)
+
+    def _cut(self, truncated: int, lost: int, max_length: int) -> None:
+        if truncated:
             self.note(f"{truncated} training prompts cut to {max_length} tokens; see --max-length")
-        if lost := losses_of_labels(encoded):
+        if lost:
             self.note(
                 f"warning: {lost} training examples are longer than {max_length} tokens by their answers, "
                 "which lose a part; see --max-length"

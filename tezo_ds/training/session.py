@@ -28,12 +28,13 @@ from tezo_ds.run.results import Result, read_result
 from tezo_ds.settings import TIMEOUT, Settings
 from tezo_ds.sharding import Sharding, sharding_of
 from tezo_ds.sharding.world import join_world
-from tezo_ds.tasks import Example, TaskData, first_tokens, load_task, shard_range
+from tezo_ds.tasks import Encoded, Example, TaskData, encode, shard_range
 from tezo_ds.tasks.encoding import mask_token
 from tezo_ds.tasks.evaluation import Evaluator
 from tezo_ds.tasks.generation import Generated, Generator, asked
+from tezo_ds.tasks.lazy import LazyEncoded, LazyExamples
 from tezo_ds.tasks.metrics import NONE, metric_of
-from tezo_ds.tasks.sources import Hub
+from tezo_ds.training.examples import choices, load_asked
 
 
 @dataclass
@@ -60,6 +61,14 @@ class Session:
     def mask_token(self) -> int | None:
         """The token that a masked model gets in the answer's place; None for a causal model."""
         return mask_token(self.engine.sharding.module, self.tokenizer)
+
+    def encoded(self) -> Sequence[Encoded]:
+        """Returns the training examples as token ids; with streaming, once a step takes them."""
+        train, length = self.task.train, self.settings.max_length
+        if isinstance(train, LazyExamples):
+            rows = embedding_rows(self.engine.sharding.module)
+            return LazyEncoded(train, self.tokenizer, length, self.mask_token, rows)
+        return encode(self.tokenizer, train, length, self.mask_token)
 
     def train_only(self, ranks: Mapping[str, int], config: TezoConfig) -> None:
         """Replaces the engine by one that trains just these matrices, each with its rank. All ranks must call
@@ -121,19 +130,7 @@ def open_session(
         TezoError: one line that says what to change.
     """
     s = settings
-    task = load_task(
-        s.task, data=s.data, dataset=s.dataset,
-        hub=Hub(
-            s.dataset_config, s.dataset_revision, s.train_split, s.test_split, s.validation_split
-        ),
-        test_data=s.test_data, validation_data=s.validation_data,
-        validation_examples=s.validation_examples,
-        template=s.template, verbalizers=s.verbalizers, label_field=s.label_field,
-        choices_field=s.choices_field,
-        text_field=s.text_field, prompt_field=s.prompt_field, completion_field=s.completion_field,
-        messages_field=s.messages_field, loss_on=s.loss_on, test_fraction=s.test_fraction,
-        train_examples=s.train_examples, test_examples=s.test_examples, shots=s.shots, seed=s.data_seed,
-    )  # fmt: skip
+    task = load_asked(s)
     refuse_adapter(s.model)
     tokenizer = load_tokenizer(s.model, trust=s.trust_remote_code)
     check_words(tokenizer, task)
@@ -143,12 +140,13 @@ def open_session(
     engine = _open_engine(s, config, deepspeed_config, ranks)
     words = None
     if s.objective == "choices":
-        words = engine.objective.choices = _choices(tokenizer, task)
+        words = engine.objective.choices = choices(tokenizer, task)
     model = engine.sharding.module
     s = s.model_copy(update={"max_length": fitting_length(model, s.max_length)})
-    rows, train = embedding_rows(model), task.train if batch_size else []
+    rows = embedding_rows(model)
+    known = [] if s.streaming or not batch_size else task.train  # others when a step takes them
     judged = [*task.test, *task.validation]
-    check_ids(tokenizer, rows, task.spec, train, judged, s.max_length)
+    check_ids(tokenizer, rows, task.spec, known, judged, s.max_length)
     refuse_seen_answers(engine, tokenizer, task.train[0].prompt)
     return Session(s, engine, tokenizer, task, padding_id(tokenizer, rows), words)
 
@@ -234,29 +232,6 @@ def open_result(
     result, base_model = read_result(folder, config, on_base), settings.model
     settings.model = str(result.model or base_model)
     return Finished(settings, config, result, base_model, source)
-
-
-def _choices(tokenizer: PreTrainedTokenizerBase, task: TaskData) -> Tensor:
-    """Returns the token of each verbaliser's word, which --objective choices needs.
-
-    Raises:
-        ConfigError: one token does not tell the words apart.
-    """
-    words = list((task.spec.verbalizers or {}).values())
-    if not words:
-        raise ConfigError(
-            "--objective choices needs label words, and this data has none; leave it out, or give a template "
-            "and a label column"
-        )
-    prompts = [example.prompt for example in [*task.train, *task.test, *task.validation]]
-    tokens = first_tokens(tokenizer, words, prompts) if words else None
-    if tokens is None:
-        shown = f"{words}" if len(words) <= 10 else f"the {len(words)} words {words[:3]} …"
-        raise ConfigError(
-            f"--objective choices needs words of one token each, all different; {shown} are not for this "
-            "tokenizer: choose others, or use --objective lm"
-        )
-    return torch.tensor(tokens)
 
 
 def resolve_config(

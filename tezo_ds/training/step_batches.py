@@ -12,6 +12,7 @@ from tezo_ds.errors import ConfigError
 from tezo_ds.settings import Settings
 from tezo_ds.tasks.batches import Order, batch_indices, by_length, lane_indices
 from tezo_ds.tasks.encoded import Encoded, collate
+from tezo_ds.tasks.lazy import LazyEncoded, pick
 from tezo_ds.training.session import Session
 from tezo_ds.trunk.trunk import EXAMPLE_IDS
 
@@ -20,7 +21,17 @@ Tokens = tuple[int, int]  # of batches over all ranks: padding, and all
 
 
 def refuse_unfit(settings: Settings, config: TezoConfig) -> None:
-    """Raises ConfigError if batches of like lengths are asked for that cannot be."""
+    """Raises ConfigError if batches of like lengths, or of rows that stay on disk, are asked for that cannot
+    be."""
+    if settings.streaming and settings.group_by_length:
+        raise ConfigError(
+            "--group-by-length: needs all lengths before the first step, which --streaming does not know; "
+            "leave one of the two out"
+        )
+    if settings.streaming and config.trunk_cache != "off":
+        raise ConfigError(
+            "--streaming: trunk_cache keeps hidden states, far more than the rows; leave one of the two out"
+        )
     if settings.group_by_length and config.trunk_cache != "off":
         raise ConfigError(
             "--group-by-length: with trunk_cache an example keeps its place in the batch, so that later "
@@ -49,7 +60,7 @@ class StepBatches:
     def __call__(self, step: int) -> dict[str, Tensor]:
         """Returns this rank's examples of a step, which with a trunk cache always come to the same rank."""
         chosen = self._indices(step, self._session.engine.sharding.rank)
-        batch = [self._examples[i] for i in chosen]
+        batch = pick(self._examples, chosen)
         collated = collate(batch, self._session.pad_id, filler=self._examples[0])
         if self._cached:
             collated[EXAMPLE_IDS] = torch.tensor(chosen or [0])
@@ -60,14 +71,17 @@ class StepBatches:
         padding = computed = 0
         for rank in range(self._session.engine.sharding.world_size):
             chosen = self._indices(step, rank)
-            lengths = [len(self._examples[i].input_ids) for i in chosen]
+            lengths = [len(each.input_ids) for each in pick(self._examples, chosen)]
             rows = lengths or [len(self._examples[0].input_ids)]  # a rank that has run out
             size = len(rows) * max(rows)
             padding, computed = padding + size - sum(lengths), computed + size
         return padding, computed
 
     def told(self, steps: int) -> str | None:
-        """Returns a line on the padding of the first of so many steps; None where there is little."""
+        """Returns a line on the padding of the first of so many steps; None where there is little, or
+        where lengths are not known yet."""
+        if isinstance(self._examples, LazyEncoded):
+            return None
         found = Padding()
         for step in range(min(steps, FIRST)):
             found.add(self.tokens(step))
