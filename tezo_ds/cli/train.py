@@ -120,5 +120,4 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
             max(found.terms, default=choice.fitted), choice.fit,
             best.Best(options, rebuild, folder_.VALIDATION if opened.task.validation else folder_.TEST),
         )  # fmt: skip
-        display.cut(examples, max_length)
         display.end(summary, options.output, found.done)

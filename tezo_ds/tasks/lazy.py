@@ -74,23 +74,12 @@ class LazyEncoded(Sequence[Encoded]):
         self.examples, self._tokenizer = examples, tokenizer
         self._max_length, self._mask, self._rows = max_length, mask, rows
         self._kept: OrderedDict[int, Encoded] = OrderedDict()
-        self._cut = np.zeros((2, len(examples)), dtype=bool)  # prompts, and answers
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: Any) -> Any:
         return self.pick([int(index)])[0]
-
-    @property
-    def truncations(self) -> int:
-        """How many of those that were looked at lost a part of their prompt."""
-        return int(self._cut[0].sum())
-
-    @property
-    def losses_of_labels(self) -> int:
-        """How many of those that were looked at lost a part of what they train on."""
-        return int(self._cut[1].sum())
 
     def pick(self, indices: Sequence[int]) -> list[Encoded]:
         """Returns some of the sequences, tokenised together.
@@ -100,7 +89,6 @@ class LazyEncoded(Sequence[Encoded]):
         """
         new = [i for i in dict.fromkeys(indices) if i not in self._kept]
         for i, encoded in zip(new, self._encode(new), strict=True):
-            self._cut[:, i] = encoded.truncated > 0, encoded.lost > 0
             self._kept[i] = encoded
         found = [self._kept[i] for i in indices]
         while len(self._kept) > KEPT:

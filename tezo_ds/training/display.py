@@ -101,18 +101,10 @@ class Display:
                 "streaming: examples are tokenised when a step takes them; what is cut, or has no embedding, "
                 "is found then"
             )
-        else:
-            self._cut(truncations(encoded), losses_of_labels(encoded), max_length)
-
-    def cut(self, encoded: Sequence[Encoded], max_length: int) -> None:
-        """Prints how many examples that steps took were cut, where that was not known before."""
-        if isinstance(encoded, LazyEncoded):
-            self._cut(encoded.truncations, encoded.losses_of_labels, max_length)
-
-    def _cut(self, truncated: int, lost: int, max_length: int) -> None:
-        if truncated:
+            return
+        if truncated := truncations(encoded):
             self.note(f"{truncated} training prompts cut to {max_length} tokens; see --max-length")
-        if lost:
+        if lost := losses_of_labels(encoded):
             self.note(
                 f"warning: {lost} training examples are longer than {max_length} tokens by their answers, "
                 "which lose a part; see --max-length"
@@ -146,6 +138,9 @@ class Display:
             table.add_row("steps", f"{steps} in {seconds}")
         if (share := summary.get("padding_share")) is not None:
             table.add_row("padding", f"{share:.1%} of the tokens of training batches")
+        if "cut_prompts" in summary:  # of examples that were not looked at before
+            prompts, answers = summary["cut_prompts"], summary["cut_answers"]
+            table.add_row("cut", f"{prompts} prompts, {answers} answers; see --max-length")
         if "adapter" in summary:
             table.add_row("no adapter", summary["adapter"])
         if "merged_model" not in summary and not (folder / COEFFICIENTS).exists():

@@ -139,7 +139,9 @@ class _Training:
         would be on these ranks."""
         if self._folder is not None:
             for line in made:
-                self._padding.add(line.get("padding") or self._batch.tokens(line["step"]))
+                known = line.get("padding")
+                if known or not self._batch.lazy:
+                    self._padding.add(known or self._batch.tokens(line["step"]))
 
     def run(self) -> dict[str, Any]:
         """Trains, and returns the summary."""
@@ -187,6 +189,8 @@ class _Training:
             summary |= {**self._evaluations.found, "steps": steps, "seconds": seconds}
             if (share := self._padding.share) is not None:
                 summary["padding_share"] = share
+            if any(self._batch.cut):
+                summary["cut_prompts"], summary["cut_answers"] = self._batch.cut
             self._leave()
         return summary
 
@@ -254,9 +258,11 @@ class _Training:
     def _log(self, report: StepReport) -> None:
         """Logs a step, which counts with its line in the journal."""
         engine, every = self._engine, self._engine.config.check_every
-        if self._folder is not None:
+        tokens: Sequence[int] = ()
+        if self._folder is not None or self._batch.lazy:
             tokens = self._batch.tokens(report.step)
             self._padding.add(tokens)
+        if self._folder is not None:
             more: dict[str, Any] = {**self.fits.field(report.step), "padding": tokens}
             if every and engine.step_index % every == 0:
                 more["state"] = digest(engine.state())

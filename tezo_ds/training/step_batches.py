@@ -11,7 +11,7 @@ from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError
 from tezo_ds.settings import Settings
 from tezo_ds.tasks.batches import Order, batch_indices, by_length, lane_indices
-from tezo_ds.tasks.encoded import Encoded, collate
+from tezo_ds.tasks.encoded import Encoded, collate, losses_of_labels, truncations
 from tezo_ds.tasks.lazy import LazyEncoded, pick
 from tezo_ds.training.session import Session
 from tezo_ds.trunk.trunk import EXAMPLE_IDS
@@ -42,6 +42,10 @@ def refuse_unfit(settings: Settings, config: TezoConfig) -> None:
 class StepBatches:
     """Batches of one run, a pure function of the step and the world.
 
+    Attributes:
+        lazy: whether examples are tokenised when a step takes them.
+        cut: prompts, and answers, of which a part was cut in steps so far; counted where `lazy`.
+
     Args:
         session: whose engine takes them.
         examples: the training examples.
@@ -52,6 +56,7 @@ class StepBatches:
         self._session, self._examples, self._batch_size = session, examples, batch_size
         config = session.engine.config
         self._cached = config.trunk_cache != "off"
+        self.lazy, self.cut = isinstance(examples, LazyEncoded), [0, 0]
         self._order: Order | None = None
         if session.settings.group_by_length:
             lengths = [len(each.input_ids) for each in examples]
@@ -67,20 +72,34 @@ class StepBatches:
         return collated
 
     def tokens(self, step: int) -> Tokens:
-        """Returns the tokens of a step's batches over all ranks, known without asking them."""
-        padding = computed = 0
-        for rank in range(self._session.engine.sharding.world_size):
-            chosen = self._indices(step, rank)
-            lengths = [len(each.input_ids) for each in pick(self._examples, chosen)]
-            rows = lengths or [len(self._examples[0].input_ids)]  # a rank that has run out
-            size = len(rows) * max(rows)
-            padding, computed = padding + size - sum(lengths), computed + size
-        return padding, computed
+        """Returns the tokens of a step's batches over all ranks, known without asking them; where examples
+        are `lazy` each rank tells of its own, so that all must call this, after each step."""
+        sharding = self._session.engine.sharding
+        if self.lazy:
+            batch = pick(self._examples, self._indices(step, sharding.rank))
+            cut = [truncations(batch), losses_of_labels(batch)]
+            own = torch.tensor([*self._size(batch), *cut], dtype=torch.float64)
+            padding, computed, *cut = map(
+                int, sharding.all_reduce(own.to(sharding.device)).tolist()
+            )
+            self.cut = [before + now for before, now in zip(self.cut, cut, strict=True)]
+            return padding, computed
+        batches = (
+            pick(self._examples, self._indices(step, rank)) for rank in range(sharding.world_size)
+        )
+        sizes = [self._size(batch) for batch in batches]
+        return sum(size[0] for size in sizes), sum(size[1] for size in sizes)
+
+    def _size(self, batch: Sequence[Encoded]) -> Tokens:
+        lengths = [len(each.input_ids) for each in batch]
+        rows = lengths or [len(self._examples[0].input_ids)]  # a rank that has run out
+        size = len(rows) * max(rows)
+        return size - sum(lengths), size
 
     def told(self, steps: int) -> str | None:
         """Returns a line on the padding of the first of so many steps; None where there is little, or
         where lengths are not known yet."""
-        if isinstance(self._examples, LazyEncoded):
+        if self.lazy:
             return None
         found = Padding()
         for step in range(min(steps, FIRST)):
