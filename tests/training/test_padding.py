@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from cli_fixtures import with_ragged_films
 from command_line import Given, Run, call
 from test_resume import killed_after, same
 
@@ -55,11 +56,7 @@ def test_a_resumed_run_counts_all_its_steps(
     given: Given, grouped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Captured
 ) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
-    data = tmp_path / "films.jsonl"
-    rows = given.data.read_text().splitlines()
-    longer = [row.replace("felt", "felt" + " very" * (i % 9)) for i, row in enumerate(rows)]
-    data.write_text("\n".join(longer))
-    films = Given(given.model, data)
+    films = with_ragged_films(given, tmp_path / "films.jsonl")
     options = {"group_by_length": grouped, "batch_size": 2, "steps": 8}
     assert call(*films.train(whole, **options)) == 0
     share = Run(whole).summary["padding_share"]

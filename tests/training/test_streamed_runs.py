@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import pytest
 import streamed_memory
+from cli_fixtures import with_ragged_films
 from command_line import TIMEOUT, Given, Run, call
 from fault_runs import server
 from test_resume import kappas, killed_after, same
@@ -37,8 +38,9 @@ def test_steps_are_those_without_streaming(
     capfd: Captured,
 ) -> None:  # fmt: skip
     plain, run = tmp_path / "plain", tmp_path / "run"
-    assert call(*given.train(plain, **options)) == 0
-    arguments = given.train(run, streaming=True, **options)
+    films = with_ragged_films(given, tmp_path / "films.jsonl")
+    assert call(*films.train(plain, **options)) == 0
+    arguments = films.train(run, streaming=True, **options)
     killed_after(3, arguments, monkeypatch)
     capfd.readouterr()
     assert call(*arguments) == 0
@@ -46,6 +48,7 @@ def test_steps_are_those_without_streaming(
     assert kappas(run) == kappas(plain) and same(run, plain)
     left = ("seconds", "seconds_training", "output_layer")
     found, expected = Run(run).summary, Run(plain).summary
+    assert expected["padding_share"] > 0.1
     assert {k: v for k, v in found.items() if k not in left} == {
         k: v for k, v in expected.items() if k not in left
     }

@@ -17,6 +17,7 @@ from tezo_ds.tasks.reading import SUFFIXES
 from tezo_ds.tasks.sources import Hub, is_source, read_builtin, read_source, read_validation
 from tezo_ds.tasks.spec import MOST_CHOICES, TaskSpec
 from tezo_ds.tasks.splitting import Asked
+from tezo_ds.tasks.table import Table
 from tezo_ds.tasks.templated import resolve_spec, spec_of, templated
 from tezo_ds.tasks.unlabelled import unlabelled
 
@@ -105,11 +106,7 @@ def load_task(
         raise DataError("shots chooses among the examples of a label; leave it or streaming out")
     source = _source(task, data, dataset, test_data)
     builtin = BUILTIN_TASKS[task] if source is None else None
-    if builtin is not None:
-        tables = read_builtin(builtin, streaming)
-    else:
-        assert source is not None
-        tables = read_source(source, test_data, hub, streaming)
+    tables = _tables(source, builtin, test_data, hub, streaming)
     own_test = len(tables) == 2
     apart = read_validation(source, builtin, validation_data, hub, streaming)
     tables = [prepared(task, each) for each in (*tables, *([] if apart is None else [apart]))]
@@ -140,6 +137,16 @@ def load_task(
     return TaskData(
         spec, parts.train, parts.test, parts.duplicates, parts.leaked, note, parts.validation
     )
+
+
+def _tables(
+    source: str | None, builtin: TaskSpec | None, test_data: str | None, hub: Hub, streaming: bool
+) -> list[Table]:
+    """Returns the training table, and the test table if there is one."""
+    if builtin is not None:
+        return read_builtin(builtin, streaming)
+    assert source is not None
+    return read_source(source, test_data, hub, streaming)
 
 
 def _source(task: str, data: str | None, dataset: str | None, test_data: str | None) -> str | None:
