@@ -199,7 +199,9 @@ def test_what_cannot_stream_is_refused(tmp_path: Path) -> None:
         load_task("copa", data=copa, streaming=True)
 
 
-def test_token_ids_are_those_without_streaming_and_looked_at(tmp_path: Path) -> None:
+def test_token_ids_are_those_without_streaming_and_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [
         {"prompt": f"p{i} " * (i % 5 + 1), "completion": f"c{i}" * (9 if i % 7 else 2)}
         for i in range(30)
@@ -215,6 +217,8 @@ def test_token_ids_are_those_without_streaming_and_looked_at(tmp_path: Path) -> 
     )
     assert list(found) == expected
     assert any(e.truncated for e in found) and any(e.lost for e in found)
+    monkeypatch.setattr("tezo_ds.tasks.lazy.KEPT", 4)
+    assert found.pick(range(9)) == expected[:9] and len(found._kept) == 4
     few = LazyEncoded(lazy.train, tokenizer, 12, rows=max(expected[0].input_ids))
     where = lazy.train.at(0)
     with pytest.raises(DataError, match=rf"{where}: has token .* the model's embedding has"):

@@ -10,9 +10,11 @@ import datasets
 import pytest
 import streamed_memory
 from cli_fixtures import with_ragged_films
-from command_line import TIMEOUT, Given, Run, call
+from command_line import TEMPLATE, TIMEOUT, WORDS, Given, Run, call
 from fault_runs import server
 from test_resume import kappas, killed_after, same
+
+from tezo_ds.tasks import load_task
 
 pytest_plugins = ("cli_fixtures",)
 Captured = pytest.CaptureFixture[str]
@@ -65,7 +67,12 @@ def test_other_rows_and_other_ways_are_another_run(
     assert call(*films.train(run, steps=2, streaming=True)) == 0
     assert call(*films.train(run, steps=3)) == 2
     assert "holds a run of streaming True, not False" in capfd.readouterr().err
-    data.write_text(data.read_text().replace("odd", "new"))
+    rows = data.read_text().splitlines()
+    train = load_task(str(data), template=TEMPLATE, verbalizers=WORDS, test_fraction=0.4).train
+    last = next(i for i, row in enumerate(rows) if json.loads(row)["text"] in train[-1].prompt)
+    assert '"good"' not in rows[last] and len(train) > 16, "no label of those looked at as tokens"
+    rows[last] = json.dumps({**json.loads(rows[last]), "label": "good"})
+    data.write_text("\n".join(rows))
     assert call(*films.train(run, steps=3, streaming=True)) == 2
     assert "are not those that the run began with" in capfd.readouterr().err
 

@@ -90,7 +90,7 @@ def _csv(path: Path, head: Head) -> Table:
     names = [name or f"unnamed {i}" for i, name in enumerate(head.header)]
     dataset = _cached(
         path, Dataset.from_csv, features=Features({name: Value("string") for name in names}),
-        names=names, header=0, sep=head.delimiter, skiprows=head.skipped, index_col=False,
+        names=names, header=0, sep=head.delimiter, skiprows=head.skipped,
         keep_default_na=False, na_filter=False, encoding="utf-8-sig",
     )  # fmt: skip
     columns = [name for name in head.header if name]
