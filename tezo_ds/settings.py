@@ -68,6 +68,18 @@ class Settings(BaseModel):
     test_data: str | None = declared(
         None, "file of test examples", group=DATA, example="test.jsonl"
     )
+    validation_data: str | None = declared(
+        None,
+        "file of examples by which evaluations during training, --keep best and --patience go; the test "
+        "examples are then scored before and after training alone",
+        group=DATA, example="valid.jsonl",
+    )  # fmt: skip
+    validation_split: str | None = declared(
+        None,
+        "split to go by in place of a file, of a data set with several, or of a folder with validation.* "
+        "beside train.*",
+        group=DATA, example="validation",
+    )  # fmt: skip
     template: str | None = declared(
         None,
         'prompt with columns in braces, e.g. "{text} It was"; \\n and \\t on the command line are a newline '
@@ -129,6 +141,12 @@ class Settings(BaseModel):
     test_examples: int | None = declared(
         None, "upper bound on test examples; unset: all", group=DATA, example=400
     )
+    validation_examples: int | None = declared(
+        None,
+        "upper bound on validation examples; without --validation-data and --validation-split so many "
+        "training examples are held out; unset: all of those, or none",
+        group=DATA, example=500, ge=1,
+    )  # fmt: skip
     shots: int | None = declared(
         None, "training examples of each label, chosen by data_seed; unset: all", group=DATA, example=16,
         ge=1,
@@ -143,6 +161,18 @@ class Settings(BaseModel):
         example=2048,
         ge=2,
     )
+    streaming: bool = declared(
+        False,
+        "leave the rows in memory-mapped files, for data larger than memory; examples are made and tokenised "
+        "when a step takes them",
+        group=DATA, example=True,
+    )  # fmt: skip
+    group_by_length: bool = declared(
+        False,
+        "make batches of examples of like lengths, for less padding: of 50 batches' examples at a time, "
+        "sorted",
+        group=DATA, example=True,
+    )  # fmt: skip
     eval_batch_size: int = declared(
         32, "examples of a rank in one forward of an evaluation", group=DATA, example=8, ge=1
     )

@@ -25,6 +25,14 @@ def make_given(folder: Path, **config: int) -> Given:
     return Given(folder / "model", folder / "films.jsonl")
 
 
+def with_ragged_films(given: Given, path: Path) -> Given:
+    """Writes films of texts of many lengths, and returns what a user of them has."""
+    rows = given.data.read_text().splitlines()
+    longer = [row.replace("felt", "felt" + " very" * (i % 9)) for i, row in enumerate(rows)]
+    path.write_text("\n".join(longer) + "\n")
+    return Given(given.model, path)
+
+
 @pytest.fixture(scope="session")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
     return make_given(tmp_path_factory.mktemp("given"))

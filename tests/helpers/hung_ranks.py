@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from tezo_ds import cli
-from tezo_ds.training import loop
+from tezo_ds.training import step_batches
 
 RANKS, LIMIT = 3, 10  # seconds of --timeout
 Run = tuple[str, int, int, list[str]]  # trouble, the rank in it, at which step, arguments
@@ -39,7 +39,7 @@ def run_rank(rank: int, port: int, trouble: str, hung: int, step: int, folder: P
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
-    collate: Callable[..., dict[str, torch.Tensor]] = loop.collate
+    collate: Callable[..., dict[str, torch.Tensor]] = step_batches.collate
     batches = 0
 
     def collate_until(*args: object, **kwargs: object) -> dict[str, torch.Tensor]:
@@ -52,7 +52,7 @@ def run_rank(rank: int, port: int, trouble: str, hung: int, step: int, folder: P
         batches += 1
         return collate(*args, **kwargs)
 
-    loop.collate = collate_until  # type: ignore[assignment]
+    step_batches.collate = collate_until  # type: ignore[assignment]
     os.dup2(os.open(folder / f"err{rank}", os.O_WRONLY | os.O_CREAT), 2)
     code = 1
     try:

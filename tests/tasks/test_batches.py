@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
 from tezo_ds.tasks import batch_indices, rounds, shard_range
+from tezo_ds.tasks.batches import PIECE, Order, by_length
 
 
-def sequence(n: int, batch_size: int, world_size: int, steps: int, seed: int = 0) -> list[int]:
+def sequence(
+    n: int,
+    batch_size: int,
+    world_size: int,
+    steps: int,
+    seed: int = 0,
+    order: Order | None = None,
+) -> list[int]:
     return [
         i
         for step in range(steps)
         for rank in range(world_size)
-        for i in batch_indices(n, batch_size, step, seed, rank, world_size)
+        for i in batch_indices(n, batch_size, step, seed, rank, world_size, order)
     ]
 
 
@@ -41,6 +50,36 @@ GOLDEN_ORDER = [5, 0, 7, 9, 4, 1, 2, 8, 6, 3, 3, 8, 4, 2, 0, 6, 7, 9, 5, 1]
 def test_order_is_uniform() -> None:
     firsts = Counter(batch_indices(4, 4, step, 0, 0, 1)[0] for step in range(400))
     assert all(70 <= firsts[i] <= 130 for i in range(4))  # 100 expected, standard deviation 9
+
+
+@pytest.mark.parametrize("n", [3 * PIECE * 4 + 7, PIECE * 4 + 1, 37, 9, 4, 3])
+def test_batches_of_like_lengths_drop_nothing_and_know_no_world(n: int) -> None:
+    lengths = [17 * i % 101 for i in range(n)]
+    order, steps = by_length(lengths, 4, seed=5), 3 * n // 4 + 1
+    found = sequence(n, 4, 1, steps, 5, order)
+    for start in range(0, 3 * n, n):  # each epoch has each example once
+        assert sorted(found[start : start + n]) == list(range(n))
+    assert n < 9 or found[:n] != found[n : 2 * n]
+    assert sequence(n, 4, 3, steps, 5, by_length(lengths, 4, seed=5)) == found
+    again = by_length(lengths, 4, seed=5)  # as after a resume, from the last step on
+    last = [i for rank in range(2) for i in batch_indices(n, 4, steps - 1, 5, rank, 2, again)]
+    assert last == found[-4:]
+    assert n < 9 or found != sequence(n, 4, 1, steps, 6, by_length(lengths, 4, seed=6))
+
+
+def test_batches_of_like_lengths_are_so_across_epochs_and_shuffled() -> None:
+    lengths = [17 * i % 101 for i in range(801)]  # no whole number of batches
+    order = by_length(lengths, 4, seed=0)
+
+    def spans(order: Order | None) -> list[int]:
+        found = sequence(801, 4, 1, 500, 0, order)
+        batches = [[lengths[i] for i in found[k : k + 4]] for k in range(0, 2000, 4)]
+        return [max(batch) - min(batch) for batch in batches]
+
+    assert max(spans(order)) < 15 < 50 < sum(spans(None)) / 500
+    longest = [max(lengths[i] for i in order(0)[k : k + 4]) for k in range(0, 800, 4)]
+    falls = sum(one > other for one, other in pairwise(longest))
+    assert 70 < falls < 130  # neither falling nor rising in a piece
 
 
 @pytest.mark.parametrize(("n", "world_size"), [(10, 4), (3, 4), (0, 2), (8, 1)])

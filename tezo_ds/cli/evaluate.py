@@ -25,10 +25,13 @@ tezo-ds evaluate --run runs/sst2
 tezo-ds evaluate --model ./SmolLM2 --task trec --data ./trec
 ```
 """
+OF_TRAINING = (
+    "train_examples", "group_by_length", "validation_data", "validation_split", "validation_examples",
+)  # fmt: skip
 
 
 @complete
-@takes(Settings, without=("train_examples",))
+@takes(Settings, without=OF_TRAINING)
 def evaluate(
     run: Annotated[
         Path | None, typer.Option(help="run folder; its model, task and result are used")

@@ -43,10 +43,10 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         from tezo_ds.intake.notices import notices
         from tezo_ds.intake.weights import agreed_fingerprint
         from tezo_ds.run import changed, resuming
+        from tezo_ds.run import folder as folder_
         from tezo_ds.run.about import describe
         from tezo_ds.run.results import replay
-        from tezo_ds.tasks import encode
-        from tezo_ds.training import best, loop, session
+        from tezo_ds.training import best, loop, session, step_batches
         from tezo_ds.training.display import Display, quieten
         from tezo_ds.training.include_auto import Choice, choose_matrices, to_measure
         from tezo_ds.training.output_layer import refuse_unfit
@@ -63,6 +63,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
     if options.save_model:
         refuse_merged(config, "--save-model")
     best.refuse_unfit(options, settings, config)
+    step_batches.refuse_unfit(settings, config)
     quieten()
     about: dict[str, Any] = {
         "steps": options.steps, "batch_size": options.batch_size, "deepspeed": deepspeed_config
@@ -97,13 +98,15 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         refuse_unfit(opened, saves)
         initial = opened.engine.state() if options.keep == "best" else {}
         max_length = opened.settings.max_length
-        examples = encode(opened.tokenizer, opened.task.train, max_length, opened.mask_token)
+        examples = opened.encoded()
         display.data(opened.task, examples, max_length)
         choice = Choice()
         if chooses:
             choice = choose_matrices(opened, examples, options, config.trunk_cache, display)
         about[changed.WEIGHTS] = agreed_fingerprint(settings.model)
         about[changed.TESTS] = resuming.fingerprint_of_tests(opened.task.test)
+        if opened.task.validation:
+            about[changed.VALIDATION] = resuming.fingerprint_of_tests(opened.task.validation)
         resuming.go_on(settings, opened.engine, examples, folder, found, about, display)
         choice.leave(folder, display)
         options = options.model_copy(update={"save_model": saves})
@@ -112,9 +115,9 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
             engine.load_state({**initial, **engine.output_layer.state}, written=False)
             replay(engine, found.steps[:steps], display)
 
-        losses = [line["loss"] for line in found.steps]
         summary = loop.train(
-            opened, options, examples, folder, display, found.scores, losses, about[changed.WEIGHTS],
-            max(found.terms, default=choice.fitted), choice.fit, best.Best(options, rebuild),
+            opened, options, examples, folder, display, found.scores, found.steps, about[changed.WEIGHTS],
+            max(found.terms, default=choice.fitted), choice.fit,
+            best.Best(options, rebuild, folder_.VALIDATION if opened.task.validation else folder_.TEST),
         )  # fmt: skip
         display.end(summary, options.output, found.done)

@@ -116,11 +116,12 @@ class RunFlags:
 
     def trunk_cache(self, skeleton: nn.Module, ranks: int) -> Wanted:
         """Returns what a rank of `ranks` would cache, of examples of `max_length` tokens: its part of the
-        training and, where their number is set, of the test examples."""
+        training and, where their numbers are set, of the test and validation examples."""
         trained = PlannedRun(skeleton, self.config).acting
         itemsize = max((self._compute or p.dtype).itemsize for p in skeleton.parameters())
         examples, bound = self.settings.train_examples, self.config.trunk_cache_gib
-        tests = -(-(self.settings.test_examples or 0) // ranks)
+        judged = (self.settings.test_examples, self.settings.validation_examples)
+        tests = sum(-(-(count or 0) // ranks) for count in judged)
         kept = Kept(
             self.settings.max_length * hidden_size(skeleton) * itemsize,
             None if examples is None else -(-examples // ranks) + tests,

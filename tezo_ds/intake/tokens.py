@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -49,8 +50,8 @@ def check_ids(
     tokenizer: PreTrainedTokenizerBase,
     rows: int | None,
     spec: TaskSpec,
-    train: list[Example],
-    test: list[Example],
+    train: Sequence[Example],
+    test: Sequence[Example],
     max_length: int,
 ) -> None:
     """Checks that the model has an embedding of each token of the examples, on all ranks alike.

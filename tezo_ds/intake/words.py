@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain, islice
+
 from transformers import PreTrainedTokenizerBase
 
 from tezo_ds.errors import DataError
@@ -18,7 +20,7 @@ def check_words(tokenizer: PreTrainedTokenizerBase, task: TaskData) -> None:
     spec = task.spec
     if not spec.verbalizers or spec.is_free_text:
         return
-    for example in [*task.train, *task.test][:_PROMPTS]:
+    for example in islice(chain(task.train, task.test), _PROMPTS):
         labels: dict[tuple[int, ...], str] = {}
         tokens = answer_tokens(tokenizer, example.prompt, list(spec.verbalizers.values()))
         for (label, word), ids in zip(spec.verbalizers.items(), map(tuple, tokens), strict=True):

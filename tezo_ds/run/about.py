@@ -18,7 +18,14 @@ from tezo_ds.launched import env_world_size
 from tezo_ds.run.folder import CONFIG
 from tezo_ds.settings import Settings, Stored
 
-_PLACES = ("model", "task", "data", "dataset", "test_data")  # settings that may be paths
+_PLACES = (
+    "model",
+    "task",
+    "data",
+    "dataset",
+    "test_data",
+    "validation_data",
+)  # settings that may be paths
 
 
 class _About(BaseModel):

@@ -11,7 +11,11 @@ from tezo_ds.intake.weights import agreed_fingerprint
 from tezo_ds.run.about import read_about
 from tezo_ds.settings import Settings
 
-WEIGHTS, TESTS = "weights", "tests"  # fields of config.json; runs of older code have none
+WEIGHTS, TESTS, VALIDATION = (
+    "weights",
+    "tests",
+    "validation",
+)  # fields of config.json; runs of older code have none
 
 
 def refuse_changed(
@@ -30,6 +34,7 @@ def refuse_changed(
         WEIGHTS: f"the weights in {settings.model}",
         "data": f"the training examples in {source}, as the model's tokenizer encodes them,",
         TESTS: f"the test examples in {settings.test_data or source}",
+        VALIDATION: f"the validation examples in {settings.validation_data or source}",
     }
     for name, words in what.items():
         if None not in (stored.get(name), now.get(name)) and stored[name] != now[name]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tezo_ds.run.folder import read_metrics
+from tezo_ds.run.folder import TEST, VALIDATION, read_metrics
 
 
 def draw_curve(metrics: Path, picture: Path) -> None:
-    """Draws training loss by step, its running median, and test accuracy where there is any, as a PNG."""
+    """Draws training loss by step, its running median, and where there is any the accuracy on test and
+    validation examples, as a PNG."""
     # What a notebook left there may not be installed here, and matplotlib would not be imported.
     os.environ.pop("MPLBACKEND", None)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -26,15 +27,22 @@ def draw_curve(metrics: Path, picture: Path) -> None:
     axis.set_xlabel("step")
     axis.set_ylabel("loss")
     axis.grid(alpha=0.3)
-    accurate = [line for line in scores if line["test_accuracy"] is not None]
-    if accurate:
+    judged = read_metrics(metrics, VALIDATION)[1]
+    found = {VALIDATION: judged, TEST: scores} if judged else {TEST: scores}
+    accurate = {
+        part: [x for x in lines if x[f"{part}_accuracy"] is not None]
+        for part, lines in found.items()
+    }
+    if any(accurate.values()):
         right = axis.twinx()
-        points = (
-            [line["step"] for line in accurate],
-            [100 * line["test_accuracy"] for line in accurate],
-        )
-        right.plot(*points, "o-", color="tab:orange", label="test accuracy")
-        right.set_ylabel("test accuracy, %")
+        for (part, lines), style in zip(accurate.items(), ("o-", "s"), strict=False):
+            points = (
+                [line["step"] for line in lines],
+                [100 * line[f"{part}_accuracy"] for line in lines],
+            )
+            colour = "tab:green" if style == "s" else "tab:orange"
+            right.plot(*points, style, color=colour, label=f"{part} accuracy")
+        right.set_ylabel("accuracy, %" if judged else "test accuracy, %")
         right.set_ylim(0, 100)
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(picture, dpi=120)

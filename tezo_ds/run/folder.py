@@ -22,6 +22,7 @@ CONFIG, METRICS, SUMMARY, JOURNAL = "config.json", "metrics.jsonl", "summary.jso
 COEFFICIENTS, ADAPTER, CURVE = "coefficients.safetensors", "adapter", "curve.png"
 MODEL, SNAPSHOTS, LOCK = "model", "snapshots", ".lock"
 TRUNK_CACHE, OUTPUT_LAYER = "trunk_cache", "output_layer"
+TEST, VALIDATION = PARTS = ("test", "validation")  # parts that evaluations score
 LAYERS, LAYERS_PICTURE = "layers.json", "layers.png"
 
 
@@ -188,13 +189,14 @@ class RunFolder:
         examples: int,
         after: str | None = None,
         metric: float | None = None,
+        part: str = TEST,
     ) -> None:
         """Writes one line for an evaluation after `step` steps, and `after` what else, if anything; with the
-        `metric` of generated answers, if there are any."""
-        line = {"step": step, "test_accuracy": accuracy, "test_loss": loss}
-        more = {"after": after, "test_metric": metric}
+        `metric` of generated answers, if there are any, and of which part the examples are."""
+        line = {"step": step, f"{part}_accuracy": accuracy, f"{part}_loss": loss}
+        more = {"after": after, f"{part}_metric": metric}
         known = {name: value for name, value in more.items() if value is not None}
-        self._log({**line, "test_examples": examples, **known})
+        self._log({**line, f"{part}_examples": examples, **known})
 
     def _log(self, line: dict[str, Any]) -> None:
         assert self._metrics is not None, "opened before"
@@ -228,10 +230,10 @@ def _parsed(text: str) -> dict[str, Any] | None:
         return None
     if not isinstance(line, dict):
         return None
-    score = "test_loss" in line
-    counts = [line.get(name) for name in (("step", "test_examples") if score else ("step",))]
-    numbers = [line.get(name) for name in ("loss", "test_loss", "test_accuracy")]
-    if score and "test_accuracy" not in line:
+    part = _part(line)
+    counts = [line.get(name) for name in (("step", f"{part}_examples") if part else ("step",))]
+    numbers = [line.get(name) for name in ("loss", f"{part}_loss", f"{part}_accuracy")]
+    if part and f"{part}_accuracy" not in line:
         return None
     if not all(isinstance(count, int) and 0 <= count < 2**53 for count in counts):
         return None
@@ -240,16 +242,22 @@ def _parsed(text: str) -> dict[str, Any] | None:
     return line if all(fine) else None
 
 
+def _part(line: Mapping[str, Any]) -> str | None:
+    """Returns what an evaluation's line is of; None of a step's line."""
+    return next((part for part in PARTS if f"{part}_loss" in line), None)
+
+
 def _done(line: dict[str, Any], done: int, steps: int | None) -> bool:
     """Returns whether a line is of steps that are done: an evaluation counts the steps before it, a step's
     line those before the step."""
-    if "test_loss" in line:
+    if _part(line):
         return bool(line["step"] <= done and line["step"] != steps)
     return bool(line["step"] < done)
 
 
-def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Reads the step lines and the evaluation lines of a metrics.jsonl, less what is no whole line.
+def read_metrics(path: Path, part: str = TEST) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Reads the step lines of a metrics.jsonl, and the lines of one part's evaluations, less what is no whole
+    line.
 
     Raises:
         StorageError: the file cannot be read.
@@ -259,4 +267,4 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
     lines = [line for line in map(_parsed, texts) if line]
-    return [x for x in lines if "loss" in x], [x for x in lines if "test_loss" in x]
+    return [x for x in lines if "loss" in x], [x for x in lines if _part(x) == part]

@@ -20,7 +20,7 @@ from tezo_ds.files.tensors import load, save
 from tezo_ds.files.text import read_json
 from tezo_ds.run.about import describe_run, read_about
 from tezo_ds.run.changed import refuse_changed
-from tezo_ds.run.folder import JOURNAL, METRICS, SNAPSHOTS, SUMMARY, RunFolder, read_metrics
+from tezo_ds.run.folder import JOURNAL, METRICS, PARTS, SNAPSHOTS, SUMMARY, RunFolder, read_metrics
 from tezo_ds.run.foreign import refuse_foreign_files
 from tezo_ds.run.results import Display, give_fitted, refuse_foreign, replay
 from tezo_ds.run.snapshots import checked_shards, save_shards
@@ -29,6 +29,9 @@ from tezo_ds.settings import Settings
 from tezo_ds.sharding.world import agreed
 from tezo_ds.tasks import Example
 from tezo_ds.tasks.encoded import Encoded
+from tezo_ds.tasks.lazy import LazyEncoded
+
+FIRST = 16  # lazy examples that are tokenised for a digest
 
 # Settings that may change on resume, as config.FREE of the block.
 _FREE_SETTINGS = {
@@ -63,7 +66,8 @@ class Begun:
         header: the journal's header.
         snapshots: whole snapshots, the newest first.
         steps: lines of the journal.
-        scores: lines of metrics.jsonl of evaluations, by the steps before them or what else came before.
+        scores: lines of metrics.jsonl of each part's evaluations, by the steps before them or what else came
+            before.
         finished: whether the run came to its end.
         notices: messages to the user.
         terms: terms of the output layer, by the steps before each fit.
@@ -74,7 +78,7 @@ class Begun:
     header: dict[str, Any] = field(default_factory=dict)
     snapshots: tuple[Snapshot, ...] = ()
     steps: list[dict[str, Any]] = field(default_factory=list)
-    scores: dict[int | str, dict[str, Any]] = field(default_factory=dict)
+    scores: dict[str, dict[int | str, dict[str, Any]]] = field(default_factory=dict)
     finished: bool = False
     notices: tuple[str, ...] = ()
     terms: Terms = field(default_factory=dict)
@@ -138,14 +142,18 @@ def look(folder: RunFolder, resume: bool | None, about: Mapping[str, Any]) -> Be
     if contents.torn:
         notices.append(f"{JOURNAL}: {contents.torn}; dropped")
     snapshots = tuple(_snapshots(path, contents.steps, config, notices))
-    scores = read_metrics(path / METRICS)[1] if (path / METRICS).exists() else []
+    scores = {part: _scores(path / METRICS, part) for part in PARTS}
     summary = read_json(path / SUMMARY) if (path / SUMMARY).exists() else {}
     terms = terms_of(path, block, contents.header, contents.steps, summary)
     return Begun(
         path, config, contents.header, snapshots, contents.steps,
-        scores={"output_layer" if "after" in line else line["step"]: line for line in scores},
-        finished=summary.get("status") == "finished", notices=tuple(notices), terms=terms,
+        scores, summary.get("status") == "finished", tuple(notices), terms,
     )  # fmt: skip
+
+
+def _scores(metrics: Path, part: str) -> dict[int | str, dict[str, Any]]:
+    lines = read_metrics(metrics, part)[1] if metrics.exists() else []
+    return {"output_layer" if "after" in line else line["step"]: line for line in lines}
 
 
 def _snapshots(
@@ -192,7 +200,11 @@ def _free(stored: Mapping[str, Any]) -> frozenset[str]:
 
 
 def fingerprint(examples: Sequence[Encoded]) -> str:
-    """Returns a digest of the training examples, in their order."""
+    """Returns a digest of the training examples, in their order; of lazy ones as texts, with the first as
+    the tokenizer has them."""
+    if isinstance(examples, LazyEncoded):
+        known = fingerprint(examples.pick(range(min(len(examples), FIRST))))
+        return _hash([examples.examples.digest, known])
     return _hash(
         (
             e.input_ids,

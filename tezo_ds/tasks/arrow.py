@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pyarrow.parquet
 from datasets import ClassLabel, Dataset, DatasetDict
 
 from tezo_ds.errors import DataError, one_line
+from tezo_ds.tasks.mapped import MappedRows
 from tezo_ds.tasks.table import Table
 
 INSTEAD = "pass a file, or a folder with train.jsonl"  # of a hub that cannot be reached
@@ -26,23 +27,25 @@ def table_of_parquet(path: Path, content: bytes) -> Table:
     """
     try:
         dataset = Dataset(pyarrow.parquet.read_table(io.BytesIO(content)))
-        return _table(str(path), dataset)
+        return table_of(str(path), dataset)
     except Exception as error:  # pyarrow's have no common base
         raise DataError(f"{path}: not a Parquet file ({one_line(error)})") from None
 
 
-def saved_splits(folder: Path) -> dict[str, Table]:
+def saved_splits(folder: Path, mapped: bool = False) -> dict[str, Table]:
     """Reads a folder that `save_to_disk` wrote, by the names of its splits; "train" of a single one.
+    `mapped`: rows stay on disk.
 
     Raises:
         DataError: it cannot be read.
     """
-    with _quiet_datasets():
+    with quiet_datasets():
         try:
             found: Any = datasets.load_from_disk(str(folder))
             splits = dict(found) if isinstance(found, DatasetDict) else {"train": found}
             return {
-                str(name): _table(f"{folder} ({name})", split) for name, split in splits.items()
+                str(name): table_of(f"{folder} ({name})", split, mapped)
+                for name, split in splits.items()
             }
         except Exception as error:  # of files, of arrow, of JSON: no common base
             raise DataError(f"{folder}: cannot be read ({one_line(error)})") from None
@@ -50,7 +53,7 @@ def saved_splits(folder: Path) -> dict[str, Table]:
 
 def read_hub(
     hub_id: str, config: str | None, split: str, revision: str | None,
-    renamed: tuple[str, str] | None = None, instead: str = INSTEAD,
+    renamed: tuple[str, str] | None = None, instead: str = INSTEAD, mapped: bool = False,
 ) -> Table:  # fmt: skip
     """Reads one split of a data set of the hub (or its cache).
 
@@ -58,6 +61,7 @@ def read_hub(
         hub_id, config, split, revision: as `datasets.load_dataset` takes them.
         renamed: a column's name there, and the one that it gets where there is none of that name yet.
         instead: what to do without the hub, for the error.
+        mapped: whether rows stay in the hub's cache on disk.
 
     Raises:
         DataError: it cannot be had.
@@ -65,10 +69,10 @@ def read_hub(
     with _asking_hub(hub_id, instead):
         # The hub's cache is shared by all ranks: datasets locks it, and one of them downloads.
         dataset: Any = datasets.load_dataset(hub_id, config, split=split, revision=revision)
-    with _quiet_datasets():
+    with quiet_datasets():
         if renamed is not None and renamed[1] not in dataset.column_names:
             dataset = dataset.rename_column(*renamed)
-        return _table(f"{hub_id} ({split})", dataset)
+        return table_of(f"{hub_id} ({split})", dataset, mapped)
 
 
 def hub_splits(hub_id: str, config: str | None, revision: str | None) -> list[str]:
@@ -84,7 +88,7 @@ def hub_splits(hub_id: str, config: str | None, revision: str | None) -> list[st
 @contextmanager
 def _asking_hub(hub_id: str, instead: str) -> Iterator[None]:
     """Context manager: what fails inside is that the hub cannot be reached, and `instead` what to do."""
-    with _quiet_datasets():
+    with quiet_datasets():
         try:
             yield
         except Exception as error:  # network, offline mode, gone, gated: no common base
@@ -93,20 +97,31 @@ def _asking_hub(hub_id: str, instead: str) -> Iterator[None]:
             ) from error
 
 
-def _table(where: str, dataset: Dataset) -> Table:
-    """Returns a dataset's rows in memory, class numbers turned to class names (-1, unlabelled, to None)."""
-    rows = dataset.to_list()
-    for column, feature in dataset.features.items():
-        if isinstance(feature, ClassLabel):
-            for row in rows:
-                number = row[column]
-                unlabelled = number is None or number < 0
-                row[column] = None if unlabelled else feature.int2str(number)
-    return Table(where, list(dataset.column_names), rows)
+def table_of(where: str, dataset: Dataset, mapped: bool = False) -> Table:
+    """Returns a dataset's rows, in memory or `mapped`, class numbers turned to class names (-1, unlabelled,
+    to None)."""
+    classes = {
+        column: feature
+        for column, feature in dataset.features.items()
+        if isinstance(feature, ClassLabel)
+    }
+
+    def named(row: Mapping[str, Any]) -> dict[str, Any]:
+        found = dict(row)
+        for column, feature in classes.items():
+            number = found[column]
+            unlabelled = number is None or number < 0
+            found[column] = None if unlabelled else feature.int2str(number)
+        return found
+
+    columns = list(dataset.column_names)
+    if mapped:
+        return Table(where, columns, MappedRows(dataset, named))
+    return Table(where, columns, [named(row) for row in dataset.to_list()])
 
 
 @contextmanager
-def _quiet_datasets() -> Iterator[None]:
+def quiet_datasets() -> Iterator[None]:
     """Context manager: no progress bars of `datasets` inside (one set a rank), nor logs beside our errors."""
     had_bars = not datasets.are_progress_bars_disabled()
     verbosity = datasets.logging.get_verbosity()

@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from tezo_ds.errors import DataError
 
@@ -30,16 +31,11 @@ def read_csv(where: str, text: str, delimiter: str | None = None) -> tuple[list[
     Raises:
         DataError: one line, of the first thing that is wrong.
     """
-    named = _NAMED.match(text)
-    body, before = (text[named.end() :], 1) if named else (text, 0)
-    delimiter = delimiter or (named[1] if named else _delimiter(where, body))
+    body, before, delimiter = _begun(where, text, delimiter)
     (first, header), *lines = [(n + before, row) for n, row in _lines(where, body, delimiter)]
-    header = [name if name.strip() else "" for name in header]
     if not lines:
         raise DataError(f"{where}: the file has a header and no rows")
-    repeated = sorted({name for name in header if name and header.count(name) > 1})
-    if repeated:
-        raise DataError(f"{where}, line {first}: column {repeated[0]!r} is there twice; rename one")
+    header = _names(where, first, header)
     for number, row in lines:
         if len(row) > len(header):
             _check_length(where, number, row, header, delimiter)
@@ -47,6 +43,54 @@ def read_csv(where: str, text: str, delimiter: str | None = None) -> tuple[list[
     columns = [(i, name) for i, name in enumerate(header) if name]
     rows = [{name: row[i] if i < len(row) else "" for i, name in columns} for _, row in lines]
     return [name for _, name in columns], rows
+
+
+@dataclass(frozen=True)
+class Head:
+    """The beginning of a CSV file.
+
+    Attributes:
+        delimiter: what parts its fields.
+        header: names of its columns, "" of one that has none.
+        skipped: lines before the header.
+    """
+
+    delimiter: str
+    header: list[str]
+    skipped: int
+
+
+def head_of(where: str, text: str, delimiter: str | None = None) -> Head:
+    """Returns what the beginning of a file says of it; see `read_csv`.
+
+    Raises:
+        DataError: one line, of what is wrong.
+    """
+    body, before, delimiter = _begun(where, text, delimiter)
+    (first, header), (number, row) = _lines(where, body, delimiter, 2)  # or our own last row
+    names = _names(where, first + before, header)
+    if len(row) > len(header):
+        _check_length(where, number + before, row, header, delimiter)
+        raise DataError(f"{where}, line {number + before}: ends in commas that the header has not")
+    if any(not name for name in names[1:]):
+        raise DataError(f"{where}, line {first + before}: a column has no name; give it one")
+    return Head(delimiter, names, first + before - 1)
+
+
+def _begun(where: str, text: str, delimiter: str | None) -> tuple[str, int, str]:
+    """Returns the text from the header on, how many lines are before it, and the delimiter."""
+    named = _NAMED.match(text)
+    body, before = (text[named.end() :], 1) if named else (text, 0)
+    return body, before, delimiter or (named[1] if named else _delimiter(where, body))
+
+
+def _names(where: str, line: int, header: list[str]) -> list[str]:
+    """Returns a header's names, "" of one that is blank. Raises DataError: one is there twice."""
+    header = [name if name.strip() else "" for name in header]
+    repeated = sorted({name for name in header if name and header.count(name) > 1})
+    if repeated:
+        raise DataError(f"{where}, line {line}: column {repeated[0]!r} is there twice; rename one")
+    return header
 
 
 def _lines(where: str, text: str, delimiter: str, most: int | None = None) -> list[Line]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tezo_ds.tasks.formats import Kind
 
@@ -31,3 +33,6 @@ class Example:
     def key(self) -> str:
         """Text that two examples share if one is the other again: of a prompt with a completion both."""
         return self.prompt if self.kind is not Kind.COMPLETION else f"{self.prompt}\0{self.answer}"
+
+
+Maker = Callable[[int, Mapping[str, Any]], Example]  # of a row, by its number from 1 and its cells

@@ -9,7 +9,7 @@ from typing import Any
 from tezo_ds.errors import DataError
 from tezo_ds.tasks.builtin import BUILTIN_TASKS
 from tezo_ds.tasks.cells import check_column, is_missing, text_of
-from tezo_ds.tasks.example import Example
+from tezo_ds.tasks.example import Example, Maker
 from tezo_ds.tasks.formats import (
     KNOWN,
     Conversation,
@@ -66,8 +66,9 @@ def asked_format(
     return form
 
 
-def formatted(table: Table, spec: TaskSpec, form: Format, everything: bool) -> list[Example]:
-    """Returns the examples of a table.
+def formatted(table: Table, spec: TaskSpec, form: Format, everything: bool) -> Maker:
+    """Returns what makes the example of a table's row, which names the file, the row and the column where
+    something is wrong.
 
     Args:
         table: the rows.
@@ -76,15 +77,12 @@ def formatted(table: Table, spec: TaskSpec, form: Format, everything: bool) -> l
         everything: whether prompts train, too.
 
     Raises:
-        DataError: names the file, the row and the column that is wrong.
+        DataError: a column is missing.
     """
     wanted = form.columns if form.kind is not Kind.COMPLETION else (*spec.columns, form.columns[1])
     for column in wanted:
         check_column(table, column, f"the format ({form.told()})")
-    return [
-        _example(table, number, row, spec, form, everything)
-        for number, row in enumerate(table.rows, 1)
-    ]
+    return lambda number, row: _example(table, number, row, spec, form, everything)
 
 
 def _example(

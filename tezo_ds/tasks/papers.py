@@ -71,6 +71,10 @@ def prepared(task: str, table: Table) -> Table:
     column, prepare = PREPARE[task]
     if column not in table.columns:
         return table
+    if not isinstance(table.rows, list):
+        raise DataError(
+            f"{table.where}: rows of {task} are changed as they are read; leave streaming out"
+        )
     rows = []
     for number, row in enumerate(table.rows, 1):
         try:

@@ -16,6 +16,7 @@ from tezo_ds.tasks.csv_rows import read_csv
 from tezo_ds.tasks.table import Table
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+FIRST = 1 << 20  # bytes by which a file is known that is not read as a whole
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
@@ -28,13 +29,7 @@ def format_suffix(path: Path) -> str:
 def read_file(path: Path) -> Table:
     """Reads a .jsonl, .json, .csv, .tsv or .parquet file, or one of these compressed by gzip, bzip2 or xz,
     without network. Raises DataError."""
-    suffix = format_suffix(path)
-    if suffix not in SUFFIXES:
-        raise DataError(
-            f"{path}: not a {', '.join(SUFFIXES)} file, nor one of these with {', '.join(OPENERS)}"
-        )
-    if not os.path.isfile(path):
-        raise DataError(f"{path}: no such file")
+    suffix = checked_suffix(path)
     if suffix == ".parquet":
         return _read_parquet(path)
     text = _read_text(path)
@@ -45,10 +40,44 @@ def read_file(path: Path) -> Table:
     return _read_json(path, text)
 
 
-def _read_bytes(path: Path) -> bytes:
+def checked_suffix(path: Path) -> str:
+    """Returns a file's `format_suffix`. Raises DataError: it is of none that is known, or not there."""
+    suffix = format_suffix(path)
+    if suffix not in SUFFIXES:
+        raise DataError(
+            f"{path}: not a {', '.join(SUFFIXES)} file, nor one of these with {', '.join(OPENERS)}"
+        )
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: no such file")
+    return suffix
+
+
+def first_text(path: Path) -> str:
+    """Returns how a text file begins. Raises DataError: it cannot be read."""
+    return _read_bytes(path, FIRST).decode("utf-8-sig", errors="ignore")
+
+
+def refuse_not_utf8(path: Path, error: BaseException) -> None:
+    """Raises DataError, which names the line, if an error or what it comes from is of a file's encoding."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, UnicodeDecodeError):
+        found = found.__cause__ or found.__context__
+    if found is None:
+        return
+    with OPENERS.get(path.suffix, open)(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                raise DataError(
+                    f"{path}, line {number}: not UTF-8; save the file as UTF-8"
+                ) from None
+
+
+def _read_bytes(path: Path, most: int = -1) -> bytes:
     try:
         with OPENERS.get(path.suffix, open)(path, "rb") as file:
-            return bytes(file.read())
+            return bytes(file.read(most))
     except (OSError, EOFError, lzma.LZMAError) as error:  # gzip's and bz2's own are OSErrors, too
         said = getattr(error, "strerror", None) or one_line(error)
         raise DataError(f"{path}: cannot be read: {said}") from None
@@ -73,24 +102,34 @@ def _read_json(path: Path, text: str) -> Table:
     """Reads the rows of a JSON array, or of JSON lines. `datasets` would have pyarrow guess types, which
     makes dates of texts like 2024-05-01, and over a line that is `null` ends the process."""
     whole = text.lstrip().startswith("[")
-    rows: list[Any] = []
-    for number, piece in enumerate([text] if whole else text.split("\n"), 1):
-        if not piece.strip():
-            continue
-        try:
-            found = json.loads(piece)
-        except json.JSONDecodeError as error:
-            line = number + error.lineno - 1 if whole else number
-            raise DataError(f"{path}, line {line}: not valid JSON: {error.msg}") from None
-        except (ValueError, RecursionError):
-            raise DataError(
-                f"{path}, line {number}: a number has too many digits, or lists are nested too deep"
-            ) from None
-        if not whole and not isinstance(found, dict):
-            raise DataError(f"{path}, line {number}: not a JSON object")
-        rows += found if whole else [found]
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, row {number}: not a JSON object")
+    if not whole:
+        pieces = enumerate(text.split("\n"), 1)
+        rows = [json_row(path, number, piece) for number, piece in pieces if piece.strip()]
+    else:
+        rows = _parsed(path, 1, text, whole)
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, row {number}: not a JSON object")
     columns = list(dict.fromkeys(column for row in rows for column in row))
     return Table(str(path), columns, [{c: row.get(c) for c in columns} for row in rows])
+
+
+def json_row(path: Path, number: int, line: str) -> dict[str, Any]:
+    """Returns the row in a line of JSON. Raises DataError: it is none; names the line."""
+    found = _parsed(path, number, line, whole=False)
+    if not isinstance(found, dict):
+        raise DataError(f"{path}, line {number}: not a JSON object")
+    return found
+
+
+def _parsed(path: Path, number: int, text: str, whole: bool) -> Any:
+    """Parses JSON that begins at a line: the file as a `whole`, or the line."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = number + error.lineno - 1 if whole else number
+        raise DataError(f"{path}, line {line}: not valid JSON: {error.msg}") from None
+    except (ValueError, RecursionError):
+        raise DataError(
+            f"{path}, line {number}: a number has too many digits, or lists are nested too deep"
+        ) from None

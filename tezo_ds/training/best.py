@@ -11,10 +11,9 @@ from torch import Tensor
 from tezo_ds.config import TezoConfig
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError
+from tezo_ds.run.folder import TEST
 from tezo_ds.settings import RunOptions, Settings
 from tezo_ds.tasks.metrics import NONE
-
-FIELDS = {"loss": "test_loss", "accuracy": "test_accuracy", "metric": "test_metric"}
 
 
 def refuse_unfit(options: RunOptions, settings: Settings, config: TezoConfig) -> None:
@@ -47,9 +46,13 @@ class Best:
         options: say what is better, what to keep and how long to wait.
         rebuild: (engine, steps): brings an engine to where the run was after so many steps, of those that
             earlier processes made.
+        part: part of the examples that decides.
     """
 
-    def __init__(self, options: RunOptions, rebuild: Callable[[Engine, int], None]) -> None:
+    def __init__(
+        self, options: RunOptions, rebuild: Callable[[Engine, int], None], part: str = TEST
+    ) -> None:
+        self._part = part
         self._by, self._patience = options.best_by, options.patience
         self._keeps, self._rebuild = options.keep == "best", rebuild
         self.step: int | None = None
@@ -73,7 +76,7 @@ class Best:
         Raises:
             ConfigError: it has not measured what decides.
         """
-        value = line.get(FIELDS[self._by])
+        value = line.get(f"{self._part}_{self._by}")
         if value is None:
             raise ConfigError(
                 f"--best-by {self._by}: evaluations of this task measure no {self._by}; use --best-by loss"

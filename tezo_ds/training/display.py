@@ -26,6 +26,7 @@ from tezo_ds.run.folder import COEFFICIENTS, JOURNAL
 from tezo_ds.tasks import TaskData
 from tezo_ds.tasks.encoded import Encoded, losses_of_labels, truncations
 from tezo_ds.tasks.evaluation import Score
+from tezo_ds.tasks.lazy import LazyEncoded
 
 WINDOW = 20  # steps that shown figures are medians of
 ANSWER = 80  # characters of a generated answer that are shown
@@ -84,15 +85,23 @@ class Display:
 
     def data(self, task: TaskData, encoded: Sequence[Encoded], max_length: int) -> None:
         """Prints how many examples there are, and how many were left out or cut."""
+        apart = f", {len(task.validation)} validation" if task.validation else ""
         self.note(
-            f"{task.spec.name}: {len(task.train)} training and {len(task.test)} test examples"
+            f"{task.spec.name}: {len(task.train)} training{apart} and {len(task.test)} test examples"
         )
         if task.note:
             self.note(task.note)
         if task.duplicates or task.leaked:
+            what = "test or validation" if task.validation else "test"
             self.note(
-                f"left out: {task.duplicates} repeats, {task.leaked} that are test prompts too"
+                f"left out: {task.duplicates} repeats, {task.leaked} that are {what} prompts too"
             )
+        if isinstance(encoded, LazyEncoded):
+            self.note(
+                "streaming: examples are tokenised when a step takes them; what is cut, or has no embedding, "
+                "is found then"
+            )
+            return
         if truncated := truncations(encoded):
             self.note(f"{truncated} training prompts cut to {max_length} tokens; see --max-length")
         if lost := losses_of_labels(encoded):
@@ -118,6 +127,7 @@ class Display:
         elif "test_loss_after" in summary:
             losses = f"{summary['test_loss_before']:.4f} → {summary['test_loss_after']:.4f}"
             table.add_row("test loss", losses)
+        self._validated(table, summary)
         if None not in (summary.get("metric_before"), summary.get("metric_after")):
             values = f"{summary['metric_before']:.3f} → {summary['metric_after']:.3f}"
             table.add_row(str(summary["metric"]), values)
@@ -126,6 +136,11 @@ class Display:
             table.add_row("steps", f"{steps}, of them {steps - begun_at} now, in {seconds}")
         else:
             table.add_row("steps", f"{steps} in {seconds}")
+        if (share := summary.get("padding_share")) is not None:
+            table.add_row("padding", f"{share:.1%} of the tokens of training batches")
+        if "cut_prompts" in summary:  # of examples that were not looked at before
+            prompts, answers = summary["cut_prompts"], summary["cut_answers"]
+            table.add_row("cut", f"{prompts} prompts, {answers} answers; see --max-length")
         if "adapter" in summary:
             table.add_row("no adapter", summary["adapter"])
         if "merged_model" not in summary and not (folder / COEFFICIENTS).exists():
@@ -136,6 +151,15 @@ class Display:
         if "adapter_warning" in summary:
             self.note(f"  warning            the adapter: {summary['adapter_warning']}")
         self.note(f"  run folder         {folder}")
+
+    def _validated(self, table: Table, summary: dict[str, Any]) -> None:
+        """Adds what the validation examples were scored, where there are any."""
+        name = "accuracy" if summary.get("validation_accuracy_after") is not None else "loss"
+        before, after = (summary.get(f"validation_{name}_{when}") for when in ("before", "after"))
+        if before is not None and after is not None:
+            form = "{:.1%} → {:.1%}" if name == "accuracy" else "{:.4f} → {:.4f}"
+            count = summary["validation_examples"]
+            table.add_row(f"validation {name}", f"{form.format(before, after)}, {count} examples")
 
     def note(self, text: str) -> None:
         """Prints one line, however long."""
@@ -192,13 +216,16 @@ class Display:
             task = bar.add_task(label, total=1.0)
             yield lambda fraction: bar.update(task, completed=fraction)
 
-    def score(self, step: int, score: Score, when: str | None = None, metric: str = "") -> None:
-        """Prints the result of an evaluation, after so many steps or `when`, and how answers begin."""
+    def score(
+        self, step: int, score: Score, when: str | None = None, metric: str = "", part: str = "test"
+    ) -> None:
+        """Prints the result of an evaluation of one part's examples, after so many steps or `when`, and how
+        answers begin."""
         accuracy = "" if score.accuracy is None else f"accuracy {score.accuracy:.1%}, "
         if score.metric is not None:
             accuracy += f"{metric} {score.metric:.3f}, "
         self.note(
-            f"{when or f'after {step} steps'}: {accuracy}loss {score.loss:.4f} on {score.examples} test "
+            f"{when or f'after {step} steps'}: {accuracy}loss {score.loss:.4f} on {score.examples} {part} "
             "examples"
         )
         for answer in score.answers:

@@ -20,6 +20,7 @@ from tezo_ds.probing_layers.names import bands_of
 from tezo_ds.probing_layers.report import Found
 from tezo_ds.tasks.batches import batch_indices, rounds
 from tezo_ds.tasks.encoded import Encoded, collate
+from tezo_ds.tasks.lazy import pick
 from tezo_ds.training.display import Display
 from tezo_ds.training.session import Session
 
@@ -110,7 +111,7 @@ def _batches(
     first = n * rank // world
     for index in range(rounds(n, size, world)):
         part = mine[index * size : (index + 1) * size]
-        batch = collate([examples[i] for i in part], session.pad_id, filler=examples[0])
+        batch = collate(pick(examples, part), session.pad_id, filler=examples[0])
         yield batch, first + index * size
 
 

@@ -9,8 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tezo_ds.engine.engine import Engine
@@ -36,18 +34,17 @@ from tezo_ds.run.folder import (
 from tezo_ds.run.resuming import snapshot
 from tezo_ds.settings import RunOptions
 from tezo_ds.tasks.baselines import majority_accuracy
-from tezo_ds.tasks.batches import batch_indices, lane_indices
-from tezo_ds.tasks.encoded import Encoded, collate
-from tezo_ds.tasks.evaluation import Stopped
+from tezo_ds.tasks.encoded import Encoded
 from tezo_ds.training.best import Best
 from tezo_ds.training.display import Display
 from tezo_ds.training.divergence import Divergence
+from tezo_ds.training.evaluations import Evaluations, Scores
 from tezo_ds.training.interrupts import Interrupted, deaf, turned_into_exceptions
 from tezo_ds.training.liveness import Liveness
 from tezo_ds.training.output_layer import OutputLayerFits
 from tezo_ds.training.session import Session
+from tezo_ds.training.step_batches import Padding, StepBatches
 from tezo_ds.training.trunk_caches import open_caches
-from tezo_ds.trunk.trunk import EXAMPLE_IDS
 
 REPLAYED = f"the steps so far from {JOURNAL} in the run folder"
 
@@ -58,8 +55,8 @@ def train(
     examples: Sequence[Encoded],
     folder: RunFolder | None,
     display: Display,
-    scores: Mapping[int | str, Mapping[str, Any]] | None = None,
-    losses: Sequence[float | None] = (),
+    scores: Scores | None = None,
+    made: Sequence[Mapping[str, Any]] = (),
     base: str | None = None,
     fitted: int | None = None,
     fit: dict[str, Any] | None = None,
@@ -73,8 +70,8 @@ def train(
     run in the same way after the step that all are in, without its last evaluation.
 
     Args:
-        scores: lines of a resumed run's evaluations, by the steps before them.
-        losses: losses of a resumed run's steps.
+        scores: lines of a resumed run's evaluations, by part and by the steps before them.
+        made: lines of the journal of a resumed run's steps.
         base: fingerprint of the base model's weights.
         fitted: steps before the fit of the output layer that a resumed run goes on with.
         fit: what is known of that fit.
@@ -86,9 +83,11 @@ def train(
     Raises:
         TezoError: the engine's errors. Interrupted: a signal came.
     """
-    divergence = Divergence(losses, options.stop_on_divergence)
-    training = _Training(session, options, examples, folder, display, scores or {}, divergence)
-    training.base, training.best = base, best
+    divergence = Divergence([line["loss"] for line in made], options.stop_on_divergence)
+    evaluations = Evaluations(session, options, folder, display, scores or {}, best)
+    training = _Training(session, options, examples, folder, display, divergence, evaluations)
+    training.count_padding(made)
+    training.base = base
     training.fits.go_on(fitted, fit)
     return training.run()
 
@@ -98,21 +97,20 @@ class _Training:
 
     def __init__(
         self, session: Session, options: RunOptions, examples: Sequence[Encoded], folder: RunFolder | None,
-        display: Display, scores: Mapping[int | str, Mapping[str, Any]], divergence: Divergence,
+        display: Display, divergence: Divergence, evaluations: Evaluations,
     ) -> None:  # fmt: skip
         self._session, self._options, self._examples = session, options, examples
-        self._folder, self._display, self._scored = folder, display, scores
-        self._engine, self._divergence = session.engine, divergence
+        self._folder, self._display = folder, display
+        self._engine, self._divergence, self._evaluations = session.engine, divergence, evaluations
         engine = session.engine
-        self._evaluator = session.evaluator()
         self.base: str | None = None
-        self.best: Best | None = None
+        self._batch = StepBatches(session, examples, options.batch_size)
+        self._padding = Padding()
         self.fits = OutputLayerFits(session, examples, folder, display, options.batch_size)
         # Without a token to pad with, unlike the session's. Here, as rank 0 alone writes the adapter.
         asked = session.settings
         self._tokenizer = load_tokenizer(asked.model, pad=False, trust=asked.trust_remote_code)
         self._logged = self._state
-        self._last: int | None = None  # step made, where the engine went back to an earlier one
         self._summary: dict[str, Any] = {
             "status": "running", "model": session.settings.model, "task": session.task.spec.name,
             "method": engine.config.method, "probe": engine.probe.name,
@@ -136,6 +134,15 @@ class _Training:
         """Returns whether a step has changed the engine and is not in the journal yet; both have to agree."""
         return self._state != self._logged
 
+    def count_padding(self, made: Sequence[Mapping[str, Any]]) -> None:
+        """Counts the padding of steps that earlier processes made; what older code has not noted is as it
+        would be on these ranks."""
+        if self._folder is not None:
+            for line in made:
+                known = line.get("padding")
+                if known or not self._batch.lazy:
+                    self._padding.add(known or self._batch.tokens(line["step"]))
+
     def run(self) -> dict[str, Any]:
         """Trains, and returns the summary."""
         summary, start = self._summary, time.perf_counter()
@@ -149,12 +156,14 @@ class _Training:
                 self._before(alive)
                 trained = time.perf_counter()
                 with self._display.steps(self._options.steps):
-                    for report in () if self._stopping or self._enough else self._steps(alive):
+                    for report in (
+                        () if self._stopping or self._evaluations.enough else self._steps(alive)
+                    ):
                         self._log(report)
                         raise_waiting()
                         if not self._stopping:
                             self._between(report.step + 1, alive)
-                        if self._stopping or self._enough:
+                        if self._stopping or self._evaluations.enough:
                             break
                 alive.at("the end of the run")
                 self._engine.check()
@@ -176,30 +185,31 @@ class _Training:
             seconds = round(time.perf_counter() - start, 2)
             if self.fits.found is not None:
                 summary["output_layer"] = self.fits.found
-            summary |= {"steps": self._last or self._engine.step_index, "seconds": seconds}
+            steps = self._evaluations.last or self._engine.step_index
+            summary |= {**self._evaluations.found, "steps": steps, "seconds": seconds}
+            if (share := self._padding.share) is not None:
+                summary["padding_share"] = share
+            if any(self._batch.cut):
+                summary["cut_prompts"], summary["cut_answers"] = self._batch.cut
             self._leave()
         return summary
 
     def _before(self, alive: Liveness) -> None:
         """Makes the evaluations that are missing: before all steps, and one that a kill has cut short."""
-        for step in sorted(step for step in self._scored if isinstance(step, int)):
-            self._see(step, self._scored[step], earlier=True)
+        evaluations, done = self._evaluations, self._engine.step_index
+        evaluations.recall()
         self._know_trunk()
-        if self._evaluator is not None and self._evaluator.loss_alone:
-            self._display.note(self._evaluator.loss_alone)
-        if 0 in self._scored:
-            self._summary |= _scores("before", self._scored[0])
-        else:
-            with self._engine.output_layer.off():  # which a killed run may have left
-                self._evaluate("before")
-        done = self._engine.step_index
+        for evaluator in evaluations.evaluators.values():
+            if evaluator.loss_alone:
+                self._display.note(evaluator.loss_alone)
+                break
+        if self._folder is not None and (told := self._batch.told(self._options.steps)):
+            self._display.note(told)
+        evaluations.before()
         self._fit(alive)
-        if "output_layer" in self._scored:
-            self._summary |= _scores("output_layer", self._scored["output_layer"])
-        elif not done and self.fits.found is not None:
-            self._evaluate("output_layer")
-        if self._due(done) and done not in self._scored:
-            self._evaluate(None)
+        evaluations.fitted(not done and self.fits.found is not None)
+        if evaluations.due(done):
+            evaluations.between(done)
 
     def _fit(self, alive: Liveness) -> None:
         """Fits the output layer if that is due after the steps so far."""
@@ -218,7 +228,11 @@ class _Training:
         if trunk.found is not None:
             self._display.note(f"trunk: {trunk}")
         takes = open_caches(
-            engine, self._examples, self._evaluator, self.base, self._options.output
+            engine,
+            self._examples,
+            self._evaluations.evaluators,
+            self.base,
+            self._options.output,
         )
         if not takes:
             return
@@ -234,20 +248,6 @@ class _Training:
                     if progress is not None:
                         progress((step + 1) / again)
 
-    def _batch(self, step: int) -> dict[str, Tensor]:
-        """Returns this rank's examples of a step, which with a trunk cache always come to the same rank."""
-        engine, sharding = self._engine, self._engine.sharding
-        cached = engine.config.trunk_cache != "off"
-        chosen = (lane_indices if cached else batch_indices)(
-            len(self._examples), self._options.batch_size, step, engine.config.seed, sharding.rank,
-            sharding.world_size,
-        )  # fmt: skip
-        batch = [self._examples[i] for i in chosen]
-        collated = collate(batch, self._session.pad_id, filler=self._examples[0])
-        if cached:
-            collated[EXAMPLE_IDS] = torch.tensor(chosen or [0])
-        return collated
-
     def _steps(self, alive: Liveness) -> Iterator[StepReport]:
         for step in range(self._engine.step_index, self._options.steps):
             alive.at(f"the batch of step {step}")
@@ -258,8 +258,12 @@ class _Training:
     def _log(self, report: StepReport) -> None:
         """Logs a step, which counts with its line in the journal."""
         engine, every = self._engine, self._engine.config.check_every
+        tokens: Sequence[int] = ()
+        if self._folder is not None or self._batch.lazy:
+            tokens = self._batch.tokens(report.step)
+            self._padding.add(tokens)
         if self._folder is not None:
-            more: dict[str, Any] = dict(self.fits.field(report.step))
+            more: dict[str, Any] = {**self.fits.field(report.step), "padding": tokens}
             if every and engine.step_index % every == 0:
                 more["state"] = digest(engine.state())
             if engine.run_state.cost is not None:
@@ -279,21 +283,14 @@ class _Training:
             alive.at(f"the snapshot after {done} steps")
             snapshot(self._engine, options.output, self._folder, options.snapshots)
         self._fit(alive)
-        if self._due(done):
+        if self._evaluations.due(done):
             alive.at(f"the evaluation after {done} steps")
-            self._evaluate(None)
-
-    def _due(self, done: int) -> bool:
-        """Returns whether an evaluation follows `done` steps, other than those before and after all steps."""
-        every = self._options.eval_every
-        return every > 0 and done % every == 0 and 0 < done < self._options.steps
+            self._evaluations.between(done)
 
     def _after(self) -> None:
         """Ends the run after its last step: evaluates and saves the model, or notes a stop."""
         if not self._stopping:
-            self._evaluate("after")
-        if not self._stopping:
-            self._keep_best()
+            self._evaluations.after()
         if self._stopping:
             self._display.note(
                 f"stopped by SIGTERM after step {self._engine.step_index}; the same command goes on from "
@@ -306,68 +303,11 @@ class _Training:
             self._summary["merged_model"] = MODEL
         self._summary["status"] = "finished"
 
-    @property
-    def _enough(self) -> bool:
-        """Whether the run ends here, as nothing better has come for long."""
-        return self.best is not None and self.best.over
-
-    def _see(self, step: int, line: Mapping[str, Any], earlier: bool = False) -> None:
-        if self.best is not None and self._evaluator is not None:
-            self.best.see(step, line, None if earlier else self._engine)
-
-    def _keep_best(self) -> None:
-        """Makes the best evaluation's coefficients the result, if that was asked for."""
-        best, last = self.best, self._engine.step_index
-        if best is None or self._evaluator is None:
-            return
-        if self._enough:
-            self._display.note(
-                f"ended after {last} steps: no evaluation was better than that after {best.step}"
-            )
-        if best.give(self._engine):
-            self._last = last
-            self._summary |= _scores("after", best.line) | {"kept_step": best.step}
-            self._display.note(
-                f"kept: the coefficients after {best.step} of {last} steps, the best evaluation's"
-            )
-
     def _save_model(self, path: Path) -> None:
         warning = not_in_merged(self._engine)
         card = model_card(path.parent, self._engine.step_index, adapter=False, warning=warning)
         with self._display.evaluation(f"writing {path}") as progress:
             save_merged(self._engine, path, self._tokenizer, progress=progress, card=card)
-
-    def _evaluate(self, when: str | None) -> None:
-        evaluator, step = self._evaluator, self._engine.step_index
-        if evaluator is None:
-            return
-        fit = when == "output_layer"
-        label = f"evaluating {evaluator.examples} test examples"
-        try:
-            with self._display.evaluation(label) as progress:
-                score = evaluator(progress, lambda: self._engine.measuring.asked)
-        except Stopped:
-            self._engine.run_state.stopping = True
-            return
-        if self._folder is not None:
-            after = when if fit else None
-            self._folder.log_score(
-                step, score.accuracy, score.loss, score.examples, after, score.metric
-            )
-        name = self._session.settings.metric
-        self._display.score(step, score, "with the output layer fitted" if fit else None, name)
-        line = {
-            "test_accuracy": score.accuracy,
-            "test_loss": score.loss,
-            "test_examples": score.examples,
-        }
-        line |= {} if score.metric is None else {"test_metric": score.metric}
-        if not fit:
-            self._see(step, line)
-        if when is not None:
-            self._summary |= _scores(when, line)
-            if score.metric is not None:
-                self._summary["metric"] = name
 
     def _leave(self) -> None:
         """Writes what there is on rank 0, whatever ended the run, whose own error is the one to show."""
@@ -383,15 +323,6 @@ class _Training:
                 if self._summary["status"] in ("finished", "stopped"):
                     raise
                 self._display.note(str(error))
-
-
-def _scores(when: str, line: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns fields of the summary, from an evaluation's line in metrics.jsonl."""
-    more = {f"metric_{when}": line["test_metric"]} if "test_metric" in line else {}
-    return {
-        f"accuracy_{when}": line["test_accuracy"], f"test_loss_{when}": line["test_loss"],
-        "test_examples": line["test_examples"], **more,
-    }  # fmt: skip
 
 
 def _write_results(

@@ -25,6 +25,7 @@ from tezo_ds.run.folder import RunFolder
 from tezo_ds.run.terms import save_term
 from tezo_ds.tasks.batches import batch_indices, lane_places, shard_range
 from tezo_ds.tasks.encoded import Encoded, collate, labels_of
+from tezo_ds.tasks.lazy import pick
 from tezo_ds.training.display import Display
 from tezo_ds.training.session import Session
 from tezo_ds.trunk.trunk import EXAMPLE_IDS
@@ -215,7 +216,7 @@ class OutputLayerFits:
             places = mine[start : start + size]
             chosen = [order[place] for place in places]
             batch = collate(
-                [self._examples[i] for i in chosen], self._session.pad_id, filler=self._examples[0]
+                pick(self._examples, chosen), self._session.pad_id, filler=self._examples[0]
             )
             if cached:
                 batch[EXAMPLE_IDS] = torch.tensor(chosen or [0])

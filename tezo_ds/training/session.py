@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,18 @@ from tezo_ds.intake.tokens import check_ids, embedding_rows, padding_id
 from tezo_ds.intake.words import check_words
 from tezo_ds.models.loading import load_model, load_tokenizer
 from tezo_ds.run.about import read_run, sharded_as
+from tezo_ds.run.folder import TEST, VALIDATION
 from tezo_ds.run.results import Result, read_result
 from tezo_ds.settings import TIMEOUT, Settings
 from tezo_ds.sharding import Sharding, sharding_of
 from tezo_ds.sharding.world import join_world
-from tezo_ds.tasks import TaskData, first_tokens, load_task, shard_range
+from tezo_ds.tasks import Encoded, Example, TaskData, encode, shard_range
 from tezo_ds.tasks.encoding import mask_token
 from tezo_ds.tasks.evaluation import Evaluator
 from tezo_ds.tasks.generation import Generated, Generator, asked
+from tezo_ds.tasks.lazy import LazyEncoded, LazyExamples
 from tezo_ds.tasks.metrics import NONE, metric_of
-from tezo_ds.tasks.sources import Hub
+from tezo_ds.training.examples import choices, load_asked
 
 
 @dataclass
@@ -60,6 +62,14 @@ class Session:
         """The token that a masked model gets in the answer's place; None for a causal model."""
         return mask_token(self.engine.sharding.module, self.tokenizer)
 
+    def encoded(self) -> Sequence[Encoded]:
+        """Returns the training examples as token ids; with streaming, once a step takes them."""
+        train, length = self.task.train, self.settings.max_length
+        if isinstance(train, LazyExamples):
+            rows = embedding_rows(self.engine.sharding.module)
+            return LazyEncoded(train, self.tokenizer, length, self.mask_token, rows)
+        return encode(self.tokenizer, train, length, self.mask_token)
+
     def train_only(self, ranks: Mapping[str, int], config: TezoConfig) -> None:
         """Replaces the engine by one that trains just these matrices, each with its rank. All ranks must call
         this, before the first step."""
@@ -70,29 +80,29 @@ class Session:
         self.engine.objective.choices = choices
         self.engine.output_layer.load(term)
 
-    def evaluator(self) -> Evaluator | None:
-        """Returns an evaluator of the test examples; None where there are none."""
-        if not self.task.test:
+    def evaluator(self, part: str = TEST) -> Evaluator | None:
+        """Returns an evaluator of the test or the validation examples; None where there are none."""
+        examples, s = self.task.validation if part == VALIDATION else self.task.test, self.settings
+        if not examples:
             return None
-        s = self.settings
         evaluator = Evaluator(
             self.engine,
             self.tokenizer,
             self.task.spec,
-            self.task.test,
+            examples,
             s.eval_batch_size,
             s.max_length,
             self.pad_id,
         )
         if s.metric != NONE:
-            evaluator.generated = self._generated()
+            evaluator.generated = self._generated(examples)
         return evaluator
 
-    def _generated(self) -> Generated:
-        """Returns what measures generated answers to this rank's test examples."""
-        s, sharding, tests = self.settings, self.engine.sharding, self.task.test
-        share = shard_range(len(tests), sharding.rank, sharding.world_size)
-        mine = tests[share.start : share.stop]
+    def _generated(self, examples: Sequence[Example]) -> Generated:
+        """Returns what measures generated answers to this rank's share of examples."""
+        s, sharding = self.settings, self.engine.sharding
+        share = shard_range(len(examples), sharding.rank, sharding.world_size)
+        mine = examples[share.start : share.stop]
         prompts, right = asked(self.tokenizer, mine, s.max_length, s.max_new_tokens)
         generator = Generator(
             self.engine, self.tokenizer, self.pad_id, s.max_new_tokens, s.stop, s.eval_batch_size
@@ -120,15 +130,7 @@ def open_session(
         TezoError: one line that says what to change.
     """
     s = settings
-    task = load_task(
-        s.task, data=s.data, dataset=s.dataset,
-        hub=Hub(s.dataset_config, s.dataset_revision, s.train_split, s.test_split),
-        test_data=s.test_data, template=s.template, verbalizers=s.verbalizers, label_field=s.label_field,
-        choices_field=s.choices_field,
-        text_field=s.text_field, prompt_field=s.prompt_field, completion_field=s.completion_field,
-        messages_field=s.messages_field, loss_on=s.loss_on, test_fraction=s.test_fraction,
-        train_examples=s.train_examples, test_examples=s.test_examples, shots=s.shots, seed=s.data_seed,
-    )  # fmt: skip
+    task = load_asked(s)
     refuse_adapter(s.model)
     tokenizer = load_tokenizer(s.model, trust=s.trust_remote_code)
     check_words(tokenizer, task)
@@ -138,11 +140,13 @@ def open_session(
     engine = _open_engine(s, config, deepspeed_config, ranks)
     words = None
     if s.objective == "choices":
-        words = engine.objective.choices = _choices(tokenizer, task)
+        words = engine.objective.choices = choices(tokenizer, task)
     model = engine.sharding.module
     s = s.model_copy(update={"max_length": fitting_length(model, s.max_length)})
-    rows, train = embedding_rows(model), task.train if batch_size else []
-    check_ids(tokenizer, rows, task.spec, train, task.test, s.max_length)
+    rows = embedding_rows(model)
+    known = [] if s.streaming or not batch_size else task.train  # others when a step takes them
+    judged = [*task.test, *task.validation]
+    check_ids(tokenizer, rows, task.spec, known, judged, s.max_length)
     refuse_seen_answers(engine, tokenizer, task.train[0].prompt)
     return Session(s, engine, tokenizer, task, padding_id(tokenizer, rows), words)
 
@@ -228,29 +232,6 @@ def open_result(
     result, base_model = read_result(folder, config, on_base), settings.model
     settings.model = str(result.model or base_model)
     return Finished(settings, config, result, base_model, source)
-
-
-def _choices(tokenizer: PreTrainedTokenizerBase, task: TaskData) -> Tensor:
-    """Returns the token of each verbaliser's word, which --objective choices needs.
-
-    Raises:
-        ConfigError: one token does not tell the words apart.
-    """
-    words = list((task.spec.verbalizers or {}).values())
-    if not words:
-        raise ConfigError(
-            "--objective choices needs label words, and this data has none; leave it out, or give a template "
-            "and a label column"
-        )
-    prompts = [example.prompt for example in [*task.train, *task.test]]
-    tokens = first_tokens(tokenizer, words, prompts) if words else None
-    if tokens is None:
-        shown = f"{words}" if len(words) <= 10 else f"the {len(words)} words {words[:3]} …"
-        raise ConfigError(
-            f"--objective choices needs words of one token each, all different; {shown} are not for this "
-            "tokenizer: choose others, or use --objective lm"
-        )
-    return torch.tensor(tokens)
 
 
 def resolve_config(

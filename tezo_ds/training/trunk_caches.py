@@ -1,4 +1,4 @@
-"""A run's caches of hidden states: of its training and of its test examples, as the config has them."""
+"""A run's caches of hidden states: of its training examples and of those that evaluations score."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ KEY = "key.json"
 
 
 def open_caches(
-    engine: Engine, examples: Sequence[Encoded], evaluator: Evaluator | None, base: str | None,
+    engine: Engine, examples: Sequence[Encoded], evaluators: Mapping[str, Evaluator], base: str | None,
     output: Path,
 ) -> str:  # fmt: skip
-    """Gives an engine and an evaluator caches of their own, and returns what they will take, in a line.
+    """Gives an engine and its evaluators caches of their own, and returns what they will take, in a line.
 
     Returns "" where the config wants none. All ranks must call this, after `Engine.settle`.
 
     Args:
         engine: knows its trunk.
         examples: training examples.
-        evaluator: scores the test examples; None: there are none.
+        evaluators: those of the test examples and others, by the name of their part.
         base: fingerprint of the base model's weights.
         output: the run's folder.
 
@@ -42,11 +42,11 @@ def open_caches(
     if config.trunk_cache == "off" or trunk is None or trunk.found is None:
         return ""
     budget, sharding = budget_of(config), engine.sharding
-    tests = [] if evaluator is None else evaluator.encoded
+    judged = [each for evaluator in evaluators.values() for each in evaluator.encoded]
     caches: list[Cache]
     if config.trunk_cache == "memory":
         pinned = sharding.device.type != "cpu"
-        caches = [MemoryCache(budget, pinned), MemoryCache(budget, pinned)]
+        caches = [MemoryCache(budget, pinned) for _ in ("train", *evaluators)]
     else:
         key = {
             "base": base, "dtype": str(trunk.found.dtype), "first block": trunk.found.first,
@@ -58,13 +58,13 @@ def open_caches(
             folder.mkdir(parents=True, exist_ok=True)  # on this node, too
             _check_key(folder, key)
             caches = [
-                DiskCache(budget, folder / part, sharding.place) for part in ("train", "test")
+                DiskCache(budget, folder / part, sharding.place) for part in ("train", *evaluators)
             ]
     trunk.cache = caches[0]
-    if evaluator is not None:
-        evaluator.cache = caches[1]
+    for evaluator, cache in zip(evaluators.values(), caches[1:], strict=True):
+        evaluator.cache = cache
     share = sum(len(e.input_ids) for e in examples) / sharding.world_size
-    tokens = share + sum(len(e.input_ids) for e in tests)
+    tokens = share + sum(len(e.input_ids) for e in judged)
     each = trunk.found.width * trunk.found.dtype.itemsize
     most = "" if config.trunk_cache_gib is None else f", at most {config.trunk_cache_gib:g} GiB"
     return (

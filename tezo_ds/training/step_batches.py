@@ -1,0 +1,137 @@
+"""Batches of a run's steps: which examples, collated, and how much of them is padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tezo_ds.config import TezoConfig
+from tezo_ds.errors import ConfigError
+from tezo_ds.settings import Settings
+from tezo_ds.tasks.batches import Order, batch_indices, by_length, lane_indices
+from tezo_ds.tasks.encoded import Encoded, collate, losses_of_labels, truncations
+from tezo_ds.tasks.lazy import LazyEncoded, pick
+from tezo_ds.training.session import Session
+from tezo_ds.trunk.trunk import EXAMPLE_IDS
+
+FIRST, MUCH = 50, 0.2  # steps that are looked at before the first, and padding that is worth a word
+Tokens = tuple[int, int]  # of batches over all ranks: padding, and all
+
+
+def refuse_unfit(settings: Settings, config: TezoConfig) -> None:
+    """Raises ConfigError if batches of like lengths, or of rows that stay on disk, are asked for that cannot
+    be."""
+    if settings.streaming and settings.group_by_length:
+        raise ConfigError(
+            "--group-by-length: needs all lengths before the first step, which --streaming does not know; "
+            "leave one of the two out"
+        )
+    if settings.streaming and config.trunk_cache != "off":
+        raise ConfigError(
+            "--streaming: trunk_cache keeps hidden states, far more than the rows; leave one of the two out"
+        )
+    if settings.group_by_length and config.trunk_cache != "off":
+        raise ConfigError(
+            "--group-by-length: with trunk_cache an example keeps its place in the batch, so that later "
+            "epochs could not be grouped; leave one of the two out"
+        )
+
+
+class StepBatches:
+    """Batches of one run, a pure function of the step and the world.
+
+    Attributes:
+        lazy: whether examples are tokenised when a step takes them.
+        cut: prompts, and answers, of which a part was cut in steps so far; counted where `lazy`.
+
+    Args:
+        session: whose engine takes them.
+        examples: the training examples.
+        batch_size: examples of a step over all ranks.
+    """
+
+    def __init__(self, session: Session, examples: Sequence[Encoded], batch_size: int) -> None:
+        self._session, self._examples, self._batch_size = session, examples, batch_size
+        config = session.engine.config
+        self._cached = config.trunk_cache != "off"
+        self.lazy, self.cut = isinstance(examples, LazyEncoded), [0, 0]
+        self._order: Order | None = None
+        if session.settings.group_by_length:
+            lengths = [len(each.input_ids) for each in examples]
+            self._order = by_length(lengths, batch_size, config.seed)
+
+    def __call__(self, step: int) -> dict[str, Tensor]:
+        """Returns this rank's examples of a step, which with a trunk cache always come to the same rank."""
+        chosen = self._indices(step, self._session.engine.sharding.rank)
+        batch = pick(self._examples, chosen)
+        collated = collate(batch, self._session.pad_id, filler=self._examples[0])
+        if self._cached:
+            collated[EXAMPLE_IDS] = torch.tensor(chosen or [0])
+        return collated
+
+    def tokens(self, step: int) -> Tokens:
+        """Returns the tokens of a step's batches over all ranks, known without asking them; where examples
+        are `lazy` each rank tells of its own, so that all must call this, after each step."""
+        sharding = self._session.engine.sharding
+        if self.lazy:
+            batch = pick(self._examples, self._indices(step, sharding.rank))
+            cut = [truncations(batch), losses_of_labels(batch)]
+            own = torch.tensor([*self._size(batch), *cut], dtype=torch.float64)
+            padding, computed, *cut = map(
+                int, sharding.all_reduce(own.to(sharding.device)).tolist()
+            )
+            self.cut = [before + now for before, now in zip(self.cut, cut, strict=True)]
+            return padding, computed
+        batches = (
+            pick(self._examples, self._indices(step, rank)) for rank in range(sharding.world_size)
+        )
+        sizes = [self._size(batch) for batch in batches]
+        return sum(size[0] for size in sizes), sum(size[1] for size in sizes)
+
+    def _size(self, batch: Sequence[Encoded]) -> Tokens:
+        lengths = [len(each.input_ids) for each in batch]
+        rows = lengths or [len(self._examples[0].input_ids)]  # a rank that has run out
+        size = len(rows) * max(rows)
+        return size - sum(lengths), size
+
+    def told(self, steps: int) -> str | None:
+        """Returns a line on the padding of the first of so many steps; None where there is little, or
+        where lengths are not known yet."""
+        if self.lazy:
+            return None
+        found = Padding()
+        for step in range(min(steps, FIRST)):
+            found.add(self.tokens(step))
+        if found.share is None or found.share < MUCH:
+            return None
+        less = (
+            ""
+            if self._cached or self._order
+            else "; --group-by-length makes batches of like lengths"
+        )
+        return f"padding: {found.share:.0%} of the tokens that the first batches compute{less}"
+
+    def _indices(self, step: int, rank: int) -> list[int]:
+        world, seed = self._session.engine.sharding.world_size, self._session.engine.config.seed
+        count, size = len(self._examples), self._batch_size
+        if self._cached:
+            return lane_indices(count, size, step, seed, rank, world)
+        return batch_indices(count, size, step, seed, rank, world, self._order)
+
+
+class Padding:
+    """Padding of all steps that a run made, also by earlier processes on as many or other ranks."""
+
+    def __init__(self) -> None:
+        self.padding = self.computed = 0
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Counts a step's `StepBatches.tokens`."""
+        self.padding, self.computed = self.padding + tokens[0], self.computed + tokens[1]
+
+    @property
+    def share(self) -> float | None:
+        """Share of the computed tokens that is padding; None before the first step."""
+        return round(self.padding / self.computed, 4) if self.computed else None
