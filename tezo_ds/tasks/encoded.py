@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tezo_ds.losses.objective import IGNORE
+from tezo_ds.losses.targets import IGNORE
 from tezo_ds.tasks.chat import Spans
 
 
