@@ -76,7 +76,6 @@ def probe_layers(
         from tezo_ds.files.text import to_json
         from tezo_ds.probing_layers.files import make_folder, write
         from tezo_ds.probing_layers.report import sentence
-        from tezo_ds.tasks import encode
         from tezo_ds.training import session
         from tezo_ds.training.display import Display, quieten
         from tezo_ds.training.layers_probe import Wanted, probe_layers, refuse_unfit
@@ -98,9 +97,7 @@ def probe_layers(
     refuse_no_fit(opened, saves=False)
     sharding = opened.engine.sharding
     display = Display(sharding.rank, sharding.world_size, log_every=1, stderr=json)
-    encoded = encode(
-        opened.tokenizer, opened.task.train, opened.settings.max_length, opened.mask_token
-    )
+    encoded = opened.encoded()
     OutputLayerFits(opened, encoded, None, display, batch_size).fit_if_due()
     found = probe_layers(
         opened, encoded, Wanted(examples, columns, together, batch_size, steps), display

@@ -45,7 +45,6 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         from tezo_ds.run import changed, resuming
         from tezo_ds.run.about import describe
         from tezo_ds.run.results import replay
-        from tezo_ds.tasks import encode
         from tezo_ds.training import best, loop, session
         from tezo_ds.training.display import Display, quieten
         from tezo_ds.training.include_auto import Choice, choose_matrices, to_measure
@@ -97,7 +96,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         refuse_unfit(opened, saves)
         initial = opened.engine.state() if options.keep == "best" else {}
         max_length = opened.settings.max_length
-        examples = encode(opened.tokenizer, opened.task.train, max_length, opened.mask_token)
+        examples = opened.encoded()
         display.data(opened.task, examples, max_length)
         choice = Choice()
         if chooses:
