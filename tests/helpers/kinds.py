@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from architectures import tiny_of
 from tiny_tokenizer import tiny_tokenizer
 from torch import nn
@@ -26,9 +27,16 @@ def tokenizer_for(name: str, texts: list[str]) -> PreTrainedTokenizerFast:
 
 def model_for(name: str, tokenizer: PreTrainedTokenizerFast, **config: Any) -> nn.Module:
     """Makes a model of a class of transformers with a tokenizer's special tokens."""
-    start = {"decoder_start_token_id": s for kind, s in STARTS.items() if name.startswith(kind)}
-    more = {"forced_eos_token_id": None} if name.startswith("Bart") else {}
-    return tiny_of(name, len(tokenizer), **{**IDS, **start, **more, **config})
+    more: dict[str, Any] = {**IDS, **config}
+    for kind, start in STARTS.items():
+        if name.startswith(kind):
+            more = {"decoder_start_token_id": start, "forced_eos_token_id": None, **more}
+    model = tiny_of(name, len(tokenizer), **more)
+    with torch.no_grad():  # large enough for outputs to depend on inputs
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3, generator=torch.manual_seed(parameter.numel()))
+    return model
 
 
 def save_kind(folder: Path, name: str, texts: list[str], **config: Any) -> Path:

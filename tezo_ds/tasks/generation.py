@@ -32,7 +32,7 @@ class Generator:
     Args:
         engine: the model at its coefficients.
         tokenizer: the model's.
-        pad_id: token that pads prompts on the left, masked out.
+        pad_id: token that pads prompts, on the left or before an encoder on the right, masked out.
         most: tokens that are generated, at most.
         stop: texts that end an answer, besides EOS; they and what follows are cut away.
         batch_size: prompts at a time.
@@ -89,8 +89,9 @@ class Generator:
         ids = torch.full((len(prompts), longest), self._pad, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
+            first = longest - len(prompt) if self._start is None else 0  # encoders count from there
+            ids[row, first : first + len(prompt)] = torch.tensor(prompt)
+            mask[row, first : first + len(prompt)] = 1
         more: dict[str, Any] = {}
         if self._stop:
             more = {"stop_strings": self._stop, "tokenizer": self._tokenizer}
