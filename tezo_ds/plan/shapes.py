@@ -92,8 +92,8 @@ def skeleton(model: str, dtype: str, trust: bool = False) -> nn.Module:
     module = load_skeleton(str(folder), dtype, trust)
     if is_encoder_decoder(module) or is_classifier(module):
         raise ConfigError(
-            f"--model {model}: {type(module).__name__} is no model of one stack of blocks and words, which the "
-            "plan is of; run a few steps instead, or name such a model of its size"
+            f"--model {model}: {type(module).__name__} is no model of one stack of blocks and words, which "
+            "plans are of; run a few steps instead, or name such a model of its size"
         )
     return module
 
