@@ -48,6 +48,14 @@ def classes(labels: Tensor) -> Tensor:
     return torch.arange(len(labels)) % 4
 
 
+def with_a_shift_of_its_own() -> nn.Module:
+    """Makes a model whose forward shifts labels otherwise than it says."""
+    model: Any = tiny_of("T5ForConditionalGeneration", 61)
+    model.prepare_decoder_input_ids_from_labels = lambda labels: labels.clamp(min=0)
+    wrong: nn.Module = model
+    return wrong
+
+
 def regression() -> nn.Module:
     return tiny_of("BertForSequenceClassification", 61, problem_type="regression")
 
@@ -114,6 +122,7 @@ P_TUNING = peft.PromptEncoderConfig(
     ("make", "labels", "telling"),
     [
         (lambda: tiny_of("XLNetLMHeadModel", 61), None, "its own loss is"),
+        (lambda: with_a_shift_of_its_own(), None, "T5ForConditionalGeneration: its own loss is"),
         (lambda: tiny_of("BertForPreTraining", 61), None, "are not at the places of labels"),
         (lambda: tiny_of("BertForSequenceClassification", 61), None, "not at the places of labels"),
         (lambda: tiny_of("BertForSequenceClassification", 61), classes, "numbers of its 2 classes"),

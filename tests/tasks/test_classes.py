@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 import tezo_ds
 from tezo_ds.errors import ConfigError, DataError
 from tezo_ds.intake.tokens import pad_of
+from tezo_ds.run.resuming import fingerprint
 from tezo_ds.tasks import Example, TaskSpec, collate
 from tezo_ds.tasks.classes import classes_of
 from tezo_ds.tasks.evaluation import Evaluator
@@ -184,6 +185,15 @@ def test_what_has_no_classes_is_refused(
         posing_of(engine.sharding.module, tokenizer, spec, False).encode(
             [example] if example else [], 64
         )
+
+
+def test_a_resumed_run_needs_the_same_classes() -> None:
+    engine, tokenizer = parts(NAMES[0])
+    module, found = engine.sharding.module, set()
+    for names in (["bad", "good", "mixed"], ["good", "mixed", "bad"], ["good", "mixed", "bad"]):
+        module.config.label2id = {name: number for number, name in enumerate(names)}
+        found.add(fingerprint(posing_of(module, tokenizer, SPEC, False).encode(films(), 64)))
+    assert len(found) == 2
 
 
 def test_a_model_that_classifies_generates_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +13,15 @@ from tiny import make_batch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
+from transformers.models.mbart.modeling_mbart import shift_tokens_right
 
 import tezo_ds
 from tezo_ds.errors import ConfigError, DataError, ProbeError
+from tezo_ds.intake.causality import looks_ahead
+from tezo_ds.losses.targets import decoder_inputs
+from tezo_ds.run.resuming import fingerprint
 from tezo_ds.tasks import Example, TaskSpec, collate
+from tezo_ds.tasks.encoded import labels_of
 from tezo_ds.tasks.evaluation import Evaluator
 from tezo_ds.tasks.formats import Conversation, Kind
 from tezo_ds.tasks.generation import Generator, asked
@@ -254,6 +260,39 @@ def test_late_layers_run_in_every_branch() -> None:
     engine, _ = parts("T5ForConditionalGeneration", include=include, trunk_cache="memory")
     with pytest.raises(ConfigError, match="no trunk: T5ForConditionalGeneration: each block of a"):
         engine.step({**pairs(5), "example_ids": torch.arange(5)})
+
+
+def test_examples_without_labels_pass_code_that_looks_for_the_last_one() -> None:
+    engine, _ = parts("BartForConditionalGeneration")
+    module: Any = engine.sharding.module
+    module.prepare_decoder_input_ids_from_labels = lambda labels: shift_tokens_right(labels, 2)
+    labels = torch.tensor([[7, 8, 1], [-100, -100, -100], [9, 1, -100]])
+    assert decoder_inputs(module, labels)[[0, 2]].tolist() == [[1, 7, 8], [1, 9, 1]]
+
+
+def test_a_resumed_run_needs_the_same_answers() -> None:
+    engine, tokenizer = parts("T5ForConditionalGeneration")
+    module = engine.sharding.module
+    whole, alone = (
+        posing_of(module, tokenizer, None, words).encode(QA, 64) for words in (False, True)
+    )
+    other = posing_of(module, tokenizer, None, False).encode(
+        [QA[0], QA[1], replace(QA[2], answer="odd")], 64
+    )
+    assert len({fingerprint(examples) for examples in (whole, alone, other)}) == 3
+    assert labels_of(whole[0]) == list(whole[0].answer or ()) and fingerprint(whole) == fingerprint(
+        list(whole)
+    )
+
+
+def test_a_decoder_is_looked_at_for_what_it_sees() -> None:
+    engine, _ = parts("T5ForConditionalGeneration")
+    assert not looks_ahead(engine, [5, 6, 7, 8, 9, 10, 11, 12, 13])
+    stack: Any = engine.sharding.module.decoder
+    stack.config.is_decoder = False  # so that all its positions see one another
+    for module in stack.modules():
+        module.is_causal = False
+    assert looks_ahead(engine, [5, 6, 7, 8, 9, 10, 11, 12, 13])
 
 
 def test_a_decoder_that_begins_with_a_labels_last_token_is_refused() -> None:
