@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tezo_ds.losses.objective import IGNORE, targets
+from tezo_ds.losses.targets import IGNORE, targets
 from tezo_ds.output_layer.choosing import FOLD
 from tezo_ds.output_layer.fit import States, fit
 from tezo_ds.tasks import Example, batch_indices, collate, encode, first_tokens

@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 import tezo_ds
-from tezo_ds.losses.objective import IGNORE, targets
+from tezo_ds.losses.targets import IGNORE, targets
 
 
 class Gradients:

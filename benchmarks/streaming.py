@@ -46,6 +46,7 @@ def measure(data: Path, cache: Path, model: str, streaming: bool, results: Any) 
     from tezo_ds.models.loading import load_tokenizer
     from tezo_ds.tasks import batch_indices, encode, load_task
     from tezo_ds.tasks.lazy import LazyEncoded, LazyExamples, pick
+    from tezo_ds.tasks.posing import OneSequence
 
     datasets.config.HF_DATASETS_CACHE = cache
     tokenizer, over = load_tokenizer(model), threading.Event()
@@ -60,7 +61,7 @@ def measure(data: Path, cache: Path, model: str, streaming: bool, results: Any) 
     watching.start()
     train = load_task(str(data), test_examples=100, streaming=streaming).train
     if isinstance(train, LazyExamples):
-        encoded: Any = LazyEncoded(train, tokenizer, 512)
+        encoded: Any = LazyEncoded(train, tokenizer, OneSequence(tokenizer, None), 512)
     else:
         encoded = encode(tokenizer, train, 512)
     ready = time.perf_counter()

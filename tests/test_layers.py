@@ -34,6 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config", "models"),
     ("sharding",),
     ("files", "launched"),
+    ("kinds",),
     ("sources", "patterns"),
     ("rng", "errors", "repeatable", ""),
 )

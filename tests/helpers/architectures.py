@@ -22,9 +22,12 @@ CONFIGS = {
     "Llama": {**SIZES, "num_key_value_heads": 1, "intermediate_size": 37},
     "Bart": {
         "d_model": 24, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2, "encoder_ffn_dim": 37, "decoder_ffn_dim": 37,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 37, "decoder_ffn_dim": 37, "init_std": 0.1,
+        "max_position_embeddings": 64,
     },
-    "T5": {"d_model": 24, "d_kv": 12, "d_ff": 37, "num_layers": 1, "num_heads": 2},
+    "T5": {
+        "d_model": 24, "d_kv": 12, "d_ff": 37, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0,
+    },
 }  # fmt: skip
 
 

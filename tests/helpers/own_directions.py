@@ -33,7 +33,9 @@ def ragged(examples: int, seed: int = 0, length: int = 11) -> dict[str, Tensor]:
 
 
 def labelled(batch: dict[str, Tensor]) -> list[int]:
-    """Returns the examples that carry a label behind their first position."""
+    """Returns the examples that carry a label behind their first position, or a class."""
+    if batch["labels"].dim() == 1:
+        return (batch["labels"] != -100).nonzero()[:, 0].tolist()
     return [i for i, row in enumerate(batch["labels"][:, 1:]) if bool((row != -100).any())]
 
 

@@ -30,6 +30,9 @@ class Wrapped(nn.Module):
         return self.module(*args, **given)
 
 
+POOLED: Any = {"num_labels": 4, "pad_token_id": 2}
+
+
 def own_loss(model: nn.Module, batch: Batch) -> float:
     with torch.no_grad():
         return float(model(**batch).loss)
@@ -38,6 +41,36 @@ def own_loss(model: nn.Module, batch: Batch) -> float:
 def with_classes(batch: Batch) -> Batch:
     labels = batch["labels"]
     return {**batch, "labels": torch.where(labels < 0, labels, labels % 2)}
+
+
+def classes(labels: Tensor) -> Tensor:
+    """Returns a number for each example, up to 3."""
+    return torch.arange(len(labels)) % 4
+
+
+def with_a_shift_of_its_own() -> nn.Module:
+    """Makes a model whose forward shifts labels otherwise than it says."""
+    model: Any = tiny_of("T5ForConditionalGeneration", 61)
+    model.prepare_decoder_input_ids_from_labels = lambda labels: labels.clamp(min=0)
+    wrong: nn.Module = model
+    return wrong
+
+
+def regression() -> nn.Module:
+    return tiny_of("BertForSequenceClassification", 61, problem_type="regression")
+
+
+def of_examples(batch: Batch) -> Batch:
+    ids = batch["input_ids"].where(batch["attention_mask"] > 0, torch.tensor(2))
+    return {**batch, "input_ids": ids, "labels": classes(batch["labels"])}
+
+
+def seq2seq_lora() -> nn.Module:
+    config = peft.LoraConfig(r=2, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
+    adapted: nn.Module = peft.get_peft_model(
+        tiny_of("T5ForConditionalGeneration", VOCABULARY), config
+    )
+    return adapted.eval()
 
 
 def lora(model: nn.Module) -> nn.Module:
@@ -55,6 +88,14 @@ def lora(model: nn.Module) -> nn.Module:
         (lambda: tiny("mixtral"), None),
         (lambda: Wrapped(tiny("llama")), None),
         (lambda: lora(tiny("llama")), None),
+        (lambda: tiny_of("T5ForConditionalGeneration", VOCABULARY), None),
+        (lambda: tiny_of("BartForConditionalGeneration", VOCABULARY), None),
+        (lambda: seq2seq_lora(), None),
+        (lambda: tiny_of("BertForSequenceClassification", 61, num_labels=5), of_examples),
+        (lambda: tiny_of("RobertaForSequenceClassification", 61, num_labels=4), of_examples),
+        (lambda: tiny_of("DistilBertForSequenceClassification", 61, num_labels=4), of_examples),
+        (lambda: tiny_of("LlamaForSequenceClassification", 61, **POOLED), of_examples),
+        (lambda: tiny_of("GPT2ForSequenceClassification", 61, **POOLED), of_examples),
         (lambda: tiny_of("LlamaForTokenClassification", VOCABULARY), with_classes),
         (lambda: tiny_of("BertForTokenClassification", VOCABULARY), with_classes),
         (lambda: tiny_of("DistilBertForTokenClassification", VOCABULARY), with_classes),
@@ -80,11 +121,12 @@ P_TUNING = peft.PromptEncoderConfig(
 @pytest.mark.parametrize(
     ("make", "labels", "telling"),
     [
-        (lambda: tiny_of("T5ForConditionalGeneration", 61), None, "its own loss is"),
-        (lambda: tiny_of("BartForConditionalGeneration", 61), None, "its own loss is"),
         (lambda: tiny_of("XLNetLMHeadModel", 61), None, "its own loss is"),
+        (lambda: with_a_shift_of_its_own(), None, "T5ForConditionalGeneration: its own loss is"),
         (lambda: tiny_of("BertForPreTraining", 61), None, "are not at the places of labels"),
         (lambda: tiny_of("BertForSequenceClassification", 61), None, "not at the places of labels"),
+        (lambda: tiny_of("BertForSequenceClassification", 61), classes, "numbers of its 2 classes"),
+        (lambda: regression(), classes, "its problem_type is regression, and the default loss"),
         (lambda: tiny_of("BertForQuestionAnswering", 61), None, "not at the places of labels"),
         (lambda: Wrapped(tiny("roberta")), None, "Wrapped: its own loss is"),
         (
@@ -106,11 +148,10 @@ def test_another_loss_is_refused(
     if labels is not None:
         batch["labels"] = labels(batch["labels"])
     model = make()
-    given = {"decoder_input_ids": batch["input_ids"]} if "T5" in type(model).__name__ else {}
     for use in ("loss", "step"):
         engine = tezo_ds.initialize(model, {"method": "mezo"})
         with pytest.raises(tezo_ds.ConfigError, match=f"{telling}.*; pass a loss_fn"):
-            getattr(engine, use)({**batch, **given})
+            getattr(engine, use)(batch)
 
 
 def test_a_loss_fn_is_not_compared() -> None:

@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerFast
 import tezo_ds
 from tezo_ds.errors import ConfigError, DataError
 from tezo_ds.run.resuming import fingerprint
-from tezo_ds.tasks import Encoded, Example, TaskSpec, candidates, collate, encode
-from tezo_ds.tasks import evaluation as evaluations
+from tezo_ds.tasks import Encoded, Example, TaskSpec, candidates, collate, encode, posing
 from tezo_ds.tasks.encoding import mask_token
 from tezo_ds.tasks.evaluation import Evaluator
 
@@ -122,6 +121,6 @@ def test_the_prediction_does_not_depend_on_the_answer(
         return found
 
     assert sum(accuracies()) == pytest.approx(1.0)  # one prediction each, whichever is right
-    monkeypatch.setattr(evaluations, "mask_token", lambda *_: None)
+    monkeypatch.setattr(posing, "mask_token", lambda *_: None)
     if words == WORDS:
         assert accuracies() == [1.0, 1.0]

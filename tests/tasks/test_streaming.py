@@ -21,6 +21,7 @@ from tezo_ds.tasks import encode, load_task
 from tezo_ds.tasks.baselines import majority_accuracy
 from tezo_ds.tasks.data import TaskData
 from tezo_ds.tasks.lazy import LazyEncoded, LazyExamples, pick
+from tezo_ds.tasks.posing import OneSequence
 from tezo_ds.tasks.sources import Hub
 
 NAMED: dict[str, Any] = {"template": TEMPLATE, "verbalizers": WORDS}
@@ -210,7 +211,7 @@ def test_token_ids_are_those_without_streaming_and_looked_at(
     tokenizer = tiny_tokenizer([row["prompt"] for row in rows])
     assert isinstance(lazy.train, LazyExamples)
     expected = encode(tokenizer, plain.train, 12)
-    found = LazyEncoded(lazy.train, tokenizer, 12)
+    found = LazyEncoded(lazy.train, tokenizer, OneSequence(tokenizer, None), 12)
     assert (
         pick(found, [3, 0, 3]) == pick(expected, [3, 0, 3])
         and found[-1 + len(found)] == expected[-1]
@@ -219,9 +220,11 @@ def test_token_ids_are_those_without_streaming_and_looked_at(
     assert any(e.truncated for e in found) and any(e.lost for e in found)
     monkeypatch.setattr("tezo_ds.tasks.lazy.KEPT", 4)
     assert found.pick(range(9)) == expected[:9] and len(found._kept) == 4
-    few = LazyEncoded(lazy.train, tokenizer, 12, rows=max(expected[0].input_ids))
+    few = LazyEncoded(
+        lazy.train, tokenizer, OneSequence(tokenizer, None), 12, rows=max(expected[0].input_ids)
+    )
     where = lazy.train.at(0)
     with pytest.raises(DataError, match=rf"{where}: has token .* the model's embedding has"):
         few.pick([0])
     with pytest.raises(DataError, match=rf"{where}: max_length 2 leaves no room"):
-        LazyEncoded(lazy.train, tokenizer, 2).pick([0, 1])
+        LazyEncoded(lazy.train, tokenizer, OneSequence(tokenizer, None), 2).pick([0, 1])

@@ -56,10 +56,11 @@ def generate(
         from tezo_ds.cli.opened import results_of
         from tezo_ds.cli.options import unescaped
         from tezo_ds.intake.tokens import embedding_rows, padding_id
+        from tezo_ds.kinds import ModelKind, kind_named
         from tezo_ds.models.loading import load_tokenizer
         from tezo_ds.tasks.chat import asking
-        from tezo_ds.tasks.encoding import prompt_ids
         from tezo_ds.tasks.generation import Generator
+        from tezo_ds.tasks.posing import posing_of
         from tezo_ds.training import session
         from tezo_ds.training.display import Display
 
@@ -71,12 +72,14 @@ def generate(
     settings = asked.settings
     tokenizer = load_tokenizer(settings.model, trust=settings.trust_remote_code)
     texts = [unescaped(text) for text in prompt]
-    prompts = prompt_ids(tokenizer, texts)
-    if chat:
-        prompts = [asking(tokenizer, text) for text in texts]
+    if chat and kind_named(settings.model, settings.trust_remote_code) is not ModelKind.CAUSAL:
+        raise ConfigError(f"--chat: {settings.model} is no causal model; leave --chat out")
+    prompts = [asking(tokenizer, text) for text in texts] if chat else []
     engine = session.open_engine(settings, asked.config, asked.deepspeed, asked.result.ranks)
     sharding = engine.sharding
     asked.give(engine, Display(sharding.rank, sharding.world_size, log_every=1, stderr=True))
+    posing = posing_of(sharding.module, tokenizer, None, words_alone=False)
+    prompts = prompts or posing.prompts(texts, settings.max_length)
     pad = padding_id(tokenizer, embedding_rows(sharding.module))
     generator = Generator(engine, tokenizer, pad, settings.max_new_tokens, settings.stop, 1)
     streams = sharding.everyone == 1 and sys.stdout.isatty()

@@ -24,7 +24,14 @@ from tezo_ds.export.output_layer import not_in_weights, pairs_of, save_biases
 from tezo_ds.export.tokenizer import save_tokenizer
 from tezo_ds.files.tensors import digest
 from tezo_ds.files.text import writing
-from tezo_ds.models.structure import is_masked_lm, kind_of, uncovered, users
+from tezo_ds.models.structure import (
+    is_classifier,
+    is_encoder_decoder,
+    is_masked_lm,
+    kind_of,
+    uncovered,
+    users,
+)
 
 CHECKSUMS = "SHA256SUMS"
 INSTEAD = "write the merged model (tezo-ds export --merged)"
@@ -187,7 +194,7 @@ def lora_config(engine: Engine, base_model: str) -> dict[str, Any]:
 def _lora_config(engine: Engine, base_model: str) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
-        "task_type": None if is_masked_lm(engine.sharding.module) else "CAUSAL_LM",
+        "task_type": _task_type(engine.sharding.module),
         "base_model_name_or_path": os.path.abspath(base_model)
         if os.path.isdir(base_model)
         else base_model,
@@ -197,6 +204,14 @@ def _lora_config(engine: Engine, base_model: str) -> dict[str, Any]:
         "bias": "none",
         "inference_mode": True,
     }
+
+
+def _task_type(module: nn.Module) -> str | None:
+    """Returns the kind of task that peft is told; for masked models it has none, and for classification one
+    by which it would train a head of its own, in the place of what has learnt."""
+    if is_masked_lm(module) or is_classifier(module):
+        return None
+    return "SEQ_2_SEQ_LM" if is_encoder_decoder(module) else "CAUSAL_LM"
 
 
 def save_adapter(

@@ -9,6 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError
+from tezo_ds.models.structure import is_classifier, is_encoder_decoder
 from tezo_ds.tasks.encoding import mask_token
 
 TOKENS = 8  # few, so that each has much weight for the others
@@ -27,7 +28,8 @@ def refuse_seen_answers(engine: Engine, tokenizer: PreTrainedTokenizerBase, prom
     Raises:
         ConfigError: the model is refused.
     """
-    if mask_token(engine.sharding.module, tokenizer) is not None:
+    module = engine.sharding.module
+    if is_classifier(module) or mask_token(module, tokenizer) is not None:
         return
     ids = tokenizer(prompt, verbose=False)["input_ids"]
     if engine.sharding.maxima([int(looks_ahead(engine, ids))])[0]:
@@ -36,12 +38,15 @@ def refuse_seen_answers(engine: Engine, tokenizer: PreTrainedTokenizerBase, prom
 
 @torch.no_grad()
 def looks_ahead(engine: Engine, ids: list[int]) -> bool:
-    """Returns whether another last token moves earlier logits, by one forward of two short rows of `ids`."""
+    """Returns whether another last token, of a decoder's where there is one, moves earlier logits, by one
+    forward of two short rows of `ids`."""
     row = (ids * TOKENS)[:TOKENS]
     other = next((i for i in ids if i != row[-1]), abs(row[-1] - 1))
     pair = torch.tensor([row, [*row[:-1], other]])  # (2, T)
     engine.sharding.module.eval()
     batch = {"input_ids": pair, "attention_mask": torch.ones_like(pair)}
+    if is_encoder_decoder(engine.sharding.module):
+        batch |= {"input_ids": pair[:1].repeat(2, 1), "decoder_input_ids": pair}
     logits = engine.sharding.forward(**engine.objective.inputs(batch)).logits[:, :-1]
     one, two = _finite(logits)  # (T - 1, vocabulary) each
     return bool((one - two).abs().max() > _rounding(engine) * one.abs().max())

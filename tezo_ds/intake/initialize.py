@@ -34,7 +34,8 @@ def initialize(
         config: a TezoConfig; a dict of its fields; a DeepSpeed config (dict, or path to its JSON)
             with a "tezo" block, by whose zero_optimization a plain module is then partitioned.
         loss_fn: (outputs, batch) -> (loss_sum per example, count per example). The default is
-            cross-entropy on batch["labels"] (-100 ignored), next-token for causal models.
+            cross-entropy on batch["labels"] (-100 ignored): next-token for causal models, in place for
+            masked ones and decoders with an encoder, of classes (B,) for sequence classification.
 
     Raises:
         ConfigError, ProbeError, ShardingError: one line that says what to change.

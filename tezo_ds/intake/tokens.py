@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tezo_ds.errors import DataError
+from tezo_ds.errors import ConfigError, DataError
 from tezo_ds.launched import env_rank
-from tezo_ds.models.structure import embeddings
-from tezo_ds.tasks import Example, TaskSpec, candidates, encode
+from tezo_ds.models.structure import embeddings, is_classifier
+from tezo_ds.tasks import Example, TaskSpec
+from tezo_ds.tasks.classes import Classes
+from tezo_ds.tasks.encoded import highest_token
+from tezo_ds.tasks.posing import Posing
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +50,36 @@ def padding_id(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> int:
     return 0
 
 
+def pad_of(model: Any, tokenizer: PreTrainedTokenizerBase, rows: int | None) -> int:
+    """Returns the token that pads a model's batches, and tells it to a model that classifies, which may look
+    for the last token before the padding.
+
+    Args:
+        model: a model of transformers, whose config may be changed.
+        tokenizer: the model's.
+        rows: number of embeddings; None: unknown.
+
+    Raises:
+        ConfigError: there is no such token, and the model may look for it.
+    """
+    if not is_classifier(model):
+        return padding_id(tokenizer, rows)
+    config = model.config.get_text_config()
+    own = config.pad_token_id
+    if own is not None and own >= 0 and (rows is None or own < rows):
+        return int(own)
+    if tokenizer.pad_token_id is None or (rows is not None and tokenizer.pad_token_id >= rows):
+        raise ConfigError(
+            f"{type(model).__name__} looks for the last token before the padding, and neither its config nor "
+            "its tokenizer has a pad_token_id that it has an embedding of; set pad_token_id in config.json"
+        )
+    config.pad_token_id = int(tokenizer.pad_token_id)
+    return int(config.pad_token_id)
+
+
 def check_ids(
     tokenizer: PreTrainedTokenizerBase,
+    posing: Posing,
     rows: int | None,
     spec: TaskSpec,
     train: Sequence[Example],
@@ -58,6 +90,7 @@ def check_ids(
 
     Args:
         tokenizer: the tokenizer.
+        posing: makes the model's sequences.
         rows: number of embeddings; None: unknown, and nothing is checked.
         spec: the task; its words are tried as answers of the test examples.
         train: examples to train on.
@@ -70,11 +103,11 @@ def check_ids(
     if rows is None or max(tokenizer.get_vocab().values(), default=0) < rows:
         return  # as for most models, so that the examples need not be tokenised here
     words = list((spec.verbalizers or {}).values())
-    encoded = encode(tokenizer, [*train, *test], max_length)
-    if words:
-        encoded += [e for row in candidates(tokenizer, test, words, max_length) for e in row]
+    encoded = posing.encode([*train, *test], max_length)
+    if words and not isinstance(posing, Classes):
+        encoded += [e for row in posing.candidates(test, words, max_length) for e in row]
     for each in encoded:
-        if (highest := max(each.input_ids)) >= rows:
+        if (highest := highest_token(each)) >= rows:
             token = tokenizer.convert_ids_to_tokens(highest)
             raise DataError(
                 f"token {token!r} (id {highest}) is in the examples, but the model's embedding has "

@@ -9,15 +9,14 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tezo_ds.errors import DataError
 from tezo_ds.losses.head import Head
-from tezo_ds.models.structure import is_masked_lm
+from tezo_ds.losses.targets import IGNORE, decoder_inputs, targets, width_of
+from tezo_ds.models.structure import is_classifier, is_encoder_decoder
 from tezo_ds.sharding.base import Sharding
 from tezo_ds.trunk.trunk import EXAMPLE_IDS, Trunk, two_of
-
-IGNORE = -100  # the label of a position that has none, as in transformers
 
 
 class Taker(Protocol):
@@ -28,13 +27,6 @@ class Taker(Protocol):
 
 
 LossFn = Callable[[Any, Mapping[str, Any]], tuple[Tensor, Tensor]]
-
-
-def targets(module: nn.Module, labels: Tensor) -> Tensor:
-    """Returns labels moved to the positions that predict them, IGNORE where there is none: (B, T)."""
-    if is_masked_lm(module) or getattr(module, "loss_type", None) == "ForTokenClassification":
-        return labels
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
 def repeat(batch: Mapping[str, Any], times: int) -> dict[str, Any]:
@@ -61,13 +53,16 @@ class Objective:
     Args:
         sharding: the model.
         loss_fn: (outputs, batch) -> (loss_sum, count), each (examples,). None: cross-entropy on
-            batch["labels"], next-token for causal models, in place for masked ones and token classes.
+            batch["labels"]: next-token for causal models, in place for masked ones, token classes and
+            decoders that an encoder goes before, of one class an example for sequence classification.
     """
 
     def __init__(self, sharding: Sharding, loss_fn: LossFn | None) -> None:
         self.sharding = sharding
         self._loss_fn = loss_fn
         self._parameters = inspect.signature(sharding.module.forward).parameters
+        self._decodes = is_encoder_decoder(sharding.module)
+        self._classifies = is_classifier(sharding.module)
         self._head = Head(sharding) if loss_fn is None else None
         self.choices: Tensor | None = None
         self.micro_batch = 0
@@ -94,13 +89,18 @@ class Objective:
             self.first = None
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the part of a batch that the model's forward takes, on its device, without labels."""
+        """Returns the part of a batch that the model's forward takes, on its device, without labels, which
+        are shifted into a decoder that is given nothing else."""
         takes_any = all(p.kind.name.startswith("VAR_") for p in self._parameters.values())
         chosen = {
             key: value.to(self.sharding.device) if isinstance(value, Tensor) else value
             for key, value in batch.items()
             if key not in ("labels", EXAMPLE_IDS) and (takes_any or key in self._parameters)
         }
+        given = {"decoder_input_ids", "decoder_inputs_embeds"} & chosen.keys()
+        if self._decodes and not given and isinstance(batch.get("labels"), Tensor):
+            shifted = decoder_inputs(self.sharding.module, batch["labels"])
+            chosen["decoder_input_ids"] = shifted.to(self.sharding.device)
         if "use_cache" in self._parameters:
             chosen["use_cache"] = False  # keys and values of a forward that is never continued
         return chosen
@@ -221,7 +221,8 @@ class Objective:
             return F.cross_entropy(words.flatten(0, 1), right, reduction="none").view(branches, -1)
 
         inputs = self.inputs(repeat(batch, branches))
-        with self._split(batch, branches, positions):
+        # Of classes there are no positions: a model pools its hidden states itself.
+        with self._split(batch, branches, None if self._classifies else positions):
             found = head(inputs, positions, branches, losses).double()
         return self._added(found, torch.ones_like(found))
 
@@ -281,7 +282,7 @@ class Objective:
             result = self._head(
                 self.inputs(batch), positions, 1, lambda z, part: of(z[0], tokens[part])[None]
             )
-        return positions.cpu() // batch["labels"].shape[1], result[0].cpu()
+        return positions.cpu() // width_of(batch["labels"]), result[0].cpu()
 
 
 def micro_batches(batch: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:

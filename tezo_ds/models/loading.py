@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 
 from tezo_ds.errors import ConfigError
+from tezo_ds.kinds import read_kind
 from tezo_ds.models.checkpoint import misfit_of, note_left_over, without_tables
 from tezo_ds.sharding.world import local_device
 from tezo_ds.sources import explained
@@ -47,7 +48,7 @@ def load_model(
     fsdp: FsdpPlan | None = None,
     trust: bool = False,
 ) -> nn.Module:
-    """Loads a causal or masked language model, by `from_pretrained`.
+    """Loads a model of one of the kinds that are served (see `ModelKind`), by `from_pretrained`.
 
     Args:
         name: folder or hub name.
@@ -85,34 +86,23 @@ def load_skeleton(name: str, dtype: str, trust: bool = False) -> nn.Module:
         ConfigError: no such model.
     """
     with explained("model", name), torch.device("meta"):
-        config, loader = _kind(name, trust)
+        config, kind = read_kind(name, trust)
         chosen = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
-        model: nn.Module = loader.from_config(config, trust_remote_code=trust, **chosen)
+        model: nn.Module = kind.loader.from_config(config, trust_remote_code=trust, **chosen)
     return model
-
-
-def _kind(name: str, trust: bool) -> tuple[Any, Any]:
-    """Returns a model's config, and the class of transformers that loads the model."""
-    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust)
-    if config.is_encoder_decoder:
-        raise ValueError("encoder-decoder models are not served; use a causal or a masked one")
-    masked = any(a.endswith("ForMaskedLM") for a in config.architectures or [])
-    return config, (
-        transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
-    )
 
 
 def _from_pretrained(name: str, dtype: str, fsdp: FsdpPlan | None, trust: bool) -> nn.Module:
     with explained("model", name):
-        config, loader = _kind(name, trust)
+        config, kind = read_kind(name, trust)
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
         if fsdp is None:
-            return _load_whole(loader, name, wanted, trust)
+            return _load_whole(kind.loader, name, wanted, trust)
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError("its weights are quantised, which --fsdp does not shard")
         from tezo_ds.models.fsdp import load_sharded
 
-        return load_sharded(loader, name, wanted, local_device(), fsdp, trust)
+        return load_sharded(kind.loader, name, wanted, local_device(), fsdp, trust)
 
 
 def _load_whole(loader: Any, name: str, dtype: torch.dtype | str, trust: bool) -> nn.Module:

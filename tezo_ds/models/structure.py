@@ -94,3 +94,14 @@ def _uses(module: nn.Module) -> Counter[int]:
 def is_masked_lm(module: nn.Module) -> bool:
     """Returns whether labels belong to the position they stand at instead of the one before."""
     return getattr(module, "loss_type", None) == "ForMaskedLM"
+
+
+def is_encoder_decoder(module: nn.Module) -> bool:
+    """Returns whether an encoder reads the input, and labels belong to positions of a decoder."""
+    config = getattr(module, "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False)) and not is_classifier(module)
+
+
+def is_classifier(module: nn.Module) -> bool:
+    """Returns whether each example has one row of logits, over classes."""
+    return getattr(module, "loss_type", None) == "ForSequenceClassification"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tezo_ds.errors import ConfigError
 from tezo_ds.losses.head import Head
 from tezo_ds.losses.objective import Objective
-from tezo_ds.models.structure import is_masked_lm
+from tezo_ds.models.structure import is_classifier, is_encoder_decoder, is_masked_lm
 from tezo_ds.output_layer.columns import Answers
 from tezo_ds.output_layer.inner import InnerLayer, directions
 from tezo_ds.trunk.outputs import hidden_in, hidden_of
@@ -220,7 +220,7 @@ def _wide(tensor: Tensor) -> Tensor:
 def refuse_unfit(objective: Objective) -> None:
     """Raises ConfigError if the model is of a kind that has no inner layers to be fitted."""
     module = objective.sharding.module
-    if is_masked_lm(module):
+    if is_masked_lm(module) or is_encoder_decoder(module) or is_classifier(module):
         raise ConfigError(
             f"inner_layers: {type(module).__name__} is no causal model, so its labelled positions cannot run "
             "by themselves; leave inner_layers off"

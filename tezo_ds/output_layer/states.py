@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tezo_ds.errors import ConfigError
 from tezo_ds.losses.head import CHUNK_NUMEL
-from tezo_ds.losses.objective import IGNORE, Objective, targets
+from tezo_ds.losses.objective import Objective
+from tezo_ds.losses.targets import IGNORE, targets
 from tezo_ds.output_layer.answering import Answering
 from tezo_ds.output_layer.columns import Answers
 from tezo_ds.output_layer.fit import States

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tezo_ds.errors import DataError
-from tezo_ds.losses.objective import IGNORE, Objective
+from tezo_ds.losses.objective import Objective
+from tezo_ds.losses.targets import IGNORE, width_of
 
 
 class ExampleObjective(Objective):
@@ -62,7 +63,8 @@ class ExampleObjective(Objective):
 
     def _labelled(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         positions, tokens = super()._labelled(batch)
-        self._size, self._positions = batch["labels"].shape, positions
+        labels = batch["labels"]
+        self._size, self._positions = (len(labels), width_of(labels)), positions
         owners = positions.cpu() // self._size[1]
         self.owners = owners if len(owners) else owners.new_zeros(1)
         return positions, tokens

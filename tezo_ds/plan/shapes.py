@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Qwen2Conf
 
 from tezo_ds.errors import ConfigError
 from tezo_ds.models.loading import load_skeleton
-from tezo_ds.models.structure import blocks
+from tezo_ds.models.structure import blocks, is_classifier, is_encoder_decoder
 
 
 def _opt(hidden: int, layers: int, heads: int) -> OPTConfig:
@@ -76,7 +76,7 @@ def skeleton(model: str, dtype: str, trust: bool = False) -> nn.Module:
         trust: whether to run Python code that comes with the model.
 
     Raises:
-        ConfigError: `model` is none of these.
+        ConfigError: `model` is none of these, or of a kind that cannot be planned.
     """
     if model in BUILT_IN:
         wanted = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
@@ -89,7 +89,13 @@ def skeleton(model: str, dtype: str, trust: bool = False) -> nn.Module:
         raise ConfigError(
             f"--model {model}: no such folder or config.json, and none of {', '.join(BUILT_IN)}"
         )
-    return load_skeleton(str(folder), dtype, trust)
+    module = load_skeleton(str(folder), dtype, trust)
+    if is_encoder_decoder(module) or is_classifier(module):
+        raise ConfigError(
+            f"--model {model}: {type(module).__name__} is no model of one stack of blocks and words, which "
+            "plans are of; run a few steps instead, or name such a model of its size"
+        )
+    return module
 
 
 @dataclass(frozen=True)

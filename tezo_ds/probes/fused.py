@@ -27,7 +27,7 @@ from tezo_ds.config import TezoConfig
 from tezo_ds.directions.branches import Branches, LowRank
 from tezo_ds.directions.lowrank import Factors
 from tezo_ds.errors import ProbeError
-from tezo_ds.models.structure import embeddings, kind_of, uncovered, users
+from tezo_ds.models.structure import embeddings, is_encoder_decoder, kind_of, uncovered, users
 from tezo_ds.probes.base import Losses, Probe
 from tezo_ds.probes.shared_inputs import readers
 from tezo_ds.probes.sites import Group, Site, attached
@@ -40,6 +40,8 @@ from tezo_ds.probes.vectors import (
 from tezo_ds.sharding.base import Sharding
 
 log = logging.getLogger(__name__)
+
+DISTANCES = "relative_attention_bias"  # module of a table of distances between positions
 
 
 class FusedProbe(Probe):
@@ -83,6 +85,7 @@ class FusedProbe(Probe):
             return {name: "dense directions" for name in names}
         return {
             **_split_embeddings(sharding, factors),
+            **_of_distances(sharding, factors),
             **uncovered(sharding.module, set(factors.matrices)),
             **uncovered_vectors(sharding, set(names) - set(factors.matrices)),
         }
@@ -105,13 +108,20 @@ class FusedProbe(Probe):
             return objective(batch, len(branches))
         with self.held(branches):
             result = objective(batch, len(branches))
-        idle = sorted({site.name for site in self._all if site.calls == 0})
+        idle = sorted({site.name for site in self._all if site.calls == 0 and not self._lent(site)})
         if idle:
             raise ProbeError(
                 f"{idle[0]} took no part in the forward ({len(idle)} such); "
                 f'add it to exclude, e.g. exclude: ["{idle[0]}"]'
             )
         return result
+
+    def _lent(self, site: Site | VectorSite | AdapterSite) -> bool:
+        """Returns whether a site only holds the weight that embeddings of an encoder and a decoder use."""
+        module = self._sharding.module
+        if not is_encoder_decoder(module) or site.module is not embeddings(module, "input"):
+            return False
+        return any(o.calls and o.name == site.name and o.kind == "embedding" for o in self._sites)
 
     @contextmanager
     def held(self, branches: Branches) -> Iterator[None]:
@@ -303,4 +313,16 @@ def _split_embeddings(sharding: Sharding, factors: Factors) -> dict[str, str]:
         for name, owner, _ in users(sharding.module, set(shapes))
         if kind_of(owner) == "embedding"
         if not sharding.block(parameters[name]).covers(shapes[name])
+    }
+
+
+def _of_distances(sharding: Sharding, factors: Factors) -> dict[str, str]:
+    """Returns tables that are looked up by pairs of positions (T5's, MPNet's): such an input, (T, T), would
+    pass for rows of examples, and its result is the same for all of them."""
+    return {
+        name: "a table of distances, the same for all examples"
+        for path, module in sharding.module.named_modules()
+        if path.endswith(DISTANCES) and isinstance(module, nn.Embedding)
+        for name in [f"{path}.weight"]
+        if name in factors.matrices
     }

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tezo_ds.losses.objective import IGNORE, Objective, targets
+from tezo_ds.losses.objective import Objective
+from tezo_ds.losses.targets import IGNORE, targets
 
 
 class _Kept:

@@ -211,6 +211,8 @@ def fingerprint(examples: Sequence[Encoded]) -> str:
             e.label_start,
             *(() if e.mask is None else (e.label_end, e.mask)),
             *(() if e.spans is None else e.spans),
+            *(() if e.answer is None else (e.start, e.answer)),
+            *(() if e.number is None else (e.number,)),
         )
         for e in examples
     )

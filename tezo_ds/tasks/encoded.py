@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from tezo_ds.losses.objective import IGNORE
+from tezo_ds.losses.targets import IGNORE
 from tezo_ds.tasks.chat import Spans
 
 
@@ -29,6 +29,12 @@ class Encoded:
     """Start and end of each run of labels, where they are more than `label_start` to `label_end`."""
     lost: int = 0
     """How many labels were cut away."""
+    answer: tuple[int, ...] | None = None
+    """Labels of a decoder, beside the `input_ids` of its encoder; None: the labels are in `input_ids`."""
+    start: tuple[int, ...] = ()
+    """Tokens that the decoder begins with, before an answer."""
+    number: int | None = None
+    """The class that is the label, of a model that classifies."""
 
     @property
     def label_spans(self) -> Spans:
@@ -42,12 +48,19 @@ class Encoded:
 def labels_of(encoded: Encoded) -> list[int]:
     """Returns a sequence's labels; the first token of all has nothing before it to be predicted by, but for
     a masked model."""
+    if encoded.answer is not None:
+        return list(encoded.answer)
     least = 0 if encoded.mask is not None else 1
     return [
         token
         for start, end in encoded.label_spans
         for token in encoded.input_ids[max(least, start) : end]
     ]
+
+
+def highest_token(encoded: Encoded) -> int:
+    """Returns the largest token id of a sequence, its decoder's labels included."""
+    return max(*encoded.input_ids, *(encoded.answer or ()), -1)
 
 
 def truncations(encoded: Sequence[Encoded]) -> int:
@@ -67,7 +80,8 @@ def collate(
 
     Returns int64 tensors (B, T): input_ids, attention_mask, and labels, which are aligned with
     input_ids (the loss does the shifting) and -100 where nothing is to be predicted. In input_ids a
-    masked model's mask stands where its labels are.
+    masked model's mask stands where its labels are. Labels of a decoder have a length of their own and stand
+    where they are predicted; classes are labels (B,).
 
     A rank with nothing to do must still take part in a sharded forward: an empty batch gives one
     row of `filler` whose labels are all -100. Raises ValueError when batch and filler are missing.
@@ -76,7 +90,7 @@ def collate(
     if not rows:
         if filler is None:
             raise ValueError("collate: the batch is empty and there is no filler")
-        rows = [replace(filler, label_start=len(filler.input_ids), label_end=None, spans=None)]
+        rows = [filler]
     longest = max(len(e.input_ids) for e in rows)
     shape = (len(rows), -(-longest // multiple) * multiple)
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
@@ -87,8 +101,29 @@ def collate(
         ids = torch.tensor(e.input_ids, dtype=torch.int64)
         input_ids[i, :length] = ids
         attention_mask[i, :length] = 1
-        for start, end in e.label_spans:
+        for start, end in e.label_spans if batch else ():
             labels[i, start:end] = ids[start:end]
             if e.mask is not None:
                 input_ids[i, start:end] = e.mask
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    collated = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    if rows[0].answer is not None:
+        collated |= _of_decoder(rows, pad_id)
+    elif rows[0].number is not None:
+        collated["labels"] = torch.tensor([e.number for e in rows])
+    if not batch:
+        collated["labels"] = torch.full_like(collated["labels"], IGNORE)
+    return collated
+
+
+def _of_decoder(rows: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
+    """Returns a decoder's labels, (B, T), and where more than one token comes before the answer its inputs;
+    otherwise the model makes these of the labels itself."""
+    ahead = len(rows[0].start) - 1
+    shape = (len(rows), ahead + max(len(e.answer or ()) for e in rows))
+    labels = torch.full(shape, IGNORE, dtype=torch.int64)
+    inputs = torch.full(shape, pad_id, dtype=torch.int64)
+    for i, e in enumerate(rows):
+        answer = e.answer or ()
+        labels[i, ahead : ahead + len(answer)] = torch.tensor(answer)
+        inputs[i, : ahead + len(answer)] = torch.tensor([*e.start, *answer[:-1]])
+    return {"labels": labels, **({"decoder_input_ids": inputs} if ahead else {})}

@@ -57,7 +57,7 @@ def encode(
     as it does the answers in what a conversation loses, which is its beginning. Raises DataError where no
     prompt token would be left, where there is nothing to predict, or no answer for a masked model.
     """
-    before, after = _special_ids(tokenizer)
+    before, after = special_ids(tokenizer)
     end = [] if mask is None else after
     joined = [
         (e.prompt, e.answer, " ")
@@ -67,7 +67,7 @@ def encode(
     joined += [(e.prompt, str(e.answer), "") for e in examples if e.kind is Kind.COMPLETION]
     ids = dict(zip(joined, _prompt_and_answer_ids(tokenizer, joined), strict=True))
     alone = [e.prompt for e in examples if e.answer is None and e.kind is not Kind.MESSAGES]
-    texts = iter(_ids(tokenizer, alone))
+    texts = iter(ids_of(tokenizer, alone))
     encoded = []
     for example in examples:
         if mask is not None and (example.kind is not Kind.TEMPLATE or example.answer is None):
@@ -79,7 +79,7 @@ def encode(
             encoded.append(_conversation(tokenizer, example, before, max_length))
         elif example.kind is Kind.COMPLETION:
             prompt, answer = ids[example.prompt, str(example.answer), ""]
-            answer = [*answer, *_end_of(tokenizer, str(example.answer))]
+            answer = [*answer, *end_of(tokenizer, str(example.answer))]
             encoded.append(_completion(before, prompt, answer, example, max_length))
         elif example.answer is not None:
             prompt, answer = ids[example.prompt, example.answer, " "]
@@ -88,7 +88,7 @@ def encode(
         else:
             text, ending = next(texts), after
             if example.kind is Kind.TEXT and not after:
-                ending = _end_of(tokenizer, example.prompt)
+                ending = end_of(tokenizer, example.prompt)
             whole = _fit(before, text, ending, example, max_length, len(ending))
             if len(whole.input_ids) < 2:
                 raise DataError(
@@ -98,7 +98,7 @@ def encode(
     return encoded
 
 
-def _end_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def end_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Returns what ends a text that the model is to end: EOS, unless there is none or the text has it."""
     token, number = tokenizer.eos_token, tokenizer.eos_token_id
     return [] if number is None or text.endswith(str(token)) else [int(number)]
@@ -159,7 +159,7 @@ def candidates(
     All candidates of an example see the same prompt, cut to fit the longest of them; a masked model gets
     as many masks as the candidate has tokens.
     """
-    before, after = _special_ids(tokenizer)
+    before, after = special_ids(tokenizer)
     end = [] if mask is None else after
     of_each = [example.candidates or words for example in examples]
     triples = [
@@ -175,10 +175,30 @@ def candidates(
     return rows
 
 
+def whole_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_length: int
+) -> list[tuple[list[int], int]]:
+    """Tokenises prompts that nothing follows, with all default special tokens; each comes with the number of
+    tokens that its beginning has lost.
+
+    Raises:
+        DataError: `max_length` leaves no room for a prompt.
+    """
+    before, after = special_ids(tokenizer)
+    room = max_length - len(before) - len(after)
+    if room < 1:
+        raise DataError(
+            f"max_length {max_length} leaves no room for a prompt beside {len(before) + len(after)} special "
+            "tokens; raise it"
+        )
+    cuts = [(ids, max(0, len(ids) - room)) for ids in ids_of(tokenizer, list(prompts))]
+    return [([*before, *ids[cut:], *after], cut) for ids, cut in cuts]
+
+
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[list[int]]:
     """Returns the ids of prompts that answers are to follow: special tokens before them, none behind."""
-    before, _ = _special_ids(tokenizer)
-    return [[*before, *ids] for ids in _ids(tokenizer, prompts)]
+    before, _ = special_ids(tokenizer)
+    return [[*before, *ids] for ids in ids_of(tokenizer, prompts)]
 
 
 def answer_tokens(
@@ -237,7 +257,7 @@ def _fit(
     return Encoded([*ids, *after], start, example.label, cut, end)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def ids_of(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Returns token ids without special tokens. `verbose` is off, as `_fit` deals with length."""
     if not texts:
         return []
@@ -245,16 +265,16 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]
         return list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
     except Exception as error:  # tokenizers' own have no common base
         if len(texts) > 1:  # one of them is at fault: name it
-            return [ids for text in texts for ids in _ids(tokenizer, [text])]
+            return [ids for text in texts for ids in ids_of(tokenizer, [text])]
         raise DataError(
             f"{type(tokenizer).__name__} cannot tokenise {texts[0][:80]!r} ({one_line(error)}); "
             "is it the model's tokenizer?"
         ) from None
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Returns the ids that the tokenizer puts before and after a text by default."""
-    (bare,) = _ids(tokenizer, ["a"])
+    (bare,) = ids_of(tokenizer, ["a"])
     whole = list(tokenizer("a")["input_ids"])
     for start in range(len(whole) - len(bare) + 1):
         if bare and whole[start : start + len(bare)] == bare:
@@ -276,9 +296,11 @@ def _prompt_and_answer_ids(
         triples: prompt, answer and what stands between them.
     """
     prompts = sorted({prompt for prompt, _, _ in triples})
-    alone = dict(zip(prompts, _ids(tokenizer, prompts), strict=True))
+    alone = dict(zip(prompts, ids_of(tokenizer, prompts), strict=True))
     parted = []
-    wholes = _ids(tokenizer, [f"{prompt}{between}{answer}" for prompt, answer, between in triples])
+    wholes = ids_of(
+        tokenizer, [f"{prompt}{between}{answer}" for prompt, answer, between in triples]
+    )
     for (prompt, _, _), whole in zip(triples, wholes, strict=True):
         start = 0
         while start < min(len(alone[prompt]), len(whole)) and alone[prompt][start] == whole[start]:

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from tezo_ds.engine.engine import Engine
 from tezo_ds.tasks.batches import rounds, shard_range
 from tezo_ds.tasks.encoded import collate
-from tezo_ds.tasks.encoding import candidates, encode, first_tokens, mask_token
 from tezo_ds.tasks.example import Example
 from tezo_ds.tasks.generation import Generated
+from tezo_ds.tasks.posing import posing_of
 from tezo_ds.tasks.spec import MOST_CHOICES, TaskSpec
 from tezo_ds.trunk.cache import Cache
 from tezo_ds.trunk.trunk import EXAMPLE_IDS
@@ -49,8 +49,8 @@ class Stopped(Exception):
 class Evaluator:
     """Scorer of one fixed set of examples, split over the ranks.
 
-    Where one token tells the answers apart, an example is one sequence and its prediction the answer
-    with the highest logit. Otherwise each answer is a sequence of its own and the prediction the
+    Where one token, or a class, tells the answers apart, an example is one sequence and its prediction the
+    answer with the highest logit. Otherwise each answer is a sequence of its own and the prediction the
     answer with the lowest mean loss a token.
 
     Attributes:
@@ -84,9 +84,10 @@ class Evaluator:
         self.loss_alone: str | None = None
         self.cache: Cache | None = None
         self.generated: Generated | None = None
-        mask = mask_token(engine.sharding.module, tokenizer)
+        alone = engine.objective.choices is not None
+        posing = posing_of(engine.sharding.module, tokenizer, spec, alone)
         if words:
-            self._tokens = first_tokens(tokenizer, words, [e.prompt for e in examples])
+            self._tokens = posing.tokens(words, [e.prompt for e in examples])
         if spec.is_free_text and self._tokens is None:
             self.loss_alone = (
                 f"evaluations measure the loss alone: {len(words)} different answers are taken for free text "
@@ -101,14 +102,14 @@ class Evaluator:
         self._truth = torch.tensor(right)
         self._chosen = bool(self.labels) or spec.choices_field is not None
         if self._chosen and self._tokens is None:
-            rows = candidates(tokenizer, mine, words, max_length, mask)
+            rows = posing.candidates(mine, words, max_length)
         else:
-            rows = [[encoded] for encoded in encode(tokenizer, mine, max_length, mask)]
+            rows = [[encoded] for encoded in posing.encode(mine, max_length)]
         self.encoded = [encoded for row in rows for encoded in row]
         self._counts = [len(row) for row in rows]  # sequences of each example
         self._starts = [0, *accumulate(self._counts)]
         # For a rank that has run out: any sequence will do, as none of its labels count.
-        self._filler = encode(tokenizer, examples[:1], max_length, mask)[0]
+        self._filler = posing.encode(examples[:1], max_length)[0]
 
     def __call__(
         self,
@@ -161,7 +162,8 @@ class Evaluator:
         tokens = torch.bincount(rows, minlength=len(encoded)).double()
         correct = torch.tensor(0)
         if self._tokens is not None:
-            correct = (logits.argmax(dim=1) == truth).sum()
+            firsts = rows.diff(prepend=rows.new_tensor([-1])) > 0  # a decoder's answer goes on
+            correct = (logits[firsts].argmax(dim=1) == truth).sum()
         elif self._chosen and counts:
             means = (sums / tokens).split(counts)  # of each example, (answers,)
             best = torch.stack([each.argmin() for each in means])

@@ -8,15 +8,19 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutput
 
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError, DataError
+from tezo_ds.models.structure import is_encoder_decoder
 from tezo_ds.sharding import Sharding
 from tezo_ds.tasks.chat import opening
 from tezo_ds.tasks.encoding import prompt_ids
 from tezo_ds.tasks.example import Example
 from tezo_ds.tasks.formats import Conversation, Kind
 from tezo_ds.tasks.metrics import Metric
+from tezo_ds.tasks.posing import Posing
+from tezo_ds.tasks.seq2seq import EncoderDecoder, decoder_start, refuse_undivided
 
 
 class Generator:
@@ -28,7 +32,7 @@ class Generator:
     Args:
         engine: the model at its coefficients.
         tokenizer: the model's.
-        pad_id: token that pads prompts on the left, masked out.
+        pad_id: token that pads prompts, on the left or before an encoder on the right, masked out.
         most: tokens that are generated, at most.
         stop: texts that end an answer, besides EOS; they and what follows are cut away.
         batch_size: prompts at a time.
@@ -42,6 +46,9 @@ class Generator:
         stop: Sequence[str] = (), batch_size: int = 32,
     ) -> None:  # fmt: skip
         module: Any = engine.sharding.module
+        self._start: torch.Tensor | None = None  # of a decoder
+        if is_encoder_decoder(module):
+            self._start = torch.tensor(decoder_start(module, tokenizer))
         if not (hasattr(module, "can_generate") and module.can_generate()):
             raise ConfigError(
                 f"{type(module).__name__} cannot generate text; leave --metric out, or take a causal model"
@@ -77,24 +84,45 @@ class Generator:
         return found
 
     def _batch(self, prompts: Sequence[list[int]], streamer: Any) -> list[str]:
-        sharding = self._engine.sharding
+        sharding, model = self._engine.sharding, self._model
         longest = max(map(len, prompts))
         ids = torch.full((len(prompts), longest), self._pad, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
+            first = longest - len(prompt) if self._start is None else 0  # encoders count from there
+            ids[row, first : first + len(prompt)] = torch.tensor(prompt)
+            mask[row, first : first + len(prompt)] = 1
         more: dict[str, Any] = {}
         if self._stop:
             more = {"stop_strings": self._stop, "tokenizer": self._tokenizer}
-        model: Any = sharding.module
+        given = {"input_ids": ids.to(sharding.device), "attention_mask": mask.to(sharding.device)}
+        ahead = longest
+        if self._start is not None:
+            given, ahead = self._from_encoder(given), len(self._start)
         made = model.generate(
-            input_ids=ids.to(sharding.device), attention_mask=mask.to(sharding.device),
+            **given,
             max_new_tokens=self._most, do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None,
             pad_token_id=self._pad, synced_gpus=sharding.everyone > 1, streamer=streamer, **more,
         )  # fmt: skip
-        texts = self._tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True)
+        texts = self._tokenizer.batch_decode(made[:, ahead:], skip_special_tokens=True)
         return [self._cut(text) for text in texts]
+
+    @property
+    def _model(self) -> Any:
+        return self._engine.sharding.module
+
+    def _from_encoder(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Returns what a decoder goes on from, made by a forward of the whole model: the hooks that gather
+        weights are the whole model's, and `generate` would call the encoder by itself."""
+        assert self._start is not None
+        start = self._start.to(self.sharding.device).repeat(len(given["input_ids"]), 1)
+        outputs = self.sharding.forward(**given, decoder_input_ids=start, use_cache=False)
+        hidden = outputs.encoder_last_hidden_state
+        return {
+            "encoder_outputs": BaseModelOutput(last_hidden_state=hidden),
+            "attention_mask": given["attention_mask"],
+            "decoder_input_ids": start,
+        }
 
     def _cut(self, text: str) -> str:
         ends = [at for stop in self._stop if (at := text.find(stop)) >= 0]
@@ -131,13 +159,26 @@ class Generated:
 
 
 def asked(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int, most: int
-) -> tuple[list[list[int]], list[str]]:
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int, most: int,
+    posing: Posing | None = None,
+) -> tuple[list[list[int]], list[str]]:  # fmt: skip
     """Returns the prompts of examples, as token ids that leave room for an answer, and the right answers.
+
+    Args:
+        tokenizer: the model's.
+        examples: with answers.
+        max_length: tokens of a prompt and its answer, and of an encoder's prompt alone.
+        most: tokens of an answer.
+        posing: makes the model's sequences; None: of a causal model.
 
     Raises:
         DataError: an example has no answer, or there is no room beside `most` new tokens.
     """
+    if isinstance(posing, EncoderDecoder):
+        for example in examples:
+            refuse_undivided(example)
+        said = [str(example.answer).strip() for example in examples]
+        return posing.prompts([example.prompt for example in examples], max_length), said
     room = max_length - most
     if room < 1:
         raise DataError(

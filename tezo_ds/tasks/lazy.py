@@ -10,9 +10,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tezo_ds.errors import DataError
-from tezo_ds.tasks.encoded import Encoded
-from tezo_ds.tasks.encoding import encode
+from tezo_ds.tasks.encoded import Encoded, highest_token
 from tezo_ds.tasks.example import Example, Maker
+from tezo_ds.tasks.posing import Posing
 from tezo_ds.tasks.table import Table
 
 KEPT = 512  # sequences that are kept as token ids
@@ -63,16 +63,18 @@ class LazyEncoded(Sequence[Encoded]):
 
     Args:
         examples: the examples.
-        tokenizer, max_length, mask: as `encode` takes them.
+        tokenizer: the model's.
+        posing: what makes sequences of them for the model.
+        max_length: as `posing.encode` takes it.
         rows: tokens that the model has embeddings of; None: unknown, and nothing is checked.
     """
 
     def __init__(
-        self, examples: LazyExamples, tokenizer: PreTrainedTokenizerBase, max_length: int,
-        mask: int | None = None, rows: int | None = None,
+        self, examples: LazyExamples, tokenizer: PreTrainedTokenizerBase, posing: Posing, max_length: int,
+        rows: int | None = None,
     ) -> None:  # fmt: skip
-        self.examples, self._tokenizer = examples, tokenizer
-        self._max_length, self._mask, self._rows = max_length, mask, rows
+        self.examples, self._tokenizer, self._posing = examples, tokenizer, posing
+        self._max_length, self._rows = max_length, rows
         self._kept: OrderedDict[int, Encoded] = OrderedDict()
 
     def __len__(self) -> int:
@@ -98,13 +100,13 @@ class LazyEncoded(Sequence[Encoded]):
     def _encode(self, indices: Sequence[int]) -> list[Encoded]:
         examples = [self.examples[i] for i in indices]
         try:
-            found = encode(self._tokenizer, examples, self._max_length, self._mask)
+            found = self._posing.encode(examples, self._max_length)
         except DataError as error:
             if len(indices) > 1:  # one of them is at fault: name it
                 return [each for i in indices for each in self._encode([i])]
             raise DataError(f"{self.examples.at(indices[0])}: {error}") from None
         for i, encoded in zip(indices, found, strict=True):
-            if self._rows is not None and (highest := max(encoded.input_ids)) >= self._rows:
+            if self._rows is not None and (highest := highest_token(encoded)) >= self._rows:
                 token = self._tokenizer.convert_ids_to_tokens(highest)
                 raise DataError(
                     f"{self.examples.at(i)}: has token {token!r} (id {highest}), but the model's embedding "

@@ -6,12 +6,12 @@ from itertools import islice
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from tezo_ds.errors import ConfigError
 from tezo_ds.settings import Settings
-from tezo_ds.tasks import TaskData, first_tokens, load_task
+from tezo_ds.tasks import TaskData, load_task
 from tezo_ds.tasks.lazy import LazyExamples
+from tezo_ds.tasks.posing import Posing
 from tezo_ds.tasks.sources import Hub
 
 LOOKED_AT = 1000  # prompts of a task whose rows stay on disk that words are tried after
@@ -37,7 +37,7 @@ def load_asked(settings: Settings) -> TaskData:
     )  # fmt: skip
 
 
-def choices(tokenizer: PreTrainedTokenizerBase, task: TaskData) -> Tensor:
+def choices(posing: Posing, task: TaskData) -> Tensor:
     """Returns the token of each verbaliser's word, which --objective choices needs.
 
     Raises:
@@ -54,7 +54,7 @@ def choices(tokenizer: PreTrainedTokenizerBase, task: TaskData) -> Tensor:
     )  # others when a step takes them
     examples = [*islice(task.train, most), *task.test, *task.validation]
     prompts = [example.prompt for example in examples]
-    tokens = first_tokens(tokenizer, words, prompts) if words else None
+    tokens = posing.tokens(words, prompts)
     if tokens is None:
         shown = f"{words}" if len(words) <= 10 else f"the {len(words)} words {words[:3]} …"
         raise ConfigError(

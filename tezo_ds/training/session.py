@@ -19,8 +19,10 @@ from tezo_ds.intake.adapters import refuse_adapter
 from tezo_ds.intake.causality import refuse_seen_answers
 from tezo_ds.intake.checked_engine import checked_engine
 from tezo_ds.intake.positions import fitting_length
-from tezo_ds.intake.tokens import check_ids, embedding_rows, padding_id
+from tezo_ds.intake.tokens import check_ids, embedding_rows, pad_of
+from tezo_ds.intake.unfit_kinds import refuse_unfit
 from tezo_ds.intake.words import check_words
+from tezo_ds.kinds import ModelKind, kind_named
 from tezo_ds.models.loading import load_model, load_tokenizer
 from tezo_ds.run.about import read_run, sharded_as
 from tezo_ds.run.folder import TEST, VALIDATION
@@ -28,12 +30,12 @@ from tezo_ds.run.results import Result, read_result
 from tezo_ds.settings import TIMEOUT, Settings
 from tezo_ds.sharding import Sharding, sharding_of
 from tezo_ds.sharding.world import join_world
-from tezo_ds.tasks import Encoded, Example, TaskData, encode, shard_range
-from tezo_ds.tasks.encoding import mask_token
+from tezo_ds.tasks import Encoded, Example, TaskData, shard_range
 from tezo_ds.tasks.evaluation import Evaluator
 from tezo_ds.tasks.generation import Generated, Generator, asked
 from tezo_ds.tasks.lazy import LazyEncoded, LazyExamples
 from tezo_ds.tasks.metrics import NONE, metric_of
+from tezo_ds.tasks.posing import Posing, posing_of
 from tezo_ds.training.examples import choices, load_asked
 
 
@@ -58,17 +60,18 @@ class Session:
     words: Tensor | None = None
 
     @property
-    def mask_token(self) -> int | None:
-        """The token that a masked model gets in the answer's place; None for a causal model."""
-        return mask_token(self.engine.sharding.module, self.tokenizer)
+    def posing(self) -> Posing:
+        """What makes sequences of the task's examples for the model."""
+        module, alone = self.engine.sharding.module, self.words is not None
+        return posing_of(module, self.tokenizer, self.task.spec, alone)
 
     def encoded(self) -> Sequence[Encoded]:
-        """Returns the training examples as token ids; with streaming, once a step takes them."""
+        """Returns the training examples as sequences; with streaming, once a step takes them."""
         train, length = self.task.train, self.settings.max_length
         if isinstance(train, LazyExamples):
             rows = embedding_rows(self.engine.sharding.module)
-            return LazyEncoded(train, self.tokenizer, length, self.mask_token, rows)
-        return encode(self.tokenizer, train, length, self.mask_token)
+            return LazyEncoded(train, self.tokenizer, self.posing, length, rows)
+        return self.posing.encode(train, length)
 
     def train_only(self, ranks: Mapping[str, int], config: TezoConfig) -> None:
         """Replaces the engine by one that trains just these matrices, each with its rank. All ranks must call
@@ -103,7 +106,7 @@ class Session:
         s, sharding = self.settings, self.engine.sharding
         share = shard_range(len(examples), sharding.rank, sharding.world_size)
         mine = examples[share.start : share.stop]
-        prompts, right = asked(self.tokenizer, mine, s.max_length, s.max_new_tokens)
+        prompts, right = asked(self.tokenizer, mine, s.max_length, s.max_new_tokens, self.posing)
         generator = Generator(
             self.engine, self.tokenizer, self.pad_id, s.max_new_tokens, s.stop, s.eval_batch_size
         )
@@ -132,23 +135,28 @@ def open_session(
     s = settings
     task = load_asked(s)
     refuse_adapter(s.model)
+    kind = kind_named(s.model, s.trust_remote_code)
+    refuse_unfit(kind, s, config, task)
     tokenizer = load_tokenizer(s.model, trust=s.trust_remote_code)
-    check_words(tokenizer, task)
+    if kind is not ModelKind.CLASSIFIER:  # which has no use for words
+        check_words(tokenizer, task)
     if batch_size and config.query_schedule != "constant" and config.steps_per_epoch is None:
         steps = math.ceil(len(task.train) / batch_size)
         config = config.model_copy(update={"steps_per_epoch": steps})
     engine = _open_engine(s, config, deepspeed_config, ranks)
-    words = None
+    model, words = engine.sharding.module, None
+    posing = posing_of(model, tokenizer, task.spec, s.objective == "choices")
     if s.objective == "choices":
-        words = engine.objective.choices = choices(tokenizer, task)
-    model = engine.sharding.module
+        words = engine.objective.choices = choices(posing, task)
+    task.note = "; ".join(filter(None, (task.note, posing.note))) or None
     s = s.model_copy(update={"max_length": fitting_length(model, s.max_length)})
     rows = embedding_rows(model)
     known = [] if s.streaming or not batch_size else task.train  # others when a step takes them
     judged = [*task.test, *task.validation]
-    check_ids(tokenizer, rows, task.spec, known, judged, s.max_length)
+    check_ids(tokenizer, posing, rows, task.spec, known, judged, s.max_length)
+    pad_id = pad_of(model, tokenizer, rows)
     refuse_seen_answers(engine, tokenizer, task.train[0].prompt)
-    return Session(s, engine, tokenizer, task, padding_id(tokenizer, rows), words)
+    return Session(s, engine, tokenizer, task, pad_id, words)
 
 
 def open_engine(

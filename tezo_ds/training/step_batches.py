@@ -91,10 +91,14 @@ class StepBatches:
         return sum(size[0] for size in sizes), sum(size[1] for size in sizes)
 
     def _size(self, batch: Sequence[Encoded]) -> Tokens:
-        lengths = [len(each.input_ids) for each in batch]
-        rows = lengths or [len(self._examples[0].input_ids)]  # a rank that has run out
-        size = len(rows) * max(rows)
-        return size - sum(lengths), size
+        rows = batch or [
+            self._examples[0]
+        ]  # a rank that has run out computes one, which is padding
+        real = computed = 0
+        for lengths in zip(*map(_lengths, rows), strict=True):  # of encoders, or alone; of decoders
+            real += sum(lengths) if batch else 0
+            computed += len(lengths) * max(lengths)
+        return computed - real, computed
 
     def told(self, steps: int) -> str | None:
         """Returns a line on the padding of the first of so many steps; None where there is little, or
@@ -119,6 +123,11 @@ class StepBatches:
         if self._cached:
             return lane_indices(count, size, step, seed, rank, world)
         return batch_indices(count, size, step, seed, rank, world, self._order)
+
+
+def _lengths(encoded: Encoded) -> tuple[int, int]:
+    """Returns the tokens of a sequence, and those that its decoder reads beside it."""
+    return len(encoded.input_ids), len(encoded.answer or ())
 
 
 class Padding:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tezo_ds.models.structure import blocks, embeddings, users
+from tezo_ds.models.structure import blocks, embeddings, is_encoder_decoder, users
 from tezo_ds.trunk.outputs import hidden_alone, hidden_of, with_hidden
 from tezo_ds.trunk.stand_ins import Places, places
 
@@ -91,6 +91,8 @@ class Watch:
         """Returns in a phrase why the model has no trunk, as far as that shows without one; "" otherwise."""
         if not self._blocks:
             return f"{type(self._root).__name__} has no blocks that are known"
+        if is_encoder_decoder(self._root):
+            return f"{type(self._root).__name__}: each block of a decoder reads the whole encoder"
         first = [self._embedding, *self._blocks[0].modules()]
         found = [self._training[id(module)] for module in first if id(module) in self._training]
         return _too_early(found[0]) if found else ""

@@ -23,7 +23,7 @@ import tezo_ds
 from parts.methods.data import Splits
 from tezo_ds.engine.live_bytes import LiveBytes
 from tezo_ds.errors import ProbeError
-from tezo_ds.losses.objective import IGNORE, targets
+from tezo_ds.losses.targets import IGNORE, targets
 from tezo_ds.tasks import Example, batch_indices, collate, encode, first_tokens
 from tezo_ds.tasks.evaluation import Evaluator
 
