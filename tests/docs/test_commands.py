@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import typer
 from command_line import call, flags
@@ -157,6 +158,7 @@ def own_place(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     """Makes a copy of it, and goes there."""
     shutil.copytree(place, tmp_path / "place", symlinks=True)
     monkeypatch.chdir(tmp_path / "place")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return tmp_path / "place"
 
 
