@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tezo_ds.models.structure import embeddings, is_classifier
+from tezo_ds.models.structure import embeddings
 from tezo_ds.sharding.base import Sharding
 
 CHUNK_NUMEL = 1 << 24  # logits at a time
@@ -31,9 +31,7 @@ class Head:
 
     def __init__(self, sharding: Sharding) -> None:
         self._sharding = sharding
-        # Of classes there is one row of logits an example, however a model names what makes them.
-        one = is_classifier(sharding.module)
-        self._layer = None if one else embeddings(sharding.module, "output")
+        self._layer = embeddings(sharding.module, "output")
         self.mode = "chunks" if self._layer is not None else "whole"
 
     def __call__(
@@ -43,7 +41,7 @@ class Head:
 
         Args:
             inputs: for the model's forward, `branches` copies of B examples.
-            positions: int64 (k,), places in one copy's flattened (B * T), or of classes examples.
+            positions: int64 (k,), places in one copy's flattened (B * T).
             branches: number of copies.
             reduce: (logits (branches, j, vocabulary), slice of the k positions) -> (branches, j, …).
 
