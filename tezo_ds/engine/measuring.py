@@ -43,6 +43,8 @@ class Measuring:
         self._config, self._sharding = config, sharding
         self._method, self._probe, self._objective = method, probe, objective
         self._state, self._of_examples = state, of_examples
+        # Listed once, as to walk through thousands takes longer than all else that a step does but forwards.
+        self._modules = list(sharding.module.modules())
         self._where = f"{type(sharding).__name__} on {sharding.everyone} rank(s)"
         self.asked = False
         self.groups = sharding.world_size if config.placement == "per_rank" else 1
@@ -192,7 +194,7 @@ class Measuring:
 
     def _sums(self, batch: Mapping[str, Any], branches: Branches) -> Tensor:
         """Returns loss sums and counts of this rank's batch at some branches: float64 (2, branches)."""
-        if any(m.training for m in self._sharding.module.modules()):  # dropout differs by branch
+        if any(m.training for m in self._modules):  # dropout differs by branch
             self._sharding.module.eval()
         return self._probe.measure(self._objective, batch, branches)
 

@@ -159,10 +159,10 @@ class FusedProbe(Probe):
         if not self._groups:  # adapters alone: c is large, and nothing of it of matrices
             return
         c = branches.c.to(self._sharding.device)[..., self._columns]  # (branches, copies, widths)
-        by_dtype = {dtype: c.to(dtype) for dtype in {_wide(group) for group in self._groups}}
+        by_dtype = {dtype: c.to(dtype) for dtype in set(self._wide)}
         start = 0
-        for group in self._groups:
-            group.start(by_dtype[_wide(group)][..., start : start + group.width])
+        for group, dtype in zip(self._groups, self._wide, strict=True):
+            group.start(by_dtype[dtype][..., start : start + group.width])
             start += group.width
 
     def _join(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -208,6 +208,7 @@ class FusedProbe(Probe):
 
     def _regroup(self) -> None:
         self._groups = list({id(site.group): site.group for site in self._sites}.values())
+        self._wide = [_wide(group) for group in self._groups]
         slices, device = self._factors.space.slices, self._sharding.device
         parts = [slices[site.name] for group in self._groups for site in group.sites]
         columns = [column for part in parts for column in range(part.start, part.stop)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tezo_ds.models.structure import PLAIN, kind_of
 from tezo_ds.sharding.view import Block
-from tezo_ds.trunk.stand_ins import replaced
+from tezo_ds.trunk.stand_ins import all_replaced
 
 
 class Site:
@@ -156,9 +156,7 @@ AddTerm = Callable[[Site, Tensor, Tensor], Tensor]  # (site, input, output) -> o
 @contextmanager
 def attached(sites: list[Site], add: AddTerm) -> Iterator[None]:
     """Context manager: each site's forward inside passes its result through `add`."""
-    with ExitStack() as stack:
-        for site in sites:
-            stack.enter_context(replaced(site.module, _wrapped(site, add)))
+    with all_replaced((site.module, _wrapped(site, add)) for site in sites):
         yield
 
 

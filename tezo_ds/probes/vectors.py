@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -21,7 +21,7 @@ from tezo_ds.adapters.sites import AdapterSite
 from tezo_ds.models.structure import PLAIN, kind_of, users
 from tezo_ds.sharding.base import Sharding
 from tezo_ds.sharding.view import as_matrix
-from tezo_ds.trunk.stand_ins import replaced
+from tezo_ds.trunk.stand_ins import all_replaced
 
 Norm = Callable[[Tensor], Tensor]
 
@@ -164,7 +164,5 @@ def attached_vectors(
     sites: list[VectorSite | AdapterSite], add: Callable[[Any, Tensor, Tensor], Tensor]
 ) -> Iterator[None]:
     """Context manager: what each site's module takes or gives inside passes through `add`."""
-    with ExitStack() as stack:
-        for site in sites:
-            stack.enter_context(replaced(site.module, site.around(add)))
+    with all_replaced((site.module, site.around(add)) for site in sites):
         yield

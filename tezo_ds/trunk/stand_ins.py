@@ -5,7 +5,7 @@ A module that is not called has no hooks, so neither ZeRO-3 nor FSDP2 gathers it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,11 +66,22 @@ def swapped(where: Places, acts: list[tuple[nn.Module, Act]]) -> Iterator[None]:
 @contextmanager
 def replaced(module: nn.Module, forward: Act) -> Iterator[None]:
     """Context manager: a module has another forward inside, and its hooks still run; may be nested."""
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
+    with all_replaced([(module, forward)]):
+        yield
+
+
+@contextmanager
+def all_replaced(forwards: Iterable[tuple[nn.Module, Act]]) -> Iterator[None]:
+    """Context manager: each module has another forward inside, as by `replaced`. Of a module that comes
+    twice the second forward is asked for once the first is in place."""
+    before: list[tuple[nn.Module, Act | None]] = []
     try:
+        for module, forward in forwards:
+            before.append((module, module.__dict__.get("forward")))
+            module.__dict__["forward"] = forward
         yield
     finally:
-        del module.__dict__["forward"]
-        if before is not None:
-            module.__dict__["forward"] = before
+        for module, old in reversed(before):
+            del module.__dict__["forward"]
+            if old is not None:
+                module.__dict__["forward"] = old
