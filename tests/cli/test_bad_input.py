@@ -110,7 +110,7 @@ def test_model_and_data_files(given: Given, tmp_path: Path, refused: Refusal) ->
     missing = str(tmp_path / "no-model")
     refused(
         Given(Path(missing), given.data).train(tmp_path / "run"),
-        f"cannot load a tokenizer from '{missing}'", "give a folder made by save_pretrained",
+        f"cannot load a model from '{missing}'", "give a folder made by save_pretrained",
     )  # fmt: skip
     (tmp_path / "empty.jsonl").touch()
     refused(
@@ -160,7 +160,7 @@ def test_no_test_examples(given: Given, refused: Refusal) -> None:
 def test_a_real_process_says_no_more(given: Given, tmp_path: Path) -> None:
     arguments = Given(tmp_path / "no-model", given.data).train(tmp_path / "run")
     code, out, err = finish(start(sys.executable, "-m", "tezo_ds", *arguments))
-    assert_one_line(code, err, ["cannot load a tokenizer", "hub name"])
+    assert_one_line(code, err, ["cannot load a model", "hub name"])
     assert out == ""
 
 
