@@ -28,9 +28,10 @@ behind() { # NAME COMMAND…: in a process group of its own
     set +m
     groups+=("$!")
 }
+TIMEFORMAT="took %R s, and %U + %S s of processor time"
 pytest=("$bin/python" -m pytest --durations 20)
-tests() { "${pytest[@]}" "$@"; }
-lint() { "$bin/ruff" check . && "$bin/ruff" format --check . && "$bin/mypy"; }
+tests() { time "${pytest[@]}" "$@"; }
+lint() { time { "$bin/ruff" check . && "$bin/ruff" format --check . && "$bin/mypy"; }; }
 first() { # COMMAND…: the worlds begin once two of these have ended
     local code=0
     "$@" || code=$?
@@ -41,7 +42,7 @@ worlds() {
     until (($(find "$logs" -name 'ended.*' | wc -l) >= 2)); do sleep 1; done
     # Behind the other, which is one process: else its ranks, up to eight, would have most of the time, and the
     # other would be left over for the end, alone.
-    nice -n 7 "${pytest[@]}" tests/*/world_*.py
+    time nice -n 7 "${pytest[@]}" tests/*/world_*.py
 }
 
 names=(lint) failed=()
