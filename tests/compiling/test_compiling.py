@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from deep import deep, engine_of, numbered
 from tiny import make_batch, tiny
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
@@ -18,7 +19,7 @@ from tezo_ds.compiling import blocks
 from tezo_ds.compiling.twins import run
 from tezo_ds.directions.branches import Ask
 
-FIELDS = {"rank": 3, "rho": 1e-2, "lr": 1e-4, "queries": 2}
+FIELDS = {"rank": 4, "rho": 1e-2, "lr": 1e-4, "queries": 2}
 SHAPES = ((3, 11), (4, 13), (5, 9))  # examples and length; none equals another size of the blocks
 
 
@@ -74,6 +75,8 @@ def test_one_graph_serves_all_blocks_steps_and_sizes(kind: str, counter: Compile
             measured(engine, shape, queries, rho), expected, rtol=1e-5, atol=0
         )
     assert counter.frame_count == 1
+    if kind != "opt":  # tracing takes seconds
+        return
     batch = make_batch(3)
     assert engine.loss(batch) == pytest.approx(eager.loss(batch), rel=1e-6)
     assert counter.frame_count == 2  # of a single branch
@@ -101,7 +104,7 @@ def test_inductor_gives_the_losses_of_eager_steps(caplog: pytest.LogCaptureFixtu
         ours, expected = (e.step(make_batch(3, seed=seed)) for e in (engine, eager))
         assert ours.loss == pytest.approx(expected.loss, rel=1e-6)
         assert ours.kappa == pytest.approx(expected.kappa, rel=1e-3, abs=1e-3)
-    assert not caplog.records
+    assert not [r for r in caplog.records if r.name.startswith("tezo_ds")]
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt", "gpt2", "neox", "roberta"])
@@ -139,14 +142,16 @@ def test_other_methods(method: str, traced: list[str]) -> None:
 
 
 def test_the_first_late_block_compiles_behind_a_trunk(traced: list[str]) -> None:
-    """The last block, of which labelled positions alone are left, runs eagerly."""
-    fields = {"include": ["last:1"]}
-    for more, calls in (({}, 0), ({"shared_trunk": False}, 3)):
+    """Two of four blocks train; the last, of which labelled positions alone are left, runs eagerly."""
+    for more, calls in (({}, 3), ({"shared_trunk": False}, 6), ({"trunk_cache": "memory"}, 3)):
+        eager, engine = engine_of(deep(), **more), engine_of(deep(), compile=True, **more)
+        engine.settle(numbered([0, 1, 2]))
         traced.clear()
-        eager, engine = made(**fields), made(compile=True, **fields, **more)
         for seed in range(3):
-            ours, expected = (e.step(make_batch(3, seed=seed)) for e in (engine, eager))
+            batch = numbered([seed, 3, 4 + seed])
+            ours, expected = (e.step(batch) for e in (engine, eager))
             assert ours.loss == pytest.approx(expected.loss, rel=1e-6)
+            assert ours.kappa == pytest.approx(expected.kappa, rel=1e-3, abs=1e-3)
         assert len(traced) == calls
 
 
