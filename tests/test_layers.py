@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("settings",),
     ("engine",),
     ("per_example",),
+    ("compiling",),
     ("methods", "probes"),
     ("output_layer", "auto", "adapters"),
     ("directions", "losses"),

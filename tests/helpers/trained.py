@@ -27,7 +27,7 @@ def logits(model: nn.Module) -> Tensor:
 
 def groups(engine: tezo_ds.Engine) -> list[list[str]]:
     """Returns the last parts of the paths of sites that take one product together, in order."""
-    found = {id(site.group): site.group for site in engine.probe._sites}.values()
+    found = {id(site.group): site.group for site in engine.probe.sites}.values()
     return [[site.path.rsplit(".")[-1] for site in group.sites] for group in found]
 
 

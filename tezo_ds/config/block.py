@@ -17,7 +17,7 @@ from tezo_ds.errors import ConfigError
 BLOCK = "tezo"
 # Fields that may change on resume: the steps stay the same, up to the rounding of losses.
 FREE = frozenset({"check_every", "branch_chunk", "memory_budget", "micro_batch"})
-FREE |= {"shared_trunk", "trunk_cache_gib"}
+FREE |= {"shared_trunk", "trunk_cache_gib", "compile"}
 
 
 AUTO = "auto"
@@ -161,6 +161,10 @@ class TezoConfig(Fields):
             raise ValueError("trunk_cache: needs shared_trunk; set it on, or trunk_cache to off")
         if self.memory_budget is not None and self.branch_chunk:
             raise ValueError("memory_budget: sets branch_chunk by itself; leave one of them out")
+        if self.compile and (self.probe == "inplace" or self.placement == "per_example"):
+            raise ValueError(
+                "compile: is for the fused probe with directions that examples share; leave it off"
+            )
         if self.placement != "shared" and self.probe == "inplace":
             raise ValueError(
                 f"placement: {self.placement} needs the fused probe; all share weights"

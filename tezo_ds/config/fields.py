@@ -207,6 +207,12 @@ class Fields(BaseModel):
         "bound",
         group=PROBE, used_by="trunk_cache memory, disk", example=8.0, gt=0,
     )  # fmt: skip
+    compile: bool = declared(
+        False,
+        "run transformer blocks through torch.compile (one process and FSDP2): the first steps compile, "
+        "losses change by rounding",
+        group=PROBE, used_by="fused probe", example=True,
+    )  # fmt: skip
     stochastic_rounding: bool = declared(
         True,
         "round what is written into 16-bit weights at random, so that small updates count; off: to the "

@@ -46,6 +46,10 @@ def measures(
         )
     if config.placement != "per_example":
         probe = kind.make(config, sharding, names, method.factors)
+        if config.compile:
+            from tezo_ds.compiling.blocks import compile_blocks
+
+            compile_blocks(probe, sharding)
         return Objective(sharding, loss_fn), probe, None
     assert method.factors is not None, "refused above"
     if config.memory_budget is not None and config.facts.fresh_left:

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import logging
 import textwrap
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import groupby
 from typing import Any
 
@@ -49,6 +49,10 @@ class FusedProbe(Probe):
 
     Every rank keeps U and V whole (under tensor parallelism those of its block), in the dtype of
     the weights in a forward: r(m + n) numbers a matrix.
+
+    Attributes:
+        sites, vector_sites: where matrices act, and vectors or adapters.
+        around: makes a context manager in which the sites' forwards run.
     """
 
     name = "fused"
@@ -58,22 +62,23 @@ class FusedProbe(Probe):
     ) -> None:
         self._sharding, self._factors = sharding, factors
         self._adapters = adapters or Adapters()
-        self._sites = list(_find_sites(sharding, factors))
+        self.sites = list(_find_sites(sharding, factors))
         self._loaded: tuple[int, int] | None = None  # period and renewal of the sites' factors
         self._load()
-        for site in self._sites:
+        for site in self.sites:
             Group([site])
         self._regroup()
         self._vectors = factors.space.vectors[len(self._adapters.vectors) :]  # the model's own
         names = {vector.name for vector in self._vectors}
-        self._vector_sites: list[VectorSite | AdapterSite] = [
+        self.vector_sites: list[VectorSite | AdapterSite] = [
             *find_vector_sites(sharding, names),
             *self._adapters.sites,
         ]
-        self._all: list[Site | VectorSite | AdapterSite] = [*self._sites, *self._vector_sites]
+        self._all: list[Site | VectorSite | AdapterSite] = [*self.sites, *self.vector_sites]
         # Of each vector, (branches, numel); of each adapter by its site's name.
         self._changes: dict[str, Any] = {}
-        self._joined = sum(map(_may_share, self._sites)) < 2  # known who shares a product
+        self.around: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._joined = sum(map(_may_share, self.sites)) < 2  # known who shares a product
         self._branches = self._examples = 1
         self._leads: set[int] = set()  # sizes of a leading dim that counts branch-major rows
 
@@ -121,7 +126,7 @@ class FusedProbe(Probe):
         module = self._sharding.module
         if not is_encoder_decoder(module) or site.module is not embeddings(module, "input"):
             return False
-        return any(o.calls and o.name == site.name and o.kind == "embedding" for o in self._sites)
+        return any(o.calls and o.name == site.name and o.kind == "embedding" for o in self.sites)
 
     @contextmanager
     def held(self, branches: Branches) -> Iterator[None]:
@@ -146,8 +151,9 @@ class FusedProbe(Probe):
         watch = self._sharding.module.register_forward_pre_hook(expect, with_kwargs=True)
         try:
             with (
-                attached(self._sites, self._add),
-                attached_vectors(self._vector_sites, self._add_vectors),
+                self.around(),
+                attached(self.sites, self._add),
+                attached_vectors(self.vector_sites, self._add_vectors),
             ):
                 yield
         finally:
@@ -169,7 +175,7 @@ class FusedProbe(Probe):
         """Groups the sites that read one tensor, before the first forward."""
         self._joined = True
         head = embeddings(self._sharding.module, "output")  # which sees chosen positions alone
-        sites = {s.path: s for s in self._sites if _may_share(s) and s.module is not head}
+        sites = {s.path: s for s in self.sites if _may_share(s) and s.module is not head}
         try:
             runs = readers(self._sharding, sites, args, kwargs)
         except Exception as error:  # the model's code asks for values, in ways of its own
@@ -195,7 +201,7 @@ class FusedProbe(Probe):
         if before == now:
             return
         device = self._sharding.device
-        for name, sites in groupby(sorted(self._sites, key=_name), key=_name):
+        for name, sites in groupby(sorted(self.sites, key=_name), key=_name):
             block, right = None, None
             for site in sites:
                 if block is None:  # the first of tied sites
@@ -207,7 +213,7 @@ class FusedProbe(Probe):
                 self._factors.lend(name, site.block, site.factors)
 
     def _regroup(self) -> None:
-        self._groups = list({id(site.group): site.group for site in self._sites}.values())
+        self._groups = list({id(site.group): site.group for site in self.sites}.values())
         self._wide = [_wide(group) for group in self._groups]
         slices, device = self._factors.space.slices, self._sharding.device
         parts = [slices[site.name] for group in self._groups for site in group.sites]
@@ -228,13 +234,17 @@ class FusedProbe(Probe):
         if self.trunk is not None and self.trunk.rows:
             self._leads.add(self._branches * self.trunk.rows)
 
+    def shows(self, x: Tensor) -> bool:
+        """Returns whether an input's rows are branch-major."""
+        return self._branches == 1 or bool(x.dim() and x.shape[0] in self._leads)
+
     def _add(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """Returns y plus the site's term."""
         site.calls += 1
         result = y = y.contiguous()
         if site.split:
             x, y = self._sharding.local(x, y)
-        if self._branches > 1 and (not x.dim() or x.shape[0] not in self._leads):
+        if not self.shows(x):
             return self._add_shared(site, x, y)
         if site.kind == "embedding":
             return y.add_(site.group.looked_up(site, x, self._branches).view(y.shape))
@@ -243,7 +253,7 @@ class FusedProbe(Probe):
 
     def _add_vectors(self, site: VectorSite | AdapterSite, x: Tensor, y: Tensor) -> Tensor:
         """Returns y plus the terms of a site's vectors, or of its adapter."""
-        if self._branches > 1 and (not x.dim() or x.shape[0] not in self._leads):
+        if not self.shows(x):
             raise ProbeError(_unclear(site, x))
         return site.add_(x, y, self._changes)
 

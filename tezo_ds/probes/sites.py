@@ -81,16 +81,16 @@ class Group:
     def __init__(self, sites: list[Site]) -> None:
         self.sites = sites
         if len(sites) > 1:
-            self._inner = torch.cat([site.inner for site in sites])
+            self.inner = torch.cat([site.inner for site in sites])
             start = 0
             for site in sites:  # the group's memory, not a second copy
-                site.inner = self._inner[start : start + site.rank]
+                site.inner = self.inner[start : start + site.rank]
                 start += site.rank
         for site in sites:
             site.group = self
-        self._places = {site.path: place for place, site in enumerate(sites)}
-        self._ranks = [site.rank for site in sites]
-        self.width = sum(self._ranks)  # columns of c
+        self.places = {site.path: place for place, site in enumerate(sites)}
+        self.ranks = [site.rank for site in sites]
+        self.width = sum(self.ranks)  # columns of c
         self.c = torch.empty(0)  # (branches, copies, width)
         self._input: weakref.ref[Tensor] | None = None
         self._version = -1
@@ -121,15 +121,15 @@ class Group:
 
     def _shared(self, site: Site, x: Tensor) -> Tensor:
         """Returns (x V) ∘ c_k of one linear site, for every k: (rows, copies * rank)."""
-        if len(self._ranks) == 1:
+        if len(self.ranks) == 1:
             return self._product(x, site.inner)[0]
         same = self._input is not None and self._input() is x and self._version == x._version
         if not same:
-            self._scaled = self._product(x, self._inner)
+            self._scaled = self._product(x, self.inner)
             self._input, self._version = weakref.ref(x), x._version
-        place = self._places[site.path]
+        place = self.places[site.path]
         scaled = self._scaled[place]
-        if place == len(self._ranks) - 1:  # of no more use; those of all layers would pile up
+        if place == len(self.ranks) - 1:  # of no more use; those of all layers would pile up
             self._scaled, self._input = (), None
         return scaled
 
@@ -138,16 +138,14 @@ class Group:
         branches, copies, _ = self.c.shape
         by_branch = h.view(branches, -1, self.width)
         if copies > 1:
-            parts = zip(
-                by_branch.split(self._ranks, -1), self.c.split(self._ranks, -1), strict=True
-            )
+            parts = zip(by_branch.split(self.ranks, -1), self.c.split(self.ranks, -1), strict=True)
             scaled = ((part[:, :, None] * c[:, None]).to(h.dtype) for part, c in parts)
             return tuple(part.view(-1, copies * part.shape[-1]) for part in scaled)
         if h.dtype == self.c.dtype:
             by_branch.mul_(self.c)
         else:
             h = (by_branch * self.c).to(h.dtype)
-        return h.view(-1, self.width).split(self._ranks, dim=1)
+        return h.view(-1, self.width).split(self.ranks, dim=1)
 
 
 AddTerm = Callable[[Site, Tensor, Tensor], Tensor]  # (site, input, output) -> output with the term

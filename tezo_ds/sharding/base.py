@@ -26,12 +26,14 @@ class Sharding(ABC):
         place: this process's rank in the whole world.
         filled_apart: each rank filled its weights by itself, so replicas may differ from the start.
         quantised: why the weights cannot be written between forwards; None when they can.
+        uncompiled: why a compiler cannot trace forwards; None when it can.
         absent: why they can be neither written nor read between forwards; see `absent_from`.
     """
 
     module: nn.Module
     device: torch.device
     quantised: str | None = None
+    uncompiled: str | None = None
     absent: str | None = None
     filled_apart = False
 

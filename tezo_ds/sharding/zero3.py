@@ -46,6 +46,8 @@ class Zero3(Sharding):
         ShardingError: the engine has an optimizer, whose master weights would undo our writes.
     """
 
+    uncompiled = "ZeRO-3 gathers weights by hooks of every layer, which do not compile"
+
     def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
         check_version()
         check_stage(engine.zero_optimization_stage())

@@ -1,0 +1,1 @@
+"""A forward that compiles: blocks of the fused probe as functions for `torch.compile`."""
