@@ -30,8 +30,9 @@ behind() { # NAME COMMAND…: in a process group of its own
 }
 TIMEFORMAT="took %R s, and %U + %S s of processor time"
 pytest=("$bin/python" -m pytest --durations 20)
-tests() { time "${pytest[@]}" "$@"; }
-lint() { time { "$bin/ruff" check . && "$bin/ruff" format --check . && "$bin/mypy"; }; }
+# In shells of their own, or the time would be that of all groups which end meanwhile.
+tests() { (time "${pytest[@]}" "$@"); }
+lint() { (time { "$bin/ruff" check . && "$bin/ruff" format --check . && "$bin/mypy"; }); }
 first() { # COMMAND…: the worlds begin once two of these have ended
     local code=0
     "$@" || code=$?

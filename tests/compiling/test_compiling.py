@@ -66,17 +66,14 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", "opt", "gpt2"])
-def test_one_graph_serves_all_blocks_steps_and_sizes(kind: str, counter: CompileCounter) -> None:
-    eager, engine = made(kind), made(kind, compile=True)
+def test_one_graph_serves_all_blocks_steps_and_sizes(counter: CompileCounter) -> None:
+    eager, engine = made("llama"), made("llama", compile=True)
     for shape, queries, rho in zip(SHAPES, (3, 1, 3), (1e-2, 1e-3, 1e-2), strict=True):
         expected = measured(eager, shape, queries, rho)
         torch.testing.assert_close(
             measured(engine, shape, queries, rho), expected, rtol=1e-5, atol=0
         )
     assert counter.frame_count == 1
-    if kind != "opt":  # tracing takes seconds
-        return
     batch = make_batch(3)
     assert engine.loss(batch) == pytest.approx(eager.loss(batch), rel=1e-6)
     assert counter.frame_count == 2  # of a single branch

@@ -31,7 +31,7 @@ def losses(engine: tezo_ds.Engine, world: World, evaluations: bool = True) -> li
     return found
 
 
-@case(worlds=(1, 2))
+@case(worlds=(2,))
 def fsdp2_blocks_compile(world: World) -> None:
     counter = CompileCounter()
     with mock.patch.object(blocks, "BACKEND", counter):
@@ -57,7 +57,7 @@ def fsdp2_twins_are_their_blocks(world: World) -> None:
     assert len(calls) == 3 * 6 * 2
 
 
-@case(worlds=(1, 2))
+@case(worlds=(2,))
 def zero3_runs_eagerly_and_says_so(world: World) -> None:
     with mock.patch.object(blocks.log, "warning") as warning:
         engine = zero3(fields={**FIELDS, "compile": True})

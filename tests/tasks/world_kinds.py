@@ -41,7 +41,7 @@ def engine_of(module: nn.Module, **more: Any) -> tezo_ds.Engine:
     return engine
 
 
-@case(worlds=(2, 3))
+@case(worlds=(2,))
 def answers_of_decoders_are_those_of_one_process(world: World) -> None:
     """The last rank has no prompt, and `generate` is the first that any rank does."""
     for name in ENCODER_DECODERS:
@@ -73,7 +73,7 @@ def _one(engine: tezo_ds.Engine, tokenizer: Any, prompt: list[int]) -> str:
     return str(tokenizer.decode(said, skip_special_tokens=True))
 
 
-@case(worlds=(2, 3))
+@case(worlds=(3,))
 def steps_of_decoders_are_those_of_one_process(world: World) -> None:
     for name in ENCODER_DECODERS:
         tokenizer = tokenizer_for(name, test_seq2seq.TEXTS)
@@ -99,9 +99,9 @@ def steps_of_decoders_are_those_of_one_process(world: World) -> None:
             expected = None
 
 
-@case(worlds=(2, 3))
+@case(worlds=(3,))
 def steps_of_classes_are_those_of_one_process(world: World) -> None:
-    for name in (NAMES[0], NAMES[2], NAMES[3], NAMES[4]):
+    for name in (NAMES[0], NAMES[3]):  # an encoder and a decoder
         tokenizer = tokenizer_for(name, test_classes.TEXTS)
         expected = None
         for shard in (lambda model: model, *SHARDED):

@@ -95,6 +95,8 @@ class Tezo(Method):
         return LowRank(c[:, None], self.factors)
 
     def kept_aside(self) -> LowRank:
+        if self._beside is None:
+            return LowRank(self.coefficients[None, None], self.factors)
         return self.along(torch.zeros(1, self.space.numel, dtype=torch.float64))
 
     def merged(self) -> None:
