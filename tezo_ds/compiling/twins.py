@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tezo_ds.errors import ProbeError
-from tezo_ds.probes.sites import Group, Site
+from tezo_ds.probes.sites import Group, Site, scaled, summed
 from tezo_ds.trunk.outputs import hidden_in
 
 HOOKS = (
@@ -23,26 +22,6 @@ HOOKS = (
 )  # fmt: skip
 # Marks by which dynamo treats modules otherwise.
 SHARDED = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
-
-
-def scaled(x: Tensor, inner: Tensor, c: Tensor, ranks: list[int]) -> tuple[Tensor, ...]:
-    """Returns (x V) ∘ c_k for every k, of sites that share V's product: (rows, copies * rank) each."""
-    branches, copies, width = c.shape
-    h = F.linear(x, inner).reshape(branches, -1, width)
-    if copies == 1:
-        return (h * c).to(h.dtype).view(-1, width).split(ranks, dim=1)
-    parts = zip(h.split(ranks, -1), c.split(ranks, -1), strict=True)
-    return tuple(
-        (part[:, :, None] * of[:, None]).to(h.dtype).view(-1, copies * part.shape[-1])
-        for part, of in parts
-    )
-
-
-def summed(x: Tensor, inner: Tensor, c: Tensor) -> Tensor:
-    """Returns Σ_k (x L_k) ∘ c_k of a conv1d site: (rows, rank)."""
-    branches, copies, rank = c.shape
-    h = F.linear(x, inner).reshape(branches, -1, copies, rank)
-    return (h * c[:, None]).sum(dim=2).to(h.dtype).view(-1, rank)
 
 
 def shows(x: Tensor, hidden: Tensor) -> bool:

@@ -165,9 +165,9 @@ class FusedProbe(Probe):
         if not self._groups:  # adapters alone: c is large, and nothing of it of matrices
             return
         c = branches.c.to(self._sharding.device)[..., self._columns]  # (branches, copies, widths)
-        by_dtype = {dtype: c.to(dtype) for dtype in set(self._wide)}
+        by_dtype = {dtype: c.to(dtype) for dtype in set(self._dtypes)}
         start = 0
-        for group, dtype in zip(self._groups, self._wide, strict=True):
+        for group, dtype in zip(self._groups, self._dtypes, strict=True):
             group.start(by_dtype[dtype][..., start : start + group.width])
             start += group.width
 
@@ -214,7 +214,7 @@ class FusedProbe(Probe):
 
     def _regroup(self) -> None:
         self._groups = list({id(site.group): site.group for site in self.sites}.values())
-        self._wide = [_wide(group) for group in self._groups]
+        self._dtypes = [_wide(group) for group in self._groups]  # of c
         slices, device = self._factors.space.slices, self._sharding.device
         parts = [slices[site.name] for group in self._groups for site in group.sites]
         columns = [column for part in parts for column in range(part.start, part.stop)]

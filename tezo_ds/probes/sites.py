@@ -108,8 +108,7 @@ class Group:
     def term(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns a linear or conv1d site's term as two factors: (rows, k), branch-major, and (k, out)."""
         if site.kind == "conv1d":
-            h = F.linear(x, site.inner).view(len(self.c), -1, *self.c.shape[1:])
-            return (h * self.c[:, None]).sum(dim=2).to(h.dtype).view(-1, site.rank), site.outer
+            return summed(x, site.inner, self.c), site.outer
         return self._shared(site, x), site.outer
 
     def looked_up(self, site: Site, ids: Tensor, times: int) -> Tensor:
@@ -122,30 +121,46 @@ class Group:
     def _shared(self, site: Site, x: Tensor) -> Tensor:
         """Returns (x V) ∘ c_k of one linear site, for every k: (rows, copies * rank)."""
         if len(self.ranks) == 1:
-            return self._product(x, site.inner)[0]
+            return scaled(x, site.inner, self.c, self.ranks)[0]
         same = self._input is not None and self._input() is x and self._version == x._version
         if not same:
-            self._scaled = self._product(x, self.inner)
+            self._scaled = scaled(x, self.inner, self.c, self.ranks)
             self._input, self._version = weakref.ref(x), x._version
         place = self.places[site.path]
-        scaled = self._scaled[place]
+        own = self._scaled[place]
         if place == len(self.ranks) - 1:  # of no more use; those of all layers would pile up
             self._scaled, self._input = (), None
-        return scaled
+        return own
 
-    def _product(self, x: Tensor, inner: Tensor) -> tuple[Tensor, ...]:
-        h = F.linear(x, inner)  # (…, width)
-        branches, copies, _ = self.c.shape
-        by_branch = h.view(branches, -1, self.width)
-        if copies > 1:
-            parts = zip(by_branch.split(self.ranks, -1), self.c.split(self.ranks, -1), strict=True)
-            scaled = ((part[:, :, None] * c[:, None]).to(h.dtype) for part, c in parts)
-            return tuple(part.view(-1, copies * part.shape[-1]) for part in scaled)
-        if h.dtype == self.c.dtype:
-            by_branch.mul_(self.c)
-        else:
-            h = (by_branch * self.c).to(h.dtype)
-        return h.view(-1, self.width).split(self.ranks, dim=1)
+
+def scaled(x: Tensor, inner: Tensor, c: Tensor, ranks: list[int]) -> tuple[Tensor, ...]:
+    """Returns (x V) ∘ c_k for every k, of sites that share V's product: (rows, copies * rank) each.
+
+    Args:
+        x: (…, n), branch-major.
+        inner: [V₁ V₂ …]ᵀ, (width, n).
+        c: (branches, copies, width).
+        ranks: columns of each site.
+    """
+    h = F.linear(x, inner)  # (…, width)
+    branches, copies, width = c.shape
+    by_branch = h.view(branches, -1, width)
+    if copies > 1:
+        parts = zip(by_branch.split(ranks, -1), c.split(ranks, -1), strict=True)
+        products = ((part[:, :, None] * of[:, None]).to(h.dtype) for part, of in parts)
+        return tuple(part.view(-1, copies * part.shape[-1]) for part in products)
+    if h.dtype == c.dtype:
+        by_branch.mul_(c)
+    else:
+        h = (by_branch * c).to(h.dtype)
+    return h.view(-1, width).split(ranks, dim=1)
+
+
+def summed(x: Tensor, inner: Tensor, c: Tensor) -> Tensor:
+    """Returns Σ_k (x L_k) ∘ c_k of a conv1d site: (rows, rank); arguments are those of `scaled`."""
+    branches, copies, rank = c.shape
+    h = F.linear(x, inner).view(branches, -1, copies, rank)
+    return (h * c[:, None]).sum(dim=2).to(h.dtype).view(-1, rank)
 
 
 AddTerm = Callable[[Site, Tensor, Tensor], Tensor]  # (site, input, output) -> output with the term
