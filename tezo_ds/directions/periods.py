@@ -32,14 +32,20 @@ class PeriodFactors(FixedFactors):
         super().__init__(CoefficientSpace(wide, narrow.seed, narrow.vectors))
         self.count = count
         self._narrow, self._each = narrow, [FixedFactors(narrow, p) for p in range(count)]
-        starts = [(self.space.slices[matrix.name].start, matrix.rank) for matrix in narrow.matrices]
+        starts = [self.space.slices[matrix.name].start for matrix in narrow.matrices]
+        ranks = [matrix.rank for matrix in narrow.matrices]
         # Columns of each period's coefficients among the wide ones, those of matrices: (K + 1, Σ r)
-        self._columns = [
-            torch.cat([torch.arange(start + p * r, start + (p + 1) * r) for start, r in starts])
-            if starts
-            else torch.empty(0, dtype=torch.int64)
-            for p in range(count)
-        ]
+        self._columns = torch.tensor(
+            [
+                [
+                    start + p * r + i
+                    for start, r in zip(starts, ranks, strict=True)
+                    for i in range(r)
+                ]
+                for p in range(count)
+            ],
+            dtype=torch.int64,
+        )
 
     def advance(self) -> None:
         self.period += 1  # U and V stay

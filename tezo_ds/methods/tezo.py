@@ -89,15 +89,15 @@ class Tezo(Method):
         return self.along(self.offsets(ask))
 
     def along(self, changes: Tensor) -> LowRank:
-        c = self.coefficients + changes  # (branches, D)
-        if self._beside is not None:
-            c = self._beside.placed(c, self.finished)
-        return LowRank(c[:, None], self.factors)
+        return self._at(self.coefficients + changes)
 
     def kept_aside(self) -> LowRank:
-        if self._beside is None:
-            return LowRank(self.coefficients[None, None], self.factors)
-        return self.along(torch.zeros(1, self.space.numel, dtype=torch.float64))
+        return self._at(self.coefficients[None])
+
+    def _at(self, a: Tensor) -> LowRank:
+        """Returns branches of some coefficients of the running period, (branches, D)."""
+        c = a if self._beside is None else self._beside.placed(a, self.finished)
+        return LowRank(c[:, None], self.factors)
 
     def merged(self) -> None:
         super().merged()
