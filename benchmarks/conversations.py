@@ -76,16 +76,8 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, float | bool]:
     for name, subjects in files.items():
         lines = (json.dumps(conversation(subject)) + "\n" for subject in subjects)
         (folder / f"{name}.jsonl").write_text("".join(lines))
-    words = [
-        sys.executable,
-        "-m",
-        "tezo_ds",
-        "train",
-        "--model",
-        args.model,
-        "--method",
-        args.method,
-    ]
+    words = [sys.executable, "-m", "tezo_ds", "train"]
+    words += ["--model", args.model, "--method", args.method]
     words += ["--task", str(folder / "train.jsonl"), "--test-data", str(folder / "test.jsonl")]
     words += ["--steps", str(args.steps), "--batch-size", str(args.batch_size), "--no-save-model"]
     done = subprocess.run([*words, "--output", str(folder / "run")], check=False)

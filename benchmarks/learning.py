@@ -91,12 +91,7 @@ class Benchmark:
 
     def _tuned(self, arm: Arm) -> float:
         """Returns the factor of a method's rate that validates best on one task, by loss."""
-        if arm.steps in (
-            NONE,
-            "tezo-gn",
-            "tezo-gn-fresh",
-            *FIRST_ORDER,
-        ):  # which have none, or a common one
+        if not arm.tuned:
             return 1.0
         if self._args.factor is not None:
             return float(self._args.factor)

@@ -43,10 +43,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "lora-adam": {**_LORA, "method": "tezo-adam-coef", "lr": 1e-4},
 }  # fmt: skip
 NONE = "none"  # no steps: what the head alone gives
-FIRST_ORDER = {
-    "adamw-lora": "lora",
-    "adamw": "full",
-}  # by name of the steps, the way of first_order.py
+# By name of the steps, the way of first_order.py.
+FIRST_ORDER = {"adamw-lora": "lora", "adamw": "full"}
 
 
 @dataclass(frozen=True)
@@ -67,11 +65,20 @@ class Arm:
         parts = [part for part in (self.head, self.steps) if part not in ("frozen", NONE)]
         return " + ".join(parts) or "zero-shot"
 
+    @property
+    def tuned(self) -> bool:
+        """Whether a rate is to be found: Gauss-Newton's is 1, and backpropagation has a common one."""
+        return "method" in self._fields and self._fields["method"] != "tezo-gn"
+
+    @property
+    def _fields(self) -> dict[str, Any]:
+        return {**STEPS, **OTHERS}.get(self.steps, {})
+
     def flags(
         self, factor: float, common: dict[str, Any], batch_size: int | None = None
     ) -> list[str]:
         """Returns the command line's flags: the rate times a factor and, if given, another batch size."""
-        fields = {**common, **HEADS[self.head], **{**STEPS, **OTHERS}.get(self.steps, {})}
+        fields = {**common, **HEADS[self.head], **self._fields}
         if "lr" in fields:
             fields["lr"] = float(f"{fields['lr'] * factor:.3g}")
         if batch_size is not None and self.steps != NONE:
