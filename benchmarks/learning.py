@@ -11,6 +11,7 @@ on either side; all other tasks get it, too.
     python benchmarks/learning.py                                       all; many hours
     python benchmarks/learning.py --tasks trec --arms bias fit --seeds 3
     python benchmarks/learning.py --tasks trec sms --arms frozen+tt frozen+lora --include '*' --no-page
+    python benchmarks/learning.py --trunk-cache --arms frozen+tezo-gn-fresh frozen+mezo
     python benchmarks/learning.py --report                              writes docs/learning.md's table alone
 
 A finished run is a line in --out, which is kept in the repository: any machine goes on from there.
@@ -31,7 +32,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from parts.common.machine import describe
-from parts.learning.arms import FIRST_ORDER, HEADS, NONE, STEPS, Arm, arms_of
+from parts.learning.arms import CACHED, FIRST_ORDER, HEADS, NONE, STEPS, Arm, arms_of
+from parts.learning.clocked import run_for
 from parts.learning.first_order import WAYS
 from parts.learning.report import MARKERS, draw, markdown, tables_of
 from parts.methods.data import FIELDS, SHORT, TASKS, load_splits
@@ -43,6 +45,7 @@ TUNED_ON, TUNING_SEED = "trec", 0
 FIRST_FACTORS = (1.0, 10.0)  # of the rates in STEPS; further ones, while the best lies at an end
 MOST_FACTORS = 6
 PILOTS = (1, 5)  # steps
+ENDLESS = 100_000  # steps that no budget has room for
 PILOT_EXAMPLES, TUNING_EXAMPLES = 16, 200  # to test with, at most
 DEFAULT_ARMS = [
     *HEADS, *(f"{head}+{steps}" for steps in STEPS for head in HEADS),
@@ -87,6 +90,7 @@ class Benchmark:
             "examples": args.examples, "test_examples": args.test_examples, "include": args.include,
             **({"batch_size": args.batch_size} if args.batch_size else {}),
             **({"factor": args.factor} if args.factor and arm.steps != NONE else {}),
+            **({"trunk_cache": True} if args.trunk_cache and arm.steps in CACHED else {}),
         }  # fmt: skip
 
     def _tuned(self, arm: Arm) -> float:
@@ -134,38 +138,61 @@ class Benchmark:
 
     def _trained(self, task: str, arm: Arm, seed: int, factor: float, split: str) -> Record:
         most = TUNING_EXAMPLES if split == "valid" else self._args.test_examples
+        if self._args.trunk_cache and arm.steps != NONE:
+            return self._clocked(task, arm, seed, factor, split, most)
         return self._call(task, arm, seed, factor, split, self._steps(task, arm), most)
 
     def _call(
         self, task: str, arm: Arm, seed: int, factor: float, split: str, steps: int, most: int
     ) -> Record:
         """Makes one run in a process of its own, and returns what it found."""
-        args = self._args
         with tempfile.TemporaryDirectory(prefix="learning-") as folder:
             out = Path(folder) / "run"
-            words = [sys.executable, "-m", "tezo_ds", "train", *self._data(task, split)]
-            words += arm.flags(factor, {
-                "model": args.model, "objective": "choices", "seed": seed, "steps": max(1, steps),
-                "test_examples": min(most, args.test_examples), "output_layer_examples": args.examples,
-                "max_length": args.max_length, "output": out, "no_save_model": True, "check_every": 0,
-                "snapshot_every": 0,
-            }, args.batch_size)  # fmt: skip
-            if "--include" not in words:
-                for pattern in args.include if arm.steps != NONE else ["last:1"]:
-                    words += ["--include", pattern]
-            if arm.steps == NONE:
-                words += ["--lr", "0", "--batch-size", "1"]
+            words = self._words(task, arm, seed, factor, split, steps, most, out)
             before = _processor_seconds()
             _run(words)
             seconds = _processor_seconds() - before
             summary = json.loads((out / "summary.json").read_text())
         return {
             "accuracy": summary["accuracy_after"], "loss": summary["test_loss_after"],
-            "zero_shot": summary["accuracy_before"], "majority": summary.get("accuracy_majority"),
-            "head": summary.get("accuracy_output_layer"),
-            "steps_made": steps, "seconds": seconds,
-            "fit": summary.get("output_layer"), "machine": describe(), "time": time.time(),
+            **_known(summary), "steps_made": steps, "seconds": seconds,
         }  # fmt: skip
+
+    def _clocked(
+        self, task: str, arm: Arm, seed: int, factor: float, split: str, most: int
+    ) -> Record:
+        """Makes one run that is stopped when the budget is used up, and returns what it found."""
+        with tempfile.TemporaryDirectory(prefix="learning-") as folder:
+            out = Path(folder) / "run"
+            words = self._words(task, arm, seed, factor, split, ENDLESS, most, out)
+            words += ["--trunk-cache", "memory", "--train-examples", str(self._args.examples)]
+            seconds = run_for(words, self._args.budget, Path(folder) / "log", _environment())
+            summary = json.loads((out / "summary.json").read_text())
+            evaluate = [sys.executable, "-m", "tezo_ds", "evaluate", "--run", str(out)]
+            found = json.loads(_run(evaluate))
+        return {
+            "accuracy": found["accuracy"], "loss": found["loss"],
+            **_known(summary), "steps_made": summary["steps"], "seconds": seconds,
+        }  # fmt: skip
+
+    def _words(
+        self, task: str, arm: Arm, seed: int, factor: float, split: str, steps: int, most: int, out: Path
+    ) -> list[str]:  # fmt: skip
+        """Returns the command line of a run."""
+        args = self._args
+        words = [sys.executable, "-m", "tezo_ds", "train", *self._data(task, split)]
+        words += arm.flags(factor, {
+            "model": args.model, "objective": "choices", "seed": seed, "steps": max(1, steps),
+            "test_examples": min(most, args.test_examples), "output_layer_examples": args.examples,
+            "max_length": args.max_length, "output": out, "no_save_model": True, "check_every": 0,
+            "snapshot_every": 0,
+        }, args.batch_size)  # fmt: skip
+        if "--include" not in words:
+            for pattern in args.include if arm.steps != NONE else ["last:1"]:
+                words += ["--include", pattern]
+        if arm.steps == NONE:
+            words += ["--lr", "0", "--batch-size", "1"]
+        return words
 
     def _by_first_order(self, task: str, arm: Arm, seed: int) -> Record:
         """Trains by backpropagation for the budget, and returns what that gives on the test examples."""
@@ -223,12 +250,24 @@ def next_factor(losses: dict[float, float]) -> float | None:
 
 def _run(words: list[str]) -> str:
     """Runs a process of one thread, and returns what it printed; ends this one where it fails."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), env.get("PYTHONPATH", "")])
-    done = subprocess.run(words, capture_output=True, text=True, env=env)
+    done = subprocess.run(words, capture_output=True, text=True, env=_environment())
     if done.returncode:
         raise SystemExit(f"{' '.join(words)}:\n{done.stderr or done.stdout}")
     return done.stdout
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def _known(summary: Record) -> Record:
+    """Returns what a record keeps of a run's summary, apart from its result."""
+    return {
+        "zero_shot": summary["accuracy_before"], "majority": summary.get("accuracy_majority"),
+        "head": summary.get("accuracy_output_layer"), "fit": summary.get("output_layer"),
+        "machine": describe(), "time": time.time(),
+    }  # fmt: skip
 
 
 def _processor_seconds() -> float:
@@ -249,6 +288,10 @@ def arguments() -> argparse.ArgumentParser:
     add("--test-examples", type=int, default=400)
     add("--batch-size", type=int, help="of all methods; each its own by default")
     add("--factor", type=float, help="of all rates, which are then not tuned")
+    add(
+        "--trunk-cache", action="store_true",
+        help="keep the frozen blocks' states of --examples training examples, and stop runs by their clock",
+    )  # fmt: skip
     add("--max-length", type=int, default=64)
     add("--model", default=str(ROOT / ".cache/quickstart/SmolLM2-135M-Instruct"))
     add("--cache", type=Path, default=ROOT / ".cache/methods", help="of the data")
@@ -291,12 +334,13 @@ def command(args: argparse.Namespace) -> str:
         "test_examples",
         "batch_size",
         "factor",
+        "trunk_cache",
     )
     for name in names:
         value = getattr(args, name)
         if value != parser.get_default(name):
-            given = " ".join(value) if isinstance(value, list) else str(value)
-            words.append(f"--{name.replace('_', '-')} {given}")
+            given = value if isinstance(value, list) else [] if value is True else [str(value)]
+            words.append(" ".join([f"--{name.replace('_', '-')}", *given]))
     return " ".join(words)
 
 

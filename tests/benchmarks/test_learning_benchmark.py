@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +17,7 @@ import torch
 from command_line import WORDS, Given
 from parts.learning import first_order
 from parts.learning.arms import OTHERS, Arm, arms_of
+from parts.learning.clocked import run_for
 from parts.learning.report import MARKERS
 from parts.methods.report import Results
 from rich.console import Console
@@ -144,3 +147,32 @@ def test_backpropagation_is_compared_with(
     before, after = found
     assert before["steps_made"] == 0 < after["steps_made"] and after["loss"] < before["loss"] - 0.1
     assert 0.3 <= after["seconds"] < 5 and before["majority"] == after["majority"] <= 0.6
+
+
+def test_a_run_by_the_clock_is_stopped_when_its_steps_have_had_the_budget(tmp_path: Path) -> None:
+    busy = (
+        "import signal, sys, time\n"
+        "def stop(*_): print('stopped by SIGTERM after step 7', flush=True); sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "while time.process_time() < 0.3: pass\n"  # before the steps, so no part of the budget
+        "print('after 0 steps', flush=True)\n"
+        "while time.process_time() < 20: pass\n"
+    )
+    words = [sys.executable, "-c", busy]
+    seconds = run_for(words, 0.4, tmp_path / "log", dict(os.environ))
+    assert 0.7 <= seconds < 5
+    with pytest.raises(RuntimeError, match="no model here"):
+        run_for(
+            [sys.executable, "-c", "raise SystemExit('no model here')"],
+            1,
+            tmp_path / "log",
+            dict(os.environ),
+        )
+
+
+def test_runs_by_the_clock_have_lines_of_their_own(tmp_path: Path) -> None:
+    arm = Arm("frozen", "tezo-gn-fresh")
+    keys = [benchmark_of(tmp_path, *words).key("trec", arm, 1) for words in ([], ["--trunk-cache"])]
+    assert keys[1] == {**keys[0], "trunk_cache": True}
+    parsed = learning.arguments().parse_args(["--trunk-cache", "--budget", "60"])
+    assert learning.command(parsed).endswith("--budget 60.0 --trunk-cache")
