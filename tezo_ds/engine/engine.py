@@ -410,7 +410,8 @@ class Engine:
         if self.sharding.quantised:
             raise ShardingError(
                 f"{what}: weights are stored or gathered quantised ({self.sharding.quantised}); "
-                "turn it off, or keep to tezo, tezo-m or tezo-adam-coef, and export an adapter"
+                "keep to tezo, tezo-m, tezo-adam-coef or tezo-gn, which only read them, with keep_periods "
+                "where refresh_every is set, and export an adapter"
             )
 
 

@@ -4,15 +4,34 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tezo_ds.quantised.packed import packed_weights
 from tezo_ds.sharding.view import Block, ShardView, as_matrix
 
 Thing = TypeVar("Thing")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter as forwards see it.
+
+    Attributes:
+        name: the model's own name; of a packed weight that of the matrix that it stands for.
+        shape: global shape, of a packed weight that of the matrix.
+        dtype: dtype in a forward; of a packed weight that of the activations around it.
+        may_train: whether it is not frozen by `requires_grad`, which packed weights cannot have.
+    """
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    may_train: bool
 
 
 class Sharding(ABC):
@@ -28,6 +47,8 @@ class Sharding(ABC):
         quantised: why the weights cannot be written between forwards; None when they can.
         uncompiled: why a compiler cannot trace forwards; None when it can.
         absent: why they can be neither written nor read between forwards; see `absent_from`.
+        packed: weights that are stored in fewer bits, by name.
+        runs_alone: whether a layer can be called by itself, as all of its weights are here.
     """
 
     module: nn.Module
@@ -36,9 +57,15 @@ class Sharding(ABC):
     uncompiled: str | None = None
     absent: str | None = None
     filled_apart = False
+    runs_alone = False
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup | None) -> None:
         self.module = module
+        self.packed = packed_weights(module)
+        if self.packed:
+            name, weight = next(iter(self.packed.items()))
+            self.quantised = f"{len(self.packed)} as {weight.kind}, e.g. {name}"
+            self.uncompiled = f"{weight.kind} brings kernels of its own"
         self._group = group
         distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank(group) if distributed else 0
@@ -75,6 +102,23 @@ class Sharding(ABC):
         if self.everyone > 1:
             dist.all_gather_object(things, thing)
         return things
+
+    def weights(self) -> Iterator[Weight]:
+        """Yields each parameter once, in the model's order; what packed layers hold is one matrix each."""
+        packed = {id(weight.module): (name, weight) for name, weight in self.packed.items()}
+        seen: set[int] = set()
+        for path, module in self.module.named_modules():
+            name, weight = packed.get(id(module), ("", None))
+            shared = id(getattr(module, "weight", module))  # tied embeddings hold one packed tensor
+            if weight is not None and shared not in seen:
+                seen.add(shared)
+                yield Weight(name, weight.shape, weight.dtype, True)
+            for attribute, parameter in module.named_parameters(recurse=False):
+                if id(parameter) in seen or (weight is not None and attribute != "bias"):
+                    continue
+                seen.add(id(parameter))
+                own, dtype = f"{path}.{attribute}".lstrip("."), self.compute_dtype(parameter)
+                yield Weight(own, self.shape(parameter), dtype, parameter.requires_grad)
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         """Returns the global shape of a parameter."""

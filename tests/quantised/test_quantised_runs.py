@@ -1,0 +1,43 @@
+"""The command line on a quantised base: trained, evaluated, resumed in its own form; writers are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import Given, Run, assert_found_again, call
+
+pytest.importorskip("torchao")
+pytest_plugins = ["cli_fixtures"]
+
+
+@pytest.fixture(scope="module")
+def run(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    output = tmp_path_factory.mktemp("int8") / "run"
+    assert call(*given.train(output, load_in="int8", steps=3)) == 0
+    return Run(output)
+
+
+def test_a_run_remembers_its_form(run: Run, given: Given, capsys: pytest.CaptureFixture) -> None:
+    assert run.config["settings"]["load_in"] == "int8"
+    assert_found_again(run, capsys, 1e-6)
+    for other in ("int4", None):
+        assert call(*given.train(run.path, load_in=other, steps=7)) == 2
+        assert "holds a run of load_in 'int8'" in capsys.readouterr().err
+
+
+WRITERS: list[dict[str, Any]] = [
+    {"method": "mezo"}, {"method": "lozo"}, {"method": "tezo-adam"}, {"probe": "inplace"},
+    {"refresh_every": 2}, {"save_model": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", WRITERS, ids=lambda o: "-".join(map(str, *o.items())))
+def test_writers_are_refused(
+    options: dict[str, Any], given: Given, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    own = {"rank": None} if options.get("method") == "mezo" else {}
+    assert call(*given.train(tmp_path / "run", load_in="int8", **{**own, **options})) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "torchao Int8Tensor" in error
