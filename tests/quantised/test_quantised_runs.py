@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_line import Given, Run, assert_found_again, call
+from peft import PeftModel
+from tiny import make_batch
+from transformers import AutoModelForCausalLM
+
+import tezo_ds
+from tezo_ds.models.loading import load_model
 
 pytest.importorskip("torchao")
 pytest_plugins = ["cli_fixtures"]
@@ -29,7 +36,7 @@ def test_a_run_remembers_its_form(run: Run, given: Given, capsys: pytest.Capture
 
 WRITERS: list[dict[str, Any]] = [
     {"method": "mezo"}, {"method": "lozo"}, {"method": "tezo-adam"}, {"probe": "inplace"},
-    {"refresh_every": 2}, {"save_model": True},
+    {"refresh_every": 2},
 ]  # fmt: skip
 
 
@@ -41,3 +48,27 @@ def test_writers_are_refused(
     assert call(*given.train(tmp_path / "run", load_in="int8", **{**own, **options})) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "torchao Int8Tensor" in error
+
+
+@torch.no_grad()
+def test_results_for_other_tools(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The merged model is plain and dequantised, the adapter goes beside the quantised base and says so."""
+    merged, adapter = tmp_path / "merged", tmp_path / "adapter"
+    assert call("export", "--run", run.path, "--merged", merged, "--adapter", adapter) == 0
+    out = capsys.readouterr().out
+    assert "trained beside quantised weights (14 as torchao Int8Tensor" in out
+    assert "trained beside quantised weights" in (adapter / "README.md").read_text()
+    settings = run.config["settings"]
+    base = load_model(settings["model"], load_in="int8").eval()
+    batch = {name: part for name, part in make_batch(3).items() if name != "labels"}
+    engine = tezo_ds.initialize(base, run.config["tezo"])
+    plain = base(**batch).logits
+    engine.load_coefficients(run.coefficients)
+    with engine.applied():
+        wanted = base(**batch).logits
+    whole = AutoModelForCausalLM.from_pretrained(merged)
+    assert {type(p.data) for p in whole.parameters()} == {torch.Tensor}
+    moved = (wanted - plain).abs().max()
+    assert (whole(**batch).logits - wanted).abs().max() < 1e-3 * moved
+    beside = PeftModel.from_pretrained(base, adapter)
+    assert (beside(**batch).logits - wanted).abs().max() < 1e-3 * moved

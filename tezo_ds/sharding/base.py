@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tezo_ds.quantised.packed import packed_weights
+from tezo_ds.quantised.packed import PackedWeight, packed_weights
 from tezo_ds.sharding.view import Block, ShardView, as_matrix
 
 Thing = TypeVar("Thing")
@@ -149,11 +149,30 @@ class Sharding(ABC):
         several) and a full CPU copy on rank 0, None elsewhere. All ranks must run it to its end."""
 
 
-def named_state(module: nn.Module) -> list[tuple[list[str], Tensor]]:
-    """Returns the state_dict's tensors in its order, each once, with all its names."""
+def named_state(
+    module: nn.Module, packed: Mapping[str, PackedWeight] | None = None
+) -> list[tuple[list[str], Tensor]]:
+    """Returns the state_dict's tensors in its order, each once, with all its names; in place of what a packed
+    layer holds a tensor without values, of the shape and dtype of its matrix."""
     names: dict[int, list[str]] = {}
     tensors: dict[int, Tensor] = {}
+    layers = {weight.path: weight for weight in (packed or {}).values()}
+    stands_for: dict[int, Tensor] = {}  # by id of a packed tensor, which tied layers share
     for name, tensor in module.state_dict(keep_vars=True).items():
+        weight = next((layers[p] for p in _prefixes(name) if p in layers), None)
+        if weight is not None and name != f"{weight.path}.bias":
+            key = id(getattr(weight.module, "weight", weight.module))
+            tensor = stands_for.setdefault(
+                key, torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+            )
+            name = f"{weight.path}.weight"
+            if name in names.get(id(tensor), []):
+                continue
         names.setdefault(id(tensor), []).append(name)
         tensors[id(tensor)] = tensor
     return [(names[key], tensors[key]) for key in names]
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """Yields the paths of all modules that a tensor's name is within."""
+    return (name[:place] for place, letter in enumerate(name) if letter == ".")

@@ -36,8 +36,10 @@ class Replicated(Sharding):
                 write(ShardView(name, as_matrix(weight.shape), 0, weight.dequantised().view(-1)))
 
     def full_tensors(self) -> Iterator[tuple[list[str], Tensor | None]]:
-        """Yields copies of rank 0's own weights, without communication."""
-        for names, tensor in named_state(self.module):
+        """Yields copies of rank 0's own weights, packed ones unpacked, without communication."""
+        for names, tensor in named_state(self.module, self.packed):
+            if self.rank == 0 and names[0] in self.packed:
+                tensor = self.packed[names[0]].dequantised()
             yield names, tensor.detach().cpu().clone() if self.rank == 0 else None
 
 
