@@ -34,6 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("solving", "trunk"),
     ("config", "models"),
     ("sharding",),
+    ("quantised",),
     ("files", "launched"),
     ("kinds",),
     ("sources", "patterns"),

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from tezo_ds.config.declared import declared
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+LoadIn = Literal["int8", "int4", "8bit", "4bit"]
 Stored = Literal[Dtype, "float64"]  # dtypes that a checkpoint may have
 DATA, SHARDING = "Model and data", "Sharding and precision"
 TIMEOUT = 1800.0  # seconds that collectives wait for the slowest rank
@@ -199,6 +200,12 @@ class Settings(BaseModel):
         "dtype of the weights: auto (the checkpoint's), float32, bfloat16, float16 or float64; a "
         "DeepSpeed config's bf16 and fp16 blocks win",
         group=SHARDING, example="bfloat16",
+    )  # fmt: skip
+    load_in: LoadIn | None = declared(
+        None,
+        "quantise the weights as they load: int8 or int4 (torchao), 8bit or 4bit (bitsandbytes, nf4); unset: "
+        "as the checkpoint has them",
+        group=SHARDING, example="int8",
     )  # fmt: skip
     compute_dtype: Dtype | None = declared(
         None,

@@ -66,19 +66,28 @@ def test_a_pad_token_outside_of_the_vocabulary(
 
 
 @pytest.mark.parametrize(
-    ("quantised", "package"),
+    ("quantised", "package", "quantizer"),
     [
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
-        ({"quant_method": "gptq", "bits": 4}, "optimum"),
-        ({"quant_method": "awq", "bits": 4}, "gptqmodel"),
-        ({"quant_method": "compressed-tensors", "config_groups": {}}, "compressed-tensors"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes", "bnb_4bit"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes", "bnb_8bit"),
+        ({"quant_method": "gptq", "bits": 4}, "optimum", "gptq"),
+        ({"quant_method": "awq", "bits": 4}, "gptqmodel", "awq"),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {}},
+            "compressed-tensors",
+            "compressed_tensors",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_missing_package(
-    given: Given, tmp_path: Path, quantised: dict[str, Any], package: str
-) -> None:
+    given: Given, tmp_path: Path, quantised: dict[str, Any], package: str, quantizer: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    where = (
+        f"transformers.quantizers.quantizer_{quantizer}.is_{package.replace('-', '_')}_available"
+    )
+    monkeypatch.setattr(where, lambda *_: False)  # which it may be here
     odd = with_fields(given, tmp_path / "odd", quantization_config=quantised)
     with pytest.raises(ConfigError) as caught:
         load_model(str(odd.model))

@@ -88,7 +88,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
             display.note(f"warning: {line}")
         in_weights = not config.facts.learns_coefficients
         saves = in_weights if options.save_model is None else options.save_model
-        if saves and sharding.quantised:
+        if saves and sharding.quantised and not (sharding.packed and sharding.runs_alone):
             raise ConfigError(
                 f"--save-model: weights are quantised ({sharding.quantised}); turn it off, or add "
                 "--no-save-model"

@@ -373,8 +373,8 @@ class Engine:
     def merged_tensors(
         self, dtype: torch.dtype | None = None
     ) -> Iterator[tuple[list[str], Tensor | None]]:
-        """Yields full merged weights, one at a time: all names of each and a copy on the CPU of rank 0
-        (None elsewhere). The model and its coefficients stay as they are.
+        """Yields full merged weights, packed ones unpacked, one at a time: all names of each and a copy on the
+        CPU of rank 0 (None elsewhere). The model and its coefficients stay as they are.
 
         All ranks must run it to its end, since each tensor is gathered when its turn comes.
 
@@ -387,7 +387,8 @@ class Engine:
             ConfigError: there is a term of an output layer that is tied, or there are adapters.
         """
         self.selection.adapters.refuse_merged()
-        self._refuse_quantised("merged weights")
+        if not (self.sharding.packed and self.sharding.runs_alone):  # which unpack
+            self._refuse_quantised("merged weights")
         self.output_layer.refuse_merged()
         add = self.output_layer.merge_into
         return merged_tensors(self.sharding, self.space, self.method.kept_aside(), dtype, add)
@@ -410,7 +411,8 @@ class Engine:
         if self.sharding.quantised:
             raise ShardingError(
                 f"{what}: weights are stored or gathered quantised ({self.sharding.quantised}); "
-                "turn it off, or keep to tezo, tezo-m or tezo-adam-coef, and export an adapter"
+                "keep to tezo, tezo-m, tezo-adam-coef or tezo-gn, which only read them, with keep_periods "
+                "where refresh_every is set, and export an adapter"
             )
 
 

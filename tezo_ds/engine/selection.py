@@ -57,17 +57,18 @@ def select(
         ConfigError: nothing trains, a pattern names layers that are not there, or `ranks` do not fit the
             model.
     """
-    chosen, parameters = Selection(), dict(sharding.module.named_parameters())
+    chosen, weights = Selection(), list(sharding.weights())
+    parameters = [weight.name for weight in weights]
     chosen.adapters = adapters_of(config, sharding)
     chosen.vectors += chosen.adapters.vectors
     chosen.trainable_numel = chosen.adapters.numel
     included = set(ranks or parameters)
     if not config.chooses:
-        included = matching(config.include, [*parameters])
-    included -= matching(config.exclude, [*parameters], "exclude")
-    for name, parameter in parameters.items():
-        shape, dtype = sharding.shape(parameter), sharding.compute_dtype(parameter)
-        reason = _frozen_because(name in included, len(shape), parameter.requires_grad, config)
+        included = matching(config.include, parameters)
+    included -= matching(config.exclude, parameters, "exclude")
+    for weight in weights:
+        name, shape, dtype = weight.name, weight.shape, weight.dtype
+        reason = _frozen_because(name in included, len(shape), weight.may_train, config)
         if reason:
             chosen.frozen[reason] += 1
             chosen.frozen_numel += shape.numel()

@@ -54,9 +54,7 @@ def lora_tensors(engine: Engine) -> dict[str, Tensor]:
         raise ConfigError(reason)
     if engine.config.adapter == "lora":
         return peft_tensors(engine)
-    module = engine.sharding.module
-    parameters = dict(module.named_parameters())
-    coefficients, owners = engine.coefficients(), _owners(module)
+    coefficients, owners = engine.coefficients(), _owners(engine.sharding.module)
     tensors: dict[str, Tensor] = {}
     rank = _rank(engine)
     for matrix in engine.space.matrices:
@@ -68,7 +66,7 @@ def lora_tensors(engine: Engine) -> dict[str, Tensor]:
         V = torch.cat([V.float() for _, V in pairs], dim=1)  # (n, periods * rank)
         unused = rank - V.shape[1]
         scaled, V = (nn.functional.pad(part, (0, unused)) for part in (scaled, V))
-        for path, kind in owners[id(parameters[matrix.name])]:
+        for path, kind in owners[matrix.name]:
             prefix = f"base_model.model.{path}.lora_"
             if kind == "embedding":
                 tensors[f"{prefix}embedding_A"] = scaled.t().contiguous()
@@ -137,26 +135,27 @@ def _offset_embeddings(module: nn.Module, names: set[str]) -> dict[str, str]:
     }
 
 
-def _owners(module: nn.Module) -> dict[int, list[tuple[str, str]]]:
-    """Returns (path, kind) of the modules that use each weight, by the weight's id."""
-    owners: dict[int, list[tuple[str, str]]] = {}
+def _owners(module: nn.Module) -> dict[str, list[tuple[str, str]]]:
+    """Returns (path, kind) of the modules that use each weight, by the weight's name."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    owners: dict[str, list[tuple[str, str]]] = {}
     for path, owner in module.named_modules():
         if kind := kind_of(owner):
-            owners.setdefault(id(owner.weight), []).append((path, kind))
+            name = names.get(id(getattr(owner, "weight", None)), f"{path}.weight")
+            owners.setdefault(name, []).append((path, kind))
     return owners
 
 
 def not_to_merge(engine: Engine) -> str | None:
     """Returns why other tools must not merge this run's adapter, in one line; None if they may."""
     owners = _owners(engine.sharding.module)
-    parameters = dict(engine.sharding.module.named_parameters())
     if engine.output_layer.state and (tied := engine.output_layer.tied):
         return (
             f"{tied} and {engine.output_layer.path} are tied, and peft's merge_and_unload would add the "
             "output layer's update to both; load the adapter without merging"
         )
     for matrix in engine.space.matrices:
-        if len(used := owners.get(id(parameters[matrix.name]), [])) > 1:
+        if len(used := owners.get(matrix.name, [])) > 1:
             paths = " and ".join(path for path, _ in used)
             return (
                 f"{paths} are tied, and peft's merge_and_unload would add the update of each to the one "
@@ -168,8 +167,17 @@ def not_to_merge(engine: Engine) -> str | None:
 def to_know(engine: Engine) -> str | None:
     """Returns all that users of this run's adapter have to know, in one line; None if there is nothing."""
     nonlinear = TensorTrainAdapter.no_merge if engine.config.adapter == "tt" else None
+    reasons = (nonlinear, not_to_merge(engine), not_in_weights(engine), beside_packed(engine))
+    return "; ".join(filter(None, reasons)) or None
+
+
+def beside_packed(engine: Engine) -> str | None:
+    """Returns which form of the base an adapter was trained beside; None for plain weights."""
+    if not engine.sharding.packed:
+        return None
     return (
-        "; ".join(filter(None, (nonlinear, not_to_merge(engine), not_in_weights(engine)))) or None
+        f"it was trained beside quantised weights ({engine.sharding.quantised}); load the base model in "
+        "the same form"
     )
 
 
@@ -178,8 +186,8 @@ def lora_config(engine: Engine, base_model: str) -> dict[str, Any]:
     if engine.config.adapter == "lora":
         return {**_lora_config(engine, base_model), **peft_pairs(engine)}
     module = engine.sharding.module
-    owners, parameters = _owners(module), dict(module.named_parameters())
-    used = [use for matrix in engine.space.matrices for use in owners[id(parameters[matrix.name])]]
+    owners = _owners(module)
+    used = [use for matrix in engine.space.matrices for use in owners[matrix.name]]
     targets, rank = [path for path, _ in used], _rank(engine)
     targets += [path for path in pairs_of(engine) if path not in targets]
     return {

@@ -20,7 +20,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from tezo_ds.engine.engine import Engine
-from tezo_ds.errors import ConfigError, ShardingError
+from tezo_ds.errors import ConfigError
 from tezo_ds.export.output_layer import save_biases
 from tezo_ds.export.tokenizer import save_tokenizer
 from tezo_ds.files.text import writing
@@ -64,7 +64,7 @@ def save_merged(
     Raises:
         ConfigError: not a transformers model, or the folder is filled.
         StorageError: the folder cannot be written.
-        ShardingError: the weights are quantised.
+        ShardingError: the weights are quantised on their way to the forward.
     """
     folder, module = Path(folder), engine.sharding.module
     if not isinstance(module, PreTrainedModel):
@@ -72,8 +72,6 @@ def save_merged(
             f"{type(module).__name__} is no transformers model, so from_pretrained cannot load it; "
             "use Engine.merged_tensors"
         )
-    if getattr(module, "hf_quantizer", None) is not None:
-        raise ShardingError("merged weights: the model's are quantised; export an adapter")
     sizes = _sizes(engine, dtype)
     tensors = _kept(engine.merged_tensors(dtype), sizes, progress)
     first = next(tensors, None)
@@ -98,7 +96,7 @@ def _sizes(engine: Engine, dtype: torch.dtype | None) -> dict[str, int]:
     """Returns the bytes of each tensor to write. Tied weights go by the first of their names, which is the
     one that transformers keeps as well."""
     sizes: dict[str, int] = {}
-    for names, tensor in named_state(engine.sharding.module):
+    for names, tensor in named_state(engine.sharding.module, engine.sharding.packed):
         shape = tensor.shape
         if isinstance(tensor, nn.Parameter):  # a partition does not show it
             shape = engine.sharding.shape(tensor)
@@ -150,6 +148,8 @@ def _write_configs(
 ) -> None:
     config = copy.deepcopy(module.config)
     config.dtype = dtype or module.dtype
+    if getattr(config, "quantization_config", None) is not None:  # of weights that are unpacked now
+        del config.quantization_config
     config.architectures = [type(module).__name__.removeprefix("FSDP")]
     config.save_pretrained(folder)
     _copy_code(module, folder)

@@ -11,6 +11,7 @@ from torch import nn
 from tezo_ds.errors import ConfigError
 from tezo_ds.kinds import read_kind
 from tezo_ds.models.checkpoint import misfit_of, note_left_over, without_tables
+from tezo_ds.quantised.loading import quantised_arguments
 from tezo_ds.sharding.world import local_device
 from tezo_ds.sources import explained
 
@@ -47,6 +48,7 @@ def load_model(
     deepspeed_config: dict[str, Any] | None = None,
     fsdp: FsdpPlan | None = None,
     trust: bool = False,
+    load_in: str | None = None,
 ) -> nn.Module:
     """Loads a model of one of the kinds that are served (see `ModelKind`), by `from_pretrained`.
 
@@ -58,6 +60,7 @@ def load_model(
             partitioned while it is built and filled.
         fsdp: each rank reads and keeps its shards only; not with a `deepspeed_config`.
         trust: whether to run Python code that comes with the model.
+        load_in: form in which weights are quantised as they load; see `quantised_arguments`.
 
     Raises:
         ConfigError: no such model; the DeepSpeed config contradicts `dtype`, or has buffers that are
@@ -73,10 +76,11 @@ def load_model(
         dtype = deepspeed_dtype(prepared, dtype)
         _zero_configs[:] = [HfDeepSpeedConfig(prepared)]
         with buffers_explained():
-            return _from_pretrained(name, dtype, None, trust)
+            return _from_pretrained(name, dtype, None, trust, load_in, "ZeRO-3")
     _zero_configs.clear()
-    model = _from_pretrained(name, dtype, fsdp, trust)
-    return model.to(local_device()) if fsdp is None else model
+    model = _from_pretrained(name, dtype, fsdp, trust, load_in, "--fsdp" if fsdp else None)
+    placed = fsdp is not None or hasattr(model, "hf_quantizer")  # bitsandbytes' do not move
+    return model if placed else model.to(local_device())
 
 
 def load_skeleton(name: str, dtype: str, trust: bool = False) -> nn.Module:
@@ -92,20 +96,28 @@ def load_skeleton(name: str, dtype: str, trust: bool = False) -> nn.Module:
     return model
 
 
-def _from_pretrained(name: str, dtype: str, fsdp: FsdpPlan | None, trust: bool) -> nn.Module:
+def _from_pretrained(
+    name: str, dtype: str, fsdp: FsdpPlan | None, trust: bool, load_in: str | None, sharded: str | None
+) -> nn.Module:  # fmt: skip
     with explained("model", name):
         config, kind = read_kind(name, trust)
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+        quantised = quantised_arguments(load_in, config, wanted, local_device())
+        if quantised and sharded:
+            raise ValueError(
+                f"its weights are quantised, which {sharded} does not shard; leave {sharded} out, and each "
+                "rank has a copy"
+            )
         if fsdp is None:
-            return _load_whole(kind.loader, name, wanted, trust)
-        if getattr(config, "quantization_config", None) is not None:
-            raise ValueError("its weights are quantised, which --fsdp does not shard")
+            return _load_whole(kind.loader, name, wanted, trust, quantised)
         from tezo_ds.models.fsdp import load_sharded
 
         return load_sharded(kind.loader, name, wanted, local_device(), fsdp, trust)
 
 
-def _load_whole(loader: Any, name: str, dtype: torch.dtype | str, trust: bool) -> nn.Module:
+def _load_whole(
+    loader: Any, name: str, dtype: torch.dtype | str, trust: bool, quantised: dict[str, Any]
+) -> nn.Module:
     """Loads a model unsharded; raises ValueError where transformers would make up missing weights."""
     with without_tables():
         model, report = loader.from_pretrained(
@@ -114,6 +126,7 @@ def _load_whole(loader: Any, name: str, dtype: torch.dtype | str, trust: bool) -
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             trust_remote_code=trust,
+            **quantised,
         )
     if misfit := misfit_of(report):
         raise ValueError(misfit)

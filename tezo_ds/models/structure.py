@@ -9,6 +9,7 @@ from typing import Literal
 from torch import nn
 
 from tezo_ds.errors import ConfigError
+from tezo_ds.quantised.packed import is_packed
 
 KINDS: dict[type[nn.Module], str] = {nn.Linear: "linear", nn.Embedding: "embedding"}
 PLAIN = (nn.Linear.forward, nn.Embedding.forward)
@@ -19,7 +20,15 @@ def kind_of(module: nn.Module) -> str | None:
     fused probe does not know."""
     if (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
         return "conv1d"
-    return next((name for base, name in KINDS.items() if isinstance(module, base)), None)
+    found = next((name for base, name in KINDS.items() if isinstance(module, base)), None)
+    return found or ("linear" if is_packed(module) else None)
+
+
+def acts_plainly(module: nn.Module) -> bool:
+    """Returns whether a linear layer's or Embedding's result is its product or lookup, and a bias. A packed
+    layer's is, or the fused probe refuses it."""
+    packed = is_packed(module) and kind_of(module) == "linear"
+    return packed or kind_of(module) == "conv1d" or type(module).forward in PLAIN
 
 
 def embeddings(model: nn.Module, which: Literal["input", "output"]) -> nn.Module | None:
@@ -35,7 +44,9 @@ def embeddings(model: nn.Module, which: Literal["input", "output"]) -> nn.Module
 def users(module: nn.Module, names: set[str]) -> Iterator[tuple[str, nn.Module, str]]:
     """Yields (parameter name, module, its attribute) for each use of the named parameters in a model."""
     by_id = {id(p): name for name, p in module.named_parameters() if name in names}
-    for owner in module.modules():
+    for path, owner in module.named_modules():
+        if "weight" not in owner._parameters and f"{path}.weight" in names:  # packed by other names
+            yield f"{path}.weight", owner, "weight"
         for attribute, parameter in owner.named_parameters(recurse=False):
             if name := by_id.get(id(parameter)):
                 yield name, owner, attribute

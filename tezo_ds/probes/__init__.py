@@ -38,6 +38,11 @@ def choose_probe(
         kind: type[Probe] = getattr(importlib.import_module(module), attribute)
         if not (gaps := kind.gaps(sharding, names, factors)):
             return kind
+        if following and factors is not None and sharding.quantised:
+            raise ProbeError(
+                f"{name} probe cannot reach {listed(gaps)}; exclude it, as {following} would write "
+                "quantised weights"
+            )
         if following and factors is not None:
             log.warning("probe: %s, since %s cannot reach %s", following, name, listed(gaps))
     others = ", ".join(other for other in PROBES if other != name)

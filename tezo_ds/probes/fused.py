@@ -37,7 +37,9 @@ from tezo_ds.probes.vectors import (
     find_vector_sites,
     uncovered_vectors,
 )
+from tezo_ds.quantised.packed import misfits
 from tezo_ds.sharding.base import Sharding
+from tezo_ds.sharding.view import Block
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +94,7 @@ class FusedProbe(Probe):
             **_split_embeddings(sharding, factors),
             **_of_distances(sharding, factors),
             **uncovered(sharding.module, set(factors.matrices)),
+            **_not_linear(sharding, factors),
             **uncovered_vectors(sharding, set(names) - set(factors.matrices)),
         }
 
@@ -308,9 +311,14 @@ def _find_sites(sharding: Sharding, factors: Factors) -> Iterator[Site]:
         for name, parameter in sharding.module.named_parameters()
         if name in factors.matrices
     }
+    for name, weight in sharding.packed.items():  # whose parameters are of other shapes, if of any
+        if name in factors.matrices:
+            block = Block(*map(range, weight.shape))
+            names[id(getattr(weight.module, "weight", weight.module))] = name, block
     for path, module in sharding.module.named_modules():
-        if kind_of(module) and id(module.weight) in names:
-            name, block = names[id(module.weight)]
+        weight = getattr(module, "weight", module)
+        if kind_of(module) and id(weight) in names:
+            name, block = names[id(weight)]
             whole = block.covers(factors.matrices[name].shape)
             yield Site(path, module, name, block, not whole)
 
@@ -325,6 +333,13 @@ def _split_embeddings(sharding: Sharding, factors: Factors) -> dict[str, str]:
         if kind_of(owner) == "embedding"
         if not sharding.block(parameters[name]).covers(shapes[name])
     }
+
+
+def _not_linear(sharding: Sharding, factors: Factors) -> dict[str, str]:
+    """Returns packed weights whose layers do not act as y = x Ŵᵀ, where layers can be tried by themselves."""
+    tried = [weight for name, weight in sharding.packed.items() if name in factors.matrices]
+    alone = sharding.runs_alone
+    return {f"{w.path}.weight": f"{w.kind} {why}" for w, why in misfits(tried)} if alone else {}
 
 
 def _of_distances(sharding: Sharding, factors: Factors) -> dict[str, str]:

@@ -35,8 +35,8 @@ class InplaceProbe(Probe):
     def __init__(self, sharding: Sharding, names: Collection[str], copies: bool) -> None:
         if sharding.quantised:
             raise ShardingError(
-                f"inplace probe: {sharding.quantised} rounds weights by more than rho; "
-                "turn it off, or use the fused probe"
+                f"inplace probe: weights are quantised ({sharding.quantised}), which rounds them by more "
+                "than rho; use the fused probe, or turn that off"
             )
         self._sharding, self._names, self.copies = sharding, names, copies
         self._originals: dict[ShardKey, Tensor] = {}

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from tezo_ds.models.structure import kind_of
 from tezo_ds.sharding.base import Sharding
 
 EXAMPLES = (
@@ -98,11 +99,19 @@ class Hollow:
     def __init__(self, sharding: Sharding) -> None:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._sharding = sharding
+        self._packed = {id(weight.module): weight for weight in sharding.packed.values()}
         self._copies: dict[int, Any] = {}  # by id of what they are copies of
         with _disable_current_modes(), self._fake:
             self.module: nn.Module = self._module(sharding.module)
 
     def _module(self, module: nn.Module) -> nn.Module:
+        packed = self._packed.get(id(module))
+        if packed is not None and kind_of(module) == "linear":  # whose kernels ask for values
+            (m, n), bias = packed.shape, getattr(module, "bias", None) is not None
+            device = self._sharding.device
+            return self._copies.setdefault(
+                id(module), nn.Linear(n, m, bias, device=device, dtype=packed.dtype)
+            )
         if id(module) not in self._copies:
             # Not by copy.copy, as the classes that `fully_shard` makes construct themselves otherwise.
             twin = self._copies[id(module)] = object.__new__(type(module))

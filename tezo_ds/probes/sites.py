@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tezo_ds.models.structure import PLAIN, kind_of
+from tezo_ds.models.structure import acts_plainly, kind_of
 from tezo_ds.sharding.view import Block
 from tezo_ds.trunk.stand_ins import all_replaced
 
@@ -175,7 +175,7 @@ def attached(sites: list[Site], add: AddTerm) -> Iterator[None]:
 
 def _wrapped(site: Site, add: AddTerm) -> Callable[..., Tensor]:
     forward = site.module.forward
-    if site.kind == "conv1d" or type(site.module).forward in PLAIN:
+    if acts_plainly(site.module):
 
         def plain(input: Tensor) -> Tensor:  # torch's own name, as some call it by keyword
             return add(site, input, forward(input))

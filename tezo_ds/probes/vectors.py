@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tezo_ds.adapters.sites import AdapterSite
-from tezo_ds.models.structure import PLAIN, kind_of, users
+from tezo_ds.models.structure import acts_plainly, kind_of, users
 from tezo_ds.sharding.base import Sharding
 from tezo_ds.sharding.view import as_matrix
 from tezo_ds.trunk.stand_ins import all_replaced
@@ -101,8 +101,7 @@ def uncovered_vectors(sharding: Sharding, names: Collection[str]) -> dict[str, s
     affine: dict[int, bool] = {}
     for name, owner, attribute in users(sharding.module, set(names)):
         if kind_of(owner) in ("linear", "conv1d"):
-            plain = kind_of(owner) == "conv1d" or type(owner).forward in PLAIN
-            covered = attribute == "bias" and plain
+            covered = attribute == "bias" and acts_plainly(owner)
         else:
             if id(owner) not in affine:
                 affine[id(owner)] = _is_affine(owner, sharding)

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tezo_ds.quantised.packed import PackedWeight, packed_weights
 from tezo_ds.sharding.view import Block, ShardView, as_matrix
 
 Thing = TypeVar("Thing")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter as forwards see it.
+
+    Attributes:
+        name: the model's own name; of a packed weight that of the matrix that it stands for.
+        shape: global shape, of a packed weight that of the matrix.
+        dtype: dtype in a forward; of a packed weight that of the activations around it.
+        may_train: whether it is not frozen by `requires_grad`, which packed weights cannot have.
+    """
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    may_train: bool
 
 
 class Sharding(ABC):
@@ -28,6 +47,8 @@ class Sharding(ABC):
         quantised: why the weights cannot be written between forwards; None when they can.
         uncompiled: why a compiler cannot trace forwards; None when it can.
         absent: why they can be neither written nor read between forwards; see `absent_from`.
+        packed: weights that are stored in fewer bits, by name.
+        runs_alone: whether a layer can be called by itself, as all of its weights are here.
     """
 
     module: nn.Module
@@ -36,9 +57,15 @@ class Sharding(ABC):
     uncompiled: str | None = None
     absent: str | None = None
     filled_apart = False
+    runs_alone = False
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup | None) -> None:
         self.module = module
+        self.packed = packed_weights(module)
+        if self.packed:
+            name, weight = next(iter(self.packed.items()))
+            self.quantised = f"{len(self.packed)} as {weight.kind}, e.g. {name}"
+            self.uncompiled = f"{weight.kind} brings kernels of its own"
         self._group = group
         distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank(group) if distributed else 0
@@ -76,6 +103,23 @@ class Sharding(ABC):
             dist.all_gather_object(things, thing)
         return things
 
+    def weights(self) -> Iterator[Weight]:
+        """Yields each parameter once, in the model's order; what packed layers hold is one matrix each."""
+        packed = {id(weight.module): (name, weight) for name, weight in self.packed.items()}
+        seen: set[int] = set()
+        for path, module in self.module.named_modules():
+            name, weight = packed.get(id(module), ("", None))
+            shared = id(getattr(module, "weight", module))  # tied embeddings hold one packed tensor
+            if weight is not None and shared not in seen:
+                seen.add(shared)
+                yield Weight(name, weight.shape, weight.dtype, True)
+            for attribute, parameter in module.named_parameters(recurse=False):
+                if id(parameter) in seen or (weight is not None and attribute != "bias"):
+                    continue
+                seen.add(id(parameter))
+                own, dtype = f"{path}.{attribute}".lstrip("."), self.compute_dtype(parameter)
+                yield Weight(own, self.shape(parameter), dtype, parameter.requires_grad)
+
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         """Returns the global shape of a parameter."""
         return parameter.shape
@@ -105,11 +149,30 @@ class Sharding(ABC):
         several) and a full CPU copy on rank 0, None elsewhere. All ranks must run it to its end."""
 
 
-def named_state(module: nn.Module) -> list[tuple[list[str], Tensor]]:
-    """Returns the state_dict's tensors in its order, each once, with all its names."""
+def named_state(
+    module: nn.Module, packed: Mapping[str, PackedWeight] | None = None
+) -> list[tuple[list[str], Tensor]]:
+    """Returns the state_dict's tensors in its order, each once, with all its names; in place of what a packed
+    layer holds a tensor without values, of the shape and dtype of its matrix."""
     names: dict[int, list[str]] = {}
     tensors: dict[int, Tensor] = {}
+    layers = {weight.path: weight for weight in (packed or {}).values()}
+    stands_for: dict[int, Tensor] = {}  # by id of a packed tensor, which tied layers share
     for name, tensor in module.state_dict(keep_vars=True).items():
+        weight = next((layers[p] for p in _prefixes(name) if p in layers), None)
+        if weight is not None and name != f"{weight.path}.bias":
+            key = id(getattr(weight.module, "weight", weight.module))
+            tensor = stands_for.setdefault(
+                key, torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+            )
+            name = f"{weight.path}.weight"
+            if name in names.get(id(tensor), []):
+                continue
         names.setdefault(id(tensor), []).append(name)
         tensors[id(tensor)] = tensor
     return [(names[key], tensors[key]) for key in names]
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """Yields the paths of all modules that a tensor's name is within."""
+    return (name[:place] for place, letter in enumerate(name) if letter == ".")

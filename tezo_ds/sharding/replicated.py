@@ -17,6 +17,7 @@ class Replicated(Sharding):
     """Whole weights on each rank; replicas stay equal because all make the same updates."""
 
     filled_apart = True
+    runs_alone = True
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module, group=None)
@@ -26,14 +27,19 @@ class Replicated(Sharding):
         self.device = (brought_to or torch.device("cpu")) if device.type == "meta" else device
 
     def each_shard(self, names: Collection[str], write: Callable[[ShardView], None]) -> None:
-        """Calls `write` on one view of each whole parameter."""
+        """Calls `write` on one view of each whole parameter; on a copy of a packed one, to be read alone."""
         for name, parameter in self.module.named_parameters():
-            if name in names:
+            if name in names and name not in self.packed:
                 write(ShardView(name, as_matrix(parameter.shape), 0, parameter.data.view(-1)))
+        for name, weight in self.packed.items():
+            if name in names:
+                write(ShardView(name, as_matrix(weight.shape), 0, weight.dequantised().view(-1)))
 
     def full_tensors(self) -> Iterator[tuple[list[str], Tensor | None]]:
-        """Yields copies of rank 0's own weights, without communication."""
-        for names, tensor in named_state(self.module):
+        """Yields copies of rank 0's own weights, packed ones unpacked, without communication."""
+        for names, tensor in named_state(self.module, self.packed):
+            if self.rank == 0 and names[0] in self.packed:
+                tensor = self.packed[names[0]].dequantised()
             yield names, tensor.detach().cpu().clone() if self.rank == 0 else None
 
 

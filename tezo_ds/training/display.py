@@ -76,6 +76,11 @@ class Display:
             table.add_row(name, value)
         kind = type(engine.sharding).__name__
         table.add_row("weights", f"{kind} on {self._world_size} rank(s), {engine.sharding.device}")
+        if packed := engine.sharding.packed.values():
+            numel = sum(weight.shape.numel() for weight in packed)
+            bits = 8 * sum(weight.nbytes for weight in packed) / numel
+            kinds = ", ".join(dict.fromkeys(weight.kind for weight in packed))
+            table.add_row("quantised", f"{len(packed)} as {kinds}, {bits:.2f} bits a weight")
         self.console.print(table)
         if _drifts(engine):
             self.note(

@@ -1,0 +1,86 @@
+"""Forms in which a model is quantised while it loads, `--load-in`, as arguments of `from_pretrained`."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import transformers
+
+GROUP = 32  # weights that share a scale, of int4
+PACKAGES = {"int8": "torchao", "int4": "torchao", "8bit": "bitsandbytes", "4bit": "bitsandbytes"}
+
+
+def quantised_arguments(
+    load_in: str | None, config: Any, dtype: torch.dtype | str, device: torch.device
+) -> dict[str, Any]:
+    """Returns what `from_pretrained` is told besides a name, so that weights are quantised as they load, or
+    are kept so where the checkpoint's are.
+
+    Args:
+        load_in: int8 or int4 (torchao), 8bit or 4bit (bitsandbytes); None: as the checkpoint is.
+        config: the model's own config.
+        dtype: of what is not quantised; "auto": the checkpoint's.
+        device: where the model will be.
+
+    Raises:
+        ValueError: the checkpoint is quantised already, or the dtype does not go with the form.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None and load_in is not None:
+        raise ValueError(
+            f"its weights are quantised already ({_method(stored)}), which --load-in {load_in} "
+            "contradicts; leave --load-in out"
+        )
+    if load_in is None:
+        return {} if stored is None else _as_stored(stored, device)
+    if dtype == torch.float64:
+        raise ValueError(
+            f"--dtype float64 contradicts --load-in {load_in}, whose kernels compute in 32 bits or "
+            "less; use float32 or bfloat16"
+        )
+    if find_spec(PACKAGES[load_in]) is None:
+        package = PACKAGES[load_in]
+        raise ValueError(
+            f"--load-in {load_in} needs {package}, which is missing; pip install {package}"
+        )
+    computed = dtype if isinstance(dtype, torch.dtype) else getattr(config, "dtype", None)
+    return {
+        "quantization_config": _config(load_in, computed, device),
+        "device_map": {"": str(device)},
+    }
+
+
+def _method(stored: Any) -> str:
+    named = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    return str(getattr(named, "value", named))
+
+
+def _as_stored(stored: Any, device: torch.device) -> dict[str, Any]:
+    """Returns the arguments for a checkpoint that is quantised already."""
+    return {"device_map": {"": str(device)}}
+
+
+def _config(load_in: str, dtype: torch.dtype | None, device: torch.device) -> Any:
+    if load_in == "8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    if load_in == "4bit":
+        return transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype or torch.float32,
+        )  # fmt: skip
+    return transformers.TorchAoConfig(_torchao(load_in, device))
+
+
+def _torchao(load_in: str, device: torch.device) -> Any:
+    from torchao import quantization
+
+    if load_in == "int8":
+        return quantization.Int8WeightOnlyConfig()
+    if device.type == "cpu":  # each number in a byte, as torchao has no packed kernel there
+        four: torch.dtype = getattr(torch, "int4")  # noqa: B009  # older torch lacks it
+        return quantization.IntxWeightOnlyConfig(
+            weight_dtype=four, granularity=quantization.PerGroup(GROUP)
+        )
+    return quantization.Int4WeightOnlyConfig(group_size=GROUP)
