@@ -38,6 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("files", "launched"),
     ("kinds",),
     ("sources", "patterns"),
+    ("installed",),
     ("rng", "errors", "repeatable", ""),
 )
 CORE = (

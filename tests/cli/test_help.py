@@ -5,14 +5,13 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
-from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import reference
 from pydantic import BaseModel
 
 import tezo_ds
-from tezo_ds.cli.options import flags_of
+from tezo_ds.cli.options import flags_of, values_of
 from tezo_ds.config import TezoConfig
 from tezo_ds.config.declared import extra_of
 from tezo_ds.config.registry import METHODS
@@ -37,18 +36,11 @@ def test_docs_and_readme_say_what_the_fields_say() -> None:
     assert readme == reference.with_table(readme), STALE
 
 
-def values_of(annotation: Any) -> set[str]:
-    """All words that a field takes."""
-    if get_origin(annotation) is Literal:
-        return {str(value) for value in get_args(annotation)}
-    return set().union(*(values_of(one) for one in get_args(annotation)), set())
-
-
 @pytest.mark.parametrize("model", [TezoConfig, Settings, RunOptions])
 def test_each_text_names_its_values_and_shows_one_that_is_valid(model: type[BaseModel]) -> None:
     for name, field in flags_of(model).items():
         text = str(field.description)
-        values = values_of(field.annotation) | set(NAMED.get(name, ()))
+        values = {*values_of(field.annotation)} | set(NAMED.get(name, ()))
         assert not {value for value in values if value not in text}, f"{name} names not all values"
         assert "  " not in text and not text.endswith("."), name
         example = extra_of(field)["example"]

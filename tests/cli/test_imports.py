@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": ["--prompt", "p", "--run", "r"],
     "export": [],
     "replay": ["run"],
+    "env": [],
     "plan": ["--model", "m", "--world", "2"],
     "doctor": [],
     "probe-layers": ["--model", "m", "--task", "t"],

@@ -10,14 +10,13 @@ from typing import Annotated
 import typer
 
 import tezo_ds
-from tezo_ds.cli import doctor, evaluate, export, generate, plan, probe_layers, replay, train
+from tezo_ds.cli import doctor, env, evaluate, export, generate, plan, probe_layers, replay, train
 from tezo_ds.errors import TezoError
 from tezo_ds.launched import env_local_rank, env_rank, env_world_size
 from tezo_ds.repeatable import ask_mkl
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -48,6 +47,7 @@ app.command(help=export.EXPORT_HELP)(export.export)
 app.command(help=replay.REPLAY_HELP)(replay.replay)
 app.command(help=doctor.DOCTOR_HELP, context_settings=doctor.CONTEXT)(doctor.doctor)
 app.command(help=plan.PLAN_HELP)(plan.plan)
+app.command(help=env.ENV_HELP)(env.env)
 app.command(help=probe_layers.PROBE_LAYERS_HELP)(probe_layers.probe_layers)
 
 

@@ -7,19 +7,22 @@ import re
 import types
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from tezo_ds.config.declared import extra_of
+from tezo_ds.config.registry import METHODS
+from tezo_ds.config.schedules import LR_SCHEDULES
 from tezo_ds.errors import ConfigError
 from tezo_ds.files.text import from_json
 from tezo_ds.settings import SHARDING, Settings
 
 Model = TypeVar("Model", bound=BaseModel)
 Command = Callable[..., None]
+NAMED = {"method": [*METHODS], "schedule": [*LR_SCHEDULES]}  # whose words are names in a registry
 
 DeepSpeed = Annotated[
     Path | None,
@@ -74,13 +77,33 @@ def complete(command: Command) -> Command:
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     kind, flag = _kind(field.annotation), name.replace("_", "-")
     names = (f"--{flag}/--no-{flag}",) if kind is bool else (f"--{flag}",)
-    option = typer.Option(*names, help=text_of(field), rich_help_panel=extra_of(field)["group"])
+    words = values_of(field.annotation) or NAMED.get(name)
+    option = typer.Option(
+        *names, help=text_of(field), rich_help_panel=extra_of(field)["group"],
+        autocompletion=_beginning(words) if words else None,
+    )  # fmt: skip
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
         annotation=Annotated[kind | None, option],
     )
+
+
+def values_of(annotation: Any) -> list[str]:
+    """Returns the words that a field takes, in the order of its annotation."""
+    if get_origin(annotation) is Literal:
+        return [str(value) for value in get_args(annotation)]
+    return [word for one in get_args(annotation) for word in values_of(one)]
+
+
+def _beginning(words: list[str]) -> Callable[[str], list[str]]:
+    """Returns what a shell's completion asks: which of the words begin as typed so far."""
+
+    def begin(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return begin
 
 
 def shown_default(field: FieldInfo) -> str:

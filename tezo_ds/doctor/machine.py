@@ -17,7 +17,7 @@ import torch
 
 import tezo_ds
 
-PACKAGES = ("torch", "deepspeed", "transformers", "tezo_ds")
+PACKAGES = ("torch", "deepspeed", "transformers")
 ABSENT = "not installed"
 CGROUP = Path("/sys/fs/cgroup")  # of version 2
 
@@ -58,12 +58,13 @@ class Space:
 
 def versions() -> dict[str, str]:
     """Returns versions by package, and of Python; that of our own code with a digest of its files."""
-    found = {name: _version(name) for name in PACKAGES}
-    found["tezo_ds"] += f" ({_digest_of_code()})"
+    found = {name: version_of(name) for name in PACKAGES}
+    found["tezo_ds"] = f"{tezo_ds.__version__} ({_digest_of_code()})"
     return {"python": platform.python_version(), **found}
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Returns the version of an installed package, or `ABSENT`."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -104,6 +105,16 @@ def accelerator(local_rank: int, deepspeed: bool) -> Accelerator:
         free, total = module.mem_get_info(local_rank)
         name, bf16 = module.get_device_name(local_rank), bool(module.is_bf16_supported())
     return Accelerator(kind, count, name, total, free, bf16, cores, threads, chosen)
+
+
+def processor() -> str:
+    """Returns the name of the CPU, by its maker where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def _cores() -> int:

@@ -11,6 +11,7 @@ from torch import nn
 from tezo_ds.config import TezoConfig, resolve
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError
+from tezo_ds.installed import need_deepspeed
 from tezo_ds.intake.checked_engine import checked_engine
 from tezo_ds.intake.notices import notices
 from tezo_ds.losses.objective import LossFn
@@ -56,6 +57,7 @@ def initialize(
         )
     resolved, deepspeed_config = resolve(config)
     if deepspeed_config is not None and "zero_optimization" in deepspeed_config:
+        need_deepspeed("initialize: a config with zero_optimization")
         from tezo_ds.intake.deepspeed_json import fit  # imports DeepSpeed, which takes seconds
 
         deepspeed_config = fit(deepspeed_config)

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tezo_ds.engine.engine import Engine
 from tezo_ds.engine.live_bytes import LiveBytes
 from tezo_ds.errors import ConfigError
+from tezo_ds.installed import need_deepspeed
 from tezo_ds.models.fsdp import FsdpPlan, shard_whole
 from tezo_ds.plan.absent import Absent, AbsentFsdp2
 from tezo_ds.plan.job import Job
@@ -98,6 +99,7 @@ def _sharded(job: Job, fake: FakeTensorMode) -> Iterator[Absent]:
         replicas = job.cluster.world // job.gather_ranks
         yield AbsentFsdp2(shard_whole(module, torch.device("cpu"), FsdpPlan(replicas)))
         return
+    need_deepspeed("--dry-run of ZeRO-3")
     # Imported here, as it takes seconds.
     from tezo_ds.plan.absent_zero3 import in_deepspeed, partitioned
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+import tezo_ds
 from tezo_ds.config import BLOCK, TezoConfig, build
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError
@@ -68,7 +69,10 @@ def describe_run(settings: Settings, engine: Engine, extra: dict[str, Any]) -> d
         "world_size": engine.sharding.world_size,
         **extra,
         **chosen,
-        "versions": {name: version(name) for name in ("tezo_ds", "torch", "transformers")},
+        "versions": {
+            "tezo_ds": tezo_ds.__version__,
+            **{name: version(name) for name in ("torch", "transformers")},
+        },
     }
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from tezo_ds.config import BLOCK, TezoConfig, resolve
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError
+from tezo_ds.installed import need_deepspeed
 from tezo_ds.intake.adapters import refuse_adapter
 from tezo_ds.intake.causality import refuse_seen_answers
 from tezo_ds.intake.checked_engine import checked_engine
@@ -277,6 +278,7 @@ def read_config(
     if fsdp:
         deepspeed_config = None
     elif deepspeed_config is not None:
+        need_deepspeed("--deepspeed")
         from tezo_ds.intake.deepspeed_json import fit
 
         deepspeed_config = fit(deepspeed_config)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from tezo_ds.doctor.machine import processor
+
 
 def describe() -> str:
     """Returns processor, cores, versions and commit, in one line."""
@@ -21,12 +23,7 @@ def describe() -> str:
 def _processor() -> str:
     if torch.accelerator.is_available():
         return str(torch.accelerator.current_accelerator())
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return processor()
 
 
 def _commit() -> str:
