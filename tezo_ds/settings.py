@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from tezo_ds.config.declared import declared
 
@@ -296,9 +296,24 @@ class RunOptions(BaseModel):
         "end the run when the median loss of 20 steps is above twice that of its first 20; off: warn once",
         example=True,
     )
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow", "none"], ...] = declared(
+        (),
+        "trackers to report steps and evaluations to, as they come: tensorboard (in the run folder), wandb, "
+        "trackio, mlflow, or none; several with commas",
+        example="tensorboard",
+    )  # fmt: skip
     save_model: bool | None = declared(
         None,
         "write the whole merged model into the run folder at the end; unset: for methods that write weights "
         "(tezo-adam, lozo…, mezo…)",
         example=False,
     )  # fmt: skip
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _with_commas(cls, names: Any) -> Any:
+        """Takes tensorboard,wandb for a list, and none for an empty one."""
+        words = [names] if isinstance(names, str) else names
+        if isinstance(words, (list, tuple)) and all(isinstance(word, str) for word in words):
+            words = list(dict.fromkeys(part for word in words for part in word.split(",")))
+        return () if words == ["none"] else words

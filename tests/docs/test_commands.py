@@ -40,6 +40,7 @@ LEFT_OUT = {
     "./launch/test.sh": "runs this test",
     "launch/setup.sh": "makes an environment, from the network",
     "pip install": "needs the network",
+    "tensorboard --logdir": "starts a server",
     "rsync": "needs a second machine",
     "printf": "writes the file `hosts`, which `place` makes",
     "python benchmarks/": "takes minutes; the programs have tests of their own",

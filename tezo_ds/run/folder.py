@@ -24,6 +24,7 @@ MODEL, SNAPSHOTS, LOCK = "model", "snapshots", ".lock"
 TRUNK_CACHE, OUTPUT_LAYER = "trunk_cache", "output_layer"
 TEST, VALIDATION = PARTS = ("test", "validation")  # parts that evaluations score
 LAYERS, LAYERS_PICTURE = "layers.json", "layers.png"
+TRACKERS, TENSORBOARD = "trackers.json", "tensorboard"
 
 
 class RunFolder:
@@ -169,16 +170,12 @@ class RunFolder:
         Raises:
             StorageError: a line cannot be written.
         """
-        found, journal = report.quality, self._journal
+        journal = self._journal
         assert journal is not None, "opened before"
         slopes = {"step": report.step, "kappa": report.kappa, "rho": report.rho, "lr": report.lr}
         if report.solved is not None:
             slopes["solved"] = report.solved
-        self._log({
-            **packed(slopes), "loss": report.loss, "seconds": round(report.seconds, 4),
-            "tokens": report.tokens, "dropped": report.dropped, "kappa_mean": found.mean,
-            "kappa_spread": found.spread, "gradient_norm": found.gradient_norm, "snr": found.snr,
-        })  # fmt: skip
+        self._log({**packed(slopes), **measured(report)})
         journal.append({**slopes, "loss": report.loss, "seen": seen, **(more or {})})
 
     def log_score(
@@ -220,6 +217,16 @@ class RunFolder:
             with suppress(OSError):
                 (self.path / LOCK).unlink()
                 self.path.rmdir()
+
+
+def measured(report: StepReport) -> dict[str, Any]:
+    """Returns fields of a step's line in metrics.jsonl that nothing is rebuilt from."""
+    found = report.quality
+    return {
+        "loss": report.loss, "seconds": round(report.seconds, 4), "tokens": report.tokens,
+        "dropped": report.dropped, "kappa_mean": found.mean, "kappa_spread": found.spread,
+        "gradient_norm": found.gradient_norm, "snr": found.snr,
+    }  # fmt: skip
 
 
 def _parsed(text: str) -> dict[str, Any] | None:

@@ -20,12 +20,14 @@ from tezo_ds.run.folder import (
     OUTPUT_LAYER,
     SNAPSHOTS,
     SUMMARY,
+    TENSORBOARD,
+    TRACKERS,
     TRUNK_CACHE,
 )
 
 _OURS = {
     CONFIG, METRICS, SUMMARY, JOURNAL, COEFFICIENTS, ADAPTER, CURVE, MODEL, SNAPSHOTS, TRUNK_CACHE,
-    OUTPUT_LAYER, LAYERS, LAYERS_PICTURE,
+    OUTPUT_LAYER, LAYERS, LAYERS_PICTURE, TRACKERS, TENSORBOARD,
 }  # fmt: skip
 _LOGS = "logs"  # of launch/, which makes it before a run begins
 

@@ -15,6 +15,7 @@ from tezo_ds.tasks.evaluation import Evaluator, Score, Stopped
 from tezo_ds.training.best import Best
 from tezo_ds.training.display import Display
 from tezo_ds.training.session import Session
+from tezo_ds.training.trackers import Trackers
 
 Scores = Mapping[
     str, Mapping[int | str, Mapping[str, Any]]
@@ -37,14 +38,15 @@ class Evaluations:
         display: receiver of notices and progress.
         scored: evaluations that earlier processes made.
         best: what is done with the best one; None: nothing.
+        trackers: receiver of scores.
     """
 
     def __init__(
         self, session: Session, options: RunOptions, folder: RunFolder | None, display: Display,
-        scored: Scores, best: Best | None,
+        scored: Scores, best: Best | None, trackers: Trackers,
     ) -> None:  # fmt: skip
         self._session, self._options, self._folder = session, options, folder
-        self._display, self._best = display, best
+        self._display, self._best, self._trackers = display, best, trackers
         self._engine = session.engine
         found = {part: session.evaluator(part) for part in PARTS}
         self.evaluators: dict[str, Evaluator] = {p: e for p, e in found.items() if e is not None}
@@ -145,6 +147,7 @@ class Evaluations:
         shown = "with the output layer fitted" if fit else None
         self._display.score(step, score, shown, name, part)
         line = _line(score, part)
+        self._trackers.score(line, step, score.answers, "output_layer" if fit else "")
         if part == self.judge and not fit:
             self._see(step, line)
         if when is not None:

@@ -30,6 +30,7 @@ from tezo_ds.run.folder import (
     MODEL,
     SUMMARY,
     RunFolder,
+    measured,
 )
 from tezo_ds.run.resuming import snapshot
 from tezo_ds.settings import RunOptions
@@ -44,6 +45,7 @@ from tezo_ds.training.liveness import Liveness
 from tezo_ds.training.output_layer import OutputLayerFits
 from tezo_ds.training.session import Session
 from tezo_ds.training.step_batches import Padding, StepBatches
+from tezo_ds.training.trackers import Trackers
 from tezo_ds.training.trunk_caches import open_caches
 
 REPLAYED = f"the steps so far from {JOURNAL} in the run folder"
@@ -84,12 +86,15 @@ def train(
         TezoError: the engine's errors. Interrupted: a signal came.
     """
     divergence = Divergence([line["loss"] for line in made], options.stop_on_divergence)
-    evaluations = Evaluations(session, options, folder, display, scores or {}, best)
-    training = _Training(session, options, examples, folder, display, divergence, evaluations)
-    training.count_padding(made)
-    training.base = base
-    training.fits.go_on(fitted, fit)
-    return training.run()
+    with Trackers(options.report_to, folder, display) as trackers:
+        evaluations = Evaluations(session, options, folder, display, scores or {}, best, trackers)
+        training = _Training(
+            session, options, examples, folder, display, divergence, evaluations, trackers
+        )
+        training.count_padding(made)
+        training.base = base
+        training.fits.go_on(fitted, fit)
+        return training.run()
 
 
 class _Training:
@@ -97,10 +102,10 @@ class _Training:
 
     def __init__(
         self, session: Session, options: RunOptions, examples: Sequence[Encoded], folder: RunFolder | None,
-        display: Display, divergence: Divergence, evaluations: Evaluations,
+        display: Display, divergence: Divergence, evaluations: Evaluations, trackers: Trackers,
     ) -> None:  # fmt: skip
         self._session, self._options, self._examples = session, options, examples
-        self._folder, self._display = folder, display
+        self._folder, self._display, self._trackers = folder, display, trackers
         self._engine, self._divergence, self._evaluations = session.engine, divergence, evaluations
         engine = session.engine
         self.base: str | None = None
@@ -269,6 +274,9 @@ class _Training:
             if engine.run_state.cost is not None:
                 more["cost"] = asdict(engine.run_state.cost)
             self._folder.log_step(report, engine.step_index * self._options.batch_size, more)
+        self._trackers.step({
+            "step": report.step, "rho": report.rho, "lr": report.lr, **measured(report)
+        })  # fmt: skip
         if not report.step and engine.radius is not None:
             self._display.note(str(engine.radius))
         self._display.step(report)
