@@ -23,6 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("run", "doctor", "probing_layers"),
     ("merged",),
     ("intake",),
+    ("rewards",),
     ("tasks", "plan", "export"),
     ("settings",),
     ("engine",),

@@ -31,6 +31,10 @@ class ShardingError(TezoError):
     """Weights sharded in a way that cannot serve the request, or replicas that differ."""
 
 
+class RewardFailed(TezoError):
+    """A user's reward function that raised, never returned, or gave something that is no reward."""
+
+
 class StorageError(TezoError):
     """Files of a run that are damaged, another run's, or cannot be written."""
 

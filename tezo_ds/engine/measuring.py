@@ -226,10 +226,12 @@ class Measuring:
             step: index of the step.
 
         Raises:
-            ProbeError: no branch differs; or directions failed in too many steps in a row.
+            ProbeError: no branch differs, of an objective that is not piecewise constant; or directions
+                failed in too many steps in a row.
         """
         failed = bool(kappa.isnan().any())
-        if not failed and not bool(kappa.any()):
+        tied = not failed and not bool(kappa.any())
+        if tied and not self._objective.piecewise_constant:
             raise ProbeError(
                 f"step {step}: all {losses.numel()} branches give the same loss {losses[0, 0]:.6g}, so "
                 "nothing was measured; raise rho, or check that the chosen parameters act on the loss"

@@ -148,6 +148,12 @@ class Objective:
                 self._responses = aside
 
     @property
+    def piecewise_constant(self) -> bool:
+        """Whether branches may all give the same value with nothing wrong: a metric or a reward does not move
+        with every change of the weights."""
+        return False
+
+    @property
     def has_logits(self) -> bool:
         """Whether losses are cross-entropies of logits, and not a `loss_fn`'s."""
         return self._head is not None

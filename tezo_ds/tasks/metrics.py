@@ -12,6 +12,7 @@ from typing import Any
 from tezo_ds.errors import ConfigError, one_line
 
 Metric = Callable[[Sequence[str], Sequence[str]], float]
+OfPair = Callable[[str, str], float]
 NONE = "none"
 KINDS = "exact, f1, rouge-l, regex:PATTERN or module:function"
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -21,28 +22,42 @@ def metric_of(name: str) -> Metric:
     """Returns a function (predictions, references) -> float, the mean over examples.
 
     Args:
-        name: "exact" and "f1" compare words without case, punctuation and articles, as SQuAD does; "rouge-l"
-            is the F measure of the longest common subsequence, by the package rouge-score; "regex:PATTERN"
-            compares the last match in each, its first group if it has one; "module:function" is a user's.
+        name: one of `of_pairs`, or "module:function", a user's.
 
     Raises:
         ConfigError: the name is none of these, the pattern is no pattern, or a package is not there.
     """
-    if name == "exact":
-        return _mean(lambda said, right: float(_words(said) == _words(right)))
-    if name == "f1":
-        return _mean(_f1)
-    if name == "rouge-l":
-        return _rouge_l()
+    if (of_pair := of_pairs(name)) is not None:
+        return _mean(of_pair)
     kind, _, rest = name.partition(":")
-    if kind == "regex" and rest:
-        return _regex(rest)
-    if kind and rest:
+    if kind and rest and kind != "regex":
         return _of_user(kind, rest)
     raise ConfigError(f"--metric {name}: is not known; name {KINDS}")
 
 
-def _mean(of_one: Callable[[str, str], float]) -> Metric:
+def of_pairs(name: str, option: str = "--metric") -> OfPair | None:
+    """Returns a function (prediction, reference) -> float, in [0, 1]; None for a name that is not built in.
+
+    Args:
+        name: "exact" and "f1" compare words without case, punctuation and articles, as SQuAD does; "rouge-l"
+            is the F measure of the longest common subsequence, by the package rouge-score; "regex:PATTERN"
+            compares the last match in each, its first group if it has one.
+        option: where the name was given, for errors.
+
+    Raises:
+        ConfigError: the pattern is no pattern, or a package is not there.
+    """
+    if name == "exact":
+        return lambda said, right: float(_words(said) == _words(right))
+    if name == "f1":
+        return _f1
+    if name == "rouge-l":
+        return _rouge_l(option)
+    kind, _, pattern = name.partition(":")
+    return _regex(pattern, option) if kind == "regex" and pattern else None
+
+
+def _mean(of_one: OfPair) -> Metric:
     def metric(predictions: Sequence[str], references: Sequence[str]) -> float:
         each = [of_one(said, right) for said, right in zip(predictions, references, strict=True)]
         return sum(each) / len(each)
@@ -64,22 +79,22 @@ def _f1(said: str, right: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def _rouge_l() -> Metric:
+def _rouge_l(option: str) -> OfPair:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         raise ConfigError(
-            "--metric rouge-l: needs the package rouge-score; pip install rouge-score"
+            f"{option} rouge-l: needs the package rouge-score; pip install rouge-score"
         ) from None
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    return _mean(lambda said, right: float(scorer.score(right, said)["rougeL"].fmeasure))
+    return lambda said, right: float(scorer.score(right, said)["rougeL"].fmeasure)
 
 
-def _regex(pattern: str) -> Metric:
+def _regex(pattern: str, option: str) -> OfPair:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"--metric regex:{pattern}: is no regular expression ({error})") from None
+        raise ConfigError(f"{option} regex:{pattern}: is no regular expression ({error})") from None
 
     def found(text: str) -> str | None:
         matches = compiled.findall(text)
@@ -91,7 +106,7 @@ def _regex(pattern: str) -> Metric:
     def right(said: str, wanted: str) -> float:
         return float(found(said) is not None and found(said) == found(wanted))
 
-    return _mean(right)
+    return right
 
 
 def _of_user(module: str, name: str) -> Metric:
