@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
 from tiny import make_batch, part_of, tiny
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -12,6 +14,7 @@ from world_zero3 import sharded
 from worlds import World, case
 
 import tezo_ds
+from tezo_ds.probes import sites
 
 BLOCK = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
 FIELDS = {"rank": 3, "rho": 1e-2, "seed": 3}
@@ -30,7 +33,13 @@ def layers_share_products_on_every_sharding(world: World) -> None:
     ):
         engine = make()
         engine.method.coefficients.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
-        losses.append([engine.loss(batch) for _ in range(4)])
+        losses.append([engine.loss(batch) for _ in range(3)])
+        with mock.patch.object(sites, "scaled", side_effect=sites.scaled) as made:
+            losses[-1].append(engine.loss(batch))
         assert shared(engine) == BLOCK * 2, type(engine.sharding)
+        # Each group's once, although DeepSpeed hands each layer a tensor of its own: 2 blocks of (q, k, v), o,
+        # (gate, up) and down, and the output layer for each chunk of positions.
+        widths = [len(call.args[1]) for call in made.call_args_list]
+        assert widths.count(9) == widths.count(6) == 2, (type(engine.sharding), widths)
         assert len(set(losses[-1])) == 1
     assert len({found[0] for found in losses[:4]}) == 1, "whole weights are whole weights"

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tezo_ds
 from tezo_ds.errors import ConfigError
+from tezo_ds.trunk.alike import Alike
 
 WHOLE = {"shared_trunk": False}
 KINDS = ("llama", "opt", "neox", "gpt2", "roberta", "qwen-moe")
@@ -104,7 +105,8 @@ def flops(engine: tezo_ds.Engine, batch: dict[str, Tensor]) -> int:
 
 @pytest.mark.parametrize("queries", [1, 4])
 def test_a_step_costs_what_it_should(queries: int) -> None:
-    """ℓ + 2Q(L - ℓ) blocks shared, and 2Q(L - ℓ) cached, of 2Q L."""
+    """ℓ + 2Q(L - ℓ) blocks shared, and 2Q(L - ℓ) cached, of 2Q L, less products of the first block that trains
+    with what enters it, which are made once."""
     everything = data()
     everything["labels"][:, 1:] = everything["input_ids"][
         :, 1:
@@ -120,11 +122,34 @@ def test_a_step_costs_what_it_should(queries: int) -> None:
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     head = 2 * 61 * 22 * batch["input_ids"].numel()
     block = (counter.get_total_flops() - head) / 4
+    read = [model.get_submodule(f"model.layers.2.self_attn.{name}_proj") for name in "qkv"]
+    alike = 2 * sum(each.weight.numel() for each in read) * batch["input_ids"].numel() / block
+    saved = (2 * queries - 1.0) * alike
     # Beside these: both passes lack a few positions of the last block's second half, which carry no label.
     torch.testing.assert_close(
         [(whole - shared) / block, (whole - cached) / block],
-        [2 * (2 * queries - 1.0), 4.0 * queries], rtol=0, atol=0.1 * 2 * queries,
+        [2 * (2 * queries - 1.0) + saved, 4.0 * queries + saved], rtol=0, atol=0.1 * 2 * queries,
     )  # fmt: skip
+
+
+def test_products_of_copies_are_made_once_while_they_are_copies() -> None:
+    once, norm, layer, rows = torch.randn(3, 5, 7), nn.LayerNorm(7), nn.Linear(7, 4), []
+    copies = once.repeat(6, 1, 1)
+
+    def product(x: Tensor) -> Tensor:
+        return alike.product(lambda given: rows.append(len(given)) or layer(given), x)
+
+    alike = Alike(copies, once)
+    with alike.within(nn.ModuleList([norm])):
+        normed = norm(copies)
+        torch.testing.assert_close(normed, norm(copies.clone()), rtol=0, atol=1e-6)
+        torch.testing.assert_close(product(normed), layer(normed), rtol=0, atol=1e-6)
+        normed += torch.arange(18.0)[
+            :, None, None
+        ]  # whoever writes to them ends that they are alike
+        torch.testing.assert_close(product(normed), layer(normed), rtol=0, atol=1e-6)
+    assert rows == [3, 18]
+    assert "forward" not in norm.__dict__
 
 
 def test_positions_without_a_label_leave_the_last_block() -> None:

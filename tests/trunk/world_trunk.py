@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from unittest import mock
 
 import tiny as shapes
@@ -22,6 +24,7 @@ from worlds import World, case
 from tezo_ds import StepReport
 from tezo_ds.sharding import zero3
 from tezo_ds.tasks.batches import lane_indices
+from tezo_ds.trunk.alike import Alike
 
 BUCKETS = {"stage3_prefetch_bucket_size": 1000, "stage3_max_live_parameters": 4000}
 CACHED = {"trunk_cache": "memory"}
@@ -39,6 +42,19 @@ def shards(world: World, tied: bool) -> dict[str, nn.Module]:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
         found["hybrid"] = world_fsdp2.shard(deep("llama", tied), mesh)
     return found
+
+
+@contextmanager
+def noted(made_once: list[Tensor]) -> Iterator[None]:
+    """Context manager: notes what is made once for all branches: a norm, and products of q, k and v."""
+    repeat = Alike._repeat
+
+    def note(alike: Alike, y: Tensor) -> Tensor:
+        made_once.append(y)
+        return repeat(alike, y)
+
+    with mock.patch.object(Alike, "_repeat", note):
+        yield
 
 
 def mine(step: int, world: World) -> dict[str, Tensor]:
@@ -66,14 +82,21 @@ def split_forwards_are_those_of_one_process(world: World) -> None:
     for tied, fields in ways[: TRIED[world.size]]:
         reports = whole_forwards(tied, json.dumps(fields))
         for name, model in shards(world, tied).items():
-            engine = engine_of(model, **fields)
+            engine, made_once = engine_of(model, **fields), []
             for step, theirs in enumerate(reports):
-                ours = engine.step(mine(step, world))
+                with noted(made_once):
+                    ours = engine.step(mine(step, world))
                 torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=0)
                 torch.testing.assert_close(ours.kappa, theirs.kappa, rtol=5e-3, atol=5e-3)
             trunk = engine.objective.trunk
             assert trunk is not None and trunk.found is not None, (name, fields, str(trunk))
             assert trunk.found.first == 2
+            if (
+                "train_vectors" in fields
+            ):  # the norm trains, and no two branches enter q, k, v alike
+                assert not made_once
+            elif "probe" not in fields:
+                assert len(made_once) >= 4 * len(reports), (name, len(made_once))
             assert_equal_on_all_ranks(engine.method.coefficients)
 
 

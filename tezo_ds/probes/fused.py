@@ -155,7 +155,7 @@ class FusedProbe(Probe):
         try:
             with (
                 self.around(),
-                attached(self.sites, self._add),
+                attached(self.sites, self._add, self._product),
                 attached_vectors(self.vector_sites, self._add_vectors),
             ):
                 yield
@@ -240,6 +240,10 @@ class FusedProbe(Probe):
     def shows(self, x: Tensor) -> bool:
         """Returns whether an input's rows are branch-major."""
         return self._branches == 1 or bool(x.dim() and x.shape[0] in self._leads)
+
+    def _product(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Returns a layer's own result, without terms."""
+        return forward(x) if self.trunk is None else self.trunk.product(forward, x)
 
     def _add(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """Returns y plus the site's term."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from tezo_ds.models.structure import acts_plainly, kind_of
 from tezo_ds.sharding.view import Block
+from tezo_ds.trunk.noted import Noted
 from tezo_ds.trunk.stand_ins import all_replaced
 
 
@@ -92,8 +92,7 @@ class Group:
         self.ranks = [site.rank for site in sites]
         self.width = sum(self.ranks)  # columns of c
         self.c = torch.empty(0)  # (branches, copies, width)
-        self._input: weakref.ref[Tensor] | None = None
-        self._version = -1
+        self._input: Noted | None = None
         self._scaled: tuple[Tensor, ...] = ()  # by place, (rows, copies * rank)
 
     @property
@@ -122,10 +121,9 @@ class Group:
         """Returns (x V) ∘ c_k of one linear site, for every k: (rows, copies * rank)."""
         if len(self.ranks) == 1:
             return scaled(x, site.inner, self.c, self.ranks)[0]
-        same = self._input is not None and self._input() is x and self._version == x._version
-        if not same:
+        if self._input is None or not self._input.is_(x):
             self._scaled = scaled(x, self.inner, self.c, self.ranks)
-            self._input, self._version = weakref.ref(x), x._version
+            self._input = Noted(x)
         place = self.places[site.path]
         own = self._scaled[place]
         if place == len(self.ranks) - 1:  # of no more use; those of all layers would pile up
@@ -164,21 +162,22 @@ def summed(x: Tensor, inner: Tensor, c: Tensor) -> Tensor:
 
 
 AddTerm = Callable[[Site, Tensor, Tensor], Tensor]  # (site, input, output) -> output with the term
+Product = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # (forward, input) -> output
 
 
 @contextmanager
-def attached(sites: list[Site], add: AddTerm) -> Iterator[None]:
-    """Context manager: each site's forward inside passes its result through `add`."""
-    with all_replaced((site.module, _wrapped(site, add)) for site in sites):
+def attached(sites: list[Site], add: AddTerm, product: Product) -> Iterator[None]:
+    """Context manager: inside, a site gives what `product` makes of its forward, passed through `add`."""
+    with all_replaced((site.module, _wrapped(site, add, product)) for site in sites):
         yield
 
 
-def _wrapped(site: Site, add: AddTerm) -> Callable[..., Tensor]:
+def _wrapped(site: Site, add: AddTerm, product: Product) -> Callable[..., Tensor]:
     forward = site.module.forward
     if acts_plainly(site.module):
 
         def plain(input: Tensor) -> Tensor:  # torch's own name, as some call it by keyword
-            return add(site, input, forward(input))
+            return add(site, input, product(forward, input))
 
         return plain
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError
 from tezo_ds.sharding.base import Sharding
+from tezo_ds.trunk.alike import Alike
 from tezo_ds.trunk.cache import Budget, Cache, MemoryCache, Visit
 from tezo_ds.trunk.found import Found, Watch
 from tezo_ds.trunk.passes import through_rest, through_trunk
@@ -54,7 +55,9 @@ class Trunk:
         self.cache: Cache | None = None
         self.part = self.rows = 0
         self.behind = False
-        self._tail, self._trying = True, False
+        self._tail = self._shares = True
+        self._trying = False
+        self._alike: Alike | None = None  # of the forward inside `serving`
         self._kept: dict[int, Tensor] | None = None  # hidden states by part
 
     def __str__(self) -> str:
@@ -110,10 +113,12 @@ class Trunk:
 
     def _try(self, found: Found, run: Callable[[], Tensor], plain: Tensor) -> None:
         """Takes what was found if split forwards give the plain losses on every rank, and leaves labelled
-        positions alone in the last block if so they do."""
+        positions alone in the last block, and makes the first block's products once, if so they do."""
         self.found, self._trying = found, True
         late = found.first < len(found.blocks)
-        for self._tail in (True, False) if late and found.attention else (False,):
+        ways = [(True, True)] if late and found.attention else []
+        ways += [(False, True), (False, False)] if late else [(False, False)]
+        for self._tail, self._shares in ways:
             try:
                 differs = not self._same(plain, run())
                 self.reason = (
@@ -255,9 +260,29 @@ class Trunk:
             alone = labelled_alone(
                 block, found.attention, found.places, rows, branches, self._going_behind
             )
-        with alone:
-            copies = hidden.repeat(branches, 1, 1)
+        copies = hidden.repeat(branches, 1, 1)
+        with self._sharing(copies, hidden), alone:
             return through_rest(found, forward, inputs, copies)
+
+    @contextmanager
+    def _sharing(self, copies: Tensor, hidden: Tensor) -> Iterator[None]:
+        """Context manager: the first block that trains makes products of equal rows once."""
+        found = self._found
+        block = found.blocks[found.first] if self._shares else None
+        several = len(copies) > len(hidden) or self._trying
+        if block is None or not several or "forward" in block.__dict__:  # which is compiled
+            yield
+            return
+        self._alike = Alike(copies, hidden)
+        try:
+            with self._alike.within(block):
+                yield
+        finally:
+            self._alike = None
+
+    def product(self, forward: Act, x: Tensor) -> Tensor:
+        """Returns a layer's `forward(x)`, made once where x is the same in all branches."""
+        return forward(x) if self._alike is None else self._alike.product(forward, x)
 
 
 def _examples(tensors: Mapping[str, Any]) -> int:
