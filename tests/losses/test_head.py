@@ -13,6 +13,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import tezo_ds
 from tezo_ds.losses import head
+from tezo_ds.losses.objective import Objective
+from tezo_ds.sharding.replicated import Replicated
 
 
 def gemma() -> nn.Module:
@@ -145,3 +147,51 @@ def test_without_any_label_the_layers_still_run() -> None:
 def test_a_model_that_caps_its_logits_measures_alike_in_both_probes(make: object) -> None:
     fused, inplace = losses_of_both_probes(make, "chosen")  # type: ignore[arg-type]
     assert fused == pytest.approx(inplace, rel=1e-5)
+
+
+class Biased(Capped):
+    """A model that adds a number to each word's logit behind its output layer, as BART does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("more", torch.linspace(-1, 1, VOCABULARY))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.out(self.words(input_ids)) + self.more
+
+
+@pytest.mark.parametrize(
+    ("make", "mode", "words_alone"),
+    [
+        (lambda: tiny("llama", tied=False), "chunks", True),
+        (lambda: tiny("opt"), "chunks", True),
+        (gemma, "chosen", False),
+        (Biased, "chosen", False),
+        (Upside, "whole", False),
+    ],
+)
+def test_of_choices_a_plain_output_layer_computes_their_logits_alone(
+    make: object, mode: str, words_alone: bool
+) -> None:
+    model, batch, words = make(), make_batch(4), torch.tensor([7, 3, 11])  # type: ignore[operator]
+    batch = {"input_ids": batch["input_ids"], "labels": torch.full_like(batch["labels"], -100)}
+    batch["labels"][:, 3], batch["labels"][:, 5] = words[[0, 1, 2, 1]], words[[2, 2, 0, 1]]
+    objective = Objective(Replicated(model), None)
+    objective.choices = words
+    with torch.no_grad():
+        out = model(input_ids=batch["input_ids"])
+    logits = (out.logits if hasattr(out, "logits") else out)[:, [2, 4]][..., words].flatten(0, 1)
+    right = torch.tensor([0, 2, 1, 2, 2, 0, 1, 1])
+    expected = F.cross_entropy(logits, right, reduction="sum").item()
+    widths, project = [], F.linear
+
+    def count(x: torch.Tensor, weight: torch.Tensor, *rest: object) -> torch.Tensor:
+        widths.append(len(weight))
+        return project(x, weight, *rest)
+
+    for _ in range(3):  # the first settles the mode, and is none the worse for it
+        widths.clear()
+        with mock.patch.object(F, "linear", count):
+            assert objective(batch, 1)[0].item() == pytest.approx(expected, rel=1e-5)
+    assert objective.head_mode == mode
+    assert (VOCABULARY not in widths and widths.count(3) == 1) == words_alone

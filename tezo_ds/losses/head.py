@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tezo_ds.models.structure import embeddings
@@ -35,8 +36,9 @@ class Head:
         self.mode = "chunks" if self._layer is not None else "whole"
 
     def __call__(
-        self, inputs: dict[str, Any], positions: Tensor, branches: int, reduce: Reduce
-    ) -> Tensor:
+        self, inputs: dict[str, Any], positions: Tensor, branches: int, reduce: Reduce,
+        words: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Runs the model once (more often only the first time) and reduces its logits.
 
         Args:
@@ -44,30 +46,36 @@ class Head:
             positions: int64 (k,), places in one copy's flattened (B * T).
             branches: number of copies.
             reduce: (logits (branches, j, vocabulary), slice of the k positions) -> (branches, j, …).
+            words: int64 (words,), tokens whose logits alone `reduce` is given: (branches, j, words). A plain
+                output layer whose logits are taken as they are computes no others.
 
         Returns:
             reduce's results joined: (branches, k, …).
         """
         positions = positions.to(self._sharding.device)
         while True:
-            result = self._run(inputs, positions, branches, reduce)
+            result = self._run(inputs, positions, branches, reduce, words)
             if result is not None:
                 return result
             self.mode = "chosen" if self._row_by_row(inputs, branches) else "whole"
 
     def _run(
-        self, inputs: dict[str, Any], positions: Tensor, branches: int, reduce: Reduce
-    ) -> Tensor | None:
+        self, inputs: dict[str, Any], positions: Tensor, branches: int, reduce: Reduce,
+        words: Tensor | None,
+    ) -> Tensor | None:  # fmt: skip
         """Runs one forward in the present mode; None if the model turns out not to allow that mode."""
+
+        def of_words(logits: Tensor) -> Tensor:
+            return reduce(logits if words is None else logits[..., words], slice(None))
+
         if self._layer is None or self.mode == "whole":
             logits = _logits(self._sharding.forward(**inputs))
-            return reduce(_pick(logits, positions, branches), slice(None))
-        with _Tap(
-            self._layer, positions, branches, reduce if self.mode == "chunks" else None
-        ) as tap:
+            return of_words(_pick(logits, positions, branches))
+        in_chunks = reduce if self.mode == "chunks" else None
+        with _Tap(self._layer, positions, branches, in_chunks, words) as tap:
             logits = _logits(self._sharding.forward(**inputs))
         if self.mode == "chosen":
-            return reduce(logits, slice(None))
+            return of_words(logits)
         return tap.result if tap.is_own(logits) else None
 
     def _row_by_row(self, inputs: dict[str, Any], branches: int) -> bool:
@@ -99,10 +107,11 @@ class _Tap:
     """Context manager: the output layer's forward is replaced inside."""
 
     def __init__(
-        self, layer: nn.Module, positions: Tensor, branches: int, reduce: Reduce | None
-    ) -> None:
+        self, layer: nn.Module, positions: Tensor, branches: int, reduce: Reduce | None,
+        words: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self._layer, self._positions, self._branches = layer, positions, branches
-        self._reduce = reduce
+        self._reduce, self._words = reduce, words
         self._before = layer.__dict__.get("forward")
         self._project = layer.forward
         self._returned: tuple[Tensor, int] | None = None
@@ -142,15 +151,32 @@ class _Tap:
         return logits
 
     def _in_chunks(self, chosen: Tensor, reduce: Reduce) -> Tensor:
+        """Returns what the model is to return as logits, so that `is_own` knows them."""
         count, out_features = chosen.shape[1], getattr(self._layer, "out_features", CHUNK_NUMEL)
-        step = max(1, CHUNK_NUMEL // (self._branches * out_features))
+        few = self._of_words_alone()
+        project = few or self._project
+        width = out_features if few is None or self._words is None else len(self._words)
+        step = max(1, CHUNK_NUMEL // (self._branches * width))
         parts = []
         for start in range(0, max(1, count), step):  # once even for none: gathers must stay in step
             part = slice(start, min(start + step, count))
-            logits = self._project(chosen[:, part].contiguous())  # (branches, j, vocabulary)
-            parts.append(reduce(logits, part))
+            logits = project(chosen[:, part].contiguous())  # (branches, j, vocabulary or words)
+            of_words = logits if few or self._words is None else logits[..., self._words]
+            parts.append(reduce(of_words, part))
         self.result = torch.cat(parts, dim=1)
-        return logits
+        # What the model does to logits of all words has to show, and not to fail for want of some.
+        return logits if few is None else logits.new_zeros(self._branches, 1, out_features)
+
+    def _of_words_alone(self) -> Callable[[Tensor], Tensor] | None:
+        """Returns the output layer of the words' rows alone; None where none are asked for, or something is
+        added to the layer's result, or its weight is not a plain one."""
+        layer, words = self._layer, self._words
+        plain = type(layer) is nn.Linear and type(layer.weight.data) is Tensor
+        if words is None or not plain or self._before is not None:
+            return None
+        bias = None if layer.bias is None else layer.bias[words]
+        weight = layer.weight[words]
+        return lambda chosen: F.linear(chosen, weight, bias)
 
 
 def _logits(outputs: Any) -> Tensor:

@@ -218,7 +218,7 @@ class Objective:
         positions, tokens = self._labelled(batch)
 
         def losses(logits: Tensor, part: slice) -> Tensor:
-            words = self._words(logits)  # (branches, j, words)
+            words = _wide(logits)  # (branches, j, words)
             if self._lean is not None:
                 words = words + self._lean.to(words)[:, None]
             if self._responses is not None:
@@ -229,7 +229,7 @@ class Objective:
         inputs = self.inputs(repeat(batch, branches))
         # Of classes there are no positions: a model pools its hidden states itself.
         with self._split(batch, branches, None if self._classifies else positions):
-            found = head(inputs, positions, branches, losses).double()
+            found = head(inputs, positions, branches, losses, self.choices).double()
         return self._added(found, torch.ones_like(found))
 
     def _added(self, losses: Tensor, counts: Tensor) -> Tensor:
@@ -251,9 +251,7 @@ class Objective:
 
     def _words(self, logits: Tensor) -> Tensor:
         """Returns logits (…, vocabulary) of the choices, or of all words: (…, words), float32 or wider."""
-        if self.choices is not None:
-            logits = logits[..., self.choices]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return _wide(logits if self.choices is None else logits[..., self.choices])
 
     @torch.no_grad()
     def score(
@@ -289,6 +287,10 @@ class Objective:
                 self.inputs(batch), positions, 1, lambda z, part: of(z[0], tokens[part])[None]
             )
         return positions.cpu() // width_of(batch["labels"]), result[0].cpu()
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def micro_batches(batch: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
