@@ -171,8 +171,9 @@ class _Tap:
         """Returns the output layer of the words' rows alone; None where none are asked for, or something is
         added to the layer's result, or its weight is not a plain one."""
         layer, words = self._layer, self._words
-        plain = type(layer) is nn.Linear and type(layer.weight.data) is Tensor
-        if words is None or not plain or self._before is not None:
+        if words is None or type(layer) is not nn.Linear or self._before is not None:
+            return None
+        if type(layer.weight.data) is not Tensor:  # packed
             return None
         bias = None if layer.bias is None else layer.bias[words]
         weight = layer.weight[words]
