@@ -124,9 +124,10 @@ class Settings(BaseModel):
         "what trains of prompts with completions and of conversations: the answers (completion), or all",
         group=DATA, example="all",
     )  # fmt: skip
-    objective: Literal["lm", "choices"] = declared(
+    objective: Literal["lm", "choices", "accuracy", "f1"] = declared(
         "lm",
-        "loss of an answer: lm, among all tokens; choices, among the task's words alone",
+        "loss of an answer: lm, among all tokens; choices, among the task's words alone; accuracy or f1, no "
+        "loss, but the accuracy or the macro F1 of a step's answers, picked from the words",
         group=DATA, example="choices",
     )  # fmt: skip
     test_fraction: float = declared(

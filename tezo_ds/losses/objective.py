@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tezo_ds.errors import DataError
 from tezo_ds.losses.head import Head
+from tezo_ds.losses.metric import Metric, class_counts, counted, loss_of, wrong
 from tezo_ds.losses.targets import IGNORE, decoder_inputs, targets, width_of
 from tezo_ds.models.structure import is_classifier, is_encoder_decoder
 from tezo_ds.sharding.base import Sharding
@@ -47,6 +48,8 @@ class Objective:
     Attributes:
         choices: int64 (words,), tokens that alone count in the default loss: the cross-entropy of
             picking the right one of them, not of predicting it among all; None: all tokens count.
+        metric: what stands in the default loss's place: 1 less the accuracy of predictions among the choices,
+            or classes, or less their macro F1; None: nothing does.
         micro_batch: examples of this rank in one forward; 0: all of a batch.
         trunk: splits forwards where the first module that trains stands; None: they are whole.
 
@@ -65,6 +68,7 @@ class Objective:
         self._classifies = is_classifier(sharding.module)
         self._head = Head(sharding) if loss_fn is None else None
         self.choices: Tensor | None = None
+        self.metric: Metric | None = None
         self.micro_batch = 0
         self.trunk: Trunk | None = None
         self._responses: Taker | None = None
@@ -113,8 +117,9 @@ class Objective:
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any], branches: int) -> Tensor:
         """Returns loss sums and counts of `branches` copies of this rank's batch, whose first dim is the
-        examples: float64 (2, branches) on the model's device. Over several forwards where there are more
-        examples than `micro_batch`, as many on every rank. Raises DataError: no "labels" and no loss_fn."""
+        examples: float64 (2, branches) on the model's device; of F1 its counts, (S, branches), see `loss_of`.
+        Over several forwards where there are more examples than `micro_batch`, as many on every rank. Raises
+        DataError: no "labels" and no loss_fn."""
         self.settle(batch, branches)
         sums = [self._sums(part, branches, i) for i, part in enumerate(self._parts(batch))]
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum(dim=0)
@@ -151,7 +156,15 @@ class Objective:
     def piecewise_constant(self) -> bool:
         """Whether branches may all give the same value with nothing wrong: a metric or a reward does not move
         with every change of the weights."""
-        return False
+        return self.metric is not None
+
+    def losses_of(self, sums: Tensor) -> Tensor:
+        """Returns the losses (…) of a call's sums over all ranks, (S, …)."""
+        return loss_of(sums, self.metric)
+
+    def counts_of(self, sums: Tensor) -> Tensor:
+        """Returns how many labels, or weights of a `loss_fn`, sums (S, …) are of: (…)."""
+        return counted(sums, self.metric)
 
     @property
     def has_logits(self) -> bool:
@@ -190,7 +203,7 @@ class Objective:
         )
 
     def _sums(self, batch: Mapping[str, Any], branches: int, part: int = 0) -> Tensor:
-        """Returns loss sums and counts, float64 (2, branches), by one forward of a part of a batch."""
+        """Returns sums as a call does, float64 (S, branches), by one forward of a part of a batch."""
         if self.trunk is not None:
             self.trunk.part = part
         if self._head is not None:
@@ -223,6 +236,8 @@ class Objective:
                 words = words + self._lean.to(words)[:, None]
             if self._responses is not None:
                 self._responses.add(words, tokens[part])
+            if self.metric is not None:
+                return (class_counts if self.metric == "f1" else wrong)(words, tokens[part])
             right = tokens[part].repeat(branches)
             return F.cross_entropy(words.flatten(0, 1), right, reduction="none").view(branches, -1)
 
@@ -230,6 +245,8 @@ class Objective:
         # Of classes there are no positions: a model pools its hidden states itself.
         with self._split(batch, branches, None if self._classifies else positions):
             found = head(inputs, positions, branches, losses).double()
+        if self.metric == "f1":  # (branches, k, S)
+            return found.sum(dim=1).t()
         return self._added(found, torch.ones_like(found))
 
     def _added(self, losses: Tensor, counts: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from tezo_ds.intake.checked_engine import checked_engine
 from tezo_ds.intake.positions import fitting_length
 from tezo_ds.intake.tokens import check_ids, embedding_rows, pad_of
 from tezo_ds.intake.unfit_kinds import refuse_unfit
+from tezo_ds.intake.unfit_objective import refuse_unfit_objective
 from tezo_ds.intake.words import check_words
 from tezo_ds.kinds import ModelKind, kind_named
 from tezo_ds.models.loading import load_model, load_tokenizer
@@ -77,10 +78,12 @@ class Session:
         """Replaces the engine by one that trains just these matrices, each with its rank. All ranks must call
         this, before the first step."""
         before = self.engine
-        term, choices = before.output_layer.state, before.objective.choices
+        term, choices, metric = (
+            before.output_layer.state, before.objective.choices, before.objective.metric,
+        )  # fmt: skip
         before.output_layer.load({})  # what stands in the layer's forward from now on adds nothing
         self.engine = engine_for(self.settings, config, before.sharding, ranks)
-        self.engine.objective.choices = choices
+        self.engine.objective.choices, self.engine.objective.metric = choices, metric
         self.engine.output_layer.load(term)
 
     def evaluator(self, part: str = TEST) -> Evaluator | None:
@@ -137,6 +140,7 @@ def open_session(
     refuse_adapter(s.model)
     kind = kind_named(s.model, s.trust_remote_code)
     refuse_unfit(kind, s, config, task)
+    refuse_unfit_objective(s, config)
     tokenizer = load_tokenizer(s.model, trust=s.trust_remote_code)
     if kind is not ModelKind.CLASSIFIER:  # which has no use for words
         check_words(tokenizer, task)
@@ -145,9 +149,11 @@ def open_session(
         config = config.model_copy(update={"steps_per_epoch": steps})
     engine = _open_engine(s, config, deepspeed_config, ranks)
     model, words = engine.sharding.module, None
-    posing = posing_of(model, tokenizer, task.spec, s.objective == "choices")
-    if s.objective == "choices":
-        words = engine.objective.choices = choices(posing, task)
+    posing = posing_of(model, tokenizer, task.spec, s.objective != "lm")
+    if s.objective != "lm" and kind is not ModelKind.CLASSIFIER:  # whose classes need no words
+        words = engine.objective.choices = choices(posing, task, s.objective)
+    if s.objective in ("accuracy", "f1"):
+        engine.objective.metric = s.objective
     task.note = "; ".join(filter(None, (task.note, posing.note))) or None
     s = s.model_copy(update={"max_length": fitting_length(model, s.max_length)})
     rows = embedding_rows(model)
