@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from tezo_ds.config.declared import declared
+from tezo_ds.config.fields import REWARDS
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Stored = Literal[Dtype, "float64"]  # dtypes that a checkpoint may have
@@ -187,13 +188,24 @@ class Settings(BaseModel):
         50,
         "tokens of a generated answer, at most",
         group=DATA,
-        used_by="--metric",
+        used_by="--metric, --reward",
         example=200,
         ge=1,
     )
     stop: tuple[str, ...] = declared(
         (), "text that ends a generated answer, besides EOS, such as \\n; may be given several times",
-        group=DATA, used_by="--metric", example=("###",),
+        group=DATA, used_by="--metric, --reward", example=("###",),
+    )  # fmt: skip
+    reward: tuple[str, ...] = declared(
+        (),
+        "train on what a function gives the model's own completions in place of a loss: exact, f1, rouge-l, "
+        "number, regex:PATTERN, format:PATTERN, length:WORDS, or your own module:function or "
+        "file.py:function; may be given several times",
+        group=REWARDS, example=("number",),
+    )  # fmt: skip
+    reward_weights: tuple[float, ...] = declared(
+        (), "weight of each --reward, in their order; may be given several times; unset: 1 each",
+        group=REWARDS, used_by="--reward", example=(1.0, 0.2),
     )  # fmt: skip
     dtype: Literal["auto", Stored] = declared(
         "auto",
@@ -285,6 +297,11 @@ class RunOptions(BaseModel):
         example=5,
         ge=1,
     )
+    samples_every: int = declared(
+        50,
+        "steps between samples of what the model completes, in samples.jsonl and on the terminal; 0: none",
+        used_by="--reward", example=10, ge=0,
+    )  # fmt: skip
     stop_on_divergence: bool = declared(
         False,
         "end the run when the median loss of 20 steps is above twice that of its first 20; off: warn once",

@@ -46,7 +46,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         from tezo_ds.run import folder as folder_
         from tezo_ds.run.about import describe
         from tezo_ds.run.results import replay
-        from tezo_ds.training import best, loop, session, step_batches
+        from tezo_ds.training import best, loop, rewarded, session, step_batches
         from tezo_ds.training.display import Display, quieten
         from tezo_ds.training.include_auto import Choice, choose_matrices, to_measure
         from tezo_ds.training.output_layer import refuse_unfit
@@ -64,6 +64,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         refuse_merged(config, "--save-model")
     best.refuse_unfit(options, settings, config)
     step_batches.refuse_unfit(settings, config)
+    rewarded.refuse_unfit(settings, options, config)
     quieten()
     about: dict[str, Any] = {
         "steps": options.steps, "batch_size": options.batch_size, "deepspeed": deepspeed_config

@@ -20,6 +20,7 @@ from tezo_ds.losses.objective import Objective
 from tezo_ds.methods import Method
 from tezo_ds.per_example.losses import ExampleLosses
 from tezo_ds.probes import Probe
+from tezo_ds.rollouts.shaping import shaped
 from tezo_ds.sharding import Sharding
 
 
@@ -155,6 +156,7 @@ class Measuring:
         Raises:
             ProbeError: no position carries a label.
         """
+        self._objective.step = step
         at_once = self._at_once(batch, step)
         if self._of_examples is not None:
             return self._of_examples(batch, step, self._state.rho, at_once, self._told)
@@ -184,7 +186,8 @@ class Measuring:
 
     def kappas(self, losses: Tensor) -> Tensor:
         """Returns κ of all directions from `losses`: float64 (Q,) on the CPU, NaN for failed ones."""
-        return kappas(losses, self._state.rho, self._central).flatten()
+        values = shaped(losses, self._config.shape, self._central)
+        return kappas(values, self._state.rho, self._central).flatten()
 
     def _ours(self, batch: Mapping[str, Any], asks: Iterable[Ask]) -> Tensor:
         """Returns the objective's sums of this rank's batch at all asks: float64 (S, branches)."""

@@ -52,6 +52,8 @@ class Objective:
             or classes, or less their macro F1; None: nothing does.
         micro_batch: examples of this rank in one forward; 0: all of a batch.
         trunk: splits forwards where the first module that trains stands; None: they are whole.
+        gain: name of what minus the loss is, where that is what users look at; None: the loss itself is.
+        step: index of the step that is measured.
 
     Args:
         sharding: the model.
@@ -59,6 +61,9 @@ class Objective:
             batch["labels"]: next-token for causal models, in place for masked ones, token classes and
             decoders that an encoder goes before, of one class an example for sequence classification.
     """
+
+    gain: str | None = None
+    step = 0
 
     def __init__(self, sharding: Sharding, loss_fn: LossFn | None) -> None:
         self.sharding = sharding

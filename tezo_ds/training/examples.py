@@ -33,7 +33,7 @@ def load_asked(settings: Settings) -> TaskData:
         messages_field=s.messages_field, loss_on=s.loss_on, test_fraction=s.test_fraction,
         train_examples=s.train_examples, test_examples=s.test_examples,
         validation_examples=s.validation_examples, shots=s.shots, seed=s.data_seed,
-        streaming=s.streaming,
+        streaming=s.streaming, columns=bool(s.reward),
     )  # fmt: skip
 
 
