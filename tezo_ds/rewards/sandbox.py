@@ -55,8 +55,8 @@ def isolate(folder: str, nbytes: int) -> None:
     options = f"size={nbytes},nr_inodes=1000,mode=700".encode()
     at = folder.encode()
     _call("mount", _libc.mount(b"tezo", at, b"tmpfs", MS_NOSUID | MS_NODEV, options))
-    for path, depth, flags in ((b"/", AT_RECURSIVE, (READ_ONLY, 0)), (at, 0, (0, READ_ONLY))):
-        attributes = struct.pack("QQQQ", *flags, 0, 0)
+    for path, depth, changes in ((b"/", AT_RECURSIVE, (READ_ONLY, 0)), (at, 0, (0, READ_ONLY))):
+        attributes = struct.pack("QQQQ", *changes, 0, 0)
         found = _libc.syscall(MOUNT_SETATTR, AT_FDCWD, path, depth, attributes, len(attributes))
         _call("mount_setattr", found)
 
