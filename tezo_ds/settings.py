@@ -199,13 +199,21 @@ class Settings(BaseModel):
     reward: tuple[str, ...] = declared(
         (),
         "train on what a function gives the model's own completions in place of a loss: exact, f1, rouge-l, "
-        "number, regex:PATTERN, format:PATTERN, length:WORDS, or your own module:function or "
+        "number, regex:PATTERN, format:PATTERN, length:WORDS, code, or your own module:function or "
         "file.py:function; may be given several times",
         group=REWARDS, example=("number",),
     )  # fmt: skip
     reward_weights: tuple[float, ...] = declared(
         (), "weight of each --reward, in their order; may be given several times; unset: 1 each",
         group=REWARDS, used_by="--reward", example=(1.0, 0.2),
+    )  # fmt: skip
+    reward_timeout: float = declared(
+        60.0, "seconds that a call of a reward function may take", group=REWARDS, used_by="--reward",
+        example=300.0, gt=0,
+    )  # fmt: skip
+    run_code: bool = declared(
+        False, "allow --reward code to run what the model writes on this machine, see docs/rewards.md",
+        group=REWARDS, used_by="--reward code", example=True,
     )  # fmt: skip
     dtype: Literal["auto", Stored] = declared(
         "auto",

@@ -51,7 +51,9 @@ def rewarded_by(
     s = settings
     if not s.reward:
         return None
-    judges = load_judges(s.reward, s.reward_weights or None)
+    judges = load_judges(
+        s.reward, s.reward_weights or None, timeout=s.reward_timeout, run_code=s.run_code
+    )
     first = task.train[0]
     known = {*(first.columns or {}), *([] if first.answer is None else [ANSWER])} - {PROMPT}
     if known or first.columns:
