@@ -55,6 +55,7 @@ class RewardObjective(Objective):
         self._tried = False
 
     gain = "reward"
+    empty = "there is no prompt on {} rank; raise the batch size, or check the attention mask"
 
     @property
     def piecewise_constant(self) -> bool:
