@@ -60,6 +60,7 @@ def test_both_parts_at_toy_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "--model", str(tmp_path / "model"), "--cache", str(tmp_path), "--out", str(tmp_path / "runs.jsonl"),
         "--page", str(page), "--seeds", "1", "--objective-budget", "0.05", "--budget", "0.05", "--rows", "12",
         "--test-rows", "6", "--examples", "12", "--test-examples", "12", "--batch-size", "3",
+        "--include", "last:1",
     ]  # fmt: skip
     rewards.main(options)
     runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
