@@ -14,7 +14,7 @@ from tiny import tiny
 from torch import nn
 
 import tezo_ds
-from tezo_ds.errors import ConfigError, DataError, RewardFailed
+from tezo_ds.errors import ConfigError, DataError, ProbeError, RewardFailed
 from tezo_ds.probes.fused import FusedProbe
 from tezo_ds.rollouts.judged import Rewarded
 from tezo_ds.rollouts.objective import RewardObjective
@@ -170,6 +170,8 @@ def test_batches_and_configs_that_are_refused() -> None:
         engine.step({"labels": torch.zeros(2, 3)})
     with pytest.raises(DataError, match="wanted is no column of 2 items"):
         engine.step({**batch_of([0, 1]), "wanted": [1]})
+    with pytest.raises(ProbeError, match="no prompt on any rank"):
+        engine.step(batch_of([]))
     for name, value in {
         "rho": "auto", "method": "tezo-gn", "placement": "per_example", "compile": True,
         "memory_budget": 1.0, "trunk_cache": "memory",

@@ -186,21 +186,20 @@ def test_ties_are_counted_over_resumes() -> None:
 def test_built_in_rewards_and_conversations(
     asked: Asked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A conversation that ends in a question is all prompt; one with an answer is judged by it."""
+    """TRL's columns, prompts that are messages and an answer beside them, from rows that stay on disk."""
     shutil.copytree(asked.folder / "model", tmp_path / "model")
     with_chat_template(tmp_path / "model")
     rows = [
-        {"messages": [{"role": "user", "content": f"say {i}"}]}
-        | ({"answer": str(i)} if i % 2 else {"answer": "one"})
-        for i in range(12)
+        {"prompt": [{"role": "user", "content": f"say {i}"}], "answer": str(i)} for i in range(12)
     ]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     more = {
         "model": tmp_path / "model", "task": tmp_path / "chats.jsonl", "template": None, "label_field": None,
         "reward": ("f1", "length:2"), "reward_weights": (1.0, 0.5), "steps": 2, "test_examples": 3,
         "stop": "\\n", "temperature": 0.8, "output": tmp_path / "run", "samples_every": 1,
+        "micro_batch": 2,
     }  # fmt: skip
-    assert call(*asked.train("chats", **more)) == 0
+    assert call(*asked.train("chats", **more), "--streaming") == 0
     sample = json.loads((tmp_path / "run" / SAMPLES).read_text().splitlines()[0])
     assert sample["prompt"].startswith("<|user|>say ") and sample["prompt"].endswith(
         "<|assistant|>"

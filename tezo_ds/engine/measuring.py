@@ -208,11 +208,8 @@ class Measuring:
     def _means(self, sums: Tensor, step: int) -> Tensor:
         """Returns losses (…) from all ranks' sums (S, …)."""
         if not bool(self._objective.counts_of(sums).all()):
-            raise ProbeError(
-                f"step {step}: no position of the batch carries a label on "
-                f"{'any' if self.groups == 1 else 'some'} rank; check the labels (-100 means none) and "
-                "the truncation length"
-            )
+            where = "any" if self.groups == 1 else "some"
+            raise ProbeError(f"step {step}: {self._objective.empty.format(where)}")
         return self._objective.losses_of(sums)
 
     def count(self, kappa: Tensor) -> None:

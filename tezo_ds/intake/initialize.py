@@ -119,7 +119,7 @@ def _rewarded(
         )
     if most < 1:
         raise ConfigError(f"initialize: max_new_tokens is {most}; it must be at least 1")
-    several = reward_fn if isinstance(reward_fn, list | tuple) else [reward_fn]
+    several: Any = reward_fn if isinstance(reward_fn, list | tuple) else [reward_fn]
     return Rewarded(load_judges(several), tokenizer, most, tuple(stop))
 
 

@@ -54,6 +54,7 @@ class Objective:
         trunk: splits forwards where the first module that trains stands; None: they are whole.
         gain: name of what minus the loss is, where that is what users look at; None: the loss itself is.
         step: index of the step that is measured.
+        empty: what is wrong with a batch of nothing, and what to do; {} is "any" or "some", of the ranks.
 
     Args:
         sharding: the model.
@@ -64,6 +65,10 @@ class Objective:
 
     gain: str | None = None
     step = 0
+    empty = (
+        "no position of the batch carries a label on {} rank; check the labels (-100 means none) and the "
+        "truncation length"
+    )
 
     def __init__(self, sharding: Sharding, loss_fn: LossFn | None) -> None:
         self.sharding = sharding

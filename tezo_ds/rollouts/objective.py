@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError, DataError, RewardFailed
 from tezo_ds.losses.objective import Objective, repeat
 from tezo_ds.models.structure import is_encoder_decoder
+from tezo_ds.rollouts.cache import cache_for
 from tezo_ds.rollouts.decoding import Choose, Decoder, Seat
 from tezo_ds.rollouts.judged import Rewarded, Sample
 from tezo_ds.rollouts.prompts import IDS, MASK, Prompts, ends_of, last_positions, prompts_of
@@ -55,6 +55,7 @@ class RewardObjective(Objective):
         self._tried = False
 
     gain = "reward"
+    empty = "there is no prompt on {} rank; raise the batch size, or check the attention mask"
 
     @property
     def piecewise_constant(self) -> bool:
@@ -156,7 +157,7 @@ class RewardObjective(Objective):
 
     def _cache(self) -> Any:
         module: Any = self.sharding.module
-        return DynamicCache(config=module.config)
+        return cache_for(module.config, self._rewarded.most)
 
     def _prefilled(self, prompts: Prompts, branches: int, cache: Any) -> Tensor:
         """Fills a cache with the prompts in all branches; returns logits of their last positions,

@@ -91,7 +91,7 @@ def load_task(
     shots: how many training examples of each label to take.
     streaming: whether rows stay in memory-mapped files, and training examples are made when they are asked
         for; they are those that there are without it, in the same order.
-    columns: whether examples have the cells of their rows.
+    columns: whether examples have the cells of their rows, and prompts need no completions.
 
     Raises DataError, in one line, for anything wrong with the names, the files or their rows.
     """
@@ -116,7 +116,7 @@ def load_task(
         "text": text_field, "prompt": prompt_field, "completion": completion_field,
         "messages": messages_field,
     }  # fmt: skip
-    form = asked_format(task, tables[0], template, fields)
+    form = asked_format(task, tables[0], template, fields, columns)
     if form is None:
         most = MOST_CHOICES if streaming else None
         spec = resolve_spec(task, tables, template, verbalizers, label_field, choices_field, most)
