@@ -1,15 +1,15 @@
 """What can be trained that has no gradient: the accuracy of a batch beside its loss, and a judged answer.
 
     objectives   TREC's accuracy as the objective beside the cross-entropy of its label words: one method,
-                 equally many directions and examples a step, equal processor seconds; ρ and η each from a grid
-                 of its own, by accuracy on validation examples of one seed
+                 equally many directions and examples a step, equal processor seconds; ρ and η each from a
+                 grid of its own, by accuracy on validation examples of one seed
     answers      the mean reward of generated answers, 1 for the right one and 0 for any other, on a task that
                  a seed writes (parts/rewards/generated.py), before and after, with answers shown
 
 SmolLM2-135M-Instruct, in one process of one thread.
 
     python benchmarks/rewards.py
-    python benchmarks/rewards.py --parts answers --task sums --seeds 1 --budget 600
+    python benchmarks/rewards.py --parts answers --task sums --seeds 1
     python benchmarks/rewards.py --report                    what there is, by docs/rewards.md's tables
 
 A finished run is a line in --out; the same command goes on from there.
@@ -42,7 +42,7 @@ TREC = "trec"
 # Of each objective, pairs of ρ and η that are tried: a metric moves in steps, so it takes a larger ρ.
 GRIDS: dict[str, tuple[tuple[float, float], ...]] = {
     "choices": ((1e-3, 1e-3), (1e-3, 3e-3)),
-    "accuracy": ((1e-2, 1e-3), (3e-2, 1e-3), (3e-2, 3e-3)),
+    "accuracy": ((3e-2, 3e-3), (3e-2, 1e-3), (1e-2, 1e-3)),
 }
 STEP: dict[str, Any] = {"method": "tezo-adam-coef", "queries": 2, "check_every": 0}
 ANSWERS: dict[str, Any] = {**STEP, "queries": 4, "rho": 1e-2, "lr": 1e-3}
@@ -73,6 +73,8 @@ class Benchmark:
 
     def best_of(self, objective: str) -> tuple[float, float]:
         """Returns ρ and η of an objective, by accuracy on validation examples."""
+        if self._args.no_tune:
+            return GRIDS[objective][0]
         tried = {}
         for rho, lr in GRIDS[objective]:
             key = {"role": "tune", "objective": objective, "seed": 0, "rho": rho, "lr": lr}
@@ -103,7 +105,8 @@ class Benchmark:
         args = self._args
         key = {
             "part": "answers", "task": args.task, "seed": seed, "budget": args.budget,
-            "include": args.include, "batch_size": args.batch_size, "rho": args.rho, "lr": args.lr, "queries": args.queries,
+            "include": args.include, "batch_size": args.batch_size, "rho": args.rho, "lr": args.lr,
+            "queries": args.queries,
         }  # fmt: skip
         with tempfile.TemporaryDirectory(prefix="rewards-") as folder:
             files = [Path(folder) / f"{name}.jsonl" for name in ("train", "test")]
@@ -145,10 +148,11 @@ def arguments() -> argparse.ArgumentParser:
     add("--objective-budget", type=float, default=60.0, help="processor seconds of a run on TREC")
     add("--objective-include", nargs="+", default=["last:1"], help="what trains on TREC")
     add("--objective-batch", type=int, default=32, help="examples of a step on TREC")
+    add("--no-tune", action="store_true", help="take the first pair of ρ and η of each grid")
     add("--examples", type=int, default=400, help="training examples of TREC")
     add("--test-examples", type=int, default=400, help="of TREC")
     add("--task", choices=TASKS, default="cities", help="of answers")
-    add("--budget", type=float, default=600.0, help="processor seconds of a run on answers")
+    add("--budget", type=float, default=120.0, help="processor seconds of a run on answers")
     add("--include", nargs="+", default=["last:6"], help="what trains on answers")
     add("--rho", type=float, default=ANSWERS["rho"], help="of answers")
     add("--lr", type=float, default=ANSWERS["lr"], help="of answers")

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 import tezo_ds
 from tezo_ds.errors import ProbeError
 from tezo_ds.losses.metric import class_counts, counted, loss_of, wrong
+from tezo_ds.trunk.trunk import Trunk
 
 pytest_plugins = ("cli_fixtures",)
 FIELDS: dict[str, Any] = {"rank": 2, "rho": 0.05, "lr": 0.1, "queries": 3, "seed": 5}
@@ -77,6 +78,29 @@ def test_each_branch_is_judged_by_the_metric_of_the_batch(metric: str) -> None:
             assert list(engine.step(batch).kappa) == pytest.approx(by_hand, abs=1e-9)
             assert torch.equal(engine.method.coefficients, engines[0].method.coefficients)
     assert len(several) > 3
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1"])
+def test_a_trunk_is_tried_by_losses(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts of two examples would be the same of most forwards that a split has broken."""
+    compared: list[torch.Tensor] = []
+    same = Trunk._same
+
+    def watched(trunk: Trunk, plain: torch.Tensor, split: torch.Tensor) -> bool:
+        compared.append(plain[0])
+        return same(trunk, plain, split)
+
+    monkeypatch.setattr(Trunk, "_same", watched)
+    engine, batch = engine_of(metric, include=["last:1"]), picking(8)
+    by_hand = slopes_by_hand(engine, batch, metric)
+    assert list(engine.step(batch).kappa) == pytest.approx(by_hand, abs=1e-9)
+    assert compared and not any(bool((sums == sums.round()).any()) for sums in compared)
+    assert engine.objective.trunk is not None and engine.objective.trunk.found is not None
+
+
+def test_examples_of_their_own_directions_are_right_or_wrong() -> None:
+    found = engine_of("accuracy", placement="per_example", rho=0.3).step(picking(8)).kappa
+    assert len(found) == 24 and {round(abs(kappa) * 0.6, 6) for kappa in found} == {0.0, 1.0}
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "f1"])

@@ -155,12 +155,13 @@ class Objective:
     def settle(self, batch: Mapping[str, Any], branches: int) -> None:
         """Finds the model's trunk at the first batch, by some forwards of two of its examples."""
         if self.trunk is not None and not self.trunk.settled:
-            two, aside = two_of(batch), self._responses  # which are a whole batch's
-            self._responses = None
+            # Responses are a whole batch's, and counts do not tell forwards of two kinds apart.
+            two, aside = two_of(batch), (self._responses, self.metric)
+            self._responses = self.metric = None
             try:
                 self.trunk.settle(lambda: self._sums(two, branches))
             finally:
-                self._responses = aside
+                self._responses, self.metric = aside
 
     @property
     def piecewise_constant(self) -> bool:

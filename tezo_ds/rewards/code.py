@@ -20,6 +20,7 @@ from pathlib import Path
 SECONDS = 3  # of a processor, for each process of a program
 WAIT = 4  # as long, of a clock: a machine that is busy fails no program
 BYTES = 512 * 2**20  # of its memory, and of its files
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # each reserves memory
 _SANDBOX = str(Path(__file__).with_name("sandbox.py"))
 _FENCED = re.compile(r"```[\w+-]*[ \t]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def runs(programs: Sequence[str], seconds: int = SECONDS, nbytes: int = BYTES) -
         ]
         process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            env={"PATH": os.defpath, "HOME": folder, "TMPDIR": folder}, start_new_session=True,
+            env={"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, **_ONE_THREAD}, start_new_session=True,
         )  # fmt: skip
         try:
             process.communicate(json.dumps(list(programs)).encode(), timeout=WAIT * seconds)

@@ -80,12 +80,10 @@ class Session:
         """Replaces the engine by one that trains just these matrices, each with its rank. All ranks must call
         this, before the first step."""
         before = self.engine
-        term, choices, metric = (
-            before.output_layer.state, before.objective.choices, before.objective.metric,
-        )  # fmt: skip
+        term, choices = before.output_layer.state, before.objective.choices
         before.output_layer.load({})  # what stands in the layer's forward from now on adds nothing
         self.engine = engine_for(self.settings, config, before.sharding, ranks)
-        self.engine.objective.choices, self.engine.objective.metric = choices, metric
+        self.engine.objective.choices = choices
         self.engine.output_layer.load(term)
 
     def evaluator(self, part: str = TEST) -> Evaluator | RewardEvaluator | None:
