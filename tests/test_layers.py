@@ -28,6 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("settings",),
     ("engine",),
     ("per_example",),
+    ("rollouts",),
     ("compiling",),
     ("methods", "probes"),
     ("output_layer", "auto", "adapters"),

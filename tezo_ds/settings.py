@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from tezo_ds.config.declared import declared
+from tezo_ds.config.fields import REWARDS
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 LoadIn = Literal["int8", "int4", "8bit", "4bit"]
@@ -125,9 +126,10 @@ class Settings(BaseModel):
         "what trains of prompts with completions and of conversations: the answers (completion), or all",
         group=DATA, example="all",
     )  # fmt: skip
-    objective: Literal["lm", "choices"] = declared(
+    objective: Literal["lm", "choices", "accuracy", "f1"] = declared(
         "lm",
-        "loss of an answer: lm, among all tokens; choices, among the task's words alone",
+        "loss of an answer: lm, among all tokens; choices, among the task's words alone; accuracy or f1, no "
+        "loss, but the accuracy or the macro F1 of a step's answers, picked from the words",
         group=DATA, example="choices",
     )  # fmt: skip
     test_fraction: float = declared(
@@ -187,13 +189,32 @@ class Settings(BaseModel):
         50,
         "tokens of a generated answer, at most",
         group=DATA,
-        used_by="--metric",
+        used_by="--metric, --reward",
         example=200,
         ge=1,
     )
     stop: tuple[str, ...] = declared(
         (), "text that ends a generated answer, besides EOS, such as \\n; may be given several times",
-        group=DATA, used_by="--metric", example=("###",),
+        group=DATA, used_by="--metric, --reward", example=("###",),
+    )  # fmt: skip
+    reward: tuple[str, ...] = declared(
+        (),
+        "train on what a function gives the model's own completions in place of a loss: exact, f1, rouge-l, "
+        "number, regex:PATTERN, format:PATTERN, length:WORDS, code, or your own module:function or "
+        "file.py:function; may be given several times",
+        group=REWARDS, example=("number",),
+    )  # fmt: skip
+    reward_weights: tuple[float, ...] = declared(
+        (), "weight of each --reward, in their order; may be given several times; unset: 1 each",
+        group=REWARDS, used_by="--reward", example=(1.0, 0.2),
+    )  # fmt: skip
+    reward_timeout: float = declared(
+        60.0, "seconds that a call of a reward function may take", group=REWARDS, used_by="--reward",
+        example=300.0, gt=0,
+    )  # fmt: skip
+    run_code: bool = declared(
+        False, "allow --reward code to run what the model writes on this machine, see docs/rewards.md",
+        group=REWARDS, used_by="--reward code", example=True,
     )  # fmt: skip
     dtype: Literal["auto", Stored] = declared(
         "auto",
@@ -291,6 +312,11 @@ class RunOptions(BaseModel):
         example=5,
         ge=1,
     )
+    samples_every: int = declared(
+        50,
+        "steps between samples of what the model completes, in samples.jsonl and on the terminal; 0: none",
+        used_by="--reward", example=10, ge=0,
+    )  # fmt: skip
     stop_on_divergence: bool = declared(
         False,
         "end the run when the median loss of 20 steps is above twice that of its first 20; off: warn once",

@@ -44,6 +44,8 @@ OVERRIDES: dict[str, Any] = {
     "steps_per_epoch": 2,
     "placement": "per_rank",
     "normalize": "std",
+    "shape": "rank",
+    "temperature": 0.5,
     "difference": "forward",
     "branch_chunk": 0,
     "memory_budget": 1.0,

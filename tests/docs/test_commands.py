@@ -144,6 +144,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for one, other in asked
     ]
     write(folder / "chats.jsonl", [{"messages": chat} for chat in chats])
+    said = [{"prompt": one, "completion": f" {other}"} for one, other in asked]
+    write(folder / "questions.jsonl", said)
+    text = (REPO / "docs/rewards.md").read_text()
+    (folder / "my_rewards.py").write_text(text.split("```python\n")[1].split("```")[0])
     (folder / "hosts").write_text(f"{socket.gethostname()} slots=1\n")
     (folder / "ds_configs").symlink_to(REPO / "ds_configs")
     named = {"model": "my-model", "task": "reviews.jsonl", "template": "{text} It was"}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import deepspeed
 import torch
 from once import once
+from picking import WORDS, picking
 from tiny import VOCABULARY, make_batch, part_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -177,6 +178,40 @@ def the_run_is_the_same_everywhere(world: World) -> None:
                     n for n in before if "bias" not in n and not torch.equal(state[n], before[n])
                 ]
                 assert len(moved) == len(before) - 7, way.name  # all but the biases
+
+
+def picker(model: nn.Module, config: dict, metric: str) -> tezo_ds.Engine:
+    fields = {**FIELDS, "rho": 0.3, "lr": 0.03}
+    engine = tezo_ds.initialize(model, {**config, "tezo": fields} if config else fields)
+    engine.objective.choices, engine.objective.metric = WORDS, metric
+    return engine
+
+
+def some_unlabelled(step: int) -> dict[str, torch.Tensor]:
+    """Returns five examples of a step; in the last one the second rank's two have no label."""
+    batch = picking(5, seed=step)
+    if step == STEPS:
+        batch["labels"][3:] = -100
+    return batch
+
+
+@once
+def picks(metric: str) -> list[tuple[float, ...]]:
+    """Returns κ of one process that sees every example."""
+    engine = picker(Model(), {}, metric)
+    return [engine.step(some_unlabelled(step)).kappa for step in range(STEPS + 1)]
+
+
+@case(worlds=(2,))
+def a_metric_is_that_of_all_ranks(world: World) -> None:
+    for way in (way for way in WAYS if way.name in ("ZeRO-3", "FSDP2")):
+        for metric in ("accuracy", "f1"):
+            engine, expected = picker(*way.model(world), metric), picks(metric)
+            for step, theirs in enumerate(expected):
+                ours = engine.step(part_of(some_unlabelled(step), world.rank, world.size)).kappa
+                torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+            assert_equal_on_all_ranks(engine.method.coefficients)
+            assert len({kappa for step in expected for kappa in step}) > 3
 
 
 @case(worlds=(4,))

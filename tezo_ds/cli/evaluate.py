@@ -44,7 +44,7 @@ def evaluate(
         from tezo_ds.cli.opened import results_of  # imported late, as --help need not wait for it
         from tezo_ds.files.text import to_json
         from tezo_ds.training import session
-        from tezo_ds.training.display import Display
+        from tezo_ds.training.display import REWARD, Display
 
     asked = results_of(run, deepspeed, given)
     settings = asked.settings
@@ -67,5 +67,6 @@ def evaluate(
             "accuracy": score.accuracy, "loss": score.loss, "test_examples": score.examples
         }  # fmt: skip
         if score.metric is not None:
-            found |= {"metric": settings.metric, "value": score.metric, "answers": score.answers}
+            metric = REWARD if settings.reward else settings.metric
+            found |= {"metric": metric, "value": score.metric, "answers": score.answers}
         print(to_json(found))

@@ -47,7 +47,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         from tezo_ds.run.about import describe
         from tezo_ds.run.results import replay
         from tezo_ds.sharding.world import agreed
-        from tezo_ds.training import best, loop, session, step_batches, trackers
+        from tezo_ds.training import best, loop, rewarded, session, step_batches, trackers
         from tezo_ds.training.display import Display, quieten
         from tezo_ds.training.include_auto import Choice, choose_matrices, to_measure
         from tezo_ds.training.output_layer import refuse_unfit
@@ -66,6 +66,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
     best.refuse_unfit(options, settings, config)
     step_batches.refuse_unfit(settings, config)
     agreed(lambda: trackers.refuse_missing(options.report_to))
+    rewarded.refuse_unfit(settings, options, config)
     quieten()
     about: dict[str, Any] = {
         "steps": options.steps, "batch_size": options.batch_size, "deepspeed": deepspeed_config

@@ -87,6 +87,7 @@ class TezoConfig(Fields):
                 "probe": self.probe == "inplace", "placement": self.placement != "shared",
                 "branch_chunk": self.branch_chunk > 0, "memory_budget": self.memory_budget is not None,
                 "clip_kappa": self.clip_kappa is not None, "normalize": self.normalize != "none",
+                "shape": self.shape != "none",
             }  # fmt: skip
             if wrong := _first_of(odd):
                 raise ValueError(

@@ -10,6 +10,7 @@ from tezo_ds.config.declared import declared
 
 METHOD, STEP, DIRECTIONS = "Method", "Step size", "Directions"
 PROBE, TRAINS, ADAPTER = "Probe, memory and checks", "What trains", "Adapters"
+REWARDS = "Rewards"
 ADAMS = "tezo-adam, tezo-adam-coef, mezo-adam"
 
 
@@ -163,6 +164,20 @@ class Fields(BaseModel):
         "slope of a direction: central, (L⁺ - L⁻) / 2ρ of two branches; forward, (L⁺ - L) / ρ of one branch "
         "and one for all directions",
         group=DIRECTIONS, example="forward",
+    )  # fmt: skip
+
+    shape: Literal["none", "zscore", "rank", "centred"] = declared(
+        "none",
+        "what slopes are taken of, over all branches of a step: losses or rewards as they are (none), over "
+        "their standard deviation (zscore), their ranks (rank), or less their mean (centred, which "
+        "difference central takes out by itself)",
+        group=REWARDS, example="rank",
+    )  # fmt: skip
+    temperature: float = declared(
+        0.0,
+        "temperature at which a rewarded completion's tokens are drawn, by random numbers that all branches "
+        "of a step share; 0: the likeliest token",
+        group=REWARDS, used_by="--reward", example=0.7, ge=0,
     )  # fmt: skip
 
     probe: Literal["auto", "fused", "inplace"] = declared(

@@ -136,7 +136,7 @@ class RunFlags:
         count = min(s.train_examples or examples or 0, examples or s.train_examples or 0)
         spec = BUILTIN_TASKS.get(s.task)
         words = spec.verbalizers if spec is not None else s.verbalizers
-        choices = len(words or {}) or 2 if s.objective == "choices" else None
+        choices = len(words or {}) or 2 if s.objective != "lm" else None
         labels = 1 if choices else s.max_length - 1
         if not count:
             return None

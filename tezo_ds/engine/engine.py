@@ -28,6 +28,7 @@ from tezo_ds.methods import Method, Write, make_method
 from tezo_ds.methods.tezo_gn import TezoGaussNewton
 from tezo_ds.output_layer.term import OutputTerm
 from tezo_ds.per_example.measures import measures
+from tezo_ds.rollouts.judged import Rewarded
 from tezo_ds.sharding import Sharding
 from tezo_ds.sharding.absent import refuse_absent
 from tezo_ds.solving.deviation import scale_of
@@ -59,6 +60,7 @@ class Engine:
         loss_fn: LossFn | None,
         factors_dtype: torch.dtype | None = None,
         ranks: Mapping[str, int] | None = None,
+        rewarded: Rewarded | None = None,
     ) -> None:
         require_same_start(sharding, config)
         self.config, self.sharding = config, sharding
@@ -70,7 +72,7 @@ class Engine:
         if self.method.writes:
             self._refuse_quantised(f"method {config.method} writes weights")
         self.objective, self.probe, of_examples = measures(
-            config, sharding, self.method, self.space.slices.keys(), loss_fn
+            config, sharding, self.method, self.space.slices.keys(), loss_fn, rewarded
         )
         self.output_layer = OutputTerm(sharding)
         self.objective.micro_batch = config.micro_batch
@@ -149,6 +151,7 @@ class Engine:
             self.run_state.rho, lr, time.perf_counter() - start, _tokens(batch), int(found.isnan().sum()),
             quality(drawn, gradient / scale if self.method.in_tau and solved is None and scale else None),
             self.run_state.stopping, None if solved is None else tuple(solved.tolist()),
+            tuple((-losses).flatten().tolist()) if self.objective.gain else None,
         )  # fmt: skip
 
     @_without_grad()

@@ -20,6 +20,7 @@ from tezo_ds.losses.objective import Objective
 from tezo_ds.methods import Method
 from tezo_ds.per_example.losses import ExampleLosses
 from tezo_ds.probes import Probe
+from tezo_ds.rollouts.shaping import shaped
 from tezo_ds.sharding import Sharding
 
 
@@ -155,11 +156,12 @@ class Measuring:
         Raises:
             ProbeError: no position carries a label.
         """
+        self._objective.step = step
         at_once = self._at_once(batch, step)
         if self._of_examples is not None:
             return self._of_examples(batch, step, self._state.rho, at_once, self._told)
         own = self._ours(batch, self.asks(step, self.own(step), at_once))
-        sums = own.new_zeros(2, self.groups, own.shape[1])
+        sums = own.new_zeros(len(own), self.groups, own.shape[1])
         sums[:, self._sharding.rank if self.groups > 1 else 0] = own
         return self._means(self._told(sums), step)
 
@@ -184,34 +186,31 @@ class Measuring:
 
     def kappas(self, losses: Tensor) -> Tensor:
         """Returns κ of all directions from `losses`: float64 (Q,) on the CPU, NaN for failed ones."""
-        return kappas(losses, self._state.rho, self._central).flatten()
+        values = shaped(losses, self._config.shape, self._central)
+        return kappas(values, self._state.rho, self._central).flatten()
 
     def _ours(self, batch: Mapping[str, Any], asks: Iterable[Ask]) -> Tensor:
-        """Returns loss sums and counts of this rank's batch at all asks: float64 (2, branches)."""
+        """Returns the objective's sums of this rank's batch at all asks: float64 (S, branches)."""
         asks = list(asks)
         with self._objective.recurring(len(asks) > 1 or self._probe.writes):
             return torch.cat([self._sums(batch, self._method.branches(ask)) for ask in asks], dim=1)
 
     def _sums(self, batch: Mapping[str, Any], branches: Branches) -> Tensor:
-        """Returns loss sums and counts of this rank's batch at some branches: float64 (2, branches)."""
+        """Returns the objective's sums of this rank's batch at some branches: float64 (S, branches)."""
         if any(m.training for m in self._modules):  # dropout differs by branch
             self._sharding.module.eval()
         return self._probe.measure(self._objective, batch, branches)
 
     def _over_ranks(self, sums: Tensor, step: int) -> Tensor:
-        """All-reduces each rank's sums and counts (2, …) and returns losses (…)."""
+        """All-reduces each rank's sums (S, …) and returns losses (…)."""
         return self._means(self._sharding.all_reduce(sums).cpu(), step)
 
     def _means(self, sums: Tensor, step: int) -> Tensor:
-        """Returns losses (…) from all ranks' sums and counts (2, …)."""
-        loss_sum, count = sums
-        if not bool(count.all()):
-            raise ProbeError(
-                f"step {step}: no position of the batch carries a label on "
-                f"{'any' if self.groups == 1 else 'some'} rank; check the labels (-100 means none) and "
-                "the truncation length"
-            )
-        return loss_sum / count
+        """Returns losses (…) from all ranks' sums (S, …)."""
+        if not bool(self._objective.counts_of(sums).all()):
+            where = "any" if self.groups == 1 else "some"
+            raise ProbeError(f"step {step}: {self._objective.empty.format(where)}")
+        return self._objective.losses_of(sums)
 
     def count(self, kappa: Tensor) -> None:
         """Counts the steps in a row in which directions failed."""

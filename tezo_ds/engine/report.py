@@ -23,6 +23,8 @@ class StepReport:
         quality: quality of the slopes as an estimate of the gradient.
         solved: what the step descends by along each direction, in place of κ over their number; None in
             methods that solve for nothing.
+        rewards: what each branch gained, minus its loss, over all ranks, NaN where it failed; None where
+            losses are measured.
         stopping: whether a rank had been asked to stop (`Engine.ask_to_stop`); the same on every rank.
     """
 
@@ -37,3 +39,9 @@ class StepReport:
     quality: Quality
     stopping: bool = False
     solved: tuple[float, ...] | None = None
+    rewards: tuple[float, ...] | None = None
+
+    @property
+    def tied(self) -> bool:
+        """Whether all branches gave the same, so that nothing was learnt."""
+        return not any(self.kappa)

@@ -12,6 +12,7 @@ from tezo_ds.engine.engine import Engine
 from tezo_ds.intake.own_loss import check_own_loss
 from tezo_ds.intake.patterns import check_patterns
 from tezo_ds.losses.objective import LossFn
+from tezo_ds.rollouts.judged import Rewarded
 from tezo_ds.sharding import Sharding
 
 
@@ -21,17 +22,18 @@ def checked_engine(
     loss_fn: LossFn | None = None,
     factors_dtype: torch.dtype | None = None,
     ranks: Mapping[str, int] | None = None,
+    rewarded: Rewarded | None = None,
 ) -> Engine:
     """Returns an engine whose patterns match, and which compares a default loss at its first batch.
 
     Args:
-        sharding, config, loss_fn, factors_dtype, ranks: as for `Engine`.
+        sharding, config, loss_fn, factors_dtype, ranks, rewarded: as for `Engine`.
 
     Raises:
         TezoError: one line that says what to change.
     """
     check_patterns(sharding, config)
-    engine = Engine(sharding, config, loss_fn, factors_dtype, ranks)
-    if loss_fn is None:
+    engine = Engine(sharding, config, loss_fn, factors_dtype, ranks, rewarded)
+    if loss_fn is None and rewarded is None:
         engine.objective.first = functools.partial(check_own_loss, engine.objective)
     return engine

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from tezo_ds.config import TezoConfig, resolve
 from tezo_ds.engine.engine import Engine
@@ -15,6 +17,9 @@ from tezo_ds.installed import need_deepspeed
 from tezo_ds.intake.checked_engine import checked_engine
 from tezo_ds.intake.notices import notices
 from tezo_ds.losses.objective import LossFn
+from tezo_ds.rewards import load_judges
+from tezo_ds.rewards.found import Reward
+from tezo_ds.rollouts.judged import Rewarded
 from tezo_ds.sharding import sharding_of
 from tezo_ds.sharding.absent import absent_from, refuse_absent
 
@@ -25,6 +30,11 @@ def initialize(
     model: nn.Module,
     config: TezoConfig | dict[str, Any] | str | Path,
     loss_fn: LossFn | None = None,
+    *,
+    reward_fn: Reward | Sequence[Reward] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_new_tokens: int = 50,
+    stop: Sequence[str] = (),
 ) -> Engine:
     """Returns an engine for `model`.
 
@@ -37,6 +47,13 @@ def initialize(
         loss_fn: (outputs, batch) -> (loss_sum per example, count per example). The default is
             cross-entropy on batch["labels"] (-100 ignored): next-token for causal models, in place for
             masked ones and decoders with an encoder, of classes (B,) for sequence classification.
+        reward_fn: in place of a loss, (prompts, completions, **columns) -> a reward for each completion of
+            what the model generates, as TRL takes it; of several the rewards are added. A step's batch
+            then has input_ids and attention_mask of prompts, int64 (B, T), and lists of B items as columns;
+            a rank without prompts passes a mask of zeros.
+        tokenizer: the model's, which reads completions for `reward_fn`.
+        max_new_tokens: tokens of a completion, at most.
+        stop: texts that end a completion, besides EOS.
 
     Raises:
         ConfigError, ProbeError, ShardingError: one line that says what to change.
@@ -55,6 +72,7 @@ def initialize(
             "initialize: loss_fn must be a function (outputs, batch) -> (loss sums, counts), got "
             f"{_kind(loss_fn)}"
         )
+    rewarded = _rewarded(reward_fn, loss_fn, tokenizer, max_new_tokens, stop)
     resolved, deepspeed_config = resolve(config)
     if deepspeed_config is not None and "zero_optimization" in deepspeed_config:
         need_deepspeed("initialize: a config with zero_optimization")
@@ -80,13 +98,31 @@ def initialize(
     if brought_to is None or resolved.rank == "auto" or splits:
         refuse_absent(absent, "initialize")
     sharding = sharding_of(model, deepspeed_config)
-    engine = checked_engine(sharding, resolved, loss_fn)
+    engine = checked_engine(sharding, resolved, loss_fn, rewarded=rewarded)
     if engine.probe.writes or resolved.refresh_every:
         refuse_absent(absent, f"method {resolved.method} and probe {engine.probe.name}")
     engine.sharding.module.eval()
     for line in notices(engine) if sharding.place == 0 else []:
         log.warning("config: %s", line)
     return engine
+
+
+def _rewarded(
+    reward_fn: Reward | Sequence[Reward] | None, loss_fn: LossFn | None,
+    tokenizer: PreTrainedTokenizerBase | None, most: int, stop: Sequence[str],
+) -> Rewarded | None:  # fmt: skip
+    if reward_fn is None:
+        return None
+    if loss_fn is not None:
+        raise ConfigError("initialize: loss_fn and reward_fn both say what to train on; keep one")
+    if tokenizer is None:
+        raise ConfigError(
+            "initialize: reward_fn judges texts, and there is no tokenizer to read them; pass the model's"
+        )
+    if most < 1:
+        raise ConfigError(f"initialize: max_new_tokens is {most}; it must be at least 1")
+    several: Any = reward_fn if isinstance(reward_fn, list | tuple) else [reward_fn]
+    return Rewarded(load_judges(several), tokenizer, most, tuple(stop))
 
 
 def _kind(thing: object) -> str:

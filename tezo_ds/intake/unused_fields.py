@@ -7,7 +7,7 @@ from tezo_ds.config.declared import extra_of
 from tezo_ds.engine.engine import Engine
 
 PROBES = {"fused probe": "fused", "in-place probe": "inplace"}
-WRITERS = "methods that write weights"
+WRITERS, REWARD = "methods that write weights", "--reward"
 
 
 def unused_fields(engine: Engine) -> str:
@@ -36,6 +36,8 @@ def _looks_at(engine: Engine, used_by: str) -> bool:
         return engine.probe.name == PROBES[used_by]
     if used_by == WRITERS:
         return engine.method.writes or config.writes_periods
+    if used_by == REWARD:
+        return engine.objective.gain is not None
     if field in TezoConfig.model_fields:
         return str(getattr(config, field)) in values.split(", ")
     return _is_one_of(config, used_by.split(", "))

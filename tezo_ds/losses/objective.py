@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tezo_ds.errors import DataError
 from tezo_ds.losses.head import Head
+from tezo_ds.losses.metric import Metric, class_counts, counted, loss_of, wrong
 from tezo_ds.losses.targets import IGNORE, decoder_inputs, targets, width_of
 from tezo_ds.models.structure import is_classifier, is_encoder_decoder
 from tezo_ds.sharding.base import Sharding
@@ -47,8 +48,13 @@ class Objective:
     Attributes:
         choices: int64 (words,), tokens that alone count in the default loss: the cross-entropy of
             picking the right one of them, not of predicting it among all; None: all tokens count.
+        metric: what stands in the default loss's place: 1 less the accuracy of predictions among the choices,
+            or classes, or less their macro F1; None: nothing does.
         micro_batch: examples of this rank in one forward; 0: all of a batch.
         trunk: splits forwards where the first module that trains stands; None: they are whole.
+        gain: name of what minus the loss is, where that is what users look at; None: the loss itself is.
+        step: index of the step that is measured.
+        empty: what is wrong with a batch of nothing, and what to do; {} is "any" or "some", of the ranks.
 
     Args:
         sharding: the model.
@@ -56,6 +62,13 @@ class Objective:
             batch["labels"]: next-token for causal models, in place for masked ones, token classes and
             decoders that an encoder goes before, of one class an example for sequence classification.
     """
+
+    gain: str | None = None
+    step = 0
+    empty = (
+        "no position of the batch carries a label on {} rank; check the labels (-100 means none) and the "
+        "truncation length"
+    )
 
     def __init__(self, sharding: Sharding, loss_fn: LossFn | None) -> None:
         self.sharding = sharding
@@ -65,6 +78,7 @@ class Objective:
         self._classifies = is_classifier(sharding.module)
         self._head = Head(sharding) if loss_fn is None else None
         self.choices: Tensor | None = None
+        self.metric: Metric | None = None
         self.micro_batch = 0
         self.trunk: Trunk | None = None
         self._responses: Taker | None = None
@@ -113,8 +127,9 @@ class Objective:
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any], branches: int) -> Tensor:
         """Returns loss sums and counts of `branches` copies of this rank's batch, whose first dim is the
-        examples: float64 (2, branches) on the model's device. Over several forwards where there are more
-        examples than `micro_batch`, as many on every rank. Raises DataError: no "labels" and no loss_fn."""
+        examples: float64 (2, branches) on the model's device; of F1 its counts, (S, branches), see `loss_of`.
+        Over several forwards where there are more examples than `micro_batch`, as many on every rank. Raises
+        DataError: no "labels" and no loss_fn."""
         self.settle(batch, branches)
         sums = [self._sums(part, branches, i) for i, part in enumerate(self._parts(batch))]
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum(dim=0)
@@ -140,18 +155,27 @@ class Objective:
     def settle(self, batch: Mapping[str, Any], branches: int) -> None:
         """Finds the model's trunk at the first batch, by some forwards of two of its examples."""
         if self.trunk is not None and not self.trunk.settled:
-            two, aside = two_of(batch), self._responses  # which are a whole batch's
-            self._responses = None
+            # Responses are a whole batch's, and counts do not tell forwards of two kinds apart.
+            two, aside = two_of(batch), (self._responses, self.metric)
+            self._responses = self.metric = None
             try:
                 self.trunk.settle(lambda: self._sums(two, branches))
             finally:
-                self._responses = aside
+                self._responses, self.metric = aside
 
     @property
     def piecewise_constant(self) -> bool:
         """Whether branches may all give the same value with nothing wrong: a metric or a reward does not move
         with every change of the weights."""
-        return False
+        return self.metric is not None
+
+    def losses_of(self, sums: Tensor) -> Tensor:
+        """Returns the losses (…) of a call's sums over all ranks, (S, …)."""
+        return loss_of(sums, self.metric)
+
+    def counts_of(self, sums: Tensor) -> Tensor:
+        """Returns how many labels, or weights of a `loss_fn`, sums (S, …) are of: (…)."""
+        return counted(sums, self.metric)
 
     @property
     def has_logits(self) -> bool:
@@ -190,7 +214,7 @@ class Objective:
         )
 
     def _sums(self, batch: Mapping[str, Any], branches: int, part: int = 0) -> Tensor:
-        """Returns loss sums and counts, float64 (2, branches), by one forward of a part of a batch."""
+        """Returns sums as a call does, float64 (S, branches), by one forward of a part of a batch."""
         if self.trunk is not None:
             self.trunk.part = part
         if self._head is not None:
@@ -223,6 +247,8 @@ class Objective:
                 words = words + self._lean.to(words)[:, None]
             if self._responses is not None:
                 self._responses.add(words, tokens[part])
+            if self.metric is not None:
+                return (class_counts if self.metric == "f1" else wrong)(words, tokens[part])
             right = tokens[part].repeat(branches)
             return F.cross_entropy(words.flatten(0, 1), right, reduction="none").view(branches, -1)
 
@@ -230,6 +256,8 @@ class Objective:
         # Of classes there are no positions: a model pools its hidden states itself.
         with self._split(batch, branches, None if self._classifies else positions):
             found = head(inputs, positions, branches, losses, self.choices).double()
+        if self.metric == "f1":  # (branches, k, S)
+            return found.sum(dim=1).t()
         return self._added(found, torch.ones_like(found))
 
     def _added(self, losses: Tensor, counts: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from tezo_ds.per_example.losses import ExampleLosses
 from tezo_ds.per_example.objective import ExampleObjective
 from tezo_ds.per_example.probe import ExampleProbe
 from tezo_ds.probes import Probe, choose_probe
+from tezo_ds.rollouts.judged import Rewarded
+from tezo_ds.rollouts.objective import RewardObjective, refuse_unfit
 from tezo_ds.sharding import Sharding
 
 
@@ -22,6 +24,7 @@ def measures(
     method: Method,
     names: Collection[str],
     loss_fn: LossFn | None,
+    rewarded: Rewarded | None = None,
 ) -> tuple[Objective, Probe, ExampleLosses | None]:
     """Makes the objective and the probe of a run, and what measures directions of examples' own, if any are.
 
@@ -31,12 +34,15 @@ def measures(
         method: the run's method.
         names: names of all parameters that train.
         loss_fn: see `Objective`.
+        rewarded: what is generated and judged in the place of a loss; None: nothing is.
 
     Raises:
         ConfigError: ranks or examples cannot have directions of their own.
         ProbeError: a trainable parameter, or directions, are out of the probe's reach.
         ShardingError: in-place on weights that cannot be written exactly.
     """
+    if rewarded is not None:
+        refuse_unfit(sharding, config)
     kind = choose_probe(config, sharding, names, method.factors)
     if config.placement != "shared" and (kind.writes or method.factors is None):
         whose = "ranks" if config.placement == "per_rank" else "examples of a forward"
@@ -50,7 +56,11 @@ def measures(
             from tezo_ds.compiling.blocks import compile_blocks
 
             compile_blocks(probe, sharding)
-        return Objective(sharding, loss_fn), probe, None
+        if rewarded is None:
+            return Objective(sharding, loss_fn), probe, None
+        generating = RewardObjective(sharding, rewarded, config)
+        generating.seat = probe.seat
+        return generating, probe, None
     assert method.factors is not None, "refused above"
     if config.memory_budget is not None and config.facts.fresh_left:
         raise ConfigError(

@@ -65,6 +65,9 @@ class Probe(ABC):
     def held(self, branches: Branches) -> AbstractContextManager[None]:
         """Context manager: plain forwards inside see the weights at the only branch."""
 
+    def seat(self, rows: Tensor | None) -> None:  # noqa: B027  # nothing, where a forward is of one branch
+        """Has row i of later forwards see branch rows[i], int64 (k,); None: rows are branch-major again."""
+
     def exactly(self) -> AbstractContextManager[None]:
         """Context manager: measuring inside leaves the weights as they were, to the bit."""
         return nullcontext()

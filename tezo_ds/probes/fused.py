@@ -78,10 +78,13 @@ class FusedProbe(Probe):
         ]
         self._all: list[Site | VectorSite | AdapterSite] = [*self.sites, *self.vector_sites]
         # Of each vector, (branches, numel); of each adapter by its site's name.
-        self._changes: dict[str, Any] = {}
+        self._changes: Mapping[str, Any] = {}
         self.around: Callable[[], AbstractContextManager[None]] = nullcontext
         self._joined = sum(map(_may_share, self.sites)) < 2  # known who shares a product
         self._branches = self._examples = 1
+        self._holding = False
+        # Branches, c of the groups, and changes, where rows have been seated.
+        self._whole: tuple[int, list[Tensor], Mapping[str, Any]] | None = None
         self._leads: set[int] = set()  # sizes of a leading dim that counts branch-major rows
 
     @classmethod
@@ -152,6 +155,7 @@ class FusedProbe(Probe):
             self._expect((*args, *kwargs.values()))
 
         watch = self._sharding.module.register_forward_pre_hook(expect, with_kwargs=True)
+        self._holding = True
         try:
             with (
                 self.around(),
@@ -161,6 +165,24 @@ class FusedProbe(Probe):
                 yield
         finally:
             watch.remove()
+            self._holding, self._whole = False, None
+
+    def seat(self, rows: Tensor | None) -> None:
+        """Has row i of later forwards inside `held` see branch rows[i], int64 (k,), and not the branch of its
+        place in a branch-major batch; None: that again. Does nothing where no branch changes anything."""
+        if not self._holding or (rows is None and self._whole is None):
+            return
+        if self._whole is None:
+            self._whole = self._branches, [group.c for group in self._groups], self._changes
+        self._branches, cs, self._changes = self._whole
+        if rows is None:
+            self._whole = None
+        else:
+            rows = rows.to(self._sharding.device)
+            cs, self._changes = [c[rows] for c in cs], _OfRows(self._changes, rows)
+            self._branches = len(rows)
+        for group, c in zip(self._groups, cs, strict=True):
+            group.start(c)
 
     def _start(self, branches: LowRank) -> None:
         """Gives each group its coefficients: all columns at once into the order of the groups, each of
@@ -191,11 +213,11 @@ class FusedProbe(Probe):
     def _set_changes(self, branches: LowRank) -> None:
         space = self._factors.space
         device = self._sharding.device
-        self._changes = self._adapters.prepared(branches, space, device)
+        self._changes = changes = self._adapters.prepared(branches, space, device)
         for vector in self._vectors:
             wide = torch.promote_types(vector.dtype, torch.float32)
             c = branches.part(space.slices[vector.name])[:, 0]  # (branches, numel)
-            self._changes[vector.name] = c.to(wide).to(device)
+            changes[vector.name] = c.to(wide).to(device)
 
     def _load(self) -> None:
         """Loads factors that have changed into the sites."""
@@ -281,6 +303,25 @@ class FusedProbe(Probe):
             term = scaled @ outer
         term = term.view(self._branches, *y.shape[1:])
         return (y + term).repeat_interleave(self._examples, dim=0)
+
+
+class _OfRows(Mapping[str, Any]):
+    """Changes of rows, each of which is of one branch; taken from those of the branches when asked for."""
+
+    def __init__(self, of_branches: Mapping[str, Any], rows: Tensor) -> None:
+        self._of, self._rows = of_branches, rows
+
+    def __getitem__(self, name: str) -> Any:
+        found = self._of[name]
+        return (
+            found[self._rows] if isinstance(found, Tensor) else tuple(x[self._rows] for x in found)
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._of)
+
+    def __len__(self) -> int:
+        return len(self._of)
 
 
 def _may_share(site: Site) -> bool:

@@ -8,10 +8,11 @@ from decimal import Decimal
 from functools import partial
 
 from tezo_ds.errors import ConfigError
+from tezo_ds.rewards.code import code, warn
 from tezo_ds.tasks.metrics import OfPair, of_pairs
 
 KINDS = (
-    "exact, f1, rouge-l, number, regex:PATTERN, format:PATTERN, length:WORDS, module:function or "
+    "exact, f1, rouge-l, number, regex:PATTERN, format:PATTERN, length:WORDS, code, module:function or "
     "file.py:function"
 )
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
@@ -31,6 +32,13 @@ def builtin(name: str, run_code: bool) -> Callable[..., list[float]] | None:
     kind, _, given = name.partition(":")
     if name == "number":
         return number
+    if name == "code":
+        if not run_code:
+            raise ConfigError(
+                "--reward code: runs what a model wrote; add --run-code if this machine may do that"
+            )
+        warn()
+        return code
     if kind == "format" and given:
         return partial(shaped, _pattern(name, given))
     if kind == "length" and given.isdecimal() and int(given):

@@ -118,6 +118,21 @@ def uniforms(
     return _addressed(8, key, index, width, stream, first)
 
 
+def gumbels(key: tuple[Word, Word], index: Tensor, width: int, stream: Word = 0) -> Tensor:
+    """Returns Gumbel(0, 1) numbers, -ln(-ln u) of 32 random bits u, addressed as `normals` are.
+
+    Returns:
+        float32 (n, width) on `index`'s device.
+    """
+    blocks = torch.arange(-(-width // 4), device=index.device)
+    out = torch.empty(len(index), len(blocks), 4, dtype=torch.float32, device=index.device)
+    for row, i in enumerate(index):
+        words = philox((blocks, i & _MASK, (i >> 32) & _MASK, stream & _MASK), key)
+        u = (torch.stack(words, dim=-1).to(torch.float64) + 0.5) * 2.0**-32
+        out[row] = -_log(-_log(u))
+    return out.flatten(1)[:, :width]
+
+
 def _addressed(
     each: int, key: tuple[Word, Word], index: Tensor, width: int, stream: Word, first: int
 ) -> Tensor:

@@ -9,8 +9,8 @@ from tezo_ds.run.folder import TEST, VALIDATION, read_metrics
 
 
 def draw_curve(metrics: Path, picture: Path) -> None:
-    """Draws training loss by step, its running median, and where there is any the accuracy on test and
-    validation examples, as a PNG."""
+    """Draws training loss by step, or what was gained in its place, its running median, and where there is
+    any the accuracy, or reward, on test and validation examples, as a PNG."""
     # What a notebook left there may not be installed here, and matplotlib would not be imported.
     os.environ.pop("MPLBACKEND", None)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -21,14 +21,20 @@ def draw_curve(metrics: Path, picture: Path) -> None:
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     finite = [line for line in steps if line["loss"] is not None]
-    x, loss = [line["step"] + 1 for line in finite], [line["loss"] for line in finite]
-    axis.plot(x, loss, color="tab:blue", alpha=0.3, linewidth=1, label="training loss")
-    axis.plot(x, _running_median(loss), color="tab:blue", label="running median")
+    gained = any("reward" in line for line in finite)
+    what, sign = ("reward", -1) if gained else ("loss", 1)
+    x, values = [line["step"] + 1 for line in finite], [sign * line["loss"] for line in finite]
+    axis.plot(x, values, color="tab:blue", alpha=0.3, linewidth=1, label=f"training {what}")
+    axis.plot(x, _running_median(values), color="tab:blue", label="running median")
     axis.set_xlabel("step")
-    axis.set_ylabel("loss")
+    axis.set_ylabel(what)
     axis.grid(alpha=0.3)
     judged = read_metrics(metrics, VALIDATION)[1]
     found = {VALIDATION: judged, TEST: scores} if judged else {TEST: scores}
+    if gained:
+        for (part, lines), style in zip(found.items(), ("o-", "s"), strict=False):
+            points = [line["step"] for line in lines], [-line[f"{part}_loss"] for line in lines]
+            axis.plot(*points, style, color="tab:orange", label=f"{part} {what}")
     accurate = {
         part: [x for x in lines if x[f"{part}_accuracy"] is not None]
         for part, lines in found.items()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import socket
+import statistics
 from collections.abc import Mapping
 from contextlib import suppress
 from io import FileIO
@@ -23,6 +25,7 @@ COEFFICIENTS, ADAPTER, CURVE = "coefficients.safetensors", "adapter", "curve.png
 MODEL, SNAPSHOTS, LOCK = "model", "snapshots", ".lock"
 TRUNK_CACHE, OUTPUT_LAYER = "trunk_cache", "output_layer"
 TEST, VALIDATION = PARTS = ("test", "validation")  # parts that evaluations score
+SAMPLES = "samples.jsonl"
 LAYERS, LAYERS_PICTURE = "layers.json", "layers.png"
 TRACKERS, TENSORBOARD = "trackers.json", "tensorboard"
 
@@ -175,6 +178,8 @@ class RunFolder:
         slopes = {"step": report.step, "kappa": report.kappa, "rho": report.rho, "lr": report.lr}
         if report.solved is not None:
             slopes["solved"] = report.solved
+        if report.rewards is not None:
+            slopes["rewards"] = report.rewards
         self._log({**packed(slopes), **measured(report)})
         journal.append({**slopes, "loss": report.loss, "seen": seen, **(more or {})})
 
@@ -225,8 +230,17 @@ def measured(report: StepReport) -> dict[str, Any]:
     return {
         "loss": report.loss, "seconds": round(report.seconds, 4), "tokens": report.tokens,
         "dropped": report.dropped, "kappa_mean": found.mean, "kappa_spread": found.spread,
-        "gradient_norm": found.gradient_norm, "snr": found.snr,
+        "gradient_norm": found.gradient_norm, "snr": found.snr, **_gained(report),
     }  # fmt: skip
+
+
+def _gained(report: StepReport) -> dict[str, float | None]:
+    """Returns what a step's branches gained, where they gain anything: mean, best and standard deviation."""
+    known = [reward for reward in report.rewards or () if math.isfinite(reward)]
+    if not known:
+        return {}
+    spread = statistics.pstdev(known)
+    return {"reward": statistics.fmean(known), "reward_best": max(known), "reward_spread": spread}
 
 
 def _parsed(text: str) -> dict[str, Any] | None:

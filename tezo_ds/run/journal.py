@@ -31,7 +31,7 @@ from tezo_ds.files.text import _finite, sync_folder
 
 VERSION = 2  # 1: all slopes in digits
 READABLE = 64  # slopes, at most, that are written in digits
-PACKED = ("kappa", "solved")
+PACKED = ("kappa", "solved", "rewards")
 _LINE = re.compile(rb'(\{.*),"sum":"([0-9a-f]{16})"\}')
 
 

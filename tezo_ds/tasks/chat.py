@@ -69,6 +69,16 @@ def opening(
     return ids, str(conversation.messages[last]["content"]).strip()
 
 
+def unanswered(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[int]:
+    """Returns the ids of a whole conversation, up to where the model would begin to answer.
+
+    Raises:
+        DataError: there is no chat template, or it refuses the messages.
+    """
+    _check_template(tokenizer)
+    return _ids(tokenizer, conversation, len(conversation.messages), add_generation_prompt=True)
+
+
 def asking(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Returns the ids of a user's message, up to where the model would begin to answer.
 

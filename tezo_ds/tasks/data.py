@@ -10,7 +10,7 @@ from typing import Any, Literal
 from tezo_ds.errors import DataError
 from tezo_ds.tasks import scan, splitting
 from tezo_ds.tasks.builtin import BUILTIN_TASKS
-from tezo_ds.tasks.example import Example
+from tezo_ds.tasks.example import Example, keeping_columns
 from tezo_ds.tasks.formatted import asked_format, formatted
 from tezo_ds.tasks.papers import prepared
 from tezo_ds.tasks.reading import SUFFIXES
@@ -65,6 +65,7 @@ def load_task(
     shots: int | None = None,
     seed: int = 0,
     streaming: bool = False,
+    columns: bool = False,
 ) -> TaskData:
     """Loads a task's examples, the same on all ranks, which may call this at the same time.
 
@@ -90,6 +91,7 @@ def load_task(
     shots: how many training examples of each label to take.
     streaming: whether rows stay in memory-mapped files, and training examples are made when they are asked
         for; they are those that there are without it, in the same order.
+    columns: whether examples have the cells of their rows, and prompts need no completions.
 
     Raises DataError, in one line, for anything wrong with the names, the files or their rows.
     """
@@ -114,7 +116,7 @@ def load_task(
         "text": text_field, "prompt": prompt_field, "completion": completion_field,
         "messages": messages_field,
     }  # fmt: skip
-    form = asked_format(task, tables[0], template, fields)
+    form = asked_format(task, tables[0], template, fields, columns)
     if form is None:
         most = MOST_CHOICES if streaming else None
         spec = resolve_spec(task, tables, template, verbalizers, label_field, choices_field, most)
@@ -130,6 +132,8 @@ def load_task(
         spec = spec_of(task, named)
         makers = [formatted(table, spec, form, loss_on == "all") for table in tables]
         note = form.told()
+    if columns:
+        makers = [keeping_columns(make) for make in makers]
     asked = Asked(test_fraction, train_examples, test_examples, validation_examples, shots, seed)
     pairs = list(zip(tables, makers, strict=True))
     test, validation = pairs[1] if own_test else None, None if apart is None else pairs[-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tezo_ds.tasks.formats import Kind
@@ -20,6 +20,7 @@ class Example:
         kind: what prompt and answer are.
         everything: whether all tokens train, where by its kind the answers alone would.
         candidates: answers of this example's own, the right one among them; none where the task has words.
+        columns: cells of its row, where they are asked for.
     """
 
     prompt: str
@@ -28,6 +29,7 @@ class Example:
     kind: Kind = Kind.TEMPLATE
     everything: bool = False
     candidates: tuple[str, ...] = ()
+    columns: Mapping[str, Any] | None = field(default=None, compare=False)
 
     @property
     def key(self) -> str:
@@ -36,3 +38,8 @@ class Example:
 
 
 Maker = Callable[[int, Mapping[str, Any]], Example]  # of a row, by its number from 1 and its cells
+
+
+def keeping_columns(make: Maker) -> Maker:
+    """Returns a maker whose examples have the cells of their rows."""
+    return lambda number, row: replace(make(number, row), columns=dict(row))

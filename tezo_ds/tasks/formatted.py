@@ -27,9 +27,15 @@ LABEL = "label"  # column that a text without a template has for nothing
 
 
 def asked_format(
-    task: str, table: Table, template: str | None, fields: Mapping[str, str | None]
-) -> Format | None:
+    task: str, table: Table, template: str | None, fields: Mapping[str, str | None],
+    alone: bool = False,
+) -> Format | None:  # fmt: skip
     """Returns the format of a file's rows; None of a task with a template, which needs none.
+
+    Args:
+        task, table, template: of the file.
+        fields: names of columns that the user gave.
+        alone: whether prompts need no completions.
 
     Raises:
         DataError: the columns are no format that is known, or names of columns do not go together.
@@ -56,6 +62,8 @@ def asked_format(
             f"{table.where}: has columns 'text' and {LABEL!r}; give a template, such as '{{text}} It was', "
             "or text_field text to train on the texts alone"
         )
+    if alone and fields.get("completion") is None:
+        form = _of_prompts(form, table)
     if form is None:
         there = ", ".join(table.columns)
         raise DataError(
@@ -64,6 +72,18 @@ def asked_format(
             "completion_field, or messages_field"
         )
     return form
+
+
+def _of_prompts(form: Format | None, table: Table) -> Format | None:
+    """Returns the format of prompts alone, where that is what the columns are; else `form`."""
+    column = "prompt" if form is None else form.columns[0]
+    known = form is not None and (
+        form.kind is not Kind.COMPLETION or form.columns[1] in table.columns
+    )
+    if known or column not in table.columns or not len(table.rows):
+        return form
+    messages = is_conversation(table.rows[0][column])
+    return Format(Kind.MESSAGES if messages else Kind.TEXT, (column,))
 
 
 def formatted(table: Table, spec: TaskSpec, form: Format, everything: bool) -> Maker:

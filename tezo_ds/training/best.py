@@ -22,7 +22,7 @@ def refuse_unfit(options: RunOptions, settings: Settings, config: TezoConfig) ->
         raise ConfigError("--patience counts evaluations; set --eval-every, too")
     if options.keep == "last" and options.patience is None:
         return
-    if options.best_by == "metric" and settings.metric == NONE:
+    if options.best_by == "metric" and settings.metric == NONE and not settings.reward:
         raise ConfigError("--best-by metric: there is none; name one by --metric")
     if options.keep == "last":
         return

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from tezo_ds.engine.engine import Engine
 from tezo_ds.engine.report import StepReport
 from tezo_ds.launched import env_rank
+from tezo_ds.rollouts.judged import Sample
 from tezo_ds.run.folder import COEFFICIENTS, JOURNAL
 from tezo_ds.tasks import TaskData
 from tezo_ds.tasks.encoded import Encoded, losses_of_labels, truncations
@@ -29,6 +30,7 @@ from tezo_ds.tasks.evaluation import Score
 from tezo_ds.tasks.lazy import LazyEncoded
 
 WINDOW = 20  # steps that shown figures are medians of
+REWARD = "reward"  # name of what an evaluation of rewarded completions measures
 ANSWER = 80  # characters of a generated answer that are shown
 
 
@@ -119,7 +121,8 @@ class Display:
         """Prints the result of a run, in one place; `begun_at` steps were made by earlier processes."""
         table = Table(show_header=False, box=None, padding=(0, 2))
         before, after = summary.get("accuracy_before"), summary.get("accuracy_after")
-        if (majority := summary.get("accuracy_majority")) is not None:
+        rewarded = summary.get("metric") == REWARD
+        if (majority := summary.get("accuracy_majority")) is not None and not rewarded:
             table.add_row("most frequent class", f"{majority:.1%} (always that answer)")
         if before is not None and after is not None:
             table.add_row("accuracy before", f"{before:.1%}")
@@ -129,7 +132,7 @@ class Display:
                 )
             table.add_row("accuracy after", f"{after:.1%} ({100 * (after - before):+.1f} points)")
             table.add_row("test examples", f"{summary['test_examples']}")
-        elif "test_loss_after" in summary:
+        elif "test_loss_after" in summary and not rewarded:
             losses = f"{summary['test_loss_before']:.4f} → {summary['test_loss_after']:.4f}"
             table.add_row("test loss", losses)
         self._validated(table, summary)
@@ -160,11 +163,13 @@ class Display:
     def _validated(self, table: Table, summary: dict[str, Any]) -> None:
         """Adds what the validation examples were scored, where there are any."""
         name = "accuracy" if summary.get("validation_accuracy_after") is not None else "loss"
+        name = "metric" if summary.get("metric") == REWARD else name
         before, after = (summary.get(f"validation_{name}_{when}") for when in ("before", "after"))
         if before is not None and after is not None:
             form = "{:.1%} → {:.1%}" if name == "accuracy" else "{:.4f} → {:.4f}"
             count = summary["validation_examples"]
-            table.add_row(f"validation {name}", f"{form.format(before, after)}, {count} examples")
+            shown = REWARD if name == "metric" else name
+            table.add_row(f"validation {shown}", f"{form.format(before, after)}, {count} examples")
 
     def note(self, text: str) -> None:
         """Prints one line, however long."""
@@ -200,6 +205,11 @@ class Display:
             eta = statistics.median(r.seconds for r in self._recent) * left
             self.note(f"step {report.step + 1}/{self._total}  {self._line()}  eta {eta:.0f} s")
 
+    def sample(self, step: int, sample: Sample) -> None:
+        """Prints what the model completes after so many steps, and how a prompt ends."""
+        prompt, answer = repr(sample.prompt[-ANSWER // 2 :]), repr(sample.completion[:ANSWER])
+        self.note(f"  after {step} steps, reward {sample.reward:.3g}: {prompt} → {answer}")
+
     def _line(self) -> str:
         recent = self._recent
         loss = statistics.median(r.loss for r in recent)
@@ -208,7 +218,8 @@ class Display:
         failed = sum(r.dropped for r in recent)
         dropped = f"  {failed} directions failed" if failed else ""
         speed = sum(r.tokens for r in recent) / sum(r.seconds for r in recent)
-        return f"loss {loss:.4f}  |κ| {kappa:.2f}  {speed:,.0f} tokens/s/rank{dropped}"
+        what = f"loss {loss:.4f}" if recent[-1].rewards is None else _gained(recent, -loss)
+        return f"{what}  |κ| {kappa:.2f}  {speed:,.0f} tokens/s/rank{dropped}"
 
     @contextmanager
     def evaluation(self, label: str) -> Iterator[Callable[[float], None] | None]:
@@ -226,15 +237,27 @@ class Display:
     ) -> None:
         """Prints the result of an evaluation of one part's examples, after so many steps or `when`, and how
         answers begin."""
-        accuracy = "" if score.accuracy is None else f"accuracy {score.accuracy:.1%}, "
+        found = [] if score.accuracy is None else [f"accuracy {score.accuracy:.1%}"]
         if score.metric is not None:
-            accuracy += f"{metric} {score.metric:.3f}, "
+            found.append(f"{metric} {score.metric:.3f}")
+        if metric != REWARD:
+            found.append(f"loss {score.loss:.4f}")
         self.note(
-            f"{when or f'after {step} steps'}: {accuracy}loss {score.loss:.4f} on {score.examples} {part} "
-            "examples"
+            f"{when or f'after {step} steps'}: {', '.join(found)} on {score.examples} {part} examples"
         )
         for answer in score.answers:
             self.note(f"  answers, e.g. {answer[:ANSWER]!r}")
+
+
+def _gained(recent: Sequence[StepReport], mean: float) -> str:
+    """Returns what branches of the last steps gained: medians of means, of bests and of spreads; and how many
+    steps had no two that differ."""
+    of_each = [[r for r in step.rewards or () if math.isfinite(r)] for step in recent]
+    best = statistics.median(max(known) for known in of_each if known)
+    spread = statistics.median(statistics.pstdev(known) for known in of_each if known)
+    ties = sum(step.tied for step in recent)
+    tied = f"  {ties} of {len(recent)} steps tied" if ties else ""
+    return f"reward {mean:.4f}  best {best:.4f}  spread {spread:.4f}{tied}"
 
 
 def _directions(engine: Engine) -> str:

@@ -13,7 +13,8 @@ from tezo_ds.run.folder import PARTS, TEST, VALIDATION, RunFolder
 from tezo_ds.settings import RunOptions
 from tezo_ds.tasks.evaluation import Evaluator, Score, Stopped
 from tezo_ds.training.best import Best
-from tezo_ds.training.display import Display
+from tezo_ds.training.display import REWARD, Display
+from tezo_ds.training.rewarded import RewardEvaluator
 from tezo_ds.training.session import Session
 from tezo_ds.training.trackers import Trackers
 
@@ -49,7 +50,9 @@ class Evaluations:
         self._display, self._best, self._trackers = display, best, trackers
         self._engine = session.engine
         found = {part: session.evaluator(part) for part in PARTS}
-        self.evaluators: dict[str, Evaluator] = {p: e for p, e in found.items() if e is not None}
+        self.evaluators: dict[str, Evaluator | RewardEvaluator] = {
+            part: each for part, each in found.items() if each is not None
+        }
         self.judge = VALIDATION if VALIDATION in self.evaluators else TEST
         self._scored = {part: dict(scored.get(part, {})) for part in PARTS}
         self.last: int | None = None
@@ -143,7 +146,7 @@ class Evaluations:
             self._folder.log_score(
                 step, score.accuracy, score.loss, score.examples, after, score.metric, part
             )
-        name = self._session.settings.metric
+        name = REWARD if self._session.settings.reward else self._session.settings.metric
         shown = "with the output layer fitted" if fit else None
         self._display.score(step, score, shown, name, part)
         line = _line(score, part)

@@ -33,12 +33,12 @@ def load_asked(settings: Settings) -> TaskData:
         messages_field=s.messages_field, loss_on=s.loss_on, test_fraction=s.test_fraction,
         train_examples=s.train_examples, test_examples=s.test_examples,
         validation_examples=s.validation_examples, shots=s.shots, seed=s.data_seed,
-        streaming=s.streaming,
+        streaming=s.streaming, columns=bool(s.reward),
     )  # fmt: skip
 
 
-def choices(posing: Posing, task: TaskData) -> Tensor:
-    """Returns the token of each verbaliser's word, which --objective choices needs.
+def choices(posing: Posing, task: TaskData, objective: str) -> Tensor:
+    """Returns the token of each verbaliser's word, which an --objective needs that picks among them.
 
     Raises:
         ConfigError: one token does not tell the words apart.
@@ -46,8 +46,8 @@ def choices(posing: Posing, task: TaskData) -> Tensor:
     words = list((task.spec.verbalizers or {}).values())
     if not words:
         raise ConfigError(
-            "--objective choices needs label words, and this data has none; leave it out, or give a template "
-            "and a label column"
+            f"--objective {objective} needs label words, and this data has none; leave it out, or give a "
+            "template and a label column"
         )
     most = (
         LOOKED_AT if isinstance(task.train, LazyExamples) else None
@@ -58,7 +58,7 @@ def choices(posing: Posing, task: TaskData) -> Tensor:
     if tokens is None:
         shown = f"{words}" if len(words) <= 10 else f"the {len(words)} words {words[:3]} …"
         raise ConfigError(
-            f"--objective choices needs words of one token each, all different; {shown} are not for this "
+            f"--objective {objective} needs words of one token each, all different; {shown} are not for this "
             "tokenizer: choose others, or use --objective lm"
         )
     return torch.tensor(tokens)

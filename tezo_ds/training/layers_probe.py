@@ -68,6 +68,11 @@ def probe_layers(
     """
     engine = session.engine
     refuse_unfit(engine.config)
+    if engine.objective.piecewise_constant:
+        raise ConfigError(
+            f"--objective {session.settings.objective}: the layers are measured by slopes, and it has none; "
+            "take --objective choices, and give --include what is recommended"
+        )
     n = min(wanted.examples, len(examples))
     if n < LEAST:
         raise ConfigError(

@@ -43,8 +43,10 @@ from tezo_ds.training.evaluations import Evaluations, Scores
 from tezo_ds.training.interrupts import Interrupted, deaf, turned_into_exceptions
 from tezo_ds.training.liveness import Liveness
 from tezo_ds.training.output_layer import OutputLayerFits
+from tezo_ds.training.samples import Samples
 from tezo_ds.training.session import Session
 from tezo_ds.training.step_batches import Padding, StepBatches
+from tezo_ds.training.ties import Ties
 from tezo_ds.training.trackers import Trackers
 from tezo_ds.training.trunk_caches import open_caches
 
@@ -86,10 +88,11 @@ def train(
         TezoError: the engine's errors. Interrupted: a signal came.
     """
     divergence = Divergence([line["loss"] for line in made], options.stop_on_divergence)
+    ties = Ties(line["kappa"] for line in made)
     with Trackers(options.report_to, folder, display) as trackers:
         evaluations = Evaluations(session, options, folder, display, scores or {}, best, trackers)
         training = _Training(
-            session, options, examples, folder, display, divergence, evaluations, trackers
+            session, options, examples, folder, display, divergence, evaluations, ties, trackers
         )
         training.count_padding(made)
         training.base = base
@@ -102,11 +105,14 @@ class _Training:
 
     def __init__(
         self, session: Session, options: RunOptions, examples: Sequence[Encoded], folder: RunFolder | None,
-        display: Display, divergence: Divergence, evaluations: Evaluations, trackers: Trackers,
+        display: Display, divergence: Divergence, evaluations: Evaluations, ties: Ties,
+        trackers: Trackers,
     ) -> None:  # fmt: skip
         self._session, self._options, self._examples = session, options, examples
         self._folder, self._display, self._trackers = folder, display, trackers
         self._engine, self._divergence, self._evaluations = session.engine, divergence, evaluations
+        self._ties = ties
+        self._samples = Samples(session, examples, folder, display, options.samples_every)
         engine = session.engine
         self.base: str | None = None
         self._batch = StepBatches(session, examples, options.batch_size)
@@ -215,6 +221,8 @@ class _Training:
         evaluations.fitted(not done and self.fits.found is not None)
         if evaluations.due(done):
             evaluations.between(done)
+        if not self._stopping:
+            self._samples.before(done)
 
     def _fit(self, alive: Liveness) -> None:
         """Fits the output layer if that is due after the steps so far."""
@@ -281,7 +289,12 @@ class _Training:
             self._display.note(str(engine.radius))
         self._display.step(report)
         self._logged = self._state
-        if warning := self._divergence.step(report.loss, report.step):
+        gain, warnings = engine.objective.gain, []
+        if gain is None:
+            warnings.append(self._divergence.step(report.loss, report.step))
+        if engine.objective.piecewise_constant:
+            warnings.append(self._ties.step(report.tied, gain or "loss"))
+        for warning in filter(None, warnings):
             self._display.note(f"warning: {warning}")
 
     def _between(self, done: int, alive: Liveness) -> None:
@@ -294,6 +307,8 @@ class _Training:
         if self._evaluations.due(done):
             alive.at(f"the evaluation after {done} steps")
             self._evaluations.between(done)
+        alive.at(f"the samples after {done} steps")
+        self._samples.after(done)
 
     def _after(self) -> None:
         """Ends the run after its last step: evaluates and saves the model, or notes a stop."""

@@ -22,9 +22,11 @@ from tezo_ds.intake.checked_engine import checked_engine
 from tezo_ds.intake.positions import fitting_length
 from tezo_ds.intake.tokens import check_ids, embedding_rows, pad_of
 from tezo_ds.intake.unfit_kinds import refuse_unfit
+from tezo_ds.intake.unfit_objective import refuse_unfit_objective
 from tezo_ds.intake.words import check_words
 from tezo_ds.kinds import ModelKind, kind_named
 from tezo_ds.models.loading import load_model, load_tokenizer
+from tezo_ds.rollouts.judged import Rewarded
 from tezo_ds.run.about import read_run, sharded_as
 from tezo_ds.run.folder import TEST, VALIDATION
 from tezo_ds.run.results import Result, read_result
@@ -36,8 +38,9 @@ from tezo_ds.tasks.evaluation import Evaluator
 from tezo_ds.tasks.generation import Generated, Generator, asked
 from tezo_ds.tasks.lazy import LazyEncoded, LazyExamples
 from tezo_ds.tasks.metrics import NONE, metric_of
-from tezo_ds.tasks.posing import Posing, posing_of
+from tezo_ds.tasks.posing import Posing
 from tezo_ds.training.examples import choices, load_asked
+from tezo_ds.training.rewarded import RewardEvaluator, posing_for, rewarded_by
 
 
 @dataclass
@@ -64,7 +67,7 @@ class Session:
     def posing(self) -> Posing:
         """What makes sequences of the task's examples for the model."""
         module, alone = self.engine.sharding.module, self.words is not None
-        return posing_of(module, self.tokenizer, self.task.spec, alone)
+        return posing_for(self.settings, module, self.tokenizer, self.task.spec, alone)
 
     def encoded(self) -> Sequence[Encoded]:
         """Returns the training examples as sequences; with streaming, once a step takes them."""
@@ -84,11 +87,17 @@ class Session:
         self.engine.objective.choices = choices
         self.engine.output_layer.load(term)
 
-    def evaluator(self, part: str = TEST) -> Evaluator | None:
+    def evaluator(self, part: str = TEST) -> Evaluator | RewardEvaluator | None:
         """Returns an evaluator of the test or the validation examples; None where there are none."""
         examples, s = self.task.validation if part == VALIDATION else self.task.test, self.settings
         if not examples:
             return None
+        if s.reward:
+            share = shard_range(
+                len(examples), self.engine.sharding.rank, self.engine.sharding.world_size
+            )
+            prompts = self.posing.encode(examples, s.max_length)
+            return RewardEvaluator(self.engine, prompts, share, s.eval_batch_size, self.pad_id)
         evaluator = Evaluator(
             self.engine,
             self.tokenizer,
@@ -138,17 +147,23 @@ def open_session(
     refuse_adapter(s.model)
     kind = kind_named(s.model, s.trust_remote_code)
     refuse_unfit(kind, s, config, task)
+    refuse_unfit_objective(s, config)
     tokenizer = load_tokenizer(s.model, trust=s.trust_remote_code)
     if kind is not ModelKind.CLASSIFIER:  # which has no use for words
         check_words(tokenizer, task)
     if batch_size and config.query_schedule != "constant" and config.steps_per_epoch is None:
         steps = math.ceil(len(task.train) / batch_size)
         config = config.model_copy(update={"steps_per_epoch": steps})
-    engine = _open_engine(s, config, deepspeed_config, ranks)
+    rewarded = rewarded_by(s, tokenizer, task)
+    engine = _open_engine(s, config, deepspeed_config, ranks, rewarded)
     model, words = engine.sharding.module, None
-    posing = posing_of(model, tokenizer, task.spec, s.objective == "choices")
-    if s.objective == "choices":
-        words = engine.objective.choices = choices(posing, task)
+    posing = posing_for(s, model, tokenizer, task.spec, s.objective != "lm")
+    if s.objective != "lm" and kind is not ModelKind.CLASSIFIER:  # whose classes need no words
+        words = engine.objective.choices = choices(posing, task, s.objective)
+    if s.objective in ("accuracy", "f1"):
+        engine.objective.metric = s.objective
+    if rewarded is not None and task.train[0].answer is None:
+        task.note = None  # that what has no answer is trained on as a whole
     task.note = "; ".join(filter(None, (task.note, posing.note))) or None
     s = s.model_copy(update={"max_length": fitting_length(model, s.max_length)})
     rows = embedding_rows(model)
@@ -180,6 +195,7 @@ def _open_engine(
     config: TezoConfig,
     deepspeed_config: dict[str, Any] | None,
     ranks: Mapping[str, int] | None,
+    rewarded: Rewarded | None = None,
 ) -> Engine:
     s, plan = settings, None
     if s.fsdp:
@@ -190,16 +206,17 @@ def _open_engine(
     model = load_model(s.model, s.dtype, deepspeed_config, plan, s.trust_remote_code, s.load_in)
     sharding = sharding_of(model, deepspeed_config)
     sharding.filled_apart |= s.fsdp  # copies on different nodes come from different files
-    return engine_for(s, config, sharding, ranks)
+    return engine_for(s, config, sharding, ranks, rewarded)
 
 
 def engine_for(
-    settings: Settings, config: TezoConfig, sharding: Sharding, ranks: Mapping[str, int] | None
-) -> Engine:
+    settings: Settings, config: TezoConfig, sharding: Sharding, ranks: Mapping[str, int] | None,
+    rewarded: Rewarded | None = None,
+) -> Engine:  # fmt: skip
     """Returns an engine of a model that is loaded already; see `open_session`."""
     name = settings.factors_dtype
     rounding = None if name is None else getattr(torch, name)
-    return checked_engine(sharding, config, factors_dtype=rounding, ranks=ranks)
+    return checked_engine(sharding, config, factors_dtype=rounding, ranks=ranks, rewarded=rewarded)
 
 
 @dataclass

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError
@@ -13,6 +13,7 @@ from tezo_ds.settings import Settings
 from tezo_ds.tasks.batches import Order, batch_indices, by_length, lane_indices
 from tezo_ds.tasks.encoded import Encoded, collate, losses_of_labels, truncations
 from tezo_ds.tasks.lazy import LazyEncoded, pick
+from tezo_ds.tasks.prompted import Prompted, collate_prompts
 from tezo_ds.training.session import Session
 from tezo_ds.trunk.trunk import EXAMPLE_IDS
 
@@ -62,10 +63,12 @@ class StepBatches:
             lengths = [len(each.input_ids) for each in examples]
             self._order = by_length(lengths, batch_size, config.seed)
 
-    def __call__(self, step: int) -> dict[str, Tensor]:
+    def __call__(self, step: int) -> dict[str, Any]:
         """Returns this rank's examples of a step, which with a trunk cache always come to the same rank."""
         chosen = self._indices(step, self._session.engine.sharding.rank)
         batch = pick(self._examples, chosen)
+        if isinstance(self._examples[0], Prompted):
+            return collate_prompts(batch, self._session.pad_id, self._examples[0])
         collated = collate(batch, self._session.pad_id, filler=self._examples[0])
         if self._cached:
             collated[EXAMPLE_IDS] = torch.tensor(chosen or [0])

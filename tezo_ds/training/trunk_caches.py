@@ -13,6 +13,7 @@ from tezo_ds.run.resuming import fingerprint
 from tezo_ds.sharding.world import agreed
 from tezo_ds.tasks.encoded import Encoded
 from tezo_ds.tasks.evaluation import Evaluator
+from tezo_ds.training.rewarded import RewardEvaluator
 from tezo_ds.trunk.cache import Cache, MemoryCache
 from tezo_ds.trunk.disk import DiskCache
 from tezo_ds.trunk.trunk import budget_of
@@ -21,8 +22,8 @@ KEY = "key.json"
 
 
 def open_caches(
-    engine: Engine, examples: Sequence[Encoded], evaluators: Mapping[str, Evaluator], base: str | None,
-    output: Path,
+    engine: Engine, examples: Sequence[Encoded], evaluators: Mapping[str, Evaluator | RewardEvaluator],
+    base: str | None, output: Path,
 ) -> str:  # fmt: skip
     """Gives an engine and its evaluators caches of their own, and returns what they will take, in a line.
 

@@ -20,6 +20,7 @@ from tezo_ds.sharding.base import Sharding
 from tezo_ds.trunk.alike import Alike
 from tezo_ds.trunk.cache import Budget, Cache, MemoryCache, Visit
 from tezo_ds.trunk.found import Found, Watch
+from tezo_ds.trunk.keys import apart
 from tezo_ds.trunk.passes import through_rest, through_trunk
 from tezo_ds.trunk.stand_ins import Act, replaced
 from tezo_ds.trunk.tail import labelled_alone
@@ -195,7 +196,8 @@ class Trunk:
                 hidden = through_trunk(self._found, forward, one)
                 return self._rest(forward, inputs, hidden, branches, None)
             hidden = self._hidden(forward, one, visit, compute)
-            return self._rest(forward, inputs, hidden, branches, positions)
+            with apart(inputs.get("past_key_values"), self._found.first, branches):
+                return self._rest(forward, inputs, hidden, branches, positions)
 
         with replaced(self._sharding.module, split):
             try:
