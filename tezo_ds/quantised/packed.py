@@ -150,10 +150,11 @@ def rounding(weights: Iterable[PackedWeight]) -> tuple[PackedWeight, float] | No
     """Returns a weight whose layer rounds its inputs, with the error of its products; None if none does."""
     known = set()
     for weight in weights:
-        if weight.kind not in known:
-            known.add(weight.kind)
-            if (error := weight.error()) > ROUNDS:
-                return weight, error
+        if weight.kind in known or _misfit(weight) or isinstance(weight.module, nn.Embedding):
+            continue
+        known.add(weight.kind)
+        if (error := weight.error()) > ROUNDS:
+            return weight, error
     return None
 
 
