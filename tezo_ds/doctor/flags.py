@@ -20,6 +20,7 @@ from tezo_ds.models.loading import deepspeed_dtype, load_skeleton
 from tezo_ds.plan.needs import GIB, Layout, Needs, PlannedRun, needs, writes
 from tezo_ds.plan.output_layer import Fit, fit_of
 from tezo_ds.plan.trunk import Kept, hidden_size, trunk_of
+from tezo_ds.quantised.forms import FORMS, form_stored
 from tezo_ds.settings import Settings
 from tezo_ds.sharding.world import local_device
 from tezo_ds.tasks.builtin import BUILTIN_TASKS
@@ -106,7 +107,9 @@ class RunFlags:
 
     def needs(self, skeleton: nn.Module, ranks: int) -> Needs:
         """Returns what a rank of `ranks` needs."""
-        run = PlannedRun(skeleton, self.config, self.layout(ranks), self._compute)
+        named = self.settings.load_in
+        form = FORMS[named] if named else form_stored(getattr(skeleton, "config", None))
+        run = PlannedRun(skeleton, self.config, self.layout(ranks), self._compute, form)
         return needs(run, self.snapshots, self.merged)
 
     @property

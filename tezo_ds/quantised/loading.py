@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import transformers
 
-GROUP = 32  # weights that share a scale, of int4
+from tezo_ds.quantised.forms import GROUP
+
 PACKAGES = {"int8": "torchao", "int4": "torchao", "8bit": "bitsandbytes", "4bit": "bitsandbytes"}
 
 
