@@ -11,7 +11,7 @@ from torch import nn
 from tezo_ds.errors import ConfigError
 from tezo_ds.kinds import read_kind
 from tezo_ds.models.checkpoint import misfit_of, note_left_over, without_tables
-from tezo_ds.quantised.loading import quantised_arguments
+from tezo_ds.quantised.loading import explained_forms, note_unpacked, quantised_arguments
 from tezo_ds.sharding.world import local_device
 from tezo_ds.sources import explained
 
@@ -109,17 +109,17 @@ def _from_pretrained(
                 "rank has a copy"
             )
         if fsdp is None:
-            return _load_whole(kind.loader, name, wanted, trust, quantised)
+            return _load_whole(kind.loader, config, name, wanted, trust, quantised)
         from tezo_ds.models.fsdp import load_sharded
 
         return load_sharded(kind.loader, name, wanted, local_device(), fsdp, trust)
 
 
 def _load_whole(
-    loader: Any, name: str, dtype: torch.dtype | str, trust: bool, quantised: dict[str, Any]
-) -> nn.Module:
+    loader: Any, config: Any, name: str, dtype: torch.dtype | str, trust: bool, quantised: dict[str, Any]
+) -> nn.Module:  # fmt: skip
     """Loads a model unsharded; raises ValueError where transformers would make up missing weights."""
-    with without_tables():
+    with without_tables(), explained_forms(config):
         model, report = loader.from_pretrained(
             name,
             dtype=dtype,
@@ -131,6 +131,7 @@ def _load_whole(
     if misfit := misfit_of(report):
         raise ValueError(misfit)
     note_left_over(report)
+    note_unpacked(model, config)
     loaded: nn.Module = model
     return loaded
 

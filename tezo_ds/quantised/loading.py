@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 
+from tezo_ds.launched import env_rank
 from tezo_ds.quantised.forms import GROUP
+from tezo_ds.quantised.packed import packed_weights
+
+log = logging.getLogger(__name__)
+
 
 PACKAGES = {"int8": "torchao", "int4": "torchao", "8bit": "bitsandbytes", "4bit": "bitsandbytes"}
 
@@ -46,6 +56,11 @@ def quantised_arguments(
         raise ValueError(
             f"--load-in {load_in} needs {package}, which is missing; pip install {package}"
         )
+    if load_in == "int4" and device.type != "cpu" and dtype not in ("auto", torch.bfloat16):
+        raise ValueError(
+            f"--dtype {str(dtype).removeprefix('torch.')} contradicts --load-in int4, whose kernel on a GPU "
+            "computes in bfloat16; use that, or --load-in 4bit"
+        )
     computed = dtype if isinstance(dtype, torch.dtype) else getattr(config, "dtype", None)
     return {
         "quantization_config": _config(load_in, computed, device),
@@ -59,8 +74,46 @@ def _method(stored: Any) -> str:
 
 
 def _as_stored(stored: Any, device: torch.device) -> dict[str, Any]:
-    """Returns the arguments for a checkpoint that is quantised already."""
-    return {"device_map": {"": str(device)}}
+    """Returns the arguments for a checkpoint that is quantised already. compressed-tensors' layers unpack
+    their weights for good in the first forward, so better as they load."""
+    given: dict[str, Any] = {"device_map": {"": str(device)}}
+    if _method(stored) == "compressed-tensors":
+        given["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
+    return given
+
+
+@contextmanager
+def explained_forms(config: Any) -> Iterator[None]:
+    """Context manager: errors over a form, as `from_pretrained` raises them inside, become a ValueError.
+
+    Args:
+        config: the model's own config, as it was before.
+    """
+    stored = getattr(config, "quantization_config", None)
+    try:
+        with warnings.catch_warnings():  # that what the checkpoint says wins, which we ask for
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+            yield
+    except NotImplementedError as error:
+        raise ValueError(f"transformers does not load its form: {error}") from None
+    except (KeyError, TypeError, AssertionError) as error:
+        if stored is None:
+            raise
+        raise ValueError(
+            f"quantization_config of its config.json is not whole ({type(error).__name__}: {error}); take "
+            "that file from where the weights are from"
+        ) from None
+
+
+def note_unpacked(model: nn.Module, config: Any) -> None:
+    """Logs, on one rank, that a quantised checkpoint's weights are plain in the model."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None and not packed_weights(model) and env_rank() == 0:
+        log.warning(
+            "the checkpoint's weights (%s) were unpacked as they loaded, as no layer keeps them packed here; "
+            "they take the memory of plain ones",
+            _method(stored),
+        )
 
 
 def _config(load_in: str, dtype: torch.dtype | None, device: torch.device) -> Any:
@@ -84,4 +137,6 @@ def _torchao(load_in: str, device: torch.device) -> Any:
         return quantization.IntxWeightOnlyConfig(
             weight_dtype=four, granularity=quantization.PerGroup(GROUP)
         )
-    return quantization.Int4WeightOnlyConfig(group_size=GROUP)
+    return quantization.Int4WeightOnlyConfig(
+        group_size=GROUP, int4_packing_format="tile_packed_to_4d"
+    )
