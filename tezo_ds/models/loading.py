@@ -12,6 +12,7 @@ from tezo_ds.errors import ConfigError
 from tezo_ds.kinds import read_kind
 from tezo_ds.models.checkpoint import misfit_of, note_left_over, without_tables
 from tezo_ds.quantised.loading import explained_forms, note_unpacked, quantised_arguments
+from tezo_ds.quantised.packed import make_portable, packed_weights
 from tezo_ds.sharding.world import local_device
 from tezo_ds.sources import explained
 
@@ -102,12 +103,18 @@ def _from_pretrained(
     with explained("model", name):
         config, kind = read_kind(name, trust)
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-        quantised = quantised_arguments(load_in, config, wanted, local_device())
-        if quantised and sharded:
+        in_fours = fsdp is not None and load_in == "4bit"
+        quantised = quantised_arguments(load_in, config, wanted, local_device(), in_fours)
+        if quantised and sharded and not in_fours:
             raise ValueError(
                 f"its weights are quantised, which {sharded} does not shard; leave {sharded} out, and each "
-                "rank has a copy"
+                "rank has a copy, or use --fsdp --load-in 4bit"
             )
+        if quantised and fsdp is not None:
+            from tezo_ds.models.fsdp import shard_packed
+
+            model = _load_whole(kind.loader, config, name, wanted, trust, quantised)
+            return shard_packed(model, local_device(), fsdp)
         if fsdp is None:
             return _load_whole(kind.loader, config, name, wanted, trust, quantised)
         from tezo_ds.models.fsdp import load_sharded
@@ -132,6 +139,7 @@ def _load_whole(
         raise ValueError(misfit)
     note_left_over(report)
     note_unpacked(model, config)
+    make_portable(packed_weights(model).values(), model.device)
     loaded: nn.Module = model
     return loaded
 

@@ -24,8 +24,9 @@ PACKAGES = {"int8": "torchao", "int4": "torchao", "8bit": "bitsandbytes", "4bit"
 
 
 def quantised_arguments(
-    load_in: str | None, config: Any, dtype: torch.dtype | str, device: torch.device
-) -> dict[str, Any]:
+    load_in: str | None, config: Any, dtype: torch.dtype | str, device: torch.device,
+    sharded: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Returns what `from_pretrained` is told besides a name, so that weights are quantised as they load, or
     are kept so where the checkpoint's are.
 
@@ -34,6 +35,7 @@ def quantised_arguments(
         config: the model's own config.
         dtype: of what is not quantised; "auto": the checkpoint's.
         device: where the model will be.
+        sharded: whether FSDP2 is to shard it.
 
     Raises:
         ValueError: the checkpoint is quantised already, or the dtype does not go with the form.
@@ -62,10 +64,8 @@ def quantised_arguments(
             "computes in bfloat16; use that, or --load-in 4bit"
         )
     computed = dtype if isinstance(dtype, torch.dtype) else getattr(config, "dtype", None)
-    return {
-        "quantization_config": _config(load_in, computed, device),
-        "device_map": {"": str(device)},
-    }
+    place = {"device_map": {"": "cpu" if sharded else str(device)}}
+    return {"quantization_config": _config(load_in, computed, device, sharded), **place}
 
 
 def _method(stored: Any) -> str:
@@ -116,13 +116,15 @@ def note_unpacked(model: nn.Module, config: Any) -> None:
         )
 
 
-def _config(load_in: str, dtype: torch.dtype | None, device: torch.device) -> Any:
+def _config(load_in: str, dtype: torch.dtype | None, device: torch.device, sharded: bool) -> Any:
     if load_in == "8bit":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     if load_in == "4bit":
         return transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype or torch.float32,
+            # So that FSDP2 may gather weights with the rest, which is of that dtype.
+            bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
         )  # fmt: skip
     return transformers.TorchAoConfig(_torchao(load_in, device))
 
