@@ -126,10 +126,10 @@ def _config(load_in: str, dtype: torch.dtype | None, device: torch.device, shard
             # So that FSDP2 may gather weights with the rest, which is of that dtype.
             bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
         )  # fmt: skip
-    return transformers.TorchAoConfig(_torchao(load_in, device))
+    return transformers.TorchAoConfig(torchao_config(load_in, device))
 
 
-def _torchao(load_in: str, device: torch.device) -> Any:
+def torchao_config(load_in: str, device: torch.device) -> Any:
     from torchao import quantization
 
     if load_in == "int8":
