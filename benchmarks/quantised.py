@@ -17,10 +17,11 @@ integers of 4 bits with a scale for each 64, which on a CPU lie in a byte each.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def changes_of(kind: str, matrix: Matrix, rho: float, direction: int) -> Tensor:
 
 @torch.no_grad()
 def rounding(args: argparse.Namespace, console: Console) -> None:
-    """Prints what is left of ±ρZ in weights that are rounded again to the integers' grid, and of the slopes."""
+    """Prints what is left of ±ρZ in weights that are rounded to the integers again, and of the slopes."""
     batch = batch_of(args, args.examples)
     title = f"Ŵ ± ρZ in place, ρ = {args.rho:g}, rounded again to its grid; {args.queries} slopes"
     columns = (
@@ -211,7 +212,7 @@ def cost(args: argparse.Namespace, console: Console) -> None:
     for form in (None, *args.forms):
         model = load_model(str(folder), args.dtypes[0], load_in=form).eval()
         engine = tezo_ds.initialize(model, {"rank": args.rank, "lr": 1e-9})
-        steps = {
+        steps: dict[str, Callable[[], object]] = {
             "plain forward": functools.partial(engine.objective, batch, 2),
             "fused step": functools.partial(engine.step, batch),
         }
