@@ -77,7 +77,10 @@ def test_30b_on_one_card(capsys: pytest.CaptureFixture[str]) -> None:
         assert not found["columns"][1]["fits"]  # MeZO, of plain weights
     assert fits == {"int4": True, "4bit": True, "int8": False}
     for more, why in (
-        (["--weights", "int4", "--sharding", "zero3"], "use --sharding replicated"),
+        (
+            ["--weights", "int4", "--sharding", "zero3"],
+            "of a copy on each rank; use --sharding replicated",
+        ),
         (["--weights", "fewest"], "must be one of int8, int4, 8bit, 4bit, or bits a weight"),
     ):
         assert call("plan", *flags, *more) == 2
@@ -104,8 +107,14 @@ def test_a_checkpoint_says_its_bits(about: dict[str, Any], bits: float | None) -
 def test_the_doctor_knows_the_form() -> None:
     with torch.device("meta"):
         model = tiny(tied=False)
-    need = [
-        RunFlags(Settings(model="m", task="trec", load_in=form), TezoConfig(rank=3)).needs(model, 2)
-        for form in (None, "int8")
-    ]
-    assert need[1].shard < 0.6 * need[0].shard
+
+    def of(**fields: Any) -> Any:
+        settings = Settings(model="m", task="trec", **fields)
+        return RunFlags(settings, TezoConfig(rank=3)).needs(model, 2)
+
+    plain, int8 = of(), of(load_in="int8")
+    assert int8.shard < 0.6 * plain.shard
+    halves, fours = of(fsdp=True), of(fsdp=True, load_in="4bit")
+    assert fours.shard < 0.6 * halves.shard and fours.gathered < 0.8 * halves.gathered
+    with pytest.raises(ConfigError, match="weights in int8 are not sharded"):
+        of(fsdp=True, load_in="int8")

@@ -206,6 +206,11 @@ def _job(given: dict[str, Any]) -> Job:
     named = given["weights"]
     form = form_stored(getattr(module, "config", None)) if named is None else form_named(named)
     sharding: Sharded = given["sharding"] or ("replicated" if form else "zero3")
+    if form and sharding != "replicated":
+        raise ConfigError(
+            f"--sharding {sharding}: plans of weights in {form.name} are of a copy on each rank; use "
+            "--sharding replicated"
+        )
     return Job(
         module, config, sharding, cluster, -(-batch // given["world"]), given["length"],
         given["labels"], form=form,

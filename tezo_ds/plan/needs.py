@@ -125,10 +125,13 @@ class PlannedRun:
 
     @property
     def saved(self) -> int:
-        """Bytes that a copy of the model takes less than in plain numbers."""
+        """Bytes of a rank's weights that packed ones take less; scales are whole on each rank of FSDP2."""
         if self.form is None:
             return 0
-        return sum(p.nbytes - self.form.nbytes(p.shape) for p in self.packed)
+        plain = held_bytes(self.packed, self.layout)
+        numbers = [math.ceil(p.numel() * self.form.bits / 8) for p in self.packed]
+        scales = sum(self.form.nbytes(p.shape) for p in self.packed) - sum(numbers)
+        return plain - sum(math.ceil(n / self.layout.shards) for n in numbers) - scales
 
     @cached_property
     def _chosen(self) -> Selection:
@@ -199,8 +202,7 @@ def needs(run: PlannedRun, snapshots: int = 0, merged: bool = False) -> Needs:
     return Needs(
         shard=shard - run.saved,
         # A kernel may unpack a matrix as it uses it.
-        gathered=_gathered(run.module, layout, compute)
-        + max((p.nbytes for p in run.packed), default=0),
+        gathered=_gathered(run) + max((p.nbytes for p in run.packed), default=0),
         probe=_of_probe(run, trained),
         state=equal + 4 * dense * numel,
         disk=disk,
@@ -209,9 +211,10 @@ def needs(run: PlannedRun, snapshots: int = 0, merged: bool = False) -> Needs:
 
 
 def _refuse_form(run: PlannedRun, form: Form) -> None:
-    if run.layout.gathers:
+    if run.layout.gathers and (form.name != "4bit" or not run.layout.by_rows):
         raise ConfigError(
-            f"weights in {form.name} are not sharded: each rank has a copy; use --sharding replicated"
+            f"weights in {form.name} are not sharded: each rank has a copy; use no sharding, or FSDP2 with "
+            "4bit"
         )
     if writes(run.config) or not run.fused:
         raise ConfigError(
@@ -243,12 +246,12 @@ def _of_probe(run: PlannedRun, trained: dict[str, Any]) -> int:
     return held
 
 
-def held_bytes(parameters: Iterable[nn.Parameter], layout: Layout) -> int:
+def held_bytes(parameters: Iterable[Tensor], layout: Layout) -> int:
     """Returns the bytes of parameters on the rank that has most of them."""
     return sum(_held(p, layout) * p.itemsize for p in parameters)
 
 
-def _held(parameter: nn.Parameter, layout: Layout) -> int:
+def _held(parameter: Tensor, layout: Layout) -> int:
     """Returns a parameter's elements on the rank that has most."""
     if layout.by_rows:
         rows = parameter.shape[0] if parameter.dim() else 1
@@ -268,13 +271,22 @@ def gathered_groups(module: nn.Module, compute: torch.dtype | None) -> tuple[int
     return _bytes(module, compute) - sum(sizes), max(sizes, default=0)
 
 
-def _gathered(module: nn.Module, layout: Layout, compute: torch.dtype | None) -> int:
+def _gathered(run: PlannedRun) -> int:
+    layout = run.layout
     if not layout.gathers:
         return 0
-    outside, block = gathered_groups(module, compute)
+    outside, block = gathered_groups(run.module, run.compute)
+    if run.form is not None:
+        in_block = {id(p) for p in max(blocks(run.module), key=_numel).parameters()}
+        largest = sum(p.nbytes for p in run.packed if id(p) in in_block)
+        block -= largest - math.ceil(largest * run.form.bits / (8 * run.packed[0].itemsize))
     # FSDP2 lets go of a gathered message when the next one is used, so at first the one of what is outside
     # of blocks lies beside those weights.
     return outside + block + (max(outside, block) if layout.by_rows else block)
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _bytes(module: nn.Module, compute: torch.dtype | None) -> int:
