@@ -242,7 +242,6 @@ class Read(Weights):
 
 def learning(args: argparse.Namespace, console: Console) -> None:
     """Prints accuracy on test examples after equal steps of tezo-adam-coef, by form and seed."""
-    torch.set_grad_enabled(False)
     task = load_splits("trec", args.cache, args.test_examples, args.test_examples)
     tokenizer = AutoTokenizer.from_pretrained(str(ROOT / args.model))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
