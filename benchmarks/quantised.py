@@ -59,7 +59,7 @@ def unpacked(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         plain = nn.Linear(n, m, bias=False, dtype=dtype)
         plain.weight.data.copy_(weight.dequantised())
         model.set_submodule(weight.path, plain)
-    return model.to(dtype)
+    return nn.Module.to(model, dtype)  # its own refuses, as it was quantised once
 
 
 def batch_of(args: argparse.Namespace, examples: int) -> dict[str, Tensor]:
@@ -103,7 +103,9 @@ def slopes(args: argparse.Namespace, console: Console) -> None:
         own = kappas(unpacked(loaded(args, form, "float32"), torch.float64), args, batch)
         for dtype in args.dtypes:
             found = kappas(loaded(args, form, dtype), args, batch)
-            table.add_row(form or "plain", dtype, apart(found, own), apart(found, full))
+            cells = form or "plain", dtype, apart(found, own), apart(found, full)
+            console.print(*cells, sep="; ")  # those that are there, should it be ended
+            table.add_row(*cells)
             gc.collect()
     console.print(table)
 
