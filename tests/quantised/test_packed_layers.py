@@ -127,6 +127,17 @@ def test_packed_layers_are_named_as_the_plain_ones() -> None:
     assert down.nbytes == 22 * 37 + 4 * 22  # numbers and scales
 
 
+@torch.no_grad()
+def test_a_bias_takes_nothing_of_an_unpacked_weight() -> None:
+    layer = nn.Linear(7, 5).bfloat16()
+    layer.bias.fill_(1000.0)
+    model = nn.ModuleDict({"layer": Bytes(layer)})
+    (weight,) = packed_weights(model).values()
+    exact = model.layer.qweight.to(torch.bfloat16) * model.layer.scales[:, None]
+    assert torch.equal(weight.dequantised(), exact) and model.layer.bias is layer.bias
+    assert weight.error() < 0.01
+
+
 REFUSED: list[tuple[type[Bytes], str]] = [
     (Squared, r"layers.0.self_attn.q_proj.weight \(test_packed_layers Squared is no linear map"),
     (Narrow, r"does not take an input of 22 \(RuntimeError: in_features must be divisible by 64"),

@@ -69,10 +69,15 @@ class PackedWeight:
         return self._product(units)
 
     def _product(self, x: Tensor) -> Tensor:
-        """Returns x Ŵᵀ, without a bias."""
-        y: Tensor = self.module.forward(x)
-        bias = getattr(self.module, "bias", None)
-        return y if bias is None else y - bias.to(y.dtype)
+        """Returns x Ŵᵀ, the bias taken away before, as 16 bits of a sum would not have all of the product."""
+        held = next((h for h in _held(self.module) if "bias" in h), {})
+        bias = held.get("bias")
+        try:
+            held["bias"] = None
+            y: Tensor = self.module.forward(x)
+        finally:
+            held["bias"] = bias
+        return y
 
     @property
     def _device(self) -> torch.device:
@@ -214,8 +219,12 @@ def _wraps(tensor: Tensor) -> bool:
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     """Yields a module's own parameters and buffers."""
-    held = chain(module._parameters.values(), module._buffers.values())
-    return (tensor for tensor in held if tensor is not None)
+    values = chain(*(held.values() for held in _held(module)))
+    return (tensor for tensor in values if tensor is not None)
+
+
+def _held(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    return module._parameters, module._buffers
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
