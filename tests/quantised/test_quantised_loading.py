@@ -128,6 +128,11 @@ def test_what_cannot_be_loaded_is_said_in_one_line(
     assert "package is missing" not in str(caught.value) or "pip install" in why
 
 
+def test_a_gguf_file_is_made_a_folder_of_first() -> None:
+    with pytest.raises(tezo_ds.ConfigError, match="a GGUF file; make a folder of it first"):
+        load_model("models/tiny.Q4_K_M.gguf")
+
+
 def test_forms_that_cannot_be_asked_for(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(tezo_ds.ConfigError, match="--dtype float64 contradicts --load-in int8"):
         load_model(str(plain), "float64", load_in="int8")
