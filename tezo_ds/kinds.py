@@ -43,6 +43,11 @@ def read_kind(name: str, trust: bool) -> tuple[Any, ModelKind]:
     Raises:
         ValueError, OSError: no such model, or none that is served; see `explained`.
     """
+    if name.endswith(".gguf"):
+        raise ValueError(
+            "a GGUF file; make a folder of it first, by from_pretrained(FOLDER, gguf_file=NAME, "
+            "quantization_config=GgufConfig(dequantize=True)) and save_pretrained"
+        )
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust)
     kind = _kind_of(config)
     if not _loads(kind, config):

@@ -44,7 +44,9 @@ def explained(what: str, name: str) -> Iterator[None]:
         )
         raise ConfigError(_not_loaded(what, name, reason)) from None
     except ImportError as error:  # of a quantised checkpoint, or a tokenizer's library
-        reason = f"a package is missing: {_shortened(str(error))}"
+        reason = _shortened(str(error))
+        if "pip install" in reason or "GPU" not in reason:  # which some forms cannot be without
+            reason = f"a package is missing: {reason}"
         raise ConfigError(_not_loaded(what, name, reason)) from None
     except (OSError, ValueError) as error:
         reason = _own_code(str(error)) or str(error).split("\n")[0]

@@ -175,6 +175,8 @@ def _sizes(sharding: Sharding, place: Place) -> tuple[int, int]:
         config: Any = sharding.module.config
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         return int(text.hidden_size), int(text.hidden_size)
+    if packed := sharding.packed.get(f"{place.path}.weight"):
+        return packed.shape[1], packed.shape[0]
     weight = place.module.get_parameter("weight")
     whole = as_matrix(sharding.shape(weight))
     if not sharding.block(weight).covers(whole):
@@ -182,13 +184,13 @@ def _sizes(sharding: Sharding, place: Place) -> tuple[int, int]:
             f"adapter: {place.path} is split by tensor parallelism, which adapters do not know; exclude "
             f"{place.path}.{NAME}, or shard by ZeRO-3 or FSDP2 alone"
         )
-    if isinstance(place.module, nn.Linear):  # whose weight may be packed, where it is quantised
+    if isinstance(place.module, nn.Linear):
         return place.module.in_features, place.module.out_features
     return whole  # of GPT-2's Conv1D
 
 
 def _dtype(sharding: Sharding, place: Place) -> torch.dtype:
+    if packed := sharding.packed.get(f"{place.path}.weight"):
+        return torch.promote_types(packed.dtype, torch.float32)
     parameter = next(place.module.parameters())
-    dtype = sharding.compute_dtype(parameter)
-    wide = dtype if dtype.is_floating_point else torch.float32  # of a quantised weight
-    return torch.promote_types(wide, torch.float32)
+    return torch.promote_types(sharding.compute_dtype(parameter), torch.float32)

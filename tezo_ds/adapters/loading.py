@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def load(model: nn.Module, folder: Path | str) -> nn.Module:
     for described in about["sites"]:
         site = _site(modules, dict(described), folder)
         names = site.adapter.shapes
-        device = next(site.module.parameters()).device
+        device = next(chain(site.module.parameters(), site.module.buffers())).device
         parameters = {n: tensors[f"{site.name}.{n}"][None].to(device) for n in names}
         _stay(site, site.adapter.prepare(parameters))
     return model

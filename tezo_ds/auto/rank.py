@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tezo_ds.directions.space import Matrix
-from tezo_ds.errors import ConfigError
+from tezo_ds.errors import ConfigError, ShardingError
 from tezo_ds.patterns import numbered_module
 from tezo_ds.rng.philox import derive_key, normals
 from tezo_ds.sharding.base import Sharding
@@ -57,6 +57,10 @@ def auto_ranks(
     Raises:
         ConfigError: a weight is not finite. ShardingError: the shards are quantised.
     """
+    if sharding.packed.keys() & {matrix.name for matrix in matrices} and not sharding.runs_alone:
+        raise ShardingError(
+            "rank: auto reads weights, which are packed and sharded here; give rank a number"
+        )
     least: dict[str, int] = {}
     for group in _groups(matrices, rank_max + OVERSAMPLING):
         for matrix, count in _counts(sharding, group, threshold, rank_max, seed).items():

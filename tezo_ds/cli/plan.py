@@ -27,6 +27,8 @@ tezo-ds plan --model llama-30b --world 64 --per-node 8 --gpu h100-80g --batch 25
 
 tezo-ds plan --model llama-30b --world 64 --sharding fsdp2 --include last:12 --trunk-cache memory
 
+tezo-ds plan --model llama-30b --weights int4 --world 1 --gpu rtx-4090 --batch 8 --length 256
+
 tezo-ds plan --model ./my-model --world 16 --gpu a100-40g --length 2048 --queries 4 --sharding zero3-hpz
 ```
 """
@@ -56,11 +58,19 @@ def plan(
         typer.Option(help="GPU: h100-80g, a100-40g, …; flags below override its numbers"),
     ] = "h100-80g",
     sharding: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="zero3, zero3-hpz, fsdp2, fsdp2-hybrid (a copy in each node) or replicated"
+            help="zero3, zero3-hpz, fsdp2, fsdp2-hybrid (a copy in each node) or replicated; unset: zero3, "
+            "of quantised weights replicated"
         ),
-    ] = "zero3",
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="form of the weights of linear layers: int8, int4, 8bit or 4bit, as --load-in of train, or "
+            "bits a weight with all scales, e.g. 4.25; unset: as the model's config says"
+        ),
+    ] = None,
     batch: Annotated[
         int | None,
         typer.Option(min=1, help="examples of a step, over all ranks together; unset: 4 a rank"),
@@ -176,10 +186,11 @@ def plan(
 def _job(given: dict[str, Any]) -> Job:
     from tezo_ds.config import resolve
     from tezo_ds.plan.hardware import GIB, Cluster
-    from tezo_ds.plan.job import SHARDINGS, Job
+    from tezo_ds.plan.job import SHARDINGS, Job, Sharded
     from tezo_ds.plan.shapes import skeleton
+    from tezo_ds.quantised.forms import form_named, form_stored
 
-    if given["sharding"] not in SHARDINGS:
+    if given["sharding"] not in (None, *SHARDINGS):
         raise ConfigError(f"--sharding {given['sharding']}: must be one of {', '.join(SHARDINGS)}")
     if given["dtype"] not in ("auto", "bfloat16", "float16", "float32"):
         raise ConfigError(f"--dtype {given['dtype']}: must be auto, bfloat16, float16 or float32")
@@ -192,9 +203,17 @@ def _job(given: dict[str, Any]) -> Job:
     )  # fmt: skip
     batch = given["batch"] or 4 * given["world"]
     module = skeleton(given["model"], given["dtype"], given["trust_remote_code"])
+    named = given["weights"]
+    form = form_stored(getattr(module, "config", None)) if named is None else form_named(named)
+    sharding: Sharded = given["sharding"] or ("replicated" if form else "zero3")
+    if form and sharding != "replicated":
+        raise ConfigError(
+            f"--sharding {sharding}: plans of weights in {form.name} are of a copy on each rank; use "
+            "--sharding replicated"
+        )
     return Job(
-        module, config, given["sharding"], cluster,
-        -(-batch // given["world"]), given["length"], given["labels"],
+        module, config, sharding, cluster, -(-batch // given["world"]), given["length"],
+        given["labels"], form=form,
     )  # fmt: skip
 
 

@@ -20,8 +20,11 @@ from tezo_ds.models.loading import deepspeed_dtype, load_skeleton
 from tezo_ds.plan.needs import GIB, Layout, Needs, PlannedRun, needs, writes
 from tezo_ds.plan.output_layer import Fit, fit_of
 from tezo_ds.plan.trunk import Kept, hidden_size, trunk_of
+from tezo_ds.quantised.forms import FORMS, form_stored
+from tezo_ds.quantised.loading import quantised_arguments
 from tezo_ds.settings import Settings
 from tezo_ds.sharding.world import local_device
+from tezo_ds.sources import explained
 from tezo_ds.tasks.builtin import BUILTIN_TASKS
 
 
@@ -79,7 +82,11 @@ class RunFlags:
     def skeleton(self) -> nn.Module:
         """Returns the model without weights; see `loading.load_skeleton`."""
         s = self.settings
-        return load_skeleton(s.model, self.dtype, s.trust_remote_code)
+        skeleton = load_skeleton(s.model, self.dtype, s.trust_remote_code)
+        dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        with explained("model", s.model):  # a library that is missing, say
+            quantised_arguments(s.load_in, skeleton.config, dtype, local_device())
+        return skeleton
 
     def seen(self, skeleton: nn.Module | Failed | None) -> Model | None:
         """Returns what this rank sees of the model.
@@ -95,6 +102,7 @@ class RunFlags:
         numel = sum(p.numel() for p in skeleton.parameters())
         dtypes = sorted({dtype.removeprefix("torch.") for _, dtype in parameters.values()})
         what = f"{type(skeleton).__name__}, {numel:,} weights, {', '.join(dtypes)}"
+        what += f", linear layers in {self.settings.load_in}" if self.settings.load_in else ""
         folder = Path(self.settings.model)
         there = [*folder.glob("*.safetensors"), *folder.glob("*.bin")] if folder.is_dir() else None
         digest = hashlib.blake2b(repr(parameters).encode(), digest_size=8).hexdigest()
@@ -106,7 +114,9 @@ class RunFlags:
 
     def needs(self, skeleton: nn.Module, ranks: int) -> Needs:
         """Returns what a rank of `ranks` needs."""
-        run = PlannedRun(skeleton, self.config, self.layout(ranks), self._compute)
+        named = self.settings.load_in
+        form = FORMS[named] if named else form_stored(getattr(skeleton, "config", None))
+        run = PlannedRun(skeleton, self.config, self.layout(ranks), self._compute, form)
         return needs(run, self.snapshots, self.merged)
 
     @property

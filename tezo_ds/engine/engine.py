@@ -376,8 +376,8 @@ class Engine:
     def merged_tensors(
         self, dtype: torch.dtype | None = None
     ) -> Iterator[tuple[list[str], Tensor | None]]:
-        """Yields full merged weights, packed ones unpacked, one at a time: all names of each and a copy on the
-        CPU of rank 0 (None elsewhere). The model and its coefficients stay as they are.
+        """Yields full merged weights, packed ones unpacked, one at a time: all names of each and a copy on
+        the CPU of rank 0 (None elsewhere). The model and its coefficients stay as they are.
 
         All ranks must run it to its end, since each tensor is gathered when its turn comes.
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 
 from tezo_ds.engine.engine import Engine
 from tezo_ds.intake.unused_fields import unused_fields
+from tezo_ds.quantised.packed import rounding
 
 
 def notices(engine: Engine) -> list[str]:
     """Returns lines for the user, to be shown once, by the first rank."""
-    return [line for line in (unused_fields(engine), _small(engine), _at_bound(engine)) if line]
+    return [
+        line
+        for line in (unused_fields(engine), _small(engine), _at_bound(engine), _rounds(engine))
+        if line
+    ]
 
 
 def _small(engine: Engine) -> str:
@@ -21,6 +26,19 @@ def _small(engine: Engine) -> str:
     return (
         f"rank {rank} is above min(m, n) in {len(small)} of {len(matrices)} matrices, which take that "
         f"instead, e.g. {first.rank} for {first.name} {first.shape}"
+    )
+
+
+def _rounds(engine: Engine) -> str:
+    """Returns a line on packed layers that round activations, too, so that κ has noise of its own."""
+    sharding = engine.sharding
+    found = rounding(sharding.packed.values()) if sharding.runs_alone else None
+    if found is None:
+        return ""
+    weight, error = found
+    return (
+        f"{weight.kind} rounds its inputs, to a relative error of {error:.2g} in a product, so slopes are "
+        "noisier than beside weights that are quantised alone; --load-in int8 or 4bit are such"
     )
 
 

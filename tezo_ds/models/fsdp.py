@@ -28,6 +28,7 @@ from transformers.distributed import DistributedConfig
 from tezo_ds.errors import ConfigError
 from tezo_ds.models.checkpoint import misfit_of, note_left_over, without_tables
 from tezo_ds.models.structure import blocks
+from tezo_ds.quantised.packed import make_portable, misfits, packed_weights
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,28 @@ def shard_whole(model: nn.Module, device: torch.device, plan: FsdpPlan) -> nn.Mo
         ConfigError: `plan` does not fit the world or the model.
     """
     return _shard(model, _mesh(plan.replicas, device), plan)
+
+
+def shard_packed(model: nn.Module, device: torch.device, plan: FsdpPlan) -> nn.Module:
+    """Shards a model whose weights of 4 bits are stored as numbers of the dtype of the rest.
+
+    Raises:
+        ConfigError: `plan` does not fit the world or the model, or casts weights.
+        ValueError: a packed layer does not act as y = x Ŵᵀ.
+    """
+    if plan.compute_dtype is not None:
+        raise ConfigError(
+            "--compute-dtype would cast packed weights as if they were numbers; leave it out, and use "
+            "--dtype for the rest"
+        )
+    packed = packed_weights(model)
+    for weight, why in misfits(packed.values()):
+        raise ValueError(f"{weight.path}: {weight.kind} {why}")
+    sharded = shard_whole(model, device, plan)
+    make_portable(packed.values(), device)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+    return sharded
 
 
 def _mesh(replicas: int, device: torch.device) -> DeviceMesh:

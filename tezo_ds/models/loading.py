@@ -11,7 +11,8 @@ from torch import nn
 from tezo_ds.errors import ConfigError
 from tezo_ds.kinds import read_kind
 from tezo_ds.models.checkpoint import misfit_of, note_left_over, without_tables
-from tezo_ds.quantised.loading import quantised_arguments
+from tezo_ds.quantised.loading import explained_forms, note_unpacked, quantised_arguments
+from tezo_ds.quantised.packed import make_portable, packed_weights
 from tezo_ds.sharding.world import local_device
 from tezo_ds.sources import explained
 
@@ -102,24 +103,30 @@ def _from_pretrained(
     with explained("model", name):
         config, kind = read_kind(name, trust)
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-        quantised = quantised_arguments(load_in, config, wanted, local_device())
-        if quantised and sharded:
+        in_fours = fsdp is not None and load_in == "4bit"
+        quantised = quantised_arguments(load_in, config, wanted, local_device(), in_fours)
+        if quantised and sharded and not in_fours:
             raise ValueError(
                 f"its weights are quantised, which {sharded} does not shard; leave {sharded} out, and each "
-                "rank has a copy"
+                "rank has a copy, or use --fsdp --load-in 4bit"
             )
+        if quantised and fsdp is not None:
+            from tezo_ds.models.fsdp import shard_packed
+
+            model = _load_whole(kind.loader, config, name, wanted, trust, quantised)
+            return shard_packed(model, local_device(), fsdp)
         if fsdp is None:
-            return _load_whole(kind.loader, name, wanted, trust, quantised)
+            return _load_whole(kind.loader, config, name, wanted, trust, quantised)
         from tezo_ds.models.fsdp import load_sharded
 
         return load_sharded(kind.loader, name, wanted, local_device(), fsdp, trust)
 
 
 def _load_whole(
-    loader: Any, name: str, dtype: torch.dtype | str, trust: bool, quantised: dict[str, Any]
-) -> nn.Module:
+    loader: Any, config: Any, name: str, dtype: torch.dtype | str, trust: bool, quantised: dict[str, Any]
+) -> nn.Module:  # fmt: skip
     """Loads a model unsharded; raises ValueError where transformers would make up missing weights."""
-    with without_tables():
+    with without_tables(), explained_forms(config):
         model, report = loader.from_pretrained(
             name,
             dtype=dtype,
@@ -131,6 +138,8 @@ def _load_whole(
     if misfit := misfit_of(report):
         raise ValueError(misfit)
     note_left_over(report)
+    note_unpacked(model, config)
+    make_portable(packed_weights(model).values(), model.device)
     loaded: nn.Module = model
     return loaded
 

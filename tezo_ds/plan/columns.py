@@ -42,10 +42,11 @@ def columns(job: Job, overlapped: bool = True) -> list[Column]:
     """This engine, MeZO in place under ZeRO-3, and Adam under ZeRO-3."""
     kept = {"queries": job.config.queries, "micro_batch": job.config.micro_batch}
     dense, _ = resolve({"method": "mezo", **kept})
-    mezo = replace(job, config=dense, sharding="zero3", cached=False)
+    mezo = replace(job, config=dense, sharding="zero3", cached=False, form=None)
     probe = "fused" if job.run.fused else "in place"
     beside = "" if job.config.adapter == "none" else f" {job.config.adapter}"
-    ours = f"{job.config.method}{beside}, {probe}, {job.sharding}"
+    packed = f" {job.form.name}" if job.form else ""
+    ours = f"{job.config.method}{beside}, {probe}, {job.sharding}{packed}"
     return [
         _engine(ours, job, overlapped),
         _engine("MeZO in place, ZeRO-3", mezo, overlapped),
@@ -78,6 +79,8 @@ def _smaller(job: Job) -> str:
 
 def _larger(job: Job) -> str:
     """More ranks, or another sharding."""
+    if job.form is not None:
+        return "use --weights of fewer bits, or a GPU with more memory"
     least = job.with_examples(1)
     least = replace(least, config=job.config.model_copy(update={"branch_chunk": 1}))
     sharding: Sharded = "fsdp2" if job.layout.by_rows or not job.gathers else "zero3"

@@ -35,6 +35,9 @@ GPUS = {
     "v100-32g": Gpu(32 * GIB, 125e12, 0.9e12, 150e9),  # float16; NVLink 300 GB/s both ways
     "l40s-48g": Gpu(48 * GIB, 362e12, 0.864e12, 32e9),  # PCIe 4 x16
     "a10g-24g": Gpu(24 * GIB, 70e12, 0.6e12, 32e9),  # AWS g5; PCIe 4 x16
+    "rtx-4090": Gpu(
+        24 * GIB, 165.2e12, 1.008e12, 32e9
+    ),  # Ada white paper, float32 sums; PCIe 4 x16
 }
 
 

@@ -17,6 +17,7 @@ from tezo_ds.plan.needs import Layout, Needs, PlannedRun, gathered_groups, held_
 from tezo_ds.plan.prefetch import DEFAULTS, Gathered, Limits, gathered
 from tezo_ds.plan.shapes import Outline, outline
 from tezo_ds.plan.trunk import Trunk, trunk_of
+from tezo_ds.quantised.forms import Form
 
 Sharded = Literal["zero3", "zero3-hpz", "fsdp2", "fsdp2-hybrid", "replicated"]
 SHARDINGS: tuple[Sharded, ...] = ("zero3", "zero3-hpz", "fsdp2", "fsdp2-hybrid", "replicated")
@@ -37,6 +38,7 @@ class Job:
         limits: ZeRO-3's limits of what is gathered at once.
         cached: whether the step is a later visit to its examples, of which `trunk_cache` has kept what
             enters the first layer that trains.
+        form: form in which each rank's copy of the weights is packed; None: plain numbers.
     """
 
     module: nn.Module
@@ -48,11 +50,23 @@ class Job:
     labels: int
     limits: Limits = DEFAULTS
     cached: bool = False
+    form: Form | None = None
 
     @cached_property
     def run(self) -> PlannedRun:
         """The run on one of the cluster's ranks."""
-        return PlannedRun(self.module, self.config, self.layout)
+        return PlannedRun(self.module, self.config, self.layout, form=self.form)
+
+    @cached_property
+    def bits(self) -> float:
+        """Bits of a weight, in the mean over the model."""
+        numel = sum(p.numel() for p in self.module.parameters())
+        return 8 * (sum(p.nbytes for p in self.module.parameters()) - self.run.saved) / numel
+
+    @cached_property
+    def unpacked(self) -> int:
+        """Bytes of the largest packed matrix in plain numbers, as a kernel may unpack it."""
+        return max((p.nbytes for p in self.run.packed), default=0)
 
     @cached_property
     def shape(self) -> Outline:

@@ -134,7 +134,7 @@ def _stages(job: Job) -> Stages:
     outside, block = job.groups_of_weights if job.layout.by_rows else (0, 0)
     return {
         "embedding": (2 * outside + block, unit * shape.hidden, 0),
-        "block": (outside + 2 * block, unit * max(mlp, attention), 0),
+        "block": (outside + 2 * block + job.unpacked, unit * max(mlp, attention), 0),
         "output layer": (outside + block, *last),
     }
 

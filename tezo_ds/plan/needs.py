@@ -13,16 +13,18 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tezo_ds.adapters.found import Adapters
 from tezo_ds.config import TezoConfig
 from tezo_ds.directions.space import CoefficientSpace, Matrix
 from tezo_ds.engine.selection import Selection, select
+from tezo_ds.errors import ConfigError
 from tezo_ds.methods import Method, make_method
-from tezo_ds.models.structure import blocks
+from tezo_ds.models.structure import blocks, embeddings
 from tezo_ds.probes import choose_probe
 from tezo_ds.probes.inplace import keeps_copies
+from tezo_ds.quantised.forms import Form
 from tezo_ds.settings import Settings
 from tezo_ds.sharding.replicated import Replicated, alone
 
@@ -102,12 +104,34 @@ class PlannedRun:
         config: the run's config.
         layout: how the weights are to be spread.
         compute: dtype in which weights are gathered; None: their own.
+        form: form in which linear layers but the output layer hold their weights; None: plain numbers.
     """
 
     module: nn.Module
     config: TezoConfig
     layout: Layout = Layout()
     compute: torch.dtype | None = None
+    form: Form | None = None
+
+    @cached_property
+    def packed(self) -> list[Tensor]:
+        """Weights that `form` is of, each once."""
+        if self.form is None:
+            return []
+        plain = [embeddings(self.module, "input"), embeddings(self.module, "output")]
+        kept = {id(layer.weight) for layer in plain if layer is not None}
+        linears = [m.weight for m in self.module.modules() if isinstance(m, nn.Linear)]
+        return [p for p in dict.fromkeys(linears) if id(p) not in kept]
+
+    @property
+    def saved(self) -> int:
+        """Bytes of a rank's weights that packed ones take less; scales are whole on each rank of FSDP2."""
+        if self.form is None:
+            return 0
+        plain = held_bytes(self.packed, self.layout)
+        numbers = [math.ceil(p.numel() * self.form.bits / 8) for p in self.packed]
+        scales = sum(self.form.nbytes(p.shape) for p in self.packed) - sum(numbers)
+        return plain - sum(math.ceil(n / self.layout.shards) for n in numbers) - scales
 
     @cached_property
     def _chosen(self) -> Selection:
@@ -161,6 +185,8 @@ def needs(run: PlannedRun, snapshots: int = 0, merged: bool = False) -> Needs:
         ConfigError, ProbeError: where the run would raise them.
     """
     layout, compute, config = run.layout, run.compute, run.config
+    if run.form is not None:
+        _refuse_form(run, run.form)
     parameters = dict(run.module.named_parameters())
     shard = held_bytes(parameters.values(), layout)
     trained = {name: parameters[name] for name in run.space.slices if name in parameters}
@@ -174,13 +200,27 @@ def needs(run: PlannedRun, snapshots: int = 0, merged: bool = False) -> Needs:
     disk += (snapshots + 1) * weights if writes(config) and snapshots else 0
     disk += sum(p.nbytes for p in parameters.values()) if merged else 0
     return Needs(
-        shard=shard,
-        gathered=_gathered(run.module, layout, compute),
+        shard=shard - run.saved,
+        # A kernel may unpack a matrix as it uses it.
+        gathered=_gathered(run) + max((p.nbytes for p in run.packed), default=0),
         probe=_of_probe(run, trained),
         state=equal + 4 * dense * numel,
         disk=disk,
         sent=whole if layout.gathers else 0,
     )
+
+
+def _refuse_form(run: PlannedRun, form: Form) -> None:
+    if run.layout.gathers and (form.name != "4bit" or not run.layout.by_rows):
+        raise ConfigError(
+            f"weights in {form.name} are not sharded: each rank has a copy; use no sharding, or FSDP2 with "
+            "4bit"
+        )
+    if writes(run.config) or not run.fused:
+        raise ConfigError(
+            f"weights in {form.name} are only read, and {run.config.method} writes them; use tezo, tezo-m, "
+            "tezo-adam-coef or tezo-gn with the fused probe"
+        )
 
 
 def writes(config: TezoConfig) -> bool:
@@ -206,12 +246,12 @@ def _of_probe(run: PlannedRun, trained: dict[str, Any]) -> int:
     return held
 
 
-def held_bytes(parameters: Iterable[nn.Parameter], layout: Layout) -> int:
+def held_bytes(parameters: Iterable[Tensor], layout: Layout) -> int:
     """Returns the bytes of parameters on the rank that has most of them."""
     return sum(_held(p, layout) * p.itemsize for p in parameters)
 
 
-def _held(parameter: nn.Parameter, layout: Layout) -> int:
+def _held(parameter: Tensor, layout: Layout) -> int:
     """Returns a parameter's elements on the rank that has most."""
     if layout.by_rows:
         rows = parameter.shape[0] if parameter.dim() else 1
@@ -231,13 +271,22 @@ def gathered_groups(module: nn.Module, compute: torch.dtype | None) -> tuple[int
     return _bytes(module, compute) - sum(sizes), max(sizes, default=0)
 
 
-def _gathered(module: nn.Module, layout: Layout, compute: torch.dtype | None) -> int:
+def _gathered(run: PlannedRun) -> int:
+    layout = run.layout
     if not layout.gathers:
         return 0
-    outside, block = gathered_groups(module, compute)
+    outside, block = gathered_groups(run.module, run.compute)
+    if run.form is not None:
+        in_block = {id(p) for p in max(blocks(run.module), key=_numel).parameters()}
+        largest = sum(p.nbytes for p in run.packed if id(p) in in_block)
+        block -= largest - math.ceil(largest * run.form.bits / (8 * run.packed[0].itemsize))
     # FSDP2 lets go of a gathered message when the next one is used, so at first the one of what is outside
     # of blocks lies beside those weights.
     return outside + block + (max(outside, block) if layout.by_rows else block)
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _bytes(module: nn.Module, compute: torch.dtype | None) -> int:

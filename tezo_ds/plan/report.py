@@ -51,6 +51,7 @@ def as_json(
     """One object; bytes and seconds."""
     found = {
         "parameters": numel(job.module),
+        "bits": job.bits,
         "examples_per_rank": job.examples,
         "columns": [
             {**asdict(c), "fits": c.memory.total <= job.cluster.gpu.memory, "step": c.timing.step,
@@ -82,7 +83,7 @@ def of_adapters(job: Job) -> str:
 def _heading(job: Job, about: str) -> str:
     cluster = job.cluster
     return (
-        f"{about}: {numel(job.module) / 1e9:.1f} B weights of {8 * job.shape.itemsize} bits; "
+        f"{about}: {numel(job.module) / 1e9:.1f} B weights of {job.bits:.4g} bits; "
         f"{cluster.nodes} nodes of {cluster.in_node} GPUs, {cluster.link * 8 / 1e9:g} Gbit/s a node; "
         f"{job.examples} examples of {job.length} tokens a rank, {job.branches} branches"
     )

@@ -112,7 +112,7 @@ def _seconds(job: Job, arithmetic: float, weights: int) -> float:
     """Returns the seconds of some FLOPs, or those in which the weights are read where these are more."""
     gpu = job.cluster.gpu
     took = arithmetic / (gpu.flops * job.cluster.efficiency)
-    return max(took, weights * job.shape.itemsize / gpu.hbm)
+    return max(took, weights * job.bits / 8 / gpu.hbm)
 
 
 def _trained(job: Job) -> int:

@@ -46,9 +46,9 @@ class PackedWeight:
         """Bytes of all that stands for the matrix: numbers, scales, zero points."""
         bias = getattr(self.module, "bias", None)
         own = [t for t in _tensors(self.module) if t is not bias]
-        state = getattr(getattr(self.module, "weight", None), "quant_state", None)  # bitsandbytes'
-        states = [] if state is None else [state, getattr(state, "state2", None)]
-        own += [t for s in states for t in vars(s or state).values() if isinstance(t, Tensor)]
+        if (state := _state(self.module)) is not None:
+            held = (part for part in (state, getattr(state, "state2", None)) if part is not None)
+            own += [t for part in held for t in vars(part).values() if isinstance(t, Tensor)]
         parts = {id(part): part.nbytes for tensor in own for part in _parts(tensor)}
         return sum(parts.values())
 
@@ -69,10 +69,15 @@ class PackedWeight:
         return self._product(units)
 
     def _product(self, x: Tensor) -> Tensor:
-        """Returns x Ŵᵀ, without a bias."""
-        y: Tensor = self.module.forward(x)
-        bias = getattr(self.module, "bias", None)
-        return y if bias is None else y - bias.to(y.dtype)
+        """Returns x Ŵᵀ, the bias taken away before, as 16 bits of a sum would not have all of the product."""
+        held = next((h for h in _held(self.module) if "bias" in h), {})
+        bias = held.get("bias")
+        try:
+            held["bias"] = None
+            y: Tensor = self.module.forward(x)
+        finally:
+            held["bias"] = bias
+        return y
 
     @property
     def _device(self) -> torch.device:
@@ -102,6 +107,8 @@ def is_packed(module: nn.Module) -> bool:
     if shape_of(module) is None:
         return False
     weight = getattr(module, "weight", None)
+    if _state(module) is not None:  # beside bytes that pass for numbers, so that FSDP2 shards them
+        return True
     if isinstance(weight, Tensor):
         return not _plain(weight)
     bias = getattr(module, "bias", None)
@@ -128,10 +135,25 @@ def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:
     for path, module in found.items():
         weight, shape = getattr(module, "weight", None), shape_of(module)
         assert shape is not None
-        own = isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1
+        own = isinstance(weight, Tensor) and _wraps(weight) and not isinstance(weight, DTensor)
         dtype = weight.dtype if own and isinstance(weight, Tensor) else default
         weights[f"{path}.weight"] = PackedWeight(path, module, shape, dtype, _kind(module))
     return weights
+
+
+def make_portable(weights: Iterable[PackedWeight], device: torch.device) -> None:
+    """Sets layers of bitsandbytes up to read their weights as they are stored.
+
+    On some processors they would lay them out anew in the first forward, for a kernel that computes in
+    bfloat16 and knows few sizes: another result than elsewhere, and the next weights that FSDP2 gathers
+    would be taken for laid out. Scales, which FSDP2 does not move, come to the device.
+    """
+    for weight in weights:
+        module: Any = weight.module
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+        if (state := _state(module)) is not None:
+            state.to(device)
 
 
 def misfits(weights: Iterable[PackedWeight]) -> Iterator[tuple[PackedWeight, str]]:
@@ -150,10 +172,11 @@ def rounding(weights: Iterable[PackedWeight]) -> tuple[PackedWeight, float] | No
     """Returns a weight whose layer rounds its inputs, with the error of its products; None if none does."""
     known = set()
     for weight in weights:
-        if weight.kind not in known:
-            known.add(weight.kind)
-            if (error := weight.error()) > ROUNDS:
-                return weight, error
+        if weight.kind in known or _misfit(weight) or isinstance(weight.module, nn.Embedding):
+            continue
+        known.add(weight.kind)
+        if (error := weight.error()) > ROUNDS:
+            return weight, error
     return None
 
 
@@ -177,6 +200,12 @@ def _unpacked(module: nn.Module) -> Tensor | None:
     return unpacked
 
 
+def _state(module: nn.Module) -> Any:
+    """Returns what bitsandbytes knows of a weight of 4 bits, with the layer under FSDP2; None for others."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    return getattr(module, "quant_state", None) if state is None else state
+
+
 def _plain(tensor: Tensor) -> bool:
     if isinstance(tensor, DTensor):
         return _plain(tensor._local_tensor)
@@ -190,8 +219,12 @@ def _wraps(tensor: Tensor) -> bool:
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     """Yields a module's own parameters and buffers."""
-    held = chain(module._parameters.values(), module._buffers.values())
-    return (tensor for tensor in held if tensor is not None)
+    values = chain(*(held.values() for held in _held(module)))
+    return (tensor for tensor in values if tensor is not None)
+
+
+def _held(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    return module._parameters, module._buffers
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:

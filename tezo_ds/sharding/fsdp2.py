@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from tezo_ds.errors import ShardingError
+from tezo_ds.quantised.packed import make_portable
 from tezo_ds.sharding.base import Sharding, named_state
 from tezo_ds.sharding.view import Block, ShardView, as_matrix
 
@@ -42,6 +43,7 @@ class Fsdp2(Sharding):
         self.device = torch.device(self._mesh.device_type)
         if self.device.type != "cpu":
             self.device = torch.device(self.device.type, torch.accelerator.current_device_index())
+        make_portable(self.packed.values(), self.device)
         # Otherwise the root stays gathered after a forward, and writes to its shards are lost until
         # a backward that never comes.
         _warn_of_smaller_groups(module)
