@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("merged",),
     ("intake",),
     ("tasks", "plan", "export"),
-    ("settings",),
+    ("settings", "quiet"),
     ("engine",),
     ("per_example",),
     ("compiling",),

@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
-TOLD = 'cd "$(dirname "$0")/.."; echo "by $PYTHON with $*, $(cat new)"; test ! -e secret && [[ "$1" == --fast ]]\n'
+TOLD = """cd "$(dirname "$0")/.."
+echo "by $PYTHON with $*, $(cat new)"
+test ! -e secret && [[ "$1" == --fast ]]
+"""
 
 
 def test_each_python_tests_a_copy_of_what_git_keeps(tmp_path: Path) -> None:

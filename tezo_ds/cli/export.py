@@ -66,11 +66,12 @@ def export(
         from tezo_ds.export.beside import refuse_merged
         from tezo_ds.export.merged import refuse_filled
         from tezo_ds.export.output_layer import not_in_merged
+        from tezo_ds.quiet import without_bars
         from tezo_ds.run.card import model_card
         from tezo_ds.run.changed import refuse_changed_weights
         from tezo_ds.run.results import journal_of
         from tezo_ds.training import session
-        from tezo_ds.training.display import Display, quieten
+        from tezo_ds.training.display import Display
 
     if run is None:
         raise ConfigError("--run is missing; name the folder of a run, e.g. runs/first")
@@ -93,7 +94,7 @@ def export(
     steps = len(journal_of(run, config).steps)
     settings.fsdp_replicas = 1  # all ranks share the one copy
     _, deepspeed_config = session.resolve_config(finished.deepspeed, fsdp=settings.fsdp)
-    quieten()
+    without_bars()
     engine = session.open_engine(settings, config, deepspeed_config, result.ranks)
     if result.model is None:
         refuse_changed_weights(run, settings.model)

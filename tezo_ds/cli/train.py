@@ -42,12 +42,13 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         from tezo_ds.export.beside import refuse_merged
         from tezo_ds.intake.notices import notices
         from tezo_ds.intake.weights import agreed_fingerprint
+        from tezo_ds.quiet import keep_in, without_bars
         from tezo_ds.run import changed, resuming
         from tezo_ds.run import folder as folder_
         from tezo_ds.run.about import describe
         from tezo_ds.run.results import replay
         from tezo_ds.training import best, loop, session, step_batches
-        from tezo_ds.training.display import Display, quieten
+        from tezo_ds.training.display import Display
         from tezo_ds.training.include_auto import Choice, choose_matrices, to_measure
         from tezo_ds.training.output_layer import refuse_unfit
 
@@ -64,7 +65,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         refuse_merged(config, "--save-model")
     best.refuse_unfit(options, settings, config)
     step_batches.refuse_unfit(settings, config)
-    quieten()
+    without_bars()
     about: dict[str, Any] = {
         "steps": options.steps, "batch_size": options.batch_size, "deepspeed": deepspeed_config
     }  # fmt: skip
@@ -108,6 +109,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         if opened.task.validation:
             about[changed.VALIDATION] = resuming.fingerprint_of_tests(opened.task.validation)
         resuming.go_on(settings, opened.engine, examples, folder, found, about, display)
+        keep_in(options.output)
         choice.leave(folder, display)
         options = options.model_copy(update={"save_model": saves})
 
