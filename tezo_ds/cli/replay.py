@@ -128,7 +128,7 @@ def _replay(
 
 
 def _save(engine: Engine, path: Path, display: Display) -> None:
-    from tezo_ds.export.adapter import save_coefficients
+    from tezo_ds.export.coefficients import save_coefficients
 
     save_coefficients(engine.coefficients(), path, engine.config.identity)
     display.note(f"coefficients  {path}")
