@@ -32,8 +32,7 @@ class LionTezo(Tezo):
 
     @property
     def state(self):
-        # What the next step depends on: in snapshots, and compared between replicas.
-        return {**super().state, "average": self.space.pack(self.average)}
+        return {**super().state, "average": self.space.pack(self.average)}  # as snapshots need it
 
 
 def make(config, space, device):
