@@ -26,14 +26,11 @@ EMBEDDINGS = {"embed_tokens", "lm_head"}  # vllm/model_executor/models/llama.py,
 
 def served(model: nn.Module, folder: Path, server: str) -> nn.Module:
     """Adds an adapter to a model as a server reads it: a key's last parts say what it is, and the module's
-    name has to be a Linear's, or an embedding's that the architecture names. vLLM 0.33.0 has one scaling for all
-    pairs, llama.cpp's file one alpha, over the rank that each pair is found to have."""
+    name has to be a Linear's, or an embedding's that the architecture names. vLLM 0.33.0 has one scaling
+    for all pairs, llama.cpp's file one alpha, over the rank that each pair is found to have."""
     config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-    assert (
-        (config["r"] in RANKS or server != "vllm")
-        and config["bias"] == "none"
-        and isinstance(config["r"], int)
-    )
+    assert isinstance(config["r"], int) and config["bias"] == "none"
+    assert config["r"] in RANKS or server != "vllm"
     assert not config["rank_pattern"] and not config["alpha_pattern"]
     assert isinstance(config["target_modules"], list) and not config.get("modules_to_save")
     linear = {name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
