@@ -31,8 +31,8 @@ for python in "${pythons[@]}"; do
     fi
     copy="$place/$version"
     mkdir -p "$copy"
-    # What git keeps and what is new, as it lies here; the tests want a repository around them.
-    git -C "$repo" ls-files -z --cached --others --exclude-standard --deduplicate |
+    # What git keeps and what is new, as it lies here; never an environment, which may be a link.
+    git -C "$repo" ls-files -z --cached --others --exclude-standard --deduplicate -- . ':!.venv' ':!.cache' |
         (cd "$repo" && xargs -0 ls -d 2>/dev/null | tar -cf - -T -) | tar -xf - -C "$copy"
     echo "=== Python $version ($python)"
     if PYTHON="$python" "$copy/launch/test.sh" "$@"; then

@@ -1,5 +1,5 @@
-"""Writer of the texts on options outside of the code: docs/configuration.md, README's table, and the help
-texts that tests/cli/test_help.py compares with. Run this after a change of a field.
+"""Writer of the texts on options outside of the code: docs/configuration.md, the table of docs/python.md, and
+the help texts that tests/cli/test_help.py compares with. Run this after a change of a field.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _cell(text: str | None) -> str:
 
 
 def table() -> str:
-    """Returns README's table: fields that people set first."""
+    """Returns the table of docs/python.md: fields that people set first."""
     fields = TezoConfig.model_fields
     rows = [
         f"| `{name}` | {_default(shown_default(fields[name]))} | {_cell(fields[name].description)} |"
@@ -121,17 +121,17 @@ def help_of(command: str) -> str:
     return "\n".join(line.rstrip() for line in shown.output.splitlines()) + "\n"
 
 
-def with_table(readme: str) -> str:
-    """Returns README with its table as it has to be."""
-    before, rest = readme.split(BEGIN)
+def with_table(page: str) -> str:
+    """Returns docs/python.md with its table as it has to be."""
+    before, rest = page.split(BEGIN)
     return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
 
 
 def main() -> None:
-    """Writes docs/configuration.md, README's table and the help texts."""
+    """Writes docs/configuration.md, the table of docs/python.md and the help texts."""
     (REPO / "docs" / "configuration.md").write_text(configuration())
-    readme = REPO / "README.md"
-    readme.write_text(with_table(readme.read_text()))
+    page = REPO / "docs" / "python.md"
+    page.write_text(with_table(page.read_text()))
     HELP.mkdir(parents=True, exist_ok=True)
     for command in COMMANDS:
         (HELP / f"{command or 'tezo-ds'}.txt").write_text(help_of(command))

@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("intake",),
     ("rewards",),
     ("tasks", "plan", "export"),
-    ("settings",),
+    ("settings", "quiet"),
     ("engine",),
     ("per_example",),
     ("rollouts",),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from command_line import Given, Run, assert_found_again, call, finish, flags, free_port, start
+from only_ours import stray
 from tiny import tiny
 from torch import nn
 
@@ -74,6 +75,7 @@ def test_launchers_shard_and_one_process_evaluates(
         code, out, err = ends[name]
         assert code == 0, err
         assert f"{way.shards} on {way.ranks} rank(s)" in out
+        assert stray(out + err) == [], "a library's lines, from the processes' start on"
         run = Run(tmp_path / name)
         assert run.config["settings"]["fsdp"] == (way.shards == "Fsdp2")
         assert run.config["weights_dtype"] == way.weights

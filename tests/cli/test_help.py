@@ -1,4 +1,5 @@
-"""What users read of options: `--help`, docs/configuration.md and README's table say the same, and enough."""
+"""What users read of options: `--help`, docs/configuration.md and docs/python.md's table say the same, and
+enough."""
 
 from __future__ import annotations
 
@@ -29,11 +30,11 @@ def test_help_is_as_it_was_last_looked_at(command: str) -> None:
     assert reference.help_of(command) == golden.read_text(), STALE
 
 
-def test_docs_and_readme_say_what_the_fields_say() -> None:
+def test_docs_say_what_the_fields_say() -> None:
     page = reference.REPO / "docs" / "configuration.md"
     assert page.read_text() == reference.configuration(), STALE
-    readme = (reference.REPO / "README.md").read_text()
-    assert readme == reference.with_table(readme), STALE
+    python = (reference.REPO / "docs" / "python.md").read_text()
+    assert python == reference.with_table(python), STALE
 
 
 @pytest.mark.parametrize("model", [TezoConfig, Settings, RunOptions])

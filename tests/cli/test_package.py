@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import Given
+from only_ours import stray
 from packaging.metadata import Metadata
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -20,6 +22,7 @@ import tezo_ds
 from tezo_ds.doctor import environment
 from tezo_ds.installed import COMMAND_LINE
 
+pytest_plugins = ("cli_fixtures",)
 REPO = Path(__file__).resolve().parents[2]
 
 
@@ -107,20 +110,23 @@ def test_a_wheel_has_the_package_its_types_and_the_version_of_the_code(wheel: Pa
     assert "tezo-ds = tezo_ds.__main__:main" in starts
 
 
-def test_it_runs_outside_of_the_repository(wheel: Path, tmp_path: Path) -> None:
-    """The version, completion, and what a bug report says, from the wheel's own files."""
+def test_it_runs_outside_of_the_repository(wheel: Path, given: Given, tmp_path: Path) -> None:
+    """A run, the version, completion, and what a bug report says, from the wheel's own files. All that the
+    run's process writes, from the interpreter's start on, is ours."""
     env = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
     env |= {"PYTHONPATH": str(wheel), "MASTER_ADDR": "node-7.example", "HF_TOKEN": "hf_secret"}
 
-    def ran(*words: str, **more: str) -> str:
+    def ran(*words: object, **more: str) -> str:
         start = "import sys; sys.argv[0] = 'tezo-ds'; from tezo_ds.__main__ import main; main()"
-        command = [sys.executable, "-c", start, *words]
+        command = [sys.executable, "-c", start, *map(str, words)]
         done = subprocess.run(
             command, env={**env, **more}, cwd=tmp_path, capture_output=True, text=True
         )
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0 and done.stderr == "", done.stderr
         return done.stdout
 
+    assert stray(ran(*given.train(tmp_path / "run", steps=2))) == []
+    assert stray("Loading weights: 100%|███| 20/20\n[INFO] [launch.py:152] dist_world_size=2") != []
     assert ran("--version") == f"tezo-ds {tezo_ds.__version__}\n"
     asked = {"_TEZO_DS_COMPLETE": "complete_bash", "COMP_CWORD": "1"}
     assert ran(COMP_WORDS="tezo-ds prob", **asked).split() == ["probe-layers"]

@@ -24,7 +24,7 @@ from tezo_ds.cli import app
 from tezo_ds.engine.engine import Engine
 from tezo_ds.engine.live_bytes import LiveBytes
 from tezo_ds.engine.report import StepReport
-from tezo_ds.export.adapter import save_coefficients
+from tezo_ds.export.coefficients import save_coefficients
 from tezo_ds.export.merged import save_merged
 from tezo_ds.models import loading
 from tezo_ds.run.folder import COEFFICIENTS, CONFIG, JOURNAL

@@ -26,6 +26,7 @@ from command_line import Given, free_port
 from safetensors.torch import load_file
 
 from tezo_ds.files.tensors import digest
+from tezo_ds.quiet import LOG
 from tezo_ds.run.folder import (
     ADAPTER,
     COEFFICIENTS,
@@ -207,7 +208,7 @@ def left_by(run: Path) -> dict[str, Any]:
         "adapter": _digest(run / ADAPTER / "adapter_model.safetensors"),
         "model": [_digest(path) for path in weights],
         "snapshots": _snapshots(run),
-        "files": sorted(path.name for path in run.iterdir()),
+        "files": sorted(path.name for path in run.iterdir() if path.name != LOG),
     }
 
 

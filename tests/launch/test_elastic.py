@@ -14,6 +14,7 @@ import pytest
 from command_line import TIMEOUT, Given, Run, assert_found_again, assert_stopped, call, free_port
 from fault_launchers import ranks_of
 from launching import end, logs, start, stop
+from only_ours import stray
 
 from tezo_ds.run.folder import JOURNAL, SNAPSHOTS
 from tezo_ds.run.journal import read_journal
@@ -71,6 +72,8 @@ def test_zero3_on_two_then_fsdp2_on_three_then_one_process(
         code, out, err = end(process)
     assert code == 0 and "Fsdp2 on 3 rank(s)" in out, err
     assert_stopped(run, out)
+    # All that ranks of deepspeed's wrote, from their starts on.
+    assert [stray(said) for said in logs(run.path, "*_rank?.log")] == [[], []]
     assert len(logs(run.path, "*_rank0.log")) == 1 and len(logs(run.path, "stdout.log")) == 2 * 3
     assert run.config["settings"]["fsdp"]
     assert run.config["weights_dtype"] == run.config["factors_dtype"] == "float32"

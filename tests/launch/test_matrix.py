@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
-TOLD = 'cd "$(dirname "$0")/.."; echo "by $PYTHON with $*, $(cat new)"; test ! -e secret && [[ "$1" == --fast ]]\n'
+TOLD = """cd "$(dirname "$0")/.."
+echo "by $PYTHON with $*, $(cat new)"
+test ! -e secret && test ! -e .venv && [[ "$1" == --fast ]]
+"""
 
 
 def test_each_python_tests_a_copy_of_what_git_keeps(tmp_path: Path) -> None:
@@ -18,6 +21,7 @@ def test_each_python_tests_a_copy_of_what_git_keeps(tmp_path: Path) -> None:
     (repo / "launch" / "test.sh").write_text("#!/usr/bin/env bash\n" + TOLD)
     (repo / "launch" / "test.sh").chmod(0o755)
     (repo / ".gitignore").write_text("secret\n")
+    (repo / ".venv").symlink_to(tmp_path)
     for name in ("secret", "new"):  # left out by git, and not yet added
         (repo / name).write_text(name)
     subprocess.run(["git", "init", "-q", repo], check=True)

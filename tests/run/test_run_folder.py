@@ -19,6 +19,7 @@ from tiny import tiny
 from transformers import AutoModelForCausalLM, OPTForCausalLM
 
 from tezo_ds.engine.report import StepReport
+from tezo_ds.quiet import LOG
 from tezo_ds.run.folder import (
     ADAPTER,
     COEFFICIENTS,
@@ -51,7 +52,7 @@ def assert_readable_adapter(path: Path) -> None:
 
 
 def test_a_finished_run(given: Given, plain: Run) -> None:
-    assert {path.name for path in plain.path.iterdir()} == FILES
+    assert {path.name for path in plain.path.iterdir()} - {LOG} == FILES
     config, summary = plain.config, plain.summary
     assert (config["steps"], config["batch_size"], config["world_size"]) == (STEPS, BATCH, 1)
     assert config["settings"]["model"] == str(given.model)
@@ -147,7 +148,7 @@ def test_what_has_no_place_in_an_adapter(
     assert "embed_positions" in run.summary["adapter"]
     assert "no adapter" in out
     assert out.endswith(f"{run.path}\n")  # neither cut to the width nor read as markup
-    assert {path.name for path in run.path.iterdir()} == FILES - {ADAPTER}
+    assert {path.name for path in run.path.iterdir()} - {LOG} == FILES - {ADAPTER}
 
 
 def test_a_signal_between_a_step_and_its_line(
@@ -189,7 +190,7 @@ def test_control_c_leaves_whole_files(given: Given, tmp_path: Path) -> None:
     code, _, err = finish(process)
     assert code == 130
     assert err == f"tezo-ds: stopped by SIGINT; {LEFT}\n"
-    assert {path.name for path in run.path.iterdir()} == FILES
+    assert {path.name for path in run.path.iterdir()} - {LOG} == FILES
     summary = run.summary
     assert (summary["status"], summary["error"]) == ("interrupted", "stopped by SIGINT")
     assert summary["steps"] == len(run.steps) > 19

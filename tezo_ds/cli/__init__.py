@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import io
 import os
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +16,7 @@ import tezo_ds
 from tezo_ds.cli import doctor, env, evaluate, export, generate, plan, probe_layers, replay, train
 from tezo_ds.errors import TezoError
 from tezo_ds.launched import env_local_rank, env_rank, env_world_size
+from tezo_ds.quiet import sieved
 from tezo_ds.repeatable import ask_mkl
 
 app = typer.Typer(
@@ -40,15 +44,38 @@ def launched(
     """Takes the flag that the deepspeed launcher puts first; LOCAL_RANK says the same."""
 
 
-app.command(help=train.TRAIN_HELP)(train.train)
-app.command(help=evaluate.EVALUATE_HELP)(evaluate.evaluate)
-app.command(help=generate.GENERATE_HELP)(generate.generate)
-app.command(help=export.EXPORT_HELP)(export.export)
-app.command(help=replay.REPLAY_HELP)(replay.replay)
-app.command(help=doctor.DOCTOR_HELP, context_settings=doctor.CONTEXT)(doctor.doctor)
-app.command(help=plan.PLAN_HELP)(plan.plan)
-app.command(help=env.ENV_HELP)(env.env)
-app.command(help=probe_layers.PROBE_LAYERS_HELP)(probe_layers.probe_layers)
+_VERBOSE = typer.Option(
+    "--verbose", help="show all that libraries log, warn of and count by progress bars"
+)
+
+
+def _quiet(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorator: a command shows of libraries what a user can act on, or with `--verbose` everything."""
+    before = inspect.signature(command, eval_str=True)
+
+    @functools.wraps(command)
+    def run(*context: Any, verbose: bool = False, **given: Any) -> None:
+        with sieved(verbose):
+            command(*context, **given)
+
+    option = inspect.Parameter(
+        "verbose", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, _VERBOSE]
+    )  # fmt: skip
+    parameters = [*before.parameters.values(), option]
+    run.__signature__ = before.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    return run
+
+
+app.command(help=train.TRAIN_HELP)(_quiet(train.train))
+app.command(help=evaluate.EVALUATE_HELP)(_quiet(evaluate.evaluate))
+app.command(help=generate.GENERATE_HELP)(_quiet(generate.generate))
+app.command(help=export.EXPORT_HELP)(_quiet(export.export))
+app.command(help=replay.REPLAY_HELP)(_quiet(replay.replay))
+app.command(help=doctor.DOCTOR_HELP, context_settings=doctor.CONTEXT)(_quiet(doctor.doctor))
+app.command(help=plan.PLAN_HELP)(_quiet(plan.plan))
+app.command(help=env.ENV_HELP)(_quiet(env.env))
+app.command(help=probe_layers.PROBE_LAYERS_HELP)(_quiet(probe_layers.probe_layers))
 
 
 def main() -> None:

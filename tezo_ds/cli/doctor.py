@@ -58,9 +58,9 @@ def doctor(
     from tezo_ds.doctor.checks import examine
     from tezo_ds.doctor.report import exit_code, show
     from tezo_ds.errors import ShardingError
-    from tezo_ds.training.display import quieten
+    from tezo_ds.quiet import without_bars
 
-    quieten()
+    without_bars()
     try:
         meeting = meetings.meet(wait)
         rows = examine(flags, meeting)

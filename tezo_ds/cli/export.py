@@ -28,6 +28,8 @@ tezo-ds export --run runs/sst2 --merged models/sst2
 deepspeed --num_gpus 8 --module -- tezo_ds export --run runs/sst2 --merged models/sst2 --dtype float32
 
 tezo-ds export --run runs/sst2 --adapter models/sst2-lora
+
+tezo-ds export --run runs/sst2 --adapter models/sst2-vllm --for vllm
 ```
 """
 
@@ -44,6 +46,21 @@ def export(
     adapter: Annotated[
         Path | None, typer.Option(help="folder to write for peft's from_pretrained")
     ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            help="server that will read the adapter: vllm (ranks are padded to the next that it allows) or "
+            "llama.cpp; unset: peft",
+        ),
+    ] = None,
+    embeddings: Annotated[
+        bool,
+        typer.Option(
+            "--embeddings",
+            help="with --for: let the adapter have pairs of embeddings, if those have learnt",
+        ),
+    ] = False,
     deepspeed: Annotated[
         Path | None,
         typer.Option(
@@ -62,15 +79,17 @@ def export(
     """Exports a run's result; see EXPORT_HELP."""
     with uncollected():
         from tezo_ds.cli import accelerate
-        from tezo_ds.export.adapter import no_adapter_because, not_low_rank, to_know
+        from tezo_ds.export.adapter import no_adapter_because, not_low_rank, refuse_server, to_know
         from tezo_ds.export.beside import refuse_merged
         from tezo_ds.export.merged import refuse_filled
         from tezo_ds.export.output_layer import not_in_merged
+        from tezo_ds.export.servers import SERVERS
+        from tezo_ds.quiet import without_bars
         from tezo_ds.run.card import model_card
         from tezo_ds.run.changed import refuse_changed_weights
         from tezo_ds.run.results import journal_of
         from tezo_ds.training import session
-        from tezo_ds.training.display import Display, quieten
+        from tezo_ds.training.display import Display
 
     if run is None:
         raise ConfigError("--run is missing; name the folder of a run, e.g. runs/first")
@@ -78,6 +97,12 @@ def export(
         raise ConfigError("--merged or --adapter is missing; name a folder to write")
     if merged == adapter:
         raise ConfigError(f"--merged and --adapter both name {merged}; choose two folders")
+    if server not in (None, *SERVERS):
+        raise ConfigError(f"--for: must be one of {', '.join(SERVERS)} (got {server!r})")
+    if (server or embeddings) and (adapter is None or server is None):
+        raise ConfigError(
+            "--for and --embeddings are of an --adapter; give --adapter FOLDER --for SERVER"
+        )
     if dtype not in (None, *DTYPES):
         raise ConfigError(f"--dtype: must be one of {', '.join(DTYPES)} (got {dtype!r})")
     for folder in filter(None, (merged, adapter)):
@@ -93,7 +118,7 @@ def export(
     steps = len(journal_of(run, config).steps)
     settings.fsdp_replicas = 1  # all ranks share the one copy
     _, deepspeed_config = session.resolve_config(finished.deepspeed, fsdp=settings.fsdp)
-    quieten()
+    without_bars()
     engine = session.open_engine(settings, config, deepspeed_config, result.ranks)
     if result.model is None:
         refuse_changed_weights(run, settings.model)
@@ -105,9 +130,13 @@ def export(
     if adapter is not None:
         if reason := no_adapter_because(engine):
             raise ConfigError(reason)
+        if server is not None:
+            refuse_server(engine, server, embeddings)
         warning = to_know(engine)
         card = model_card(run, steps, adapter=True, warning=warning)
-        _export_adapter(engine, adapter, settings, finished.base_model, card, display)
+        _export_adapter(
+            engine, adapter, settings, finished.base_model, card, display, server, embeddings
+        )
         if warning:
             display.note(f"warning: {warning}")
     if merged is not None:
@@ -119,17 +148,22 @@ def export(
 
 
 def _export_adapter(
-    engine: Engine, folder: Path, settings: Settings, base_model: str, card: str, display: Display
-) -> None:
+    engine: Engine, folder: Path, settings: Settings, base_model: str, card: str, display: Display,
+    server: str | None, embeddings: bool,
+) -> None:  # fmt: skip
     from tezo_ds.export.adapter import save_adapter
-    from tezo_ds.files.text import writing
+    from tezo_ds.export.servers import how_to_serve
+    from tezo_ds.files.text import read_json, writing
     from tezo_ds.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(base_model, pad=False, trust=settings.trust_remote_code)
     if engine.sharding.rank == 0:
         with writing(folder):
-            save_adapter(engine, folder, base_model, card, tokenizer)
+            save_adapter(engine, folder, base_model, card, tokenizer, server, embeddings)
     display.note(f"adapter       {folder}")
+    if server is not None and engine.sharding.rank == 0:
+        rank = read_json(folder / "adapter_config.json")["r"]
+        display.note(f"to serve      {how_to_serve(server, str(folder), base_model, rank)}")
 
 
 def export_merged(

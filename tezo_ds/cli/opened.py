@@ -13,11 +13,12 @@ from tezo_ds.cli import accelerate
 from tezo_ds.cli.options import refuse_idle, settings_from
 from tezo_ds.config import TezoConfig
 from tezo_ds.engine.engine import Engine
+from tezo_ds.quiet import without_bars
 from tezo_ds.run import results
 from tezo_ds.run.changed import refuse_changed_weights
 from tezo_ds.settings import Settings
 from tezo_ds.training import session
-from tezo_ds.training.display import Display, quieten
+from tezo_ds.training.display import Display
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def results_of(run: Path | None, deepspeed: Path | None, given: Mapping[str, Any
     if gathered and not writes:
         settings.dtype = gathered
     config, deepspeed_config = session.resolve_config(source, {"rank": 1}, fsdp=settings.fsdp)
-    quieten()
+    without_bars()
     own_base = run is not None and given["model"] is None and result.model is None
     rounded = gathered if writes and deepspeed_config is None else None
     return Asked(

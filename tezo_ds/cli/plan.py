@@ -147,12 +147,11 @@ def plan(
     """Plans a run; see PLAN_HELP."""
     given = {**locals(), **block}
     with uncollected():
-        from tezo_ds.training.display import quieten
+        from tezo_ds.plan import columns as plans
+        from tezo_ds.plan import output_layer, report, trunk_table
+        from tezo_ds.quiet import without_bars
 
-    quieten()
-    from tezo_ds.plan import columns as plans
-    from tezo_ds.plan import output_layer, report, trunk_table
-
+    without_bars()
     job = _job(given)
     found = plans.columns(job, overlap)
     warnings = plans.advice(job, found[0])

@@ -76,8 +76,9 @@ def probe_layers(
         from tezo_ds.files.text import to_json
         from tezo_ds.probing_layers.files import make_folder, write
         from tezo_ds.probing_layers.report import sentence
+        from tezo_ds.quiet import without_bars
         from tezo_ds.training import session
-        from tezo_ds.training.display import Display, quieten
+        from tezo_ds.training.display import Display
         from tezo_ds.training.layers_probe import Wanted, probe_layers, refuse_unfit
         from tezo_ds.training.output_layer import OutputLayerFits
         from tezo_ds.training.output_layer import refuse_unfit as refuse_no_fit
@@ -92,7 +93,7 @@ def probe_layers(
     refuse_unfit(config)
     if out is not None:
         make_folder(out)
-    quieten()
+    without_bars()
     opened = session.open_session(settings, config, deepspeed_config, batch_size=batch_size)
     refuse_no_fit(opened, saves=False)
     sharding = opened.engine.sharding

@@ -55,6 +55,7 @@ def replay(
         from tezo_ds.export.merged import refuse_filled
         from tezo_ds.export.output_layer import not_in_merged
         from tezo_ds.models.loading import load_skeleton
+        from tezo_ds.quiet import without_bars
         from tezo_ds.run.about import read_run
         from tezo_ds.run.card import model_card
         from tezo_ds.run.changed import refuse_changed_weights
@@ -62,7 +63,7 @@ def replay(
         from tezo_ds.run.results import journal_of, ranks_of, read_terms
         from tezo_ds.sharding import sharding_of
         from tezo_ds.training import session
-        from tezo_ds.training.display import Display, quieten
+        from tezo_ds.training.display import Display
 
     if not verify and coefficients is None and merged is None:
         raise ConfigError("nothing to do: add --verify, --coefficients FILE or --merged FOLDER")
@@ -78,7 +79,7 @@ def replay(
     if to_step is not None and to_step > len(contents.steps):
         raise ConfigError(f"--to-step {to_step}: {run / JOURNAL} has {len(contents.steps)} steps")
     steps = contents.steps[:to_step]
-    quieten()
+    without_bars()
     display = Display(0, 1, log_every=1)
     if contents.torn:
         display.note(f"{JOURNAL}: {contents.torn}; left out")
@@ -127,7 +128,7 @@ def _replay(
 
 
 def _save(engine: Engine, path: Path, display: Display) -> None:
-    from tezo_ds.export.adapter import save_coefficients
+    from tezo_ds.export.coefficients import save_coefficients
 
     save_coefficients(engine.coefficients(), path, engine.config.identity)
     display.note(f"coefficients  {path}")

@@ -42,13 +42,14 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         from tezo_ds.export.beside import refuse_merged
         from tezo_ds.intake.notices import notices
         from tezo_ds.intake.weights import agreed_fingerprint
+        from tezo_ds.quiet import keep_in, without_bars
         from tezo_ds.run import changed, resuming
         from tezo_ds.run import folder as folder_
         from tezo_ds.run.about import describe
         from tezo_ds.run.results import replay
         from tezo_ds.sharding.world import agreed
         from tezo_ds.training import best, loop, rewarded, session, step_batches, trackers
-        from tezo_ds.training.display import Display, quieten
+        from tezo_ds.training.display import Display
         from tezo_ds.training.include_auto import Choice, choose_matrices, to_measure
         from tezo_ds.training.output_layer import refuse_unfit
 
@@ -67,7 +68,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
     step_batches.refuse_unfit(settings, config)
     agreed(lambda: trackers.refuse_missing(options.report_to))
     rewarded.refuse_unfit(settings, options, config)
-    quieten()
+    without_bars()
     about: dict[str, Any] = {
         "steps": options.steps, "batch_size": options.batch_size, "deepspeed": deepspeed_config
     }  # fmt: skip
@@ -111,6 +112,7 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         if opened.task.validation:
             about[changed.VALIDATION] = resuming.fingerprint_of_tests(opened.task.validation)
         resuming.go_on(settings, opened.engine, examples, folder, found, about, display)
+        keep_in(options.output)
         choice.leave(folder, display)
         options = options.model_copy(update={"save_model": saves})
 

@@ -1,4 +1,4 @@
-"""LoRA adapters and coefficients: a run whose result is its coefficients is exactly a LoRA adapter."""
+"""LoRA adapters: a run whose result is its coefficients is exactly a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError
 from tezo_ds.export.beside import peft_pairs, peft_tensors, save_tensor_trains
 from tezo_ds.export.output_layer import not_in_weights, pairs_of, save_biases
+from tezo_ds.export.servers import fitted, refuse_unfit
 from tezo_ds.export.tokenizer import save_tokenizer
-from tezo_ds.files.tensors import digest
 from tezo_ds.files.text import writing
 from tezo_ds.models.structure import (
     is_classifier,
@@ -199,6 +199,19 @@ def lora_config(engine: Engine, base_model: str) -> dict[str, Any]:
     }
 
 
+def refuse_server(engine: Engine, server: str, embeddings: bool) -> None:
+    """Checks that a server takes this run's adapter, without making it; see `servers.refuse_unfit`.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if engine.config.adapter == "tt":
+        raise ConfigError(f"--for {server}: it reads no tensor trains; train with --adapter lora")
+    refuse_unfit(
+        engine.sharding.module, lora_config(engine, "")["target_modules"], server, embeddings
+    )
+
+
 def _lora_config(engine: Engine, base_model: str) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
@@ -228,6 +241,8 @@ def save_adapter(
     base_model: str | None = None,
     card: str = "",
     tokenizer: PreTrainedTokenizerBase | None = None,
+    server: str | None = None,
+    embeddings: bool = False,
 ) -> None:
     """Writes a folder that `peft.PeftModel.from_pretrained` loads, or `tezo_ds.adapters.load` where tensor
     trains have trained. For one rank; replaces the folder whole or not at all. peft takes changed weights
@@ -239,9 +254,11 @@ def save_adapter(
         base_model: name or path of the model that the adapter is for; None: as the model's own config says.
         card: text of README.md.
         tokenizer: the tokenizer to put beside the adapter.
+        server: the server that will read it, one of `servers.SERVERS`; None: peft.
+        embeddings: whether a server's adapter may have pairs of embeddings.
 
     Raises:
-        ConfigError: see `lora_tensors`.
+        ConfigError: see `lora_tensors` and `refuse_server`.
         StorageError: the folder cannot be written.
     """
     folder = Path(folder)
@@ -249,6 +266,8 @@ def save_adapter(
         base_model = getattr(getattr(engine.sharding.module, "config", None), "_name_or_path", "")
     if reason := no_adapter_because(engine):
         raise ConfigError(reason)
+    if server is not None:
+        refuse_server(engine, server, embeddings)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         with writing(folder):
@@ -256,7 +275,7 @@ def save_adapter(
             if engine.config.adapter == "tt":
                 save_tensor_trains(engine, partial, base_model)
             else:
-                _save_for_peft(engine, partial, base_model)
+                _save_for_peft(engine, partial, base_model, server)
             if card:
                 (partial / "README.md").write_text(card, encoding="utf-8")
             if tokenizer is not None:
@@ -269,8 +288,10 @@ def save_adapter(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _save_for_peft(engine: Engine, folder: Path, base_model: str) -> None:
+def _save_for_peft(engine: Engine, folder: Path, base_model: str, server: str | None) -> None:
     tensors, config = lora_tensors(engine), lora_config(engine, base_model)
+    if server is not None:
+        tensors, config = fitted(tensors, config, server)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_biases(engine, folder)
@@ -280,21 +301,3 @@ def _write_checksums(folder: Path) -> None:
     """Writes the checksums of a folder's files, in the format of sha256sum."""
     hashed = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
     (folder / CHECKSUMS).write_text("".join(f"{h}  {name}\n" for name, h in hashed.items()))
-
-
-def save_coefficients(coefficients: dict[str, Tensor], path: Path, run: str = "") -> None:
-    """Writes what `Engine.coefficients` gives as safetensors, in float64, with a digest and through a
-    temporary name; `run` is the identity of the run's config.
-
-    Raises:
-        StorageError: the file cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with writing(path):
-            tensors = {k: v.to(torch.float64) for k, v in coefficients.items()}
-            about = {"digest": digest(tensors), **({"run": run} if run else {})}
-            save_file(tensors, partial, metadata=about)
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

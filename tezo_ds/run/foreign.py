@@ -7,6 +7,7 @@ from pathlib import Path
 from tezo_ds.config import BLOCK
 from tezo_ds.errors import ConfigError
 from tezo_ds.files.text import read_json
+from tezo_ds.quiet import LOG
 from tezo_ds.run.folder import (
     ADAPTER,
     COEFFICIENTS,
@@ -27,7 +28,7 @@ from tezo_ds.run.folder import (
 
 _OURS = {
     CONFIG, METRICS, SUMMARY, JOURNAL, COEFFICIENTS, ADAPTER, CURVE, MODEL, SNAPSHOTS, TRUNK_CACHE,
-    OUTPUT_LAYER, LAYERS, LAYERS_PICTURE, TRACKERS, TENSORBOARD,
+    OUTPUT_LAYER, LAYERS, LAYERS_PICTURE, TRACKERS, TENSORBOARD, LOG,
 }  # fmt: skip
 _LOGS = "logs"  # of launch/, which makes it before a run begins
 

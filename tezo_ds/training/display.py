@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import statistics
-import sys
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,11 +14,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
 
 from tezo_ds.engine.engine import Engine
 from tezo_ds.engine.report import StepReport
-from tezo_ds.launched import env_rank
 from tezo_ds.rollouts.judged import Sample
 from tezo_ds.run.folder import COEFFICIENTS, JOURNAL
 from tezo_ds.tasks import TaskData
@@ -32,15 +27,6 @@ from tezo_ds.tasks.lazy import LazyEncoded
 WINDOW = 20  # steps that shown figures are medians of
 REWARD = "reward"  # name of what an evaluation of rewarded completions measures
 ANSWER = 80  # characters of a generated answer that are shown
-
-
-def quieten() -> None:
-    """Leaves the terminal to our own lines, by silencing libraries; to be called after DeepSpeed's import."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed's calls of names that torch is about to drop.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
-    if env_rank() != 0 or not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
 
 
 class Display:

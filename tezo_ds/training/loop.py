@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from tezo_ds.engine.engine import Engine
 from tezo_ds.engine.report import StepReport
 from tezo_ds.errors import StorageError
-from tezo_ds.export.adapter import save_adapter, save_coefficients, to_know
+from tezo_ds.export.adapter import save_adapter, to_know
+from tezo_ds.export.coefficients import save_coefficients
 from tezo_ds.export.merged import save_merged
 from tezo_ds.export.output_layer import not_in_merged
 from tezo_ds.files.tensors import digest
