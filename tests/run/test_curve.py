@@ -11,7 +11,7 @@ import pytest
 from command_line import Given, Run, call, finish, start
 
 from tezo_ds.run.folder import ADAPTER, COEFFICIENTS, CURVE
-from tezo_ds.training import loop
+from tezo_ds.training import records
 
 pytest_plugins = ("cli_fixtures",)
 
@@ -23,7 +23,7 @@ ONE_EACH = """if True:
     import transformers.models.llama.modeling_llama
     from tezo_ds.cli import main
     from tezo_ds.run import resuming
-    from tezo_ds.training import loop, session
+    from tezo_ds.training import records, session
     gc.freeze()
 
     assert "matplotlib" not in sys.modules  # which reads the variable
@@ -72,7 +72,7 @@ def test_what_fails_after_the_last_step_leaves_the_rest(
     def fail(*_: Any) -> None:
         raise RuntimeError("of a library")
 
-    monkeypatch.setattr(loop, failing, fail)
+    monkeypatch.setattr(records, failing, fail)
     assert call(*given.train(tmp_path / "run", steps=2), drawn=True) == 0
     assert "of a library" in capsys.readouterr().out
     run = Run(tmp_path / "run")

@@ -109,7 +109,8 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         about[changed.TESTS] = resuming.fingerprint_of_tests(opened.task.test)
         if opened.task.validation:
             about[changed.VALIDATION] = resuming.fingerprint_of_tests(opened.task.validation)
-        resuming.go_on(settings, opened.engine, examples, folder, found, about, display)
+        data = {"examples": len(examples), "data": resuming.fingerprint(examples)}
+        resuming.go_on(settings, opened.engine, data, folder, found, about, display)
         choice.leave(folder, display)
         options = options.model_copy(update={"save_model": saves})
 
