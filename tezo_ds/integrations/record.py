@@ -15,6 +15,7 @@ from tezo_ds.engine.engine import Engine
 from tezo_ds.engine.report import StepReport
 from tezo_ds.errors import ConfigError
 from tezo_ds.intake.weights import agreed_fingerprint
+from tezo_ds.integrations.sharded import is_fsdp2
 from tezo_ds.run import changed, resuming
 from tezo_ds.run.about import describe
 from tezo_ds.run.folder import VALIDATION, RunFolder
@@ -55,7 +56,7 @@ class Record:
 
     def __enter__(self) -> Record:
         engine = self._engine
-        fsdp = type(engine.sharding).__name__ == "FSDP2"
+        fsdp = is_fsdp2(engine.sharding.module)
         settings = Settings(model=self.model, task=TASK, fsdp=fsdp)
         asked = {**describe(settings, engine.config), **self._about}
         begun = resuming.begun(self._path, self._resume, asked)

@@ -7,6 +7,7 @@ leave the last layers gathered. So its choices are taken, and the weights sharde
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import torch
@@ -36,9 +37,19 @@ def engine_of(
     if config := deepspeed_config_of(accelerator):
         return initialize(model, {**config, BLOCK: block}, loss_fn)
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and not any(hasattr(p, "device_mesh") for p in model.parameters()):
+    if plugin is None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ConfigError(
+            "accelerate's FSDP is for accelerators, and there is none; start by torchrun, with a model to "
+            "which fully_shard was applied"
+        )
+    if plugin is not None and not is_fsdp2(model):
         model = shard_whole(model, local_device(), _plan(plugin, accelerator, args))
     return initialize(model, block, loss_fn)
+
+
+def is_fsdp2(model: nn.Module) -> bool:
+    """Returns whether FSDP2 shards a model."""
+    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
 
 
 def deepspeed_config_of(accelerator: Accelerator) -> dict[str, Any] | None:
