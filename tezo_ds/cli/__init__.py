@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import tezo_ds
-from tezo_ds.cli import doctor, evaluate, export, generate, plan, probe_layers, replay, train
+from tezo_ds.cli import doctor, evaluate, export, generate, plan, probe_layers, replay, sweep, train
 from tezo_ds.errors import TezoError
 from tezo_ds.launched import env_local_rank, env_rank, env_world_size
 from tezo_ds.repeatable import ask_mkl
@@ -49,6 +49,7 @@ app.command(help=replay.REPLAY_HELP)(replay.replay)
 app.command(help=doctor.DOCTOR_HELP, context_settings=doctor.CONTEXT)(doctor.doctor)
 app.command(help=plan.PLAN_HELP)(plan.plan)
 app.command(help=probe_layers.PROBE_LAYERS_HELP)(probe_layers.probe_layers)
+app.command(help=sweep.SWEEP_HELP, context_settings=sweep.CONTEXT)(sweep.sweep)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,17 @@ class Session:
         self.engine.objective.choices = choices
         self.engine.output_layer.load(term)
 
+    def anew(
+        self, config: TezoConfig, batch_size: int | None, ranks: Mapping[str, int] | None = None
+    ) -> Session:
+        """Returns a session of the same model and data, whose weights are what they were, with a new engine.
+        All ranks must call this."""
+        self.engine.output_layer.load({})  # see `train_only`
+        config = _with_epochs(config, self.task, batch_size)
+        engine = engine_for(self.settings, config, self.engine.sharding, ranks)
+        engine.objective.choices = self.words
+        return replace(self, engine=engine)
+
     def evaluator(self, part: str = TEST) -> Evaluator | None:
         """Returns an evaluator of the test or the validation examples; None where there are none."""
         examples, s = self.task.validation if part == VALIDATION else self.task.test, self.settings
@@ -140,9 +151,7 @@ def open_session(
     tokenizer = load_tokenizer(s.model, trust=s.trust_remote_code)
     if kind is not ModelKind.CLASSIFIER:  # which has no use for words
         check_words(tokenizer, task)
-    if batch_size and config.query_schedule != "constant" and config.steps_per_epoch is None:
-        steps = math.ceil(len(task.train) / batch_size)
-        config = config.model_copy(update={"steps_per_epoch": steps})
+    config = _with_epochs(config, task, batch_size)
     engine = _open_engine(s, config, deepspeed_config, ranks)
     model, words = engine.sharding.module, None
     posing = posing_of(model, tokenizer, task.spec, s.objective == "choices")
@@ -157,6 +166,14 @@ def open_session(
     pad_id = pad_of(model, tokenizer, rows)
     refuse_seen_answers(engine, tokenizer, task.train[0].prompt)
     return Session(s, engine, tokenizer, task, pad_id, words)
+
+
+def _with_epochs(config: TezoConfig, task: TaskData, batch_size: int | None) -> TezoConfig:
+    """Returns the config with the steps of an epoch, where its queries go by them."""
+    if not batch_size or config.query_schedule == "constant" or config.steps_per_epoch is not None:
+        return config
+    steps = math.ceil(len(task.train) / batch_size)
+    return config.model_copy(update={"steps_per_epoch": steps})
 
 
 def open_engine(
