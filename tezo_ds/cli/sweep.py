@@ -49,7 +49,7 @@ def sweep(
 
         from tezo_ds.launched import env_rank
         from tezo_ds.sweeping import report
-        from tezo_ds.sweeping.halving import Trial
+        from tezo_ds.sweeping.halving import Trial, by_setting, rungs_of
         from tezo_ds.sweeping.results import PICTURE, Results
         from tezo_ds.sweeping.runs import Asked, Sweep
         from tezo_ds.training import running
@@ -65,15 +65,17 @@ def sweep(
     def say(text: str) -> None:
         console.print(text, soft_wrap=True)
 
-    for trial in trials:  # all, before the first takes an hour
-        running.refuse_unfit_options(*read(trial, output / trial.name)[:3])
-    quieten()
-    results = Results(output, {"arguments": context.args, "halvings": halvings}, first)
-    swept = Sweep(trials, read, output, results, halvings, say)
-    if not swept.rungs:
+    asked = [read(trial, output / trial.name) for trial in trials]
+    for one in asked:  # all, before the first takes an hour
+        running.refuse_unfit_options(*one[:3])
+    if len({options.steps for options, *_ in asked}) > 1:
         raise ConfigError(
             "sweep: --steps has several values; give one, which all runs are compared at"
         )
+    quieten()
+    rungs = rungs_of(asked[0][0].steps, halvings, len(by_setting(trials)))
+    results = Results(output, {"arguments": context.args, "halvings": halvings}, first)
+    swept = Sweep(trials, read, output, results, rungs, say)
     say(
         f"{len(trials)} runs of {len(swept.trials)} settings, compared after "
         f"{', '.join(map(str, swept.rungs))} steps"

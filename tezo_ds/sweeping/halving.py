@@ -39,6 +39,14 @@ Setting = tuple[tuple[str, str], ...]
 Losses = Mapping[Setting, Sequence["float | None"]]  # of each seed; None: the run failed
 
 
+def by_setting(trials: Sequence[Trial]) -> dict[Setting, list[Trial]]:
+    """Returns the runs of each setting, one for each seed."""
+    found: dict[Setting, list[Trial]] = {}
+    for trial in trials:
+        found.setdefault(trial.setting, []).append(trial)
+    return found
+
+
 def rungs_of(steps: int, halvings: int, settings: int) -> list[int]:
     """Returns the steps after which settings are compared, the last of them `steps`: half, a quarter, … of
     it, as often as there is a half to drop."""

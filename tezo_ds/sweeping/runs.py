@@ -11,9 +11,10 @@ from typing import Any
 from tezo_ds.config import TezoConfig
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ProbeError
-from tezo_ds.run.folder import TEST, VALIDATION
+from tezo_ds.files.text import read_json
+from tezo_ds.run.folder import SUMMARY, TEST, VALIDATION
 from tezo_ds.settings import RunOptions, Settings
-from tezo_ds.sweeping.halving import Setting, Trial, better_half, rungs_of
+from tezo_ds.sweeping.halving import Setting, Trial, better_half, by_setting
 from tezo_ds.sweeping.results import Results
 from tezo_ds.training import running
 from tezo_ds.training.display import Display
@@ -83,6 +84,7 @@ class Sweep:
 
     Attributes:
         rungs: steps after which settings are compared.
+        trials: the runs by what is compared.
         left: settings that were compared, by those steps.
         by: part of the examples whose loss decides.
 
@@ -91,26 +93,20 @@ class Sweep:
         read: reads a run's arguments, as `tezo-ds train` would.
         folder: the sweep's folder.
         results: what was found so far.
-        halvings: how often the worse half is dropped.
+        rungs: steps after which settings are compared.
         say: prints a line.
     """
 
     def __init__(
         self, trials: Sequence[Trial], read: Callable[[Trial, Path], Asked], folder: Path, results: Results,
-        halvings: int, say: Say,
+        rungs: Sequence[int], say: Say,
     ) -> None:  # fmt: skip
         self._read, self._folder, self._results, self._say = read, folder, results, say
-        self.trials: dict[Setting, list[Trial]] = {}
-        for trial in trials:
-            self.trials.setdefault(trial.setting, []).append(trial)
-        steps = {self._asked(trial)[0].steps for trial in trials}
-        self.rungs = rungs_of(max(steps), halvings, len(self.trials)) if len(steps) == 1 else []
+        self.rungs = rungs
+        self.trials = by_setting(trials)
         self.left: dict[int, list[Setting]] = {}
         self.by = TEST
         self._model = Model()
-
-    def _asked(self, trial: Trial) -> Asked:
-        return self._read(trial, self._folder / trial.name)
 
     def __call__(self) -> bool:
         """Makes the runs that are missing; returns whether all were made, and none was stopped by SIGTERM.
@@ -138,7 +134,7 @@ class Sweep:
         """Brings a run to so many steps, unless it was there; returns whether it came to them."""
         known = self._results.of(trial.name, steps)
         if known is None:
-            asked = self._asked(trial)
+            asked = self._read(trial, self._folder / trial.name)
             options = asked[0].model_copy(update={"steps": steps, "resume": None})
             made = (options, *asked[1:])
             try:
@@ -162,9 +158,6 @@ class Sweep:
 def _score(summary: dict[str, Any] | None, folder: Path) -> dict[str, Any] | None:
     """Returns what a run is judged by; None where it was stopped."""
     if summary is None:  # finished by a process that did not live to keep its score
-        from tezo_ds.files.text import read_json
-        from tezo_ds.run.folder import SUMMARY
-
         summary = read_json(folder / SUMMARY)
     if summary["status"] != "finished":
         return None
