@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from command_line import Given, Run, call, finish, start
 
-from tezo_ds.run.folder import ADAPTER, COEFFICIENTS, CURVE
+from tezo_ds.run.folder import ADAPTER, COEFFICIENTS, CURVE, REPORT
 from tezo_ds.training import records
 
 pytest_plugins = ("cli_fixtures",)
@@ -64,7 +64,7 @@ def test_a_notebooks_backend_does_not_fail_a_run(
     assert (run.path / CURVE).exists() and "no curve.png" not in out
 
 
-@pytest.mark.parametrize("failing", ["draw_curve", "save_adapter"])
+@pytest.mark.parametrize("failing", ["draw_curve", "save_adapter", "page_of"])
 def test_what_fails_after_the_last_step_leaves_the_rest(
     failing: str, given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -77,5 +77,6 @@ def test_what_fails_after_the_last_step_leaves_the_rest(
     assert "of a library" in capsys.readouterr().out
     run = Run(tmp_path / "run")
     assert run.summary["status"] == "finished" and (run.path / COEFFICIENTS).exists()
-    assert (run.path / ADAPTER).exists() == (failing == "draw_curve")
-    assert (run.path / CURVE).exists() == (failing == "save_adapter")
+    assert (run.path / ADAPTER).exists() == (failing != "save_adapter")
+    assert (run.path / CURVE).exists() == (failing != "draw_curve")
+    assert (run.path / REPORT).exists() == (failing != "page_of")

@@ -17,14 +17,12 @@ from tezo_ds.errors import ConfigError
 from tezo_ds.intake.weights import agreed_fingerprint
 from tezo_ds.integrations.sharded import is_fsdp2
 from tezo_ds.run import changed, resuming
-from tezo_ds.run.about import describe
+from tezo_ds.run.about import TRAINER, describe
 from tezo_ds.run.folder import VALIDATION, RunFolder
 from tezo_ds.run.results import replay
 from tezo_ds.settings import Settings
 from tezo_ds.training.display import Display
 from tezo_ds.training.records import of_journal, write_results
-
-TASK = "transformers.Trainer"  # in config.json, where `tezo-ds train` has the task
 
 
 class Record:
@@ -57,7 +55,7 @@ class Record:
     def __enter__(self) -> Record:
         engine = self._engine
         fsdp = is_fsdp2(engine.sharding.module)
-        settings = Settings(model=self.model, task=TASK, fsdp=fsdp)
+        settings = Settings(model=self.model, task=TRAINER, fsdp=fsdp)
         asked = {**describe(settings, engine.config), **self._about}
         begun = resuming.begun(self._path, self._resume, asked)
         try:
@@ -116,7 +114,7 @@ class Record:
             return
         engine, seconds = self._engine, round(time.perf_counter() - self._start, 2)
         known = {
-            "status": "finished", "model": self.model, "task": TASK, "method": engine.config.method,
+            "status": "finished", "model": self.model, "task": TRAINER, "method": engine.config.method,
             "probe": engine.probe.name, "world_size": engine.sharding.world_size,
             "train_examples": self._data["examples"], "seconds": seconds,
         }  # fmt: skip

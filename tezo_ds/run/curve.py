@@ -23,7 +23,7 @@ def draw_curve(metrics: Path, picture: Path) -> None:
     finite = [line for line in steps if line["loss"] is not None]
     x, loss = [line["step"] + 1 for line in finite], [line["loss"] for line in finite]
     axis.plot(x, loss, color="tab:blue", alpha=0.3, linewidth=1, label="training loss")
-    axis.plot(x, _running_median(loss), color="tab:blue", label="running median")
+    axis.plot(x, running_median(loss), color="tab:blue", label="running median")
     axis.set_xlabel("step")
     axis.set_ylabel("loss")
     axis.grid(alpha=0.3)
@@ -48,6 +48,7 @@ def draw_curve(metrics: Path, picture: Path) -> None:
     figure.savefig(picture, dpi=120)
 
 
-def _running_median(values: list[float], width: int = 15) -> list[float]:
+def running_median(values: list[float], width: int = 15) -> list[float]:
+    """Returns the median of each value and those before it, `width` in all."""
     windows = (sorted(values[max(0, i - width + 1) : i + 1]) for i in range(len(values)))
     return [window[len(window) // 2] for window in windows]

@@ -18,6 +18,7 @@ from tezo_ds.run.folder import (
     METRICS,
     MODEL,
     OUTPUT_LAYER,
+    REPORT,
     SNAPSHOTS,
     SUMMARY,
     TENSORBOARD,
@@ -27,7 +28,7 @@ from tezo_ds.run.folder import (
 
 _OURS = {
     CONFIG, METRICS, SUMMARY, JOURNAL, COEFFICIENTS, ADAPTER, CURVE, MODEL, SNAPSHOTS, TRUNK_CACHE,
-    OUTPUT_LAYER, LAYERS, LAYERS_PICTURE, TRACKERS, TENSORBOARD,
+    OUTPUT_LAYER, LAYERS, LAYERS_PICTURE, TRACKERS, TENSORBOARD, REPORT,
 }  # fmt: skip
 _LOGS = "logs"  # of launch/, which makes it before a run begins
 

@@ -13,7 +13,8 @@ from tezo_ds.export.adapter import save_adapter, save_coefficients, to_know
 from tezo_ds.files.tensors import digest
 from tezo_ds.run.card import model_card
 from tezo_ds.run.curve import draw_curve
-from tezo_ds.run.folder import ADAPTER, COEFFICIENTS, CURVE, METRICS, SUMMARY, RunFolder
+from tezo_ds.run.folder import ADAPTER, COEFFICIENTS, CURVE, METRICS, REPORT, SUMMARY, RunFolder
+from tezo_ds.run.page import page_of
 from tezo_ds.training.display import Display
 
 
@@ -52,4 +53,9 @@ def write_results(
             draw_curve(folder.path / METRICS, folder.path / CURVE)
         except Exception as error:  # of matplotlib, whose settings are the user's
             display.note(f"no {CURVE}: {type(error).__name__}: {error}".split("\n")[0])
+    try:
+        page = page_of(folder.path, summary, str(engine.sharding.device))
+        (folder.path / REPORT).write_text(page, encoding="utf-8")
+    except Exception as error:  # of a folder that was changed under the run; its results are there
+        display.note(f"no {REPORT}: {type(error).__name__}: {error}".split("\n")[0])
     folder.write_json(SUMMARY, summary)  # last, as a run that has it may count as finished
