@@ -23,7 +23,18 @@ from tezo_ds.settings import RunOptions, Settings
 
 REPO = Path(__file__).resolve().parent.parent
 HELP = REPO / "tests" / "cli" / "help"
-COMMANDS = ("", "train", "evaluate", "export", "replay", "doctor", "env", "plan", "probe-layers")
+COMMANDS = (
+    "",
+    "train",
+    "evaluate",
+    "export",
+    "replay",
+    "doctor",
+    "env",
+    "plan",
+    "probe-layers",
+    "sweep",
+)
 FIRST = (
     "method", "rank", "rho", "lr", "schedule", "queries", "placement", "probe", "memory_budget", "include",
     "exclude", "seed",

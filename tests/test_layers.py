@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent / "tezo_ds"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli", "session"),
+    ("integrations", "sweeping"),
     ("training",),
     ("run", "doctor", "probing_layers"),
     ("merged",),

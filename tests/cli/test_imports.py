@@ -19,6 +19,7 @@ COMMANDS = {
     "plan": ["--model", "m", "--world", "2"],
     "doctor": [],
     "probe-layers": ["--model", "m", "--task", "t"],
+    "sweep": ["--model", "m", "--task", "t", "--output", "o", "--lr", "1", "2"],
 }
 
 

@@ -28,7 +28,7 @@ from tezo_ds.models.fsdp import FsdpPlan
 from tezo_ds.models.loading import load_model
 from tezo_ds.run.folder import COEFFICIENTS, MODEL
 from tezo_ds.settings import Settings
-from tezo_ds.training import loop
+from tezo_ds.training import records
 from tezo_ds.training.session import open_engine
 
 MIXED = {"dtype": "float32", "compute_dtype": "bfloat16"}
@@ -47,7 +47,7 @@ def given_to(world: World) -> Given:
 def call(*arguments: object) -> str:
     """Runs `tezo-ds ARGUMENTS`, without a run's picture, and returns what this rank prints."""
     out = io.StringIO()
-    with contextlib.redirect_stdout(out), mock.patch.object(loop, "draw_curve", not_drawn):
+    with contextlib.redirect_stdout(out), mock.patch.object(records, "draw_curve", not_drawn):
         cli.app([str(word) for word in arguments], standalone_mode=False)
     dist.barrier()
     return out.getvalue()

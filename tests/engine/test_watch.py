@@ -115,7 +115,7 @@ from tezo_ds.methods.tezo import Tezo
 gc.freeze()
 gc.enable()
 
-update, write = Tezo.update, training._write_results
+update, write = Tezo.update, training.write_results
 
 def spoil(self, *args):
     update(self, *args)
@@ -128,7 +128,7 @@ def write_slowly(*args):
     write(*args)
 
 spoil.steps = 0
-Tezo.update, training._write_results = spoil, write_slowly
+Tezo.update, training.write_results = spoil, write_slowly
 main()
 """
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from tezo_ds.cli import main
 from tezo_ds.run.folder import ADAPTER, COEFFICIENTS, CONFIG, METRICS, SUMMARY, read_metrics
-from tezo_ds.training import loop
+from tezo_ds.training import records
 
 TEMPLATE = "{text} It was"
 WORDS = {"bad": "terrible", "good": "great", "mixed": "okay"}
@@ -72,7 +72,7 @@ def call(*arguments: object, drawn: bool = False) -> int:
         patch.setattr(sys, "argv", ["tezo-ds", *map(str, arguments)])
         patch.setattr(typer.main, "get_command", _command)
         if not drawn:
-            patch.setattr(loop, "draw_curve", not_drawn)
+            patch.setattr(records, "draw_curve", not_drawn)
         main()
     code = stopped.value.code
     assert code is None or isinstance(code, int), code

@@ -195,7 +195,7 @@ def killed_before_a_step(arguments: list[str], monkeypatch: pytest.MonkeyPatch) 
 
     with monkeypatch.context() as gone, pytest.raises(Killed):
         gone.setattr(RunFolder, "log_step", die)
-        gone.setattr("tezo_ds.training.loop._write_results", lambda *_: None)
+        gone.setattr("tezo_ds.training.loop.write_results", lambda *_: None)
         call(*arguments)
 
 

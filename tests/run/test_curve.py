@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from command_line import Given, Run, call, finish, start
 
-from tezo_ds.run.folder import ADAPTER, COEFFICIENTS, CURVE
-from tezo_ds.training import loop
+from tezo_ds.run.folder import ADAPTER, COEFFICIENTS, CURVE, REPORT
+from tezo_ds.training import records
 
 pytest_plugins = ("cli_fixtures",)
 
@@ -23,7 +23,7 @@ ONE_EACH = """if True:
     import transformers.models.llama.modeling_llama
     from tezo_ds.cli import main
     from tezo_ds.run import resuming
-    from tezo_ds.training import loop, session
+    from tezo_ds.training import records, session
     gc.freeze()
 
     assert "matplotlib" not in sys.modules  # which reads the variable
@@ -64,7 +64,7 @@ def test_a_notebooks_backend_does_not_fail_a_run(
     assert (run.path / CURVE).exists() and "no curve.png" not in out
 
 
-@pytest.mark.parametrize("failing", ["draw_curve", "save_adapter"])
+@pytest.mark.parametrize("failing", ["draw_curve", "save_adapter", "page_of"])
 def test_what_fails_after_the_last_step_leaves_the_rest(
     failing: str, given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -72,10 +72,11 @@ def test_what_fails_after_the_last_step_leaves_the_rest(
     def fail(*_: Any) -> None:
         raise RuntimeError("of a library")
 
-    monkeypatch.setattr(loop, failing, fail)
+    monkeypatch.setattr(records, failing, fail)
     assert call(*given.train(tmp_path / "run", steps=2), drawn=True) == 0
     assert "of a library" in capsys.readouterr().out
     run = Run(tmp_path / "run")
     assert run.summary["status"] == "finished" and (run.path / COEFFICIENTS).exists()
-    assert (run.path / ADAPTER).exists() == (failing == "draw_curve")
-    assert (run.path / CURVE).exists() == (failing == "save_adapter")
+    assert (run.path / ADAPTER).exists() == (failing != "save_adapter")
+    assert (run.path / CURVE).exists() == (failing != "draw_curve")
+    assert (run.path / REPORT).exists() == (failing != "page_of")

@@ -162,7 +162,7 @@ def full_before(where: Any, name: str, disk: Disk, patch: pytest.MonkeyPatch, nt
         ("tezo", folder.RunFolder, "_take_lock", 1, ""),
         ("tezo", folder.RunFolder, "log_step", 2, ""),
         ("tezo", loop, "snapshot", 2, SNAPSHOTS),
-        ("tezo", loop, "_write_results", 1, ""),
+        ("tezo", loop, "write_results", 1, ""),
         ("mezo-adam", loop, "snapshot", 2, SNAPSHOTS),
         ("mezo-adam", loop._Training, "_save_model", 1, "model"),
     ],

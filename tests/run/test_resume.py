@@ -72,7 +72,7 @@ def killed_after(steps: int, arguments: list[str], patch: pytest.MonkeyPatch) ->
 
     with patch.context() as gone, pytest.raises(Killed):
         gone.setattr(RunFolder, "log_step", log)
-        gone.setattr("tezo_ds.training.loop._write_results", lambda *_: None)
+        gone.setattr("tezo_ds.training.loop.write_results", lambda *_: None)
         call(*arguments)
 
 

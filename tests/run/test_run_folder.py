@@ -28,6 +28,7 @@ from tezo_ds.run.folder import (
     JOURNAL,
     LOCK,
     METRICS,
+    REPORT,
     SUMMARY,
     RunFolder,
 )
@@ -35,7 +36,7 @@ from tezo_ds.run.folder import (
 pytest_plugins = ("cli_fixtures",)
 
 LEFT = "results so far are in the run folder, and the same command goes on from there"
-FILES = {CONFIG, JOURNAL, METRICS, SUMMARY, COEFFICIENTS, ADAPTER, CURVE, LOCK}
+FILES = {CONFIG, JOURNAL, METRICS, SUMMARY, COEFFICIENTS, ADAPTER, CURVE, LOCK, REPORT}
 
 
 def assert_readable_picture(path: Path) -> None:

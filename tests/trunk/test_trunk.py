@@ -105,8 +105,8 @@ def flops(engine: tezo_ds.Engine, batch: dict[str, Tensor]) -> int:
 
 @pytest.mark.parametrize("queries", [1, 4])
 def test_a_step_costs_what_it_should(queries: int) -> None:
-    """ℓ + 2Q(L - ℓ) blocks shared, and 2Q(L - ℓ) cached, of 2Q L, less products of the first block that trains
-    with what enters it, which are made once."""
+    """ℓ + 2Q(L - ℓ) blocks shared, and 2Q(L - ℓ) cached, of 2Q L, less products with what enters the first
+    block that trains, which are made once."""
     everything = data()
     everything["labels"][:, 1:] = everything["input_ids"][
         :, 1:

@@ -13,7 +13,18 @@ from typing import Annotated, Any
 import typer
 
 import tezo_ds
-from tezo_ds.cli import doctor, env, evaluate, export, generate, plan, probe_layers, replay, train
+from tezo_ds.cli import (
+    doctor,
+    env,
+    evaluate,
+    export,
+    generate,
+    plan,
+    probe_layers,
+    replay,
+    sweep,
+    train,
+)
 from tezo_ds.errors import TezoError
 from tezo_ds.launched import env_local_rank, env_rank, env_world_size
 from tezo_ds.quiet import sieved
@@ -76,6 +87,7 @@ app.command(help=doctor.DOCTOR_HELP, context_settings=doctor.CONTEXT)(_quiet(doc
 app.command(help=plan.PLAN_HELP)(_quiet(plan.plan))
 app.command(help=env.ENV_HELP)(_quiet(env.env))
 app.command(help=probe_layers.PROBE_LAYERS_HELP)(_quiet(probe_layers.probe_layers))
+app.command(help=sweep.SWEEP_HELP, context_settings=sweep.CONTEXT)(_quiet(sweep.sweep))
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tezo_ds.cli.imports import uncollected
-from tezo_ds.cli.train import train
+from tezo_ds.cli.train import read_flags
 from tezo_ds.config import TezoConfig
 from tezo_ds.settings import RunOptions
 
@@ -85,14 +84,7 @@ def _flags_of_train(arguments: list[str]) -> dict[str, Any]:
         An error of usage, where `tezo-ds train` would refuse them.
     """
 
-    @functools.wraps(train)
-    def given(**flags: Any) -> dict[str, Any]:
-        return flags
-
-    reader = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    reader.command()(given)
-    found: dict[str, Any] = reader(arguments, prog_name="tezo-ds doctor", standalone_mode=False)
-    return found
+    return read_flags(arguments, "tezo-ds doctor")
 
 
 def _run_flags(given: dict[str, Any], hostfile: Path | None) -> RunFlags:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import typer
 
 from tezo_ds.cli.imports import uncollected
 from tezo_ds.cli.options import DeepSpeed, complete, from_flags, refuse_idle, settings_from, takes
 from tezo_ds.config import TezoConfig
-from tezo_ds.errors import ConfigError
-from tezo_ds.launched import env_rank
 from tezo_ds.settings import RunOptions, Settings
 
 TRAIN_HELP = """Fine-tune a model with forward passes alone.
@@ -37,21 +40,42 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
     """Fine-tunes a model; see TRAIN_HELP."""
     # Imported late, as transformers and DeepSpeed take seconds that --help need not wait for.
     with uncollected():
-        from tezo_ds.cli import accelerate
-        from tezo_ds.export.adapter import no_adapter_because
-        from tezo_ds.export.beside import refuse_merged
-        from tezo_ds.intake.notices import notices
-        from tezo_ds.intake.weights import agreed_fingerprint
-        from tezo_ds.quiet import keep_in, without_bars
-        from tezo_ds.run import changed, resuming
-        from tezo_ds.run import folder as folder_
-        from tezo_ds.run.about import describe
-        from tezo_ds.run.results import replay
-        from tezo_ds.sharding.world import agreed
-        from tezo_ds.training import best, loop, rewarded, session, step_batches, trackers
-        from tezo_ds.training.display import Display
-        from tezo_ds.training.include_auto import Choice, choose_matrices, to_measure
-        from tezo_ds.training.output_layer import refuse_unfit
+        from tezo_ds.quiet import without_bars
+        from tezo_ds.training import running
+
+    asked = read_asked(deepspeed, given)
+    running.refuse_unfit_options(*asked[:3])
+    without_bars()
+    running.run(*asked)
+
+
+def read_flags(arguments: Sequence[str], program: str) -> dict[str, Any]:
+    """Returns the flags that `tezo-ds train` would be called with, as the command `program` takes them, too.
+
+    Raises:
+        An error of usage, where `tezo-ds train` would refuse them.
+    """
+
+    @functools.wraps(train)
+    def given(**flags: Any) -> dict[str, Any]:
+        return flags
+
+    reader = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    reader.command()(given)
+    found: dict[str, Any] = reader(list(arguments), prog_name=program, standalone_mode=False)
+    return found
+
+
+def read_asked(
+    deepspeed: Path | None, given: Mapping[str, Any]
+) -> tuple[RunOptions, Settings, TezoConfig, dict[str, Any] | None]:
+    """Reads what flags ask for, and joins the launcher's world; returns what `running.run` takes.
+
+    Raises:
+        ConfigError: a flag is missing, out of range, or does not go with others.
+    """
+    from tezo_ds.cli import accelerate
+    from tezo_ds.training import session
 
     options = from_flags(RunOptions, given)
     launched = accelerate.launched()
@@ -62,67 +86,4 @@ def train(deepspeed: DeepSpeed = None, **given: Any) -> None:
         {name: given[name] for name in TezoConfig.model_fields},
         {"total_steps": options.steps}, settings.fsdp, options.timeout,
     )  # fmt: skip
-    if options.save_model:
-        refuse_merged(config, "--save-model")
-    best.refuse_unfit(options, settings, config)
-    step_batches.refuse_unfit(settings, config)
-    agreed(lambda: trackers.refuse_missing(options.report_to))
-    rewarded.refuse_unfit(settings, options, config)
-    without_bars()
-    about: dict[str, Any] = {
-        "steps": options.steps, "batch_size": options.batch_size, "deepspeed": deepspeed_config
-    }  # fmt: skip
-    asked = {**describe(settings, config), **about}
-    with resuming.begun(options.output, options.resume, asked) as (folder, found):
-        if found.finished and found.done >= options.steps:
-            if env_rank() == 0:
-                print(
-                    f"{options.output} is finished after {found.done} steps; there is nothing to do"
-                )
-            return
-        chooses = config.chooses and found.ranks is None
-        opened = session.open_session(
-            settings, to_measure(config) if chooses else config, deepspeed_config, found.ranks,
-            batch_size=options.batch_size,
-        )  # fmt: skip
-        sharding = opened.engine.sharding
-        display = Display(sharding.rank, sharding.world_size, options.log_every)
-        display.summary(opened.engine)
-        for line in notices(opened.engine):
-            display.note(f"warning: {line}")
-        in_weights = not config.facts.learns_coefficients
-        saves = in_weights if options.save_model is None else options.save_model
-        if saves and sharding.quantised and not (sharding.packed and sharding.runs_alone):
-            raise ConfigError(
-                f"--save-model: weights are quantised ({sharding.quantised}); turn it off, or add "
-                "--no-save-model"
-            )
-        if not in_weights and (reason := no_adapter_because(opened.engine)):
-            display.note(f"no adapter will be written: {reason}")
-        refuse_unfit(opened, saves)
-        initial = opened.engine.state() if options.keep == "best" else {}
-        max_length = opened.settings.max_length
-        examples = opened.encoded()
-        display.data(opened.task, examples, max_length)
-        choice = Choice()
-        if chooses:
-            choice = choose_matrices(opened, examples, options, config.trunk_cache, display)
-        about[changed.WEIGHTS] = agreed_fingerprint(settings.model)
-        about[changed.TESTS] = resuming.fingerprint_of_tests(opened.task.test)
-        if opened.task.validation:
-            about[changed.VALIDATION] = resuming.fingerprint_of_tests(opened.task.validation)
-        resuming.go_on(settings, opened.engine, examples, folder, found, about, display)
-        keep_in(options.output)
-        choice.leave(folder, display)
-        options = options.model_copy(update={"save_model": saves})
-
-        def rebuild(engine: Any, steps: int) -> None:
-            engine.load_state({**initial, **engine.output_layer.state}, written=False)
-            replay(engine, found.steps[:steps], display)
-
-        summary = loop.train(
-            opened, options, examples, folder, display, found.scores, found.steps, about[changed.WEIGHTS],
-            max(found.terms, default=choice.fitted), choice.fit,
-            best.Best(options, rebuild, folder_.VALIDATION if opened.task.validation else folder_.TEST),
-        )  # fmt: skip
-        display.end(summary, options.output, found.done)
+    return options, settings, config, deepspeed_config

@@ -19,6 +19,7 @@ from tezo_ds.launched import env_world_size
 from tezo_ds.run.folder import CONFIG
 from tezo_ds.settings import Settings, Stored
 
+TRAINER = "transformers.Trainer"  # stands for the task where a Trainer had the data
 _PLACES = (
     "model",
     "task",

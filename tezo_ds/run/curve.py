@@ -25,7 +25,7 @@ def draw_curve(metrics: Path, picture: Path) -> None:
     what, sign = ("reward", -1) if gained else ("loss", 1)
     x, values = [line["step"] + 1 for line in finite], [sign * line["loss"] for line in finite]
     axis.plot(x, values, color="tab:blue", alpha=0.3, linewidth=1, label=f"training {what}")
-    axis.plot(x, _running_median(values), color="tab:blue", label="running median")
+    axis.plot(x, running_median(values), color="tab:blue", label="running median")
     axis.set_xlabel("step")
     axis.set_ylabel(what)
     axis.grid(alpha=0.3)
@@ -54,6 +54,7 @@ def draw_curve(metrics: Path, picture: Path) -> None:
     figure.savefig(picture, dpi=120)
 
 
-def _running_median(values: list[float], width: int = 15) -> list[float]:
+def running_median(values: list[float], width: int = 15) -> list[float]:
+    """Returns the median of each value and those before it, `width` in all."""
     windows = (sorted(values[max(0, i - width + 1) : i + 1]) for i in range(len(values)))
     return [window[len(window) // 2] for window in windows]

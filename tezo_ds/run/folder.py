@@ -9,7 +9,7 @@ import os
 import shutil
 import socket
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -22,6 +22,7 @@ from tezo_ds.run.journal import Contents, Journal, packed, read_journal
 
 CONFIG, METRICS, SUMMARY, JOURNAL = "config.json", "metrics.jsonl", "summary.json", "journal.jsonl"
 COEFFICIENTS, ADAPTER, CURVE = "coefficients.safetensors", "adapter", "curve.png"
+REPORT = "report.html"
 MODEL, SNAPSHOTS, LOCK = "model", "snapshots", ".lock"
 TRUNK_CACHE, OUTPUT_LAYER = "trunk_cache", "output_layer"
 TEST, VALIDATION = PARTS = ("test", "validation")  # parts that evaluations score
@@ -101,7 +102,7 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Removes results, which are of fewer steps, and files that a killed run did not rename."""
-        for name in (SUMMARY, COEFFICIENTS, CURVE):
+        for name in (SUMMARY, COEFFICIENTS, CURVE, REPORT):
             try:
                 (self.path / name).unlink(missing_ok=True)
             except OSError as error:  # a folder of that name, a disk that can only be read
@@ -192,11 +193,13 @@ class RunFolder:
         after: str | None = None,
         metric: float | None = None,
         part: str = TEST,
+        answers: Sequence[str] = (),
     ) -> None:
         """Writes one line for an evaluation after `step` steps, and `after` what else, if anything; with the
-        `metric` of generated answers, if there are any, and of which part the examples are."""
+        `metric` of generated answers and some of them, if there are any, and of which part the examples
+        are."""
         line = {"step": step, f"{part}_accuracy": accuracy, f"{part}_loss": loss}
-        more = {"after": after, f"{part}_metric": metric}
+        more = {"after": after, f"{part}_metric": metric, f"{part}_answers": list(answers) or None}
         known = {name: value for name, value in more.items() if value is not None}
         self._log({**line, f"{part}_examples": examples, **known})
 

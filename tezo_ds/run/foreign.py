@@ -19,6 +19,7 @@ from tezo_ds.run.folder import (
     METRICS,
     MODEL,
     OUTPUT_LAYER,
+    REPORT,
     SNAPSHOTS,
     SUMMARY,
     TENSORBOARD,
@@ -28,7 +29,7 @@ from tezo_ds.run.folder import (
 
 _OURS = {
     CONFIG, METRICS, SUMMARY, JOURNAL, COEFFICIENTS, ADAPTER, CURVE, MODEL, SNAPSHOTS, TRUNK_CACHE,
-    OUTPUT_LAYER, LAYERS, LAYERS_PICTURE, TRACKERS, TENSORBOARD, LOG,
+    OUTPUT_LAYER, LAYERS, LAYERS_PICTURE, TRACKERS, TENSORBOARD, REPORT, LOG,
 }  # fmt: skip
 _LOGS = "logs"  # of launch/, which makes it before a run begins
 

@@ -231,7 +231,7 @@ def _hash(things: Iterable[object]) -> str:
 
 
 def go_on(
-    settings: Settings, engine: Engine, examples: Sequence[Encoded], folder: RunFolder | None, found: Begun,
+    settings: Settings, engine: Engine, data: Mapping[str, Any], folder: RunFolder | None, found: Begun,
     about: Mapping[str, Any], display: Display,
 ) -> None:  # fmt: skip
     """Restores a new engine to where the run is, and opens the folder for further steps. All ranks must call
@@ -240,7 +240,7 @@ def go_on(
     Args:
         settings: the run's settings.
         engine: the engine to train.
-        examples: the examples to train on.
+        data: how many examples train, and a digest of them, or None: `examples` and `data` of the journal.
         folder: the run's folder.
         found: the run as its folder has it.
         about: fields of config.json that neither settings nor engine know.
@@ -251,8 +251,7 @@ def go_on(
         TezoError: a snapshot is damaged, or a file cannot be written.
     """
     config = describe_run(settings, engine, dict(about))
-    header = {"examples": len(examples), "data": fingerprint(examples)}
-    header["run"] = engine.config.identity
+    header = {**data, "run": engine.config.identity}
     if "ranks" in config:  # chosen by the run, and read from config.json when it goes on
         header["ranks"] = _hash(sorted(config["ranks"].items()))
     if found.header:

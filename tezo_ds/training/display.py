@@ -18,7 +18,7 @@ from rich.table import Table
 from tezo_ds.engine.engine import Engine
 from tezo_ds.engine.report import StepReport
 from tezo_ds.rollouts.judged import Sample
-from tezo_ds.run.folder import COEFFICIENTS, JOURNAL
+from tezo_ds.run.folder import COEFFICIENTS, JOURNAL, REPORT
 from tezo_ds.tasks import TaskData
 from tezo_ds.tasks.encoded import Encoded, losses_of_labels, truncations
 from tezo_ds.tasks.evaluation import Score
@@ -144,6 +144,8 @@ class Display:
             self.note(f"  model              {folder / summary['merged_model']}")
         if "adapter_warning" in summary:
             self.note(f"  warning            the adapter: {summary['adapter_warning']}")
+        if (folder / REPORT).exists():
+            self.note(f"  report             {(folder / REPORT).absolute().as_uri()}")
         self.note(f"  run folder         {folder}")
 
     def _validated(self, table: Table, summary: dict[str, Any]) -> None:

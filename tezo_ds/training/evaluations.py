@@ -144,13 +144,20 @@ class Evaluations:
         if self._folder is not None:
             after = when if fit else None
             self._folder.log_score(
-                step, score.accuracy, score.loss, score.examples, after, score.metric, part
+                step,
+                score.accuracy,
+                score.loss,
+                score.examples,
+                after,
+                score.metric,
+                part,
+                score.answers,
             )
         name = REWARD if self._session.settings.reward else self._session.settings.metric
         shown = "with the output layer fitted" if fit else None
         self._display.score(step, score, shown, name, part)
         line = _line(score, part)
-        self._trackers.score(line, step, score.answers, "output_layer" if fit else "")
+        self._trackers.score(line, step, "output_layer" if fit else "")
         if part == self.judge and not fit:
             self._see(step, line)
         if when is not None:
@@ -161,10 +168,12 @@ class Evaluations:
 
 def _line(score: Score, part: str) -> dict[str, Any]:
     """Returns a score's fields of its line in metrics.jsonl."""
-    line = {
+    line: dict[str, Any] = {
         f"{part}_accuracy": score.accuracy, f"{part}_loss": score.loss,
         f"{part}_examples": score.examples,
     }  # fmt: skip
+    if score.answers:
+        line[f"{part}_answers"] = list(score.answers)
     return line if score.metric is None else {**line, f"{part}_metric": score.metric}
 
 

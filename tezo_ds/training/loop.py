@@ -5,34 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from tezo_ds.engine.engine import Engine
 from tezo_ds.engine.report import StepReport
 from tezo_ds.errors import StorageError
-from tezo_ds.export.adapter import save_adapter, to_know
-from tezo_ds.export.coefficients import save_coefficients
 from tezo_ds.export.merged import save_merged
 from tezo_ds.export.output_layer import not_in_merged
-from tezo_ds.files.tensors import digest
 from tezo_ds.models.loading import load_tokenizer
 from tezo_ds.run.card import model_card
-from tezo_ds.run.curve import draw_curve
-from tezo_ds.run.folder import (
-    ADAPTER,
-    COEFFICIENTS,
-    CURVE,
-    JOURNAL,
-    METRICS,
-    MODEL,
-    SUMMARY,
-    RunFolder,
-    measured,
-)
+from tezo_ds.run.folder import JOURNAL, MODEL, RunFolder, measured
 from tezo_ds.run.resuming import snapshot
 from tezo_ds.settings import RunOptions
 from tezo_ds.tasks.baselines import majority_accuracy
@@ -44,6 +26,7 @@ from tezo_ds.training.evaluations import Evaluations, Scores
 from tezo_ds.training.interrupts import Interrupted, deaf, turned_into_exceptions
 from tezo_ds.training.liveness import Liveness
 from tezo_ds.training.output_layer import OutputLayerFits
+from tezo_ds.training.records import of_journal, write_results
 from tezo_ds.training.samples import Samples
 from tezo_ds.training.session import Session
 from tezo_ds.training.step_batches import Padding, StepBatches
@@ -271,17 +254,13 @@ class _Training:
 
     def _log(self, report: StepReport) -> None:
         """Logs a step, which counts with its line in the journal."""
-        engine, every = self._engine, self._engine.config.check_every
+        engine = self._engine
         tokens: Sequence[int] = ()
         if self._folder is not None or self._batch.lazy:
             tokens = self._batch.tokens(report.step)
             self._padding.add(tokens)
         if self._folder is not None:
-            more: dict[str, Any] = {**self.fits.field(report.step), "padding": tokens}
-            if every and engine.step_index % every == 0:
-                more["state"] = digest(engine.state())
-            if engine.run_state.cost is not None:
-                more["cost"] = asdict(engine.run_state.cost)
+            more = {**self.fits.field(report.step), "padding": tokens, **of_journal(engine)}
             self._folder.log_step(report, engine.step_index * self._options.batch_size, more)
         self._trackers.step({
             "step": report.step, "rho": report.rho, "lr": report.lr, **measured(report)
@@ -339,7 +318,7 @@ class _Training:
             return
         with deaf():
             try:
-                _write_results(
+                write_results(
                     self._engine, self._session.settings.model, self._tokenizer, self._folder,
                     self._summary, self._display,
                 )  # fmt: skip
@@ -347,29 +326,3 @@ class _Training:
                 if self._summary["status"] in ("finished", "stopped"):
                     raise
                 self._display.note(str(error))
-
-
-def _write_results(
-    engine: Engine, model: str, tokenizer: PreTrainedTokenizerBase, folder: RunFolder,
-    summary: dict[str, Any], display: Display,
-) -> None:  # fmt: skip
-    """Writes the results; what only shows them or repeats them may fail, and the rest is still written."""
-    folder.close()
-    if engine.config.facts.learns_coefficients:
-        save_coefficients(engine.coefficients(), folder.path / COEFFICIENTS, engine.config.identity)
-        try:
-            warning = to_know(engine)
-            card = model_card(folder.path, engine.step_index, adapter=True, warning=warning)
-            save_adapter(engine, folder.path / ADAPTER, model, card, tokenizer)
-            if warning:
-                summary["adapter_warning"] = warning
-        except StorageError:
-            raise
-        except Exception as error:  # trained something that LoRA has no place for, or a library's
-            summary["adapter"] = str(error) or type(error).__name__
-    if engine.step_index:
-        try:
-            draw_curve(folder.path / METRICS, folder.path / CURVE)
-        except Exception as error:  # of matplotlib, whose settings are the user's
-            display.note(f"no {CURVE}: {type(error).__name__}: {error}".split("\n")[0])
-    folder.write_json(SUMMARY, summary)  # last, as a run that has it may count as finished

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,20 @@ class Session:
         term, choices = before.output_layer.state, before.objective.choices
         before.output_layer.load({})  # what stands in the layer's forward from now on adds nothing
         self.engine = engine_for(self.settings, config, before.sharding, ranks)
-        self.engine.objective.choices = choices
+        _ask(self.engine, self.settings, choices)
         self.engine.output_layer.load(term)
+
+    def anew(
+        self, config: TezoConfig, batch_size: int | None, ranks: Mapping[str, int] | None = None
+    ) -> Session:
+        """Returns a session of the same model and data, whose weights are what they were, with a new engine.
+        All ranks must call this."""
+        self.engine.output_layer.load({})  # see `train_only`
+        config = _with_epochs(config, self.task, batch_size)
+        rewarded = rewarded_by(self.settings, self.tokenizer, self.task)
+        engine = engine_for(self.settings, config, self.engine.sharding, ranks, rewarded)
+        _ask(engine, self.settings, self.words)
+        return replace(self, engine=engine)
 
     def evaluator(self, part: str = TEST) -> Evaluator | RewardEvaluator | None:
         """Returns an evaluator of the test or the validation examples; None where there are none."""
@@ -151,17 +163,14 @@ def open_session(
     tokenizer = load_tokenizer(s.model, trust=s.trust_remote_code)
     if kind is not ModelKind.CLASSIFIER:  # which has no use for words
         check_words(tokenizer, task)
-    if batch_size and config.query_schedule != "constant" and config.steps_per_epoch is None:
-        steps = math.ceil(len(task.train) / batch_size)
-        config = config.model_copy(update={"steps_per_epoch": steps})
+    config = _with_epochs(config, task, batch_size)
     rewarded = rewarded_by(s, tokenizer, task)
     engine = _open_engine(s, config, deepspeed_config, ranks, rewarded)
     model, words = engine.sharding.module, None
     posing = posing_for(s, model, tokenizer, task.spec, s.objective != "lm")
     if s.objective != "lm" and kind is not ModelKind.CLASSIFIER:  # whose classes need no words
-        words = engine.objective.choices = choices(posing, task, s.objective)
-    if s.objective in ("accuracy", "f1"):
-        engine.objective.metric = s.objective
+        words = choices(posing, task, s.objective)
+    _ask(engine, s, words)
     if rewarded is not None and task.train[0].answer is None:
         task.note = None  # that what has no answer is trained on as a whole
     task.note = "; ".join(filter(None, (task.note, posing.note))) or None
@@ -173,6 +182,21 @@ def open_session(
     pad_id = pad_of(model, tokenizer, rows)
     refuse_seen_answers(engine, tokenizer, task.train[0].prompt)
     return Session(s, engine, tokenizer, task, pad_id, words)
+
+
+def _ask(engine: Engine, settings: Settings, words: Tensor | None) -> None:
+    """Sets what an engine's branches are judged by, where they are not judged by rewards."""
+    engine.objective.choices = words
+    if settings.objective in ("accuracy", "f1"):
+        engine.objective.metric = settings.objective
+
+
+def _with_epochs(config: TezoConfig, task: TaskData, batch_size: int | None) -> TezoConfig:
+    """Returns the config with the steps of an epoch, where its queries go by them."""
+    if not batch_size or config.query_schedule == "constant" or config.steps_per_epoch is not None:
+        return config
+    steps = math.ceil(len(task.train) / batch_size)
+    return config.model_copy(update={"steps_per_epoch": steps})
 
 
 def open_engine(

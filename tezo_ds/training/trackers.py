@@ -93,19 +93,16 @@ class Trackers:
         if self._alive:
             self._log(_of_step(line) | {"memory/peak_gib": _peak() / 2**30}, line["step"] + 1)
 
-    def score(
-        self, line: Mapping[str, Any], step: int, answers: Sequence[str] = (), of: str = ""
-    ) -> None:
+    def score(self, line: Mapping[str, Any], step: int, of: str = "") -> None:
         """Reports an evaluation by the fields of its line in metrics.jsonl.
 
         Args:
             line: the fields.
             step: steps before it.
-            answers: some generated answers.
             of: what the evaluation is of, besides the part, where it is not of the weights after a step.
         """
         if self._alive:
-            self._log(_of_score(line, of, answers), step)
+            self._log(_of_score(line, of), step)
 
     def _start(self, name: str) -> None:
         from accelerate import PartialState
@@ -125,12 +122,12 @@ class Trackers:
             return
         tracker.store_init_configuration(_flat(read_json(path / CONFIG)))
         for step, values in _past(self._folder):
-            tracker.log(values, step=step)
+            tracker.log(_taken(name, values), step=step)
         self._folder.write_json(TRACKERS, {**known, name: own or str(tracker.tracker.info.run_id)})
 
     def _log(self, values: Mapping[str, Any], step: int) -> None:
         for name, tracker in list(self._alive.items()):
-            fit = {k: v for k, v in values.items() if name != "mlflow" or not isinstance(v, str)}
+            fit = _taken(name, values)
             self._try(name, f"failed after {step} steps", partial(tracker.log, fit, step=step))
 
     def _try(self, name: str, what: str, do: Callable[[], object]) -> None:
@@ -192,15 +189,21 @@ def _of_step(line: Mapping[str, Any]) -> dict[str, float]:
     return _finite({name: line.get(field) for field, name in STEP.items()} | speed)
 
 
-def _of_score(line: Mapping[str, Any], of: str, answers: Sequence[str] = ()) -> dict[str, Any]:
-    """Returns `test_loss` and the like as test/loss, or as test_output_layer/loss."""
-    values = {}
+def _of_score(line: Mapping[str, Any], of: str) -> dict[str, Any]:
+    """Returns `test_loss` and the like as test/loss, or as test_output_layer/loss; answers as text."""
+    values, samples = {}, {}
     for name, value in line.items():
         part, _, what = name.partition("_")
-        if part in PARTS and what != "examples":
+        if part in PARTS and what == "answers":
+            samples[f"samples/{part}"] = "\n\n".join(value)
+        elif part in PARTS and what != "examples":
             values["_".join(filter(None, (part, of))) + f"/{what}"] = value
-    samples = {"samples": "\n\n".join(answers)} if answers else {}
     return {**_finite(values), **samples}
+
+
+def _taken(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values that a tracker takes: mlflow has no texts."""
+    return {k: v for k, v in values.items() if name != "mlflow" or not isinstance(v, str)}
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, float]:

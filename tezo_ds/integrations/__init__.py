@@ -1,0 +1,1 @@
+"""Entries from other libraries: the Trainer of transformers."""

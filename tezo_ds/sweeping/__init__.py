@@ -1,0 +1,1 @@
+"""Sweeps: many short runs in one process, of which the better ones go on."""
