@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from once import once
-from rewarding import batch_of, ending, engine_of, judge
+from rewarding import MOST, batch_of, ending, engine_of, judge
 from tiny import tiny
 from torch import Tensor, nn
+from traffic import Traffic
 from world_fsdp2 import shard
 from world_replicated import assert_equal_on_all_ranks
+from world_traffic import padded
 from world_zero3 import ZERO3
 from worlds import World, case
 
@@ -113,3 +115,21 @@ def expect_failure(step: Callable[[], Any], world: World) -> None:
         assert ("another rank" in str(error)) is (world.rank != 1)
     else:
         raise AssertionError("no error")
+
+
+@case(worlds=(2,))
+def every_token_gathers_the_model_once(world: World) -> None:
+    """Whatever the number of branches, and prompts; besides gathers there are scalars."""
+    for queries, name in ((2, "zero3"), (3, "fsdp2")):
+        plain = tiny("llama", tied=False)  # whose texts do not end
+        sharded = zero3.wrap(plain, dict(ZERO3)) if name == "zero3" else shard(plain)
+        engine = engine_of(sharded, {**FIELDS, "queries": queries})
+        for _ in range(2):  # DeepSpeed learns the order of layers
+            engine.step(mine([0, 1, 2], world))
+        with Traffic() as traffic:
+            engine.step(mine([0, 1, 2], world))
+        numel = padded(engine.sharding.module.parameters(), world.size)
+        gathered = sum(call.numel for call in traffic.calls if call.gathers)
+        assert gathered == MOST * numel, f"{name}: {gathered / numel} models for {MOST} tokens"
+        others = [call.nbytes for call in traffic.calls if not call.gathers]
+        assert sum(others) <= 8 * (MOST + 2) + 2 * 16 * queries + 8 + 24, f"{name}: {others}"
