@@ -10,6 +10,8 @@ from once import once
 from rewarding import MOST, batch_of, ending, engine_of, judge
 from tiny import tiny
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from traffic import Traffic
 from world_fsdp2 import shard
 from world_replicated import assert_equal_on_all_ranks
@@ -60,6 +62,21 @@ def steps_are_those_of_one_process(world: World) -> None:
             for key, right in coefficients.items():
                 assert torch.equal(engine.coefficients()[key], right), f"{name} {more}: {key}"
             engine.check()
+
+
+@case(worlds=(4,))
+def ranks_that_share_their_prompts_by_tensor_parallelism_are_one_process(world: World) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    split = ending(tiny("llama", tied=False, mlp=38))
+    for block in split.model.layers:
+        plan = {"mlp.up_proj": ColwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+        parallelize_module(block, mesh["model"], {**plan, "mlp.gate_proj": ColwiseParallel()})
+    engine = engine_of(shard(split, mesh["data"]), FIELDS)
+    one = engine_of(ending(tiny("llama", tied=False, mlp=38)), FIELDS)
+    one.sharding.world_size, one.sharding.rank, one.sharding.everyone = 1, 0, 1
+    place = World(engine.sharding.rank, engine.sharding.world_size, world.folder)
+    for rows in STEPS:
+        assert engine.step(mine(rows, place)).rewards == one.step(batch_of(rows)).rewards
 
 
 @case(worlds=(2,))
