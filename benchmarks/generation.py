@@ -158,6 +158,7 @@ def run(rank: int, args: argparse.Namespace) -> None:
     ways, made = contestants(args, load(args), tokenizer, rank)
     gathered = {}
     for way, generate in ways.items():
+        generate()  # the first time finds out what the model lets be left out
         with Traffic() as traffic:
             generate()
         gathered[way] = sum(call.nbytes for call in traffic.calls if call.gathers) / args.new
