@@ -10,8 +10,9 @@ import pytest
 import torch
 from deep import deep
 from rewarding import MOST, TOKENIZER, WANTED, batch_of, ending, engine_of, judge, steps_in_a_loop
-from tiny import tiny
+from tiny import HEADS, SIZES, tiny
 from torch import nn
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import tezo_ds
 from tezo_ds.errors import ConfigError, DataError, ProbeError, RewardFailed
@@ -46,7 +47,15 @@ def llama() -> nn.Module:
     return tiny("llama")
 
 
-@pytest.mark.parametrize("make", [llama, partial(tiny, "gpt2"), partial(tiny, "opt")])
+def gemma() -> nn.Module:
+    """Makes a model that goes on to change its logits, with a layer that forgets all but five tokens."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, **HEADS, "initializer_range": 0.2, "num_key_value_heads": 1, "head_dim": 12}
+    config = Gemma2Config(**sizes, intermediate_size=37, sliding_window=5, query_pre_attn_scalar=12)
+    return Gemma2ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("make", [llama, partial(tiny, "gpt2"), gemma])
 def test_all_branches_generate_as_each_by_itself(make: Make) -> None:
     right = expected(make)
     agree(steps(make), right)

@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 from once import once
-from rewarding import batch_of, ending, engine_of, judge
+from rewarding import MOST, batch_of, ending, engine_of, judge
 from tiny import tiny
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from traffic import Traffic
 from world_fsdp2 import shard
 from world_replicated import assert_equal_on_all_ranks
+from world_traffic import padded
 from world_zero3 import ZERO3
 from worlds import World, case
 
@@ -58,6 +62,21 @@ def steps_are_those_of_one_process(world: World) -> None:
             for key, right in coefficients.items():
                 assert torch.equal(engine.coefficients()[key], right), f"{name} {more}: {key}"
             engine.check()
+
+
+@case(worlds=(4,))
+def ranks_that_share_their_prompts_by_tensor_parallelism_are_one_process(world: World) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    split = ending(tiny("llama", tied=False, mlp=38))
+    for block in split.model.layers:
+        plan = {"mlp.up_proj": ColwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+        parallelize_module(block, mesh["model"], {**plan, "mlp.gate_proj": ColwiseParallel()})
+    engine = engine_of(shard(split, mesh["data"]), FIELDS)
+    one = engine_of(ending(tiny("llama", tied=False, mlp=38)), FIELDS)
+    one.sharding.world_size, one.sharding.rank, one.sharding.everyone = 1, 0, 1
+    place = World(engine.sharding.rank, engine.sharding.world_size, world.folder)
+    for rows in STEPS:
+        assert engine.step(mine(rows, place)).rewards == one.step(batch_of(rows)).rewards
 
 
 @case(worlds=(2,))
@@ -113,3 +132,21 @@ def expect_failure(step: Callable[[], Any], world: World) -> None:
         assert ("another rank" in str(error)) is (world.rank != 1)
     else:
         raise AssertionError("no error")
+
+
+@case(worlds=(2,))
+def every_token_gathers_the_model_once(world: World) -> None:
+    """Whatever the number of branches, and prompts; besides gathers there are scalars."""
+    for queries, name in ((2, "zero3"), (3, "fsdp2")):
+        plain = tiny("llama", tied=False)  # whose texts do not end
+        sharded = zero3.wrap(plain, dict(ZERO3)) if name == "zero3" else shard(plain)
+        engine = engine_of(sharded, {**FIELDS, "queries": queries})
+        for _ in range(2):  # DeepSpeed learns the order of layers
+            engine.step(mine([0, 1, 2], world))
+        with Traffic() as traffic:
+            engine.step(mine([0, 1, 2], world))
+        numel = padded(engine.sharding.module.parameters(), world.size)
+        gathered = sum(call.numel for call in traffic.calls if call.gathers)
+        assert gathered == MOST * numel, f"{name}: {gathered / numel} models for {MOST} tokens"
+        others = [call.nbytes for call in traffic.calls if not call.gathers]
+        assert sum(others) <= 8 * (MOST + 2) + 2 * 16 * queries + 8 + 24, f"{name}: {others}"

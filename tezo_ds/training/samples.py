@@ -63,8 +63,7 @@ class Samples:
 
     def _make(self, done: int) -> None:
         assert self._objective is not None
-        alone = self._engine.sharding.place == 0
-        mine = self._prompts if alone else []
+        mine = self._prompts if self._engine.sharding.rank == 0 else []
         with self._engine.applied():
             found = self._objective.samples(collate_prompts(mine, self._pad, self._prompts[0]))
         if self._path is None:
