@@ -74,7 +74,8 @@ class Sieve:
         if self._path is None:
             self.lines = [*self.lines[-MOST:], line]
             return
-        with suppress(OSError), self._path.open("a") as log:  # a full disk is the run's to tell
+        # A full disk is the run's to tell; and the locale may be one of few letters.
+        with suppress(OSError), self._path.open("a", encoding="utf-8", errors="replace") as log:
             log.write(line + "\n")
 
 
@@ -105,7 +106,11 @@ def sieved(verbose: bool) -> Iterator[None]:
 
     def emit_less(handler: logging.StreamHandler[Any], record: logging.LogRecord) -> None:
         on_terminal = handler.stream in (sys.stderr, sys.stdout, sys.__stderr__, sys.__stdout__)
-        if not on_terminal or not sieve.takes(record.name, record.levelno, record.getMessage()):
+        try:
+            taken = on_terminal and sieve.takes(record.name, record.levelno, record.getMessage())
+        except (TypeError, ValueError):  # words that do not fit their format, which `emit` tells
+            taken = False
+        if not taken:
             emit(handler, record)
 
     def show_less(message: Any, category: Any, *where: Any, **more: Any) -> None:
