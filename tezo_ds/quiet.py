@@ -11,6 +11,7 @@ import re
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,7 +41,7 @@ class Sieve:
     """
 
     def __init__(self) -> None:
-        self.lines: list[str] = []
+        self.lines: deque[str] = deque(maxlen=MOST)
         self._path: Path | None = None
         self._shown: set[str] = set()
 
@@ -66,13 +67,12 @@ class Sieve:
         """Writes what is kept to a file of a folder, from now on; on rank 0 alone."""
         if env_rank() == 0:
             self._path = folder / LOG
-            waiting, self.lines = self.lines, []
-            for line in waiting:
-                self._keep(line)
+            while self.lines:
+                self._keep(self.lines.popleft())
 
     def _keep(self, line: str) -> None:
         if self._path is None:
-            self.lines = [*self.lines[-MOST:], line]
+            self.lines.append(line)
             return
         # A full disk is the run's to tell; and the locale may be one of few letters.
         with suppress(OSError), self._path.open("a", encoding="utf-8", errors="replace") as log:
