@@ -11,6 +11,7 @@ import re
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,7 +41,7 @@ class Sieve:
     """
 
     def __init__(self) -> None:
-        self.lines: list[str] = []
+        self.lines: deque[str] = deque(maxlen=MOST)
         self._path: Path | None = None
         self._shown: set[str] = set()
 
@@ -66,15 +67,15 @@ class Sieve:
         """Writes what is kept to a file of a folder, from now on; on rank 0 alone."""
         if env_rank() == 0:
             self._path = folder / LOG
-            waiting, self.lines = self.lines, []
-            for line in waiting:
-                self._keep(line)
+            while self.lines:
+                self._keep(self.lines.popleft())
 
     def _keep(self, line: str) -> None:
         if self._path is None:
-            self.lines = [*self.lines[-MOST:], line]
+            self.lines.append(line)
             return
-        with suppress(OSError), self._path.open("a") as log:  # a full disk is the run's to tell
+        # A full disk is the run's to tell; and the locale may be one of few letters.
+        with suppress(OSError), self._path.open("a", encoding="utf-8", errors="replace") as log:
             log.write(line + "\n")
 
 
@@ -105,7 +106,11 @@ def sieved(verbose: bool) -> Iterator[None]:
 
     def emit_less(handler: logging.StreamHandler[Any], record: logging.LogRecord) -> None:
         on_terminal = handler.stream in (sys.stderr, sys.stdout, sys.__stderr__, sys.__stdout__)
-        if not on_terminal or not sieve.takes(record.name, record.levelno, record.getMessage()):
+        try:
+            taken = on_terminal and sieve.takes(record.name, record.levelno, record.getMessage())
+        except (TypeError, ValueError):  # words that do not fit their format, which `emit` tells
+            taken = False
+        if not taken:
             emit(handler, record)
 
     def show_less(message: Any, category: Any, *where: Any, **more: Any) -> None:

@@ -36,6 +36,7 @@ def test_versions() -> None:
     assert_row(old, "red", "deepspeed is 0.19.6, supported is >=0.19.8")
     assert_row(verdicts.versions(ONE, {0: {**here, "transformers": machine.ABSENT}}), "red")
     assert_row(verdicts.versions(ONE, {0: {**here, "python": "3.9.1"}}), "red", ">=3.10")
+    assert_row(verdicts.versions(ONE, {0: {**here, "deepspeed": machine.ABSENT}}), "green")
     vendors = {**here, "torch": "2.8.0a0+5228986c39.nv25.05"}
     assert_row(verdicts.versions(ONE, {0: vendors}), "green")
 
