@@ -14,7 +14,17 @@ from safetensors.torch import load_file
 
 from tezo_ds.engine import replicas
 from tezo_ds.engine.replicas import digest
-from tezo_ds.run.folder import ADAPTER, COEFFICIENTS, CONFIG, CURVE, JOURNAL, LOCK, METRICS, SUMMARY
+from tezo_ds.run.folder import (
+    ADAPTER,
+    COEFFICIENTS,
+    CONFIG,
+    CURVE,
+    JOURNAL,
+    LOCK,
+    METRICS,
+    REPORT,
+    SUMMARY,
+)
 
 pytest_plugins = ("cli_fixtures",)
 
@@ -150,6 +160,6 @@ def test_a_run_whose_replicas_differ_ends_with_whole_files(given: Given, tmp_pat
     assert run.summary["status"] == "failed"
     assert run.summary["error"].startswith(expected)
     assert run.summary["steps"] == len(run.steps) == 4
-    files = {CONFIG, JOURNAL, LOCK, METRICS, SUMMARY, COEFFICIENTS, ADAPTER, CURVE}
+    files = {CONFIG, JOURNAL, LOCK, METRICS, SUMMARY, COEFFICIENTS, ADAPTER, CURVE, REPORT}
     assert {path.name for path in run.path.iterdir()} == files
     assert load_file(run.path / ADAPTER / "adapter_model.safetensors")

@@ -231,15 +231,18 @@ def test_accumulated_batches_are_micro_batches_of_one_step(tmp_path: Path) -> No
     """Batches of unequal lengths are padded to one, where nothing counts."""
     rows = [make_batch(2, seed=i, length=9 + 2 * (i % 2)) for i in range(4)]
     args = TrainingArguments(
-        str(tmp_path), max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=2,
+        str(tmp_path), num_train_epochs=1, per_device_train_batch_size=1, gradient_accumulation_steps=2,
         train_sampling_strategy="sequential", **QUIET,
     )  # fmt: skip
-    tezo = {"rank": 3, "lr": 1e-3, "seed": 5}
+    tezo = {"rank": 3, "lr": 1e-3, "seed": 5, "schedule": "linear"}
     trainer = TezoTrainer(
-        tiny(), args, tezo=tezo, train_dataset=Rows(rows), data_collator=lambda batch: batch[0]
-    )
-    trainer.train()
-    engine = tezo_ds.initialize(tiny(), {**tezo, "micro_batch": 1})
+        tiny(), args, tezo=tezo, train_dataset=Rows(rows), eval_dataset=Rows(rows),
+        data_collator=lambda batch: batch[0],
+    )  # fmt: skip
+    before = trainer.evaluate()["eval_loss"]  # whose engine knows of no schedule
+    assert trainer.train().global_step == 2
+    assert trainer.evaluate()["eval_loss"] != before
+    engine = tezo_ds.initialize(tiny(), {**tezo, "micro_batch": 1, "total_steps": 2})
     for step in range(2):
         short, long = rows[2 * step], rows[2 * step + 1]
         batch = {

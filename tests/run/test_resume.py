@@ -25,6 +25,7 @@ from tezo_ds.run.folder import (
     JOURNAL,
     METRICS,
     MODEL,
+    REPORT,
     SNAPSHOTS,
     SUMMARY,
     RunFolder,
@@ -300,9 +301,11 @@ def test_results_of_fewer_steps_do_not_stay(
     """Hazard: a killed run would be evaluated by the coefficients of an earlier one."""
     run, whole = tmp_path / "run", tmp_path / "whole"
     assert call(*given.train(run, steps=2)) == 0
-    assert {ADAPTER, CURVE, COEFFICIENTS} <= {path.name for path in run.iterdir()}
+    assert {ADAPTER, CURVE, COEFFICIENTS, REPORT} <= {path.name for path in run.iterdir()}
     killed_after(4, given.train(run, steps=5), monkeypatch)
-    assert not {ADAPTER, CURVE, COEFFICIENTS, SUMMARY} & {path.name for path in run.iterdir()}
+    assert not {ADAPTER, CURVE, COEFFICIENTS, REPORT, SUMMARY} & {
+        path.name for path in run.iterdir()
+    }
     assert call(*given.train(whole, steps=4)) == 0
     found = []
     for path in (run, whole):

@@ -130,3 +130,9 @@ def block_of(
     if args.gradient_accumulation_steps > 1:
         found["micro_batch"] = args.per_device_train_batch_size
     return {**found, **block}
+
+
+def unscheduled(block: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a block without what depends on the number of steps, for an engine that makes none."""
+    depends = ("schedule", "warmup_steps", "total_steps", "query_schedule", "steps_per_epoch")
+    return {name: value for name, value in block.items() if name not in depends}

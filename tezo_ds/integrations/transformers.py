@@ -21,7 +21,8 @@ from tezo_ds.config import TezoConfig
 from tezo_ds.engine.engine import Engine
 from tezo_ds.engine.report import StepReport
 from tezo_ds.errors import ConfigError
-from tezo_ds.integrations.arguments import block_of, refuse_unfit
+from tezo_ds.intake.checked_engine import checked_engine
+from tezo_ds.integrations.arguments import block_of, refuse_unfit, unscheduled
 from tezo_ds.integrations.joined import joined
 from tezo_ds.integrations.record import Record, data_of
 from tezo_ds.integrations.saved import SavesAdapter
@@ -73,6 +74,7 @@ class TezoTrainer(SavesAdapter):
             raise ConfigError("TezoTrainer: give a model")
         unused = "" if args is None else refuse_unfit(args, kwargs)
         self._tezo, self._loss_fn = tezo, loss_fn
+        self._makes_steps = False
         self._resume: bool | None = None
         self._done = _Done()
         self._report: StepReport | None = None
@@ -82,7 +84,7 @@ class TezoTrainer(SavesAdapter):
         super().__init__(model, args, **kwargs)
         self.run_folder = Path(str(self.args.output_dir))
         self.args.activation_checkpointing = None  # of backward passes; some classes set it
-        config = TezoConfig(**block_of(self.args, tezo, 1))
+        config = TezoConfig(**unscheduled(block_of(self.args, tezo, None)))
         if self.args.load_best_model_at_end and (
             not config.facts.learns_coefficients or config.refresh_every
         ):
@@ -100,12 +102,23 @@ class TezoTrainer(SavesAdapter):
 
     # Engine
 
-    def _make_engine(self, max_steps: int | None) -> Engine:
-        """Returns the engine, made at the first call."""
-        if self.engine is None:
-            block, model = block_of(self.args, self._tezo, max_steps), self.model
-            assert model is not None, "checked before"
-            self.engine = engine_of(model, self.accelerator, self.args, block, self._loss_fn)
+    def _make_engine(self, max_steps: int | None, steps_per_epoch: int | None = None) -> Engine:
+        """Returns the engine: for steps, or where `max_steps` is None whichever there is."""
+        if self.engine is None or (max_steps is not None and not self._makes_steps):
+            block = block_of(self.args, self._tezo, max_steps)
+            if max_steps is None:
+                block = unscheduled(block)
+            elif block.get("query_schedule", "constant") != "constant":
+                block = {"steps_per_epoch": steps_per_epoch, **block}
+            if self.engine is None:
+                assert self.model is not None, "checked before"
+                self.engine = engine_of(
+                    self.model, self.accelerator, self.args, block, self._loss_fn
+                )
+            else:
+                config = TezoConfig(**block)
+                self.engine = checked_engine(self.engine.sharding, config, self._loss_fn)
+            self._makes_steps = max_steps is not None
         module: Any = self.engine.sharding.module
         self.model = self.model_wrapped = module
         self.accelerator._models = [module]  # which an evaluation would have accelerate prepare
@@ -182,7 +195,7 @@ class TezoTrainer(SavesAdapter):
         trial: Any,
     ) -> tuple[int, int]:
         """Opens the run's folder, and brings engine and state to where it is."""
-        engine = self._make_engine(max_steps)
+        engine = self._make_engine(max_steps, steps_per_epoch)
         about = {
             "steps": max_steps, "batch_size": self.get_total_train_batch_size(self.args),
             "deepspeed": deepspeed_config_of(self.accelerator),
@@ -259,8 +272,7 @@ class TezoTrainer(SavesAdapter):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates or predicts at the present coefficients."""
-        steps = self.args.max_steps
-        with self._make_engine(steps if steps > 0 else None).applied():
+        with self._make_engine(None).applied():
             return super().evaluation_loop(*args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
