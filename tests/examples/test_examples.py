@@ -75,6 +75,28 @@ def test_a_custom_method_steps_by_signs(
     assert capsys.readouterr().out.count("loss") == 5
 
 
+def test_a_reward_moves_the_model(
+    script: Script, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(REPO / "examples"))
+    reward = importlib.import_module("reward")
+    monkeypatch.setitem(reward.TEZO, "rho", 1.0)  # so that branches answer in other words
+    assert len(set(reward.main(str(model), 3))) > 1
+    assert reward.reward([""], ["Yes it is"], ["yes"]) == [1 - 0.09]
+    script("reward.py", model, 1)
+    assert capsys.readouterr().out.count("reward") == 4
+
+
+def test_the_trainer_steps_evaluates_and_leaves_an_adapter(model: Path, tmp_path: Path) -> None:
+    names = runpy.run_path(str(REPO / "examples" / "trainer.py"))
+    trainer = names["main"](str(model), str(tmp_path), 5)
+    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    assert trainer.state.global_step == 5 and len(set(losses)) > 1
+    peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model), tmp_path / "adapter"
+    )
+
+
 def test_each_is_short_named_and_run() -> None:
     readmes = [(REPO / name).read_text() for name in ("examples/README.md", "README.md")]
     code = Path(__file__).read_text() + Path(__file__).with_name("world_examples.py").read_text()
