@@ -138,10 +138,10 @@ class Counted:
         self.tokens, decode = 0, self.kind.__call__
         self._decode = decode
 
-        def call(decoder: Any, *given: Any) -> list[list[int]]:
-            found: list[list[int]] = decode(decoder, *given)
+        def call(decoder: Any, *given: Any) -> tuple[list[list[int]], set[int]]:
+            found, broken = decode(decoder, *given)
             self.tokens += sum(map(len, found))
-            return found
+            return found, broken
 
         self.kind.__call__ = call
         return self

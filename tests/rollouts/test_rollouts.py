@@ -158,6 +158,15 @@ def test_a_reward_that_is_no_number_drops_its_direction() -> None:
     assert report.dropped == 1 and [k != k for k in report.kappa] == [True, False]
 
 
+def test_logits_that_are_no_numbers_drop_their_directions() -> None:
+    engine = engine_of(llama(), FIELDS)
+    engine.method.coefficients.fill_(float("nan"))
+    assert engine.step(batch_of([0, 1])).dropped == 2
+    mask = batch_of([])["attention_mask"] > 0
+    engine.objective.samples({**batch_of([]), "attention_mask": mask})
+    assert not mask.any(), "a user's mask is left as it was"
+
+
 def test_a_judge_that_fails_leaves_the_engine_as_it_was() -> None:
     broken = [True]
 

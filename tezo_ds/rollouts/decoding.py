@@ -46,9 +46,9 @@ class Decoder:
     def __call__(
         self, choose: Choose, prompts: Prompts, branches: int, cache: Any, prefill: Callable[[], Tensor],
         decode: Callable[[dict[str, Any]], Tensor], seat: Seat,
-    ) -> list[list[int]]:  # fmt: skip
+    ) -> tuple[list[list[int]], set[int]]:  # fmt: skip
         """Returns the tokens of each prompt's completion in each branch, branch-major, without what ended
-        them. All ranks must call it.
+        them, and which of them ended as a logit was NaN. All ranks must call it.
 
         Args:
             choose: (logits (rows, vocabulary), tokens before, place of each row's prompt) -> the next token
@@ -66,14 +66,17 @@ class Decoder:
         alive = prompts.real.repeat(branches).tolist()  # of all rows
         rows = torch.arange(branches * B)  # those in the batch
         mask = prompts.mask.repeat(branches, 1)  # (rows, T)
+        broken: set[int] = set()
         seat(None)
         logits = prefill()
         for position in range(self._most):
             numbers = rows.tolist()
             tokens = choose(logits, position, [row % B for row in numbers]).cpu()
-            for row, token in zip(numbers, tokens.tolist(), strict=True):
-                if alive[row]:
-                    alive[row] = self._goes_on(found[row], token)
+            odd = logits.amax(dim=-1).isnan().tolist()
+            for row, token, is_odd in zip(numbers, tokens.tolist(), odd, strict=True):
+                if alive[row] and is_odd:
+                    broken.add(row)
+                alive[row] = alive[row] and not is_odd and self._goes_on(found[row], token)
             if position + 1 == self._most or not self._anywhere(any(alive)):
                 break
             keep = self._kept([alive[row] for row in numbers])
@@ -83,7 +86,7 @@ class Decoder:
                 seat(rows // B)
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             logits = decode(self._inputs(tokens, mask, cache))
-        return found
+        return found, broken
 
     def _inputs(self, tokens: Tensor, mask: Tensor, cache: Any) -> dict[str, Any]:
         places = mask.sum(dim=1, keepdim=True) - 1

@@ -43,6 +43,9 @@ class RewardObjective(Objective):
         step: index of the step, by which completions are drawn at a temperature.
     """
 
+    gain = "reward"
+    empty = "there is no prompt on {} rank; raise the batch size, or check the attention mask"
+
     def __init__(self, sharding: Sharding, rewarded: Rewarded, config: TezoConfig) -> None:
         super().__init__(sharding, None)
         self._rewarded, tokenizer = rewarded, rewarded.tokenizer
@@ -53,9 +56,6 @@ class RewardObjective(Objective):
         self.seat: Seat = lambda rows: None
         self.step = 0
         self._tried = False
-
-    gain = "reward"
-    empty = "there is no prompt on {} rank; raise the batch size, or check the attention mask"
 
     @property
     def piecewise_constant(self) -> bool:
@@ -90,8 +90,7 @@ class RewardObjective(Objective):
         self.settle(batch, branches)
         sums = torch.zeros(2, branches, dtype=torch.float64)
         for part in self._parts(batch):
-            completions = self._completions(part, branches, self._temperature)
-            rewards = self._agreed(partial(self._rewarded.rewards, part, completions, branches))
+            _, rewards = self._judged(part, branches, self._temperature)
             for branch, own in enumerate(rewards):
                 sums[0, branch] -= _sum(own)
                 sums[1, branch] += len(own)
@@ -104,8 +103,7 @@ class RewardObjective(Objective):
         self.settle(batch, 1)
         found: list[Sample] = []
         for part in self._parts(batch):
-            completions = self._completions(part, 1, 0.0)
-            (rewards,) = self._agreed(partial(self._rewarded.rewards, part, completions, 1))
+            completions, (rewards,) = self._judged(part, 1, 0.0)
             found += map(Sample, self._rewarded.prompts(part)[0], completions, rewards)
         return found
 
@@ -140,20 +138,24 @@ class RewardObjective(Objective):
             parts += [idle] * (self.sharding.maxima([len(parts)])[0] - len(parts))
         return parts
 
-    def _completions(self, part: Mapping[str, Any], branches: int, temperature: float) -> list[str]:
-        """Returns the text of each real prompt's completion in each branch, branch-major."""
+    def _judged(
+        self, part: Mapping[str, Any], branches: int, temperature: float
+    ) -> tuple[list[str], list[list[float]]]:
+        """Returns the text of each real prompt's completion in each branch, branch-major, and the rewards of
+        each branch: NaN where a logit was."""
         prompts, cache = prompts_of(part), self._cache()
         choose: Choose = likeliest
         if temperature:
             choose = Drawn(self._seed, self.step, temperature, prompts.tokens)
-        found = self._decoder(
+        found, broken = self._decoder(
             choose, prompts, branches, cache, partial(self._prefilled, prompts, branches, cache),
             self._decoded, self.seat,
         )  # fmt: skip
         real = prompts.real.repeat(branches).tolist()
-        return [
-            self._rewarded.text(ids) for ids, is_real in zip(found, real, strict=True) if is_real
-        ]
+        texts = [self._rewarded.text(ids) for ids, of in zip(found, real, strict=True) if of]
+        rewards = self._agreed(partial(self._rewarded.rewards, part, texts, branches))
+        lost = iter(row in broken for row, of in enumerate(real) if of)
+        return texts, [[math.nan if next(lost) else r for r in own] for own in rewards]
 
     def _cache(self) -> Any:
         module: Any = self.sharding.module

@@ -41,7 +41,7 @@ class Prompts:
 def prompts_of(batch: Mapping[str, Any]) -> Prompts:
     """Returns the prompts of a batch, each moved to the right end of its row."""
     ids = batch[IDS].cpu()
-    mask = batch[MASK].cpu().bool() if MASK in batch else torch.ones_like(ids, dtype=torch.bool)
+    mask = batch[MASK].cpu() > 0 if MASK in batch else torch.ones_like(ids, dtype=torch.bool)
     real = mask.any(dim=1)
     mask[:, -1] |= ~real  # attention over nothing is NaN
     order = mask.int().argsort(dim=1, stable=True)  # padding first, tokens as they were
