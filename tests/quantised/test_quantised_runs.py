@@ -54,7 +54,7 @@ WRITERS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", WRITERS, ids=lambda o: "-".join(map(str, *o.items())))
+@pytest.mark.parametrize("options", WRITERS, ids=str)
 def test_writers_are_refused(
     options: dict[str, Any], given: Given, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
