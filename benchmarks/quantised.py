@@ -100,8 +100,9 @@ def slopes(args: argparse.Namespace, console: Console) -> None:
         title=f"difference (rms) and correlation of {args.queries} slopes, {args.examples} questions",
     )  # fmt: skip
     for form in (None, *args.forms):
-        own = kappas(unpacked(loaded(args, form, "float32"), torch.float64), args, batch)
         for dtype in args.dtypes:
+            # Of each dtype its own, as scales are of the dtype, too.
+            own = kappas(unpacked(loaded(args, form, dtype), torch.float64), args, batch)
             found = kappas(loaded(args, form, dtype), args, batch)
             cells = form or "plain", dtype, apart(found, own), apart(found, full)
             console.print(*cells, sep="; ")  # those that are there, should it be ended

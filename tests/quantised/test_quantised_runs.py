@@ -34,13 +34,27 @@ def test_a_run_remembers_its_form(run: Run, given: Given, capsys: pytest.Capture
         assert "holds a run of load_in 'int8'" in capsys.readouterr().err
 
 
+def test_lozo_within_one_period(
+    given: Given, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    lozo = given.train(
+        tmp_path / "run", load_in="int8", method="lozo", rank=2, nu=6, snapshot_every=2
+    )
+    assert call(*lozo) == 0
+    assert not [path for path in (tmp_path / "run/snapshots").iterdir() if path.is_dir()]
+    assert_found_again(Run(tmp_path / "run"), capsys, 1e-6)  # replayed on the base in its own form
+    longer = given.train(tmp_path / "run", load_in="int8", method="lozo", rank=2, nu=6, steps=7)
+    assert call(*longer) == 2
+    assert "unless nu is total_steps or more" in capsys.readouterr().err
+
+
 WRITERS: list[dict[str, Any]] = [
-    {"method": "mezo"}, {"method": "lozo"}, {"method": "tezo-adam"}, {"probe": "inplace"},
+    {"method": "mezo"}, {"method": "lozo-m", "nu": 5}, {"method": "tezo-adam"}, {"probe": "inplace"},
     {"refresh_every": 2},
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", WRITERS, ids=lambda o: "-".join(map(str, *o.items())))
+@pytest.mark.parametrize("options", WRITERS, ids=str)
 def test_writers_are_refused(
     options: dict[str, Any], given: Given, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -190,6 +190,11 @@ class TezoConfig(Fields):
         return facts_of(self.method)
 
     @property
+    def one_period(self) -> bool:
+        """Whether a run of fresh lefts (LOZO) ends before its first period does, which writes weights."""
+        return self.facts.fresh_left and 0 < (self.total_steps or 0) <= self.nu
+
+    @property
     def writes_periods(self) -> bool:
         """Whether what a period learnt goes into the weights when it ends."""
         return self.refresh_every > 0 and not self.keep_periods

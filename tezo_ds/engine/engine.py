@@ -69,8 +69,9 @@ class Engine:
         self.space = CoefficientSpace(chosen.matrices, config.seed, chosen.vectors)
         self.method = make_method(config, self.space, sharding.device)
         chosen.adapters.start_(self.method.coefficients, self.space)
-        if self.method.writes:
-            self._refuse_quantised(f"method {config.method} writes weights")
+        if self.method.writes and not config.one_period:
+            advice = ", unless nu is total_steps or more" if config.facts.fresh_left else ""
+            self._refuse_quantised(f"method {config.method} writes weights{advice}")
         self.objective, self.probe, of_examples = measures(
             config, sharding, self.method, self.space.slices.keys(), loss_fn, rewarded
         )
@@ -259,6 +260,8 @@ class Engine:
     def _write(self, write: Write | None) -> None:
         """Applies a method's write to every shard."""
         if write is not None:
+            if self.sharding.packed:
+                self._refuse_quantised("a period ends")
             self.sharding.each_shard(self.space.slices.keys(), write)
 
     @_without_grad()

@@ -192,11 +192,20 @@ def _misfit(weight: PackedWeight) -> str | None:
 
 
 def _unpacked(module: nn.Module) -> Tensor | None:
-    """Returns what a weight that is a tensor subclass unpacks itself to; None for any other."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or not _wraps(weight) or isinstance(weight, DTensor):
+    """Returns what a weight unpacks itself to, a tensor subclass or 4 bits of bitsandbytes; None for any
+    other, and for shards."""
+    weight, state = getattr(module, "weight", None), _state(module)
+    if not isinstance(weight, Tensor) or isinstance(weight, DTensor):
         return None
-    unpacked: Tensor = weight.dequantize()
+    unpacked: Tensor
+    if state is not None and not getattr(state, "packing_format_for_cpu", False):
+        from bitsandbytes.functional import dequantize_4bit
+
+        unpacked = dequantize_4bit(weight.data, state)
+        return unpacked
+    if not _wraps(weight):
+        return None
+    unpacked = weight.dequantize()
     return unpacked
 
 

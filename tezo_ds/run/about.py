@@ -65,7 +65,7 @@ def describe_run(settings: Settings, engine: Engine, extra: dict[str, Any]) -> d
     chosen = {"ranks": ranks} if odd else {}
     return {
         **describe(settings, config),
-        "weights_dtype": _name(next(engine.sharding.module.parameters()).dtype),
+        "weights_dtype": _name(_plain_dtype(engine)),
         "factors_dtype": _name(matrices[0].rounding) if matrices else None,
         "world_size": engine.sharding.world_size,
         **extra,
@@ -75,6 +75,12 @@ def describe_run(settings: Settings, engine: Engine, extra: dict[str, Any]) -> d
             **{name: version(name) for name in ("torch", "transformers")},
         },
     }
+
+
+def _plain_dtype(engine: Engine) -> torch.dtype:
+    """Returns the dtype of the first weight that is stored as plain numbers."""
+    dtypes = [p.dtype for p in engine.sharding.module.parameters()]
+    return next((d for d in dtypes if d.is_floating_point and d.itemsize > 1), dtypes[0])
 
 
 def _name(dtype: torch.dtype) -> str:

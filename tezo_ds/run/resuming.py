@@ -310,7 +310,7 @@ def snapshot(engine: Engine, path: Path, folder: RunFolder | None, kept: int) ->
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(
                 missing_ok=True
             )
-    if not engine.config.facts.learns_coefficients:
+    if not engine.config.facts.learns_coefficients and not engine.sharding.packed:
         engine.sharding.maxima([0])  # all see that it is gone
         save_shards(engine, name)
     if folder is not None:

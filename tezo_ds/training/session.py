@@ -279,6 +279,8 @@ def open_result(
     """
     settings, config = read_run(folder)
     source, settings.fsdp = sharded_as(folder, deepspeed, fsdp)
+    # Of a quantised base the merged model is not in the run's own form.
+    on_base = on_base or settings.load_in is not None
     result, base_model = read_result(folder, config, on_base), settings.model
     settings.model = str(result.model or base_model)
     return Finished(settings, config, result, base_model, source)
