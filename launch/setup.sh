@@ -65,5 +65,10 @@ rm -f "$stamp" # an install that breaks off is then run again
 cd "$repo"
 "$venv/bin/python" -m pip install -qq -c constraints.txt -e '.[dev]' ||
     die "pip could not install the package; its message is above"
+# Beside the others, for the tests that ask for them alone: transformers imports what it finds of these in
+# every process, and they print of kernels that they lack.
+"$venv/bin/python" -m pip install -qq -c constraints.txt --upgrade --no-deps --target "$venv/quantised" \
+    bitsandbytes compressed-tensors loguru torchao ||
+    die "pip could not install the libraries of quantised weights; its message is above"
 echo "$wanted" >"$stamp"
 say "done; activate it with: source $venv/bin/activate"

@@ -7,7 +7,8 @@
 #
 # Pytests beside each other, for two cores: the tests that start real launchers, those of them that wait for most of
 # their time, and those that take one process; once two of these three have ended, the worlds of ranks
-# (tests/helpers/worlds.py), whose processes fill the gaps that the last leaves.
+# (tests/helpers/worlds.py), whose processes fill the gaps that the last leaves. Tests of quantised weights have a process
+# with libraries that the others do without (launch/setup.sh).
 set -euo pipefail
 
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -15,6 +16,7 @@ cd "$repo"
 launch/setup.sh
 bin="$repo/.venv/bin"
 if (($#)) && [[ "$1" != --fast ]]; then
+    [[ "$*" != *quantised* ]] || export PYTHONPATH="$repo/.venv/quantised"
     exec "$bin/python" -m pytest "$@"
 fi
 
@@ -30,6 +32,7 @@ behind() { # NAME COMMAND…: in a process group of its own
 }
 TIMEFORMAT="took %R s, and %U + %S s of processor time"
 pytest=("$bin/python" -m pytest --durations 20)
+QUANTISED=(tests/quantised tests/plan/test_quantised_plan.py tests/benchmarks/test_quantised_benchmark.py)
 # In shells of their own, or the time would be that of all groups which end meanwhile.
 tests() { (time "${pytest[@]}" "$@"); }
 lint() { (time { "$bin/ruff" check . && "$bin/ruff" format --check . && "$bin/mypy"; }); }
@@ -43,7 +46,8 @@ worlds() {
     until (($(find "$logs" -name 'ended.*' | wc -l) >= 2)); do sleep 1; done
     # Behind the other, which is one process: else its ranks, up to eight, would have most of the time, and the
     # other would be left over for the end, alone.
-    time nice -n 7 "${pytest[@]}" tests/*/world_*.py
+    mapfile -t cases < <(ls tests/*/world_*.py | grep -v ^tests/quantised/)
+    time nice -n 7 "${pytest[@]}" "${cases[@]}"
 }
 
 names=(lint) failed=()
@@ -53,13 +57,14 @@ if [[ "${1:-}" == --fast ]]; then
 else
     # Compiles the libraries' modules once, if that was not done yet, instead of in each process.
     PYTHONPATH=tests/helpers "$bin/python" -c "import fault_imports" >"$logs/imports" 2>&1 || cat "$logs/imports"
-    names+=(waits launches worlds)
+    names+=(waits launches worlds quantised)
     mapfile -t waiting < <(grep -rl mark.waits tests --include='test_*.py') # quicker than to collect all
     mapfile -t launching < <(grep -rl mark.launches tests --include='test_*.py')
     behind waits first tests -m waits "${waiting[@]}"
     behind launches first tests -m "launches and not waits" "${launching[@]}"
     behind worlds worlds
-    first tests -m "not launches and not world" tests || failed+=("one process")
+    PYTHONPATH="$repo/.venv/quantised" behind quantised tests "${QUANTISED[@]}"
+    first tests -m "not launches and not world" tests "${QUANTISED[@]/#/--ignore=}" || failed+=("one process")
 fi
 for i in "${!names[@]}"; do
     wait "${groups[i]}" || failed+=("${names[i]}")

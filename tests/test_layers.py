@@ -49,10 +49,11 @@ CORE = (
     "errors", "launched",
 )  # fmt: skip
 CORE_LINES = 6000  # of all its files, blank ones left out
-# Left out: the methods as their papers have them, which no step runs, the one method that solves, and the
-# text of the options.
+# Left out: the methods as their papers have them, which no step runs, the one method that solves, the text
+# of the options, and the reading of checkpoints, which no other part of the core imports.
 APART = (
     "methods.reference", "methods.reference_adapters", "methods.tezo_gn", "engine.solving", "config.fields",
+    "models.loading", "models.fsdp", "models.checkpoint",
 )  # fmt: skip
 
 
