@@ -6,7 +6,8 @@ import re
 
 OURS = (
     r"  (trains|frozen|frozen weights|method|rank|state|weights) .*",
-    r"  (most frequent class|accuracy (before|after)|test examples|steps|padding|warning|run folder|report) .*",
+    r"  (most frequent class|accuracy (before|after)|test examples|steps|padding|warning) .*",
+    r"  (run folder|report) .*",
     r"[\w.-]+: \d+ training and \d+ test examples",
     r"after \d+ steps: .*examples",
     r"step \d+/\d+  loss .*",
