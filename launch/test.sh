@@ -63,7 +63,7 @@ else
     behind waits first tests -m waits "${waiting[@]}"
     behind launches first tests -m "launches and not waits" "${launching[@]}"
     behind worlds worlds
-    PYTHONPATH="$repo/.venv/quantised" behind quantised tests "${QUANTISED[@]}"
+    PYTHONPATH="$repo/.venv/quantised" behind quantised tests "${QUANTISED[@]}" tests/docs/test_commands.py -k quantised
     first tests -m "not launches and not world" tests "${QUANTISED[@]/#/--ignore=}" || failed+=("one process")
 fi
 for i in "${!names[@]}"; do

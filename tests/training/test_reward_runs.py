@@ -141,7 +141,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not(
 
     with monkeypatch.context() as gone, pytest.raises(Killed):
         gone.setattr(RunFolder, "log_step", log)
-        gone.setattr("tezo_ds.training.loop._write_results", lambda *_: None)
+        gone.setattr("tezo_ds.training.loop.write_results", lambda *_: None)
         call(*asked.train("cut"))
     with (cut / SAMPLES).open("a") as file:
         file.write('{"step": 4, "pro')
