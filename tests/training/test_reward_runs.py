@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from tiny_tokenizer import save_tiny_llama, with_chat_template
 
 from tezo_ds.run.folder import COEFFICIENTS, CURVE, JOURNAL, METRICS, SAMPLES, SUMMARY, RunFolder
 from tezo_ds.run.journal import read_journal
+from tezo_ds.training.display import _gained
 from tezo_ds.training.ties import MANY, Ties
 
 FUNCTIONS = """
@@ -222,3 +225,11 @@ def test_what_is_refused(
 ) -> None:  # fmt: skip
     assert call(*asked.train("no", output=tmp_path / "run", **more)) == 2
     assert words in capsys.readouterr().err
+
+
+def test_progress_is_shown_of_steps_without_a_reward() -> None:
+    """As where every branch of the first step had a logit that is NaN."""
+    dropped = SimpleNamespace(rewards=[math.nan, math.nan], tied=False)
+    fine = SimpleNamespace(rewards=[0.0, 1.0], tied=False)
+    assert _gained([dropped], math.nan) == "reward nan  best nan  spread nan"
+    assert _gained([dropped, fine], 0.5) == "reward 0.5000  best 1.0000  spread 0.5000"

@@ -206,7 +206,7 @@ class Display:
         failed = sum(r.dropped for r in recent)
         dropped = f"  {failed} directions failed" if failed else ""
         speed = sum(r.tokens for r in recent) / sum(r.seconds for r in recent)
-        what = f"loss {loss:.4f}" if recent[-1].rewards is None else _gained(recent, -loss)
+        what = f"loss {loss:.4f}" if recent[-1].rewards is None else _gained(recent, 0.0 - loss)
         return f"{what}  |κ| {kappa:.2f}  {speed:,.0f} tokens/s/rank{dropped}"
 
     @contextmanager
@@ -241,8 +241,11 @@ def _gained(recent: Sequence[StepReport], mean: float) -> str:
     """Returns what branches of the last steps gained: medians of means, of bests and of spreads; and how many
     steps had no two that differ."""
     of_each = [[r for r in step.rewards or () if math.isfinite(r)] for step in recent]
-    best = statistics.median(max(known) for known in of_each if known)
-    spread = statistics.median(statistics.pstdev(known) for known in of_each if known)
+    known = [rewards for rewards in of_each if rewards] or [
+        [math.nan]
+    ]  # of none, if all were dropped
+    best = statistics.median(map(max, known))
+    spread = statistics.median(map(statistics.pstdev, known)) if any(of_each) else math.nan
     ties = sum(step.tied for step in recent)
     tied = f"  {ties} of {len(recent)} steps tied" if ties else ""
     return f"reward {mean:.4f}  best {best:.4f}  spread {spread:.4f}{tied}"
