@@ -89,7 +89,7 @@ class Benchmark:
             "task": task, "arm": arm.name, "budget": args.budget if arm.steps != NONE else 0,
             "examples": args.examples, "test_examples": args.test_examples, "include": args.include,
             **({"batch_size": args.batch_size} if args.batch_size else {}),
-            **({"factor": args.factor} if args.factor and arm.steps != NONE else {}),
+            **({"factor": args.factor} if args.factor and arm.tuned else {}),
             **({"trunk_cache": True} if args.trunk_cache and arm.steps in CACHED else {}),
         }  # fmt: skip
 

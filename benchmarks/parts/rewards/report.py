@@ -60,7 +60,7 @@ def _objectives(runs: Sequence[Record]) -> str:
     rows: list[Sequence[object]] = [
         ("objective", "ρ", "η", "test accuracy, %", "seeds", "steps", "tied, %")
     ]
-    for group in _alike(runs, ("objective",)):
+    for group in _alike(runs, ("objective", "rho", "lr")):
         one = group[0]
         rows.append(
             (
