@@ -37,6 +37,7 @@ class Site:
         self.path, self.module, self.name = path, module, name
         self.block, self.split = block, split
         self.kind = kind_of(module)
+        self.plain = acts_plainly(module)  # asked for in each forward
         self.inner = self.outer = self.table = torch.empty(0, 0)
         self.group: Group
         self.calls = 0
@@ -174,7 +175,7 @@ def attached(sites: list[Site], add: AddTerm, product: Product) -> Iterator[None
 
 def _wrapped(site: Site, add: AddTerm, product: Product) -> Callable[..., Tensor]:
     forward = site.module.forward
-    if acts_plainly(site.module):
+    if site.plain:
 
         def plain(input: Tensor) -> Tensor:  # torch's own name, as some call it by keyword
             return add(site, input, product(forward, input))
