@@ -64,18 +64,15 @@ class Head:
         words: Tensor | None,
     ) -> Tensor | None:  # fmt: skip
         """Runs one forward in the present mode; None if the model turns out not to allow that mode."""
-
-        def of_words(logits: Tensor) -> Tensor:
-            return reduce(logits if words is None else logits[..., words], slice(None))
-
+        of_all = _narrowed(reduce, words)
         if self._layer is None or self.mode == "whole":
             logits = _logits(self._sharding.forward(**inputs))
-            return of_words(_pick(logits, positions, branches))
+            return of_all(_pick(logits, positions, branches), slice(None))
         in_chunks = reduce if self.mode == "chunks" else None
         with _Tap(self._layer, positions, branches, in_chunks, words) as tap:
             logits = _logits(self._sharding.forward(**inputs))
         if self.mode == "chosen":
-            return of_words(logits)
+            return of_all(logits, slice(None))
         return tap.result if tap.is_own(logits) else None
 
     def _row_by_row(self, inputs: dict[str, Any], branches: int) -> bool:
@@ -153,23 +150,24 @@ class _Tap:
     def _in_chunks(self, chosen: Tensor, reduce: Reduce) -> Tensor:
         """Returns what the model is to return as logits, so that `is_own` knows them."""
         count, out_features = chosen.shape[1], getattr(self._layer, "out_features", CHUNK_NUMEL)
-        few = self._of_words_alone()
-        project = few or self._project
-        width = out_features if few is None or self._words is None else len(self._words)
+        project, width = self._project, out_features
+        if (few := self._of_words_alone()) is not None:
+            project, width = few
+        else:
+            reduce = _narrowed(reduce, self._words)
         step = max(1, CHUNK_NUMEL // (self._branches * width))
         parts = []
         for start in range(0, max(1, count), step):  # once even for none: gathers must stay in step
             part = slice(start, min(start + step, count))
             logits = project(chosen[:, part].contiguous())  # (branches, j, vocabulary or words)
-            of_words = logits if few or self._words is None else logits[..., self._words]
-            parts.append(reduce(of_words, part))
+            parts.append(reduce(logits, part))
         self.result = torch.cat(parts, dim=1)
         # What the model does to logits of all words has to show, and not to fail for want of some.
         return logits if few is None else logits.new_zeros(self._branches, 1, out_features)
 
-    def _of_words_alone(self) -> Callable[[Tensor], Tensor] | None:
-        """Returns the output layer of the words' rows alone; None where none are asked for, or something is
-        added to the layer's result, or its weight is not a plain one."""
+    def _of_words_alone(self) -> tuple[Callable[[Tensor], Tensor], int] | None:
+        """Returns the output layer of the words' rows alone, and their number; None where none are asked for,
+        or something is added to the layer's result, or its weight is not a plain one."""
         layer, words = self._layer, self._words
         if words is None or type(layer) is not nn.Linear or self._before is not None:
             return None
@@ -177,7 +175,12 @@ class _Tap:
             return None
         bias = None if layer.bias is None else layer.bias[words]
         weight = layer.weight[words]
-        return lambda chosen: F.linear(chosen, weight, bias)
+        return (lambda chosen: F.linear(chosen, weight, bias)), len(words)
+
+
+def _narrowed(reduce: Reduce, words: Tensor | None) -> Reduce:
+    """Returns what reduces the words' logits out of all words'."""
+    return reduce if words is None else lambda logits, part: reduce(logits[..., words], part)
 
 
 def _logits(outputs: Any) -> Tensor:
