@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +16,6 @@ def uncollected() -> Iterator[None]:
     they are imported, which takes a second of the five that a start takes. Nothing changes in a process that
     has torch, as its garbage may be large.
     """
-    # transformers imports torchao where it is installed, which complains of kernels for other machines.
-    for chatty in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
     if "torch" in sys.modules or not gc.isenabled():
         yield
         return
