@@ -14,7 +14,7 @@ from tezo_ds.export.merged import save_merged
 from tezo_ds.export.output_layer import not_in_merged
 from tezo_ds.models.loading import load_tokenizer
 from tezo_ds.run.card import model_card
-from tezo_ds.run.folder import JOURNAL, MODEL, RunFolder, measured
+from tezo_ds.run.folder import JOURNAL, MODEL, RunFolder
 from tezo_ds.run.resuming import snapshot
 from tezo_ds.settings import RunOptions
 from tezo_ds.tasks.baselines import majority_accuracy
@@ -262,9 +262,7 @@ class _Training:
         if self._folder is not None:
             more = {**self.fits.field(report.step), "padding": tokens, **of_journal(engine)}
             self._folder.log_step(report, engine.step_index * self._options.batch_size, more)
-        self._trackers.step({
-            "step": report.step, "rho": report.rho, "lr": report.lr, **measured(report)
-        })  # fmt: skip
+        self._trackers.step(report)
         if not report.step and engine.radius is not None:
             self._display.note(str(engine.radius))
         self._display.step(report)

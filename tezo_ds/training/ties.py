@@ -15,13 +15,12 @@ class Ties:
     """
 
     def __init__(self, before: Iterable[Sequence[float | None]]) -> None:
-        self.row = self.all = 0
+        self.row = 0
         for kappa in before:
             self._add(all(k == 0 for k in kappa))
 
     def _add(self, tied: bool) -> None:
         self.row = self.row + 1 if tied else 0
-        self.all += tied
 
     def step(self, tied: bool, name: str) -> str | None:
         """Takes in a step; returns a warning after every `MANY` ties in a row.

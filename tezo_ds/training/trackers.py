@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tezo_ds.config import BLOCK
+from tezo_ds.engine.report import StepReport
 from tezo_ds.errors import ConfigError
 from tezo_ds.files.text import read_json
 from tezo_ds.run.folder import (
@@ -28,6 +29,7 @@ from tezo_ds.run.folder import (
     TENSORBOARD,
     TRACKERS,
     RunFolder,
+    measured,
     read_metrics,
 )
 from tezo_ds.training.display import Display
@@ -35,9 +37,8 @@ from tezo_ds.training.display import Display
 if TYPE_CHECKING:  # takes a second, which runs without trackers need not wait for
     from accelerate.tracking import GeneralTracker
 
-PROJECT = (
-    "tezo_ds"  # where wandb, trackio and mlflow put runs, unless their own variables name another
-)
+# Where wandb, trackio and mlflow put runs, unless their own variables name another.
+PROJECT = "tezo_ds"
 
 # Fields of a step's line in metrics.jsonl, and what trackers call them.
 STEP = {
@@ -88,9 +89,10 @@ class Trackers:
             self._try(name, "could not finish", tracker.finish)
         self._alive = {}
 
-    def step(self, line: Mapping[str, Any]) -> None:
-        """Reports a step by the fields of its line in metrics.jsonl."""
+    def step(self, report: StepReport) -> None:
+        """Reports a step by the fields that its line in metrics.jsonl has."""
         if self._alive:
+            line = {"step": report.step, "rho": report.rho, "lr": report.lr, **measured(report)}
             self._log(_of_step(line) | {"memory/peak_gib": _peak() / 2**30}, line["step"] + 1)
 
     def score(self, line: Mapping[str, Any], step: int, of: str = "") -> None:
@@ -110,9 +112,8 @@ class Trackers:
         assert self._folder is not None
         threads = torch.get_num_threads()
         PartialState()  # which accelerate's trackers ask for the rank
-        torch.set_num_threads(
-            threads
-        )  # the state's own choice would change the last bits of products
+        # The state's own choice would change the last bits of products.
+        torch.set_num_threads(threads)
         path = self._folder.path
         known = read_json(path / TRACKERS) if (path / TRACKERS).exists() else {}
         tracker, own = _make(name, self._folder, known.get(name))
