@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tezo_ds.errors import RewardFailed
-from tezo_ds.rollouts.prompts import IDS, MASK, prompts_of
+from tezo_ds.rollouts.prompts import IDS, MASK, prompts_of, until
 
 PROMPT = "prompt"  # key of a batch: texts of the prompts, in place of what their ids are decoded to
 TAIL = 4  # tokens more than a stop text has, whose first may lose a space when it is decoded
@@ -55,9 +55,7 @@ class Rewarded:
 
     def text(self, tokens: list[int]) -> str:
         """Returns a completion's text."""
-        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
-        ends = [at for stop in self.stop if (at := text.find(stop)) >= 0]
-        return text[: min(ends)] if ends else text
+        return until(str(self.tokenizer.decode(tokens, skip_special_tokens=True)), self.stop)
 
     def prompts(self, part: Mapping[str, Any]) -> tuple[list[str], dict[str, list[Any]]]:
         """Returns the texts of the real prompts, and the judge's columns of them."""

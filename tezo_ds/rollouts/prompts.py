@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,12 @@ def last_positions(prompts: Prompts) -> Tensor:
     """Returns the last position of each prompt in the flattened (B * T), int64 (B,)."""
     B, T = prompts.ids.shape
     return torch.arange(1, B + 1) * T - 1
+
+
+def until(text: str, stops: Sequence[str]) -> str:
+    """Returns a text as far as the first of some that end it."""
+    ends = [at for stop in stops if (at := text.find(stop)) >= 0]
+    return text[: min(ends)] if ends else text
 
 
 def ends_of(module: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError, DataError
 from tezo_ds.models.structure import is_encoder_decoder
+from tezo_ds.rollouts.prompts import until
 from tezo_ds.sharding import Sharding
 from tezo_ds.tasks.chat import opening
 from tezo_ds.tasks.encoding import prompt_ids
@@ -105,7 +106,7 @@ class Generator:
             pad_token_id=self._pad, synced_gpus=sharding.everyone > 1, streamer=streamer, **more,
         )  # fmt: skip
         texts = self._tokenizer.batch_decode(made[:, ahead:], skip_special_tokens=True)
-        return [self._cut(text) for text in texts]
+        return [until(text, self._stop) for text in texts]
 
     @property
     def _model(self) -> Any:
@@ -123,10 +124,6 @@ class Generator:
             "attention_mask": given["attention_mask"],
             "decoder_input_ids": start,
         }
-
-    def _cut(self, text: str) -> str:
-        ends = [at for stop in self._stop if (at := text.find(stop)) >= 0]
-        return text[: min(ends)] if ends else text
 
 
 @dataclass(frozen=True)
