@@ -25,8 +25,8 @@ from tiny_tokenizer import save_tiny_llama, with_chat_template
 from transformers import AutoModelForCausalLM
 
 from tezo_ds.cli import app
-from tezo_ds.cli.doctor import _flags_of_train
 from tezo_ds.cli.options import from_flags, settings_from
+from tezo_ds.cli.train import read_flags
 from tezo_ds.files.text import read_json
 from tezo_ds.settings import RunOptions
 
@@ -106,7 +106,7 @@ def parse(words: list[str]) -> dict[str, Any]:
     command = typer.main.get_command(app).commands[words[0]]
     context = command.make_context(words[0], words[1:])
     if words[0] == "doctor":
-        return {**context.params, **_flags_of_train(context.args)}
+        return {**context.params, **read_flags(context.args, "tezo-ds doctor")}
     return dict(context.params)
 
 

@@ -52,7 +52,7 @@ def doctor(
     ] = 120,
 ) -> None:
     """Examines a machine or a cluster; see DOCTOR_HELP."""
-    flags = _run_flags(_flags_of_train(context.args), hostfile)
+    flags = _run_flags(read_flags(context.args, "tezo-ds doctor"), hostfile)
     from tezo_ds.doctor import meeting as meetings
     from tezo_ds.doctor.checks import examine
     from tezo_ds.doctor.report import exit_code, show
@@ -75,16 +75,6 @@ def doctor(
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
-
-
-def _flags_of_train(arguments: list[str]) -> dict[str, Any]:
-    """Returns the flags that `tezo-ds train` would be called with.
-
-    Raises:
-        An error of usage, where `tezo-ds train` would refuse them.
-    """
-
-    return read_flags(arguments, "tezo-ds doctor")
 
 
 def _run_flags(given: dict[str, Any], hostfile: Path | None) -> RunFlags:
