@@ -142,7 +142,7 @@ class Measuring:
         def losses(ask: Ask) -> Tensor:
             return self._over_ranks(self._ours(batch, ask.parts(at_once)), step)
 
-        dtypes = {w.dtype for w in self._sharding.weights() if w.dtype.is_floating_point}
+        dtypes = self._sharding.floating_dtypes()
         coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
         with self._probe.exactly():
             self.radius = choose_rho(losses, coarsest, self._central)

@@ -120,6 +120,10 @@ class Sharding(ABC):
                 own, dtype = f"{path}.{attribute}".lstrip("."), self.compute_dtype(parameter)
                 yield Weight(own, self.shape(parameter), dtype, parameter.requires_grad)
 
+    def floating_dtypes(self) -> set[torch.dtype]:
+        """Returns the dtypes in which forwards see parameters."""
+        return {weight.dtype for weight in self.weights() if weight.dtype.is_floating_point}
+
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         """Returns the global shape of a parameter."""
         return parameter.shape

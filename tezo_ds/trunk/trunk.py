@@ -138,7 +138,7 @@ class Trunk:
             log.warning("shared_trunk: every branch runs all blocks (%s)", self.reason)
 
     def _same(self, plain: Tensor, ours: Tensor) -> bool:
-        dtypes = {w.dtype for w in self._sharding.weights() if w.dtype.is_floating_point}
+        dtypes = self._sharding.floating_dtypes()
         close = max(1e-4, *(8 * torch.finfo(dtype).eps for dtype in dtypes))
         return torch.allclose(ours, plain, rtol=close, atol=close, equal_nan=True)
 
