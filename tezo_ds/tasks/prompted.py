@@ -15,10 +15,8 @@ from tezo_ds.tasks.encoding import prompt_ids
 from tezo_ds.tasks.example import Example
 from tezo_ds.tasks.formats import Conversation, Kind
 
-ANSWER, PROMPT = (
-    "answer",
-    "prompt",
-)  # columns: of the right answer; and of a batch's prompts as texts
+ANSWER = "answer"  # column of the right answer
+PROMPT = "prompt"  # of a batch: its prompts as texts
 
 
 @dataclass(frozen=True)

@@ -241,9 +241,8 @@ def _gained(recent: Sequence[StepReport], mean: float) -> str:
     """Returns what branches of the last steps gained: medians of means, of bests and of spreads; and how many
     steps had no two that differ."""
     of_each = [[r for r in step.rewards or () if math.isfinite(r)] for step in recent]
-    known = [rewards for rewards in of_each if rewards] or [
-        [math.nan]
-    ]  # of none, if all were dropped
+    known = [rewards for rewards in of_each if rewards]
+    known = known or [[math.nan]]  # all were dropped
     best = statistics.median(map(max, known))
     spread = statistics.median(map(statistics.pstdev, known)) if any(of_each) else math.nan
     ties = sum(step.tied for step in recent)
