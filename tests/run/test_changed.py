@@ -89,7 +89,7 @@ def test_other_test_examples_are_refused(given: Given, tmp_path: Path, capfd: Ca
     assert f"the test examples in {tests} {OTHER}" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["config.json", "model", "summary.json"])
+@pytest.mark.parametrize("name", ["config.json", "model", "summary.json", "samples.jsonl"])
 def test_a_run_does_not_replace_what_is_no_runs(
     name: str, given: Given, tmp_path: Path, capfd: Captured
 ) -> None:

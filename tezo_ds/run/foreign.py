@@ -20,6 +20,7 @@ from tezo_ds.run.folder import (
     MODEL,
     OUTPUT_LAYER,
     REPORT,
+    SAMPLES,
     SNAPSHOTS,
     SUMMARY,
     TENSORBOARD,
@@ -29,7 +30,7 @@ from tezo_ds.run.folder import (
 
 _OURS = {
     CONFIG, METRICS, SUMMARY, JOURNAL, COEFFICIENTS, ADAPTER, CURVE, MODEL, SNAPSHOTS, TRUNK_CACHE,
-    OUTPUT_LAYER, LAYERS, LAYERS_PICTURE, TRACKERS, TENSORBOARD, REPORT, LOG,
+    OUTPUT_LAYER, LAYERS, LAYERS_PICTURE, TRACKERS, TENSORBOARD, REPORT, LOG, SAMPLES,
 }  # fmt: skip
 _LOGS = "logs"  # of launch/, which makes it before a run begins
 
