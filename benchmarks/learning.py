@@ -6,7 +6,7 @@ steps behind it, or none; frozen+adamw and frozen+adamw-lora are backpropagation
 makes as many steps as fit into the budget, what the head takes included, at the pace that two pilot runs of
 the arm had; processor seconds count, so a busy machine changes little. Each method's rate is the best on
 validation examples of TREC, by loss, of rates ten times apart that are tried until the best has a worse one
-on either side; all other tasks get it, too.
+on either side, and of a third and three times of it; all other tasks get it, too.
 
     python benchmarks/learning.py                                       all; many hours
     python benchmarks/learning.py --tasks trec --arms bias fit --seeds 3
@@ -42,8 +42,9 @@ from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 TUNED_ON, TUNING_SEED = "trec", 0
-FIRST_FACTORS = (1.0, 10.0)  # of the rates in STEPS; further ones, while the best lies at an end
-MOST_FACTORS = 6
+FIRST_FACTORS = (100.0, 1000.0)  # of the rates in STEPS; further ones, while the best lies at an end
+MOST_FACTORS = 8
+NEARER = 3.0  # what the best of rates ten times apart is at last multiplied and divided by
 PILOTS = (1, 5)  # steps
 ENDLESS = 100_000  # steps that no budget has room for
 PILOT_EXAMPLES, TUNING_EXAMPLES = 16, 200  # to test with, at most
@@ -238,14 +239,19 @@ class Benchmark:
 
 
 def next_factor(losses: dict[float, float]) -> float | None:
-    """Returns the factor to try after those whose losses are known, or None where the best has neighbours."""
+    """Returns the factor to try after those whose losses are known, or None where the best has neighbours
+    ten times and NEARER apart."""
     untried = [factor for factor in FIRST_FACTORS if factor not in losses]
     if untried:
         return untried[0]
-    best = min(losses, key=lambda factor: losses[factor])
-    if best == max(losses) and math.isfinite(losses[best]):
+    decades = [factor for factor in losses if math.log10(factor).is_integer()]
+    best = min(decades, key=lambda factor: losses[factor])
+    if best == max(decades) and math.isfinite(losses[best]):
         return best * 10
-    return min(losses) / 10 if best == min(losses) else None
+    if best == min(decades):
+        return best / 10
+    nearer = (float(f"{factor:.3g}") for factor in (best * NEARER, best / NEARER))
+    return next((factor for factor in nearer if factor not in losses), None)
 
 
 def _run(words: list[str]) -> str:

@@ -38,7 +38,7 @@ class Told(learning.Benchmark):
     ) -> dict[str, Any]:
         self.calls.append((task, arm.name, seed, factor, split, steps))
         seconds = 10.0 + 2 * max(1, steps) + 30 * (arm.head == "fit")
-        loss = abs(factor - 10) + 1  # the second rate is the best
+        loss = abs(factor - 1000) + 1  # the second rate is the best
         return {
             "accuracy": 0.5 + seed / (50 if steps else 100), "loss": loss, "zero_shot": 0.2, "majority": 0.3,
             "head": None,
@@ -62,12 +62,12 @@ def test_budgets_count_what_a_fit_takes_and_finished_runs_are_kept(
     told = benchmark_of(tmp_path, *words)
     told.run()
     finals = [c for c in told.calls if c[4] == "test"]
-    # (130 - 30) / 2 steps behind the fit, at the second of three rates, tuned on another task.
+    # (130 - 30) / 2 steps behind the fit, at the second of five rates, tuned on another task.
     assert finals == [
-        ("sms", "fit + mezo", 1, 10.0, "test", 50), ("sms", "fit", 1, 1.0, "test", 0),
-        ("sms", "fit + mezo", 2, 10.0, "test", 50), ("sms", "fit", 2, 1.0, "test", 0),
+        ("sms", "fit + mezo", 1, 1000.0, "test", 50), ("sms", "fit", 1, 1.0, "test", 0),
+        ("sms", "fit + mezo", 2, 1000.0, "test", 50), ("sms", "fit", 2, 1.0, "test", 0),
     ]  # fmt: skip
-    assert sum(c[0] == "trec" and c[4] == "valid" and c[5] == 50 for c in told.calls) == 3
+    assert sum(c[0] == "trec" and c[4] == "valid" and c[5] == 50 for c in told.calls) == 5
     again = benchmark_of(tmp_path, *words)
     again.run()
     assert again.calls == []
@@ -90,9 +90,9 @@ def test_rates_are_tried_until_the_best_has_a_worse_one_on_either_side() -> None
             losses[factor] = loss_of(factor)
         return list(losses)
 
-    assert tried(lambda f: abs(f - 1000)) == [1, 10, 100, 1000, 10000]
-    assert tried(lambda f: abs(f - 1)) == [1, 10, 0.1]
-    assert tried(lambda f: math.inf if f >= 1 else abs(f - 0.1)) == [1, 10, 0.1, 0.01]
+    assert tried(lambda f: abs(f - 1000)) == [100, 1000, 10000, 3000, 333]
+    assert tried(lambda f: abs(f - 300)) == [100, 1000, 10, 300, 33.3]
+    assert tried(lambda f: math.inf if f >= 100 else abs(f - 10)) == [100, 1000, 10, 1, 30, 3.33]
 
 
 def test_every_arm_is_a_command_line_that_train_takes() -> None:
