@@ -42,7 +42,10 @@ from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 TUNED_ON, TUNING_SEED = "trec", 0
-FIRST_FACTORS = (100.0, 1000.0)  # of the rates in STEPS; further ones, while the best lies at an end
+FIRST_FACTORS = (
+    100.0,
+    1000.0,
+)  # of the rates in STEPS; further ones, while the best lies at an end
 MOST_FACTORS = 8
 NEARER = 3.0  # what the best of rates ten times apart is at last multiplied and divided by
 PILOTS = (1, 5)  # steps
@@ -71,18 +74,19 @@ class Benchmark:
                     self._final(task, arm, seed)
 
     def _final(self, task: str, arm: Arm, seed: int) -> None:
-        if self._results.find(self.key(task, arm, seed)) is None:
-            factor = self._tuned(arm)
+        factor = self._tuned(arm)
+        key = self._key(task, arm, seed, factor)
+        if self._results.find(key) is None:
             if arm.steps in FIRST_ORDER:
                 found = self._by_first_order(task, arm, seed)
             else:
                 found = self._trained(task, arm, seed, factor, "test")
-            self._results.add({**self.key(task, arm, seed), "factor": factor, **found})
+            self._results.add({**key, **found})
             self._tell(f"{task}, {arm.name}, seed {seed}", found)
 
-    def key(self, task: str, arm: Arm, seed: int) -> Record:
+    def _key(self, task: str, arm: Arm, seed: int, factor: float) -> Record:
         """Returns the fields that name a final run."""
-        return {**self._common(task, arm), "role": "final", "seed": seed}
+        return {**self._common(task, arm), "role": "final", "seed": seed, "factor": factor}
 
     def _common(self, task: str, arm: Arm) -> Record:
         args = self._args
@@ -90,22 +94,31 @@ class Benchmark:
             "task": task, "arm": arm.name, "budget": args.budget if arm.steps != NONE else 0,
             "examples": args.examples, "test_examples": args.test_examples, "include": args.include,
             **({"batch_size": args.batch_size} if args.batch_size else {}),
-            **({"factor": args.factor} if args.factor and arm.tuned else {}),
-            **({"trunk_cache": True} if args.trunk_cache and arm.steps in CACHED else {}),
+            "trunk_cache": True if args.trunk_cache and arm.steps in CACHED else None,
         }  # fmt: skip
 
     def _tuned(self, arm: Arm) -> float:
         """Returns the factor of a method's rate that validates best on one task, by loss."""
-        if not arm.tuned:
-            return 1.0
-        if self._args.factor is not None:
-            return float(self._args.factor)
+        if not arm.tuned or self._args.factor is not None:
+            return self._given(arm)
         losses: dict[float, float] = {}
         wanted: float | None = FIRST_FACTORS[0]
         while wanted is not None and len(losses) < MOST_FACTORS:
             losses[wanted] = self._validated(arm, wanted)
             wanted = next_factor(losses)
         return min(losses, key=lambda factor: losses[factor])
+
+    def _given(self, arm: Arm) -> float:
+        """Returns the factor where nothing is tuned."""
+        return float(self._args.factor or 1.0) if arm.tuned else 1.0
+
+    def _best_so_far(self, arm: Arm) -> float:
+        """Returns the factor that is best of those which were tried."""
+        if not arm.tuned or self._args.factor is not None:
+            return self._given(arm)
+        tried = self._results.find_all({**self._common(TUNED_ON, arm), "role": "tune"})
+        best = min(tried, key=_loss, default={"factor": 1.0})
+        return float(best["factor"])
 
     def _validated(self, arm: Arm, factor: float) -> float:
         """Returns the validation loss at a factor of the rate, infinite where it is not finite."""
@@ -115,7 +128,7 @@ class Benchmark:
             record = {**key, **self._trained(TUNED_ON, arm, TUNING_SEED, factor, "valid")}
             self._results.add(record)
             self._tell(f"{TUNED_ON}, {arm.name}, rate times {factor:g}", record)
-        return math.inf if record["loss"] is None else float(record["loss"])
+        return _loss(record)
 
     def _steps(self, task: str, arm: Arm) -> int:
         """Returns how many steps the budget has room for, by two pilot runs and one without the arm."""
@@ -232,8 +245,8 @@ class Benchmark:
         """Yields the final runs that there are, by task and arm."""
         for task in self._args.tasks:
             for arm in self.arms:
-                seeds = range(1, 1 + MOST_SEEDS)
-                runs = [self._results.find(self.key(task, arm, seed)) for seed in seeds]
+                seeds, factor = range(1, 1 + MOST_SEEDS), self._best_so_far(arm)
+                runs = [self._results.find(self._key(task, arm, seed, factor)) for seed in seeds]
                 if found := [run for run in runs if run is not None]:
                     yield task, arm, found
 
@@ -252,6 +265,11 @@ def next_factor(losses: dict[float, float]) -> float | None:
         return best / 10
     nearer = (float(f"{factor:.3g}") for factor in (best * NEARER, best / NEARER))
     return next((factor for factor in nearer if factor not in losses), None)
+
+
+def _loss(record: Record) -> float:
+    """Returns a run's loss, infinite where it is not finite."""
+    return math.inf if record["loss"] is None else float(record["loss"])
 
 
 def _run(words: list[str]) -> str:

@@ -170,9 +170,29 @@ def test_a_run_by_the_clock_is_stopped_when_its_steps_have_had_the_budget(tmp_pa
         )
 
 
-def test_runs_by_the_clock_have_lines_of_their_own(tmp_path: Path) -> None:
-    arm = Arm("frozen", "tezo-gn-fresh")
-    keys = [benchmark_of(tmp_path, *words).key("trec", arm, 1) for words in ([], ["--trunk-cache"])]
-    assert keys[1] == {**keys[0], "trunk_cache": True}
+def test_runs_by_the_clock_and_at_a_given_rate_have_lines_of_their_own(tmp_path: Path) -> None:
+    finals: list[dict[str, Any]] = []
+    common = {
+        "role": "final",
+        "budget": 60.0,
+        "examples": 400,
+        "test_examples": 200,
+        "include": ["last:3"],
+    }
+    for factor, cached in ((1000.0, True), (333.0, True), (1000.0, None)):
+        finals.append({"task": "trec", "arm": "mezo", "seed": 1, **common, "factor": factor})
+        finals[-1] |= {"trunk_cache": cached} if cached else {}
+    words = ["--tasks", "trec", "--arms", "frozen+mezo", "--budget", "60", "--examples", "400"]
+    words += ["--test-examples", "200"]
+    for more, wanted in (
+        (["--trunk-cache", "--factor", "333"], finals[1]), (["--factor", "1000"], finals[2]),
+        (["--trunk-cache"], finals[0]), ([], None),
+    ):  # fmt: skip
+        told = benchmark_of(tmp_path, *words, *more)
+        tuned = {**finals[0], "role": "tune", "loss": 1.5}
+        told._results.records = [*finals, tuned, {**tuned, "factor": 333.0, "loss": 1.6}]
+        assert [run for _, _, runs in told.finished() for run in runs] == (
+            [wanted] if wanted else []
+        )
     parsed = learning.arguments().parse_args(["--trunk-cache", "--budget", "60"])
     assert learning.command(parsed).endswith("--budget 60.0 --trunk-cache")

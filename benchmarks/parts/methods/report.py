@@ -40,8 +40,11 @@ class Results:
 
     def find(self, key: Record) -> Record | None:
         """Returns the run with these fields, if it was finished before."""
-        same = (r for r in self.records if all(r.get(name) == key[name] for name in key))
-        return next(same, None)
+        return next(iter(self.find_all(key)), None)
+
+    def find_all(self, key: Record) -> list[Record]:
+        """Returns the runs with these fields that were finished before."""
+        return [r for r in self.records if all(r.get(name) == key[name] for name in key)]
 
     def add(self, record: Record) -> None:
         """Writes a record's line at once."""
