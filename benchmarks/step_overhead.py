@@ -7,6 +7,7 @@ taken within each round.
 
     python benchmarks/step_overhead.py
     python benchmarks/step_overhead.py --hidden 4096 --shapes 4x32 --only fused
+    python benchmarks/step_overhead.py --hidden 128 --layers 1 --shapes 1x2 --only fused    a step's fixed cost
     python benchmarks/step_overhead.py --sharding zero3 --ranks 2
 
 With --sharding every rank has a batch of its own, "plain forward" is that of the same backend, and a time
@@ -89,7 +90,7 @@ def load(args: argparse.Namespace) -> PreTrainedModel:
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
     if args.hidden:
-        return random_llama(args.hidden).to(dtype)
+        return random_llama(args.hidden, args.layers).to(dtype)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
     return model
 
@@ -153,14 +154,18 @@ def measure(
 
 
 def report(seconds: dict[str, list[float]], title: str) -> Table:
-    """Makes a table of medians, 10–90 % spread, and the ratio to the plain forward as median over rounds."""
-    table = Table("step", "median ms", "10–90 % ms", "÷ plain forward", "10–90 %", title=title)
+    """Makes a table of medians, 10–90 % spread, and ratio and difference to the plain forward as medians over
+    rounds."""
+    table = Table(
+        "step", "median ms", "10–90 % ms", "÷ plain forward", "10–90 %", "− plain, ms", title=title
+    )
     plain = seconds["plain forward"]
     for name, values in seconds.items():
         ratios = [value / base for value, base in zip(values, plain, strict=True)]
+        more = statistics.median(value - base for value, base in zip(values, plain, strict=True))
         table.add_row(
             name, f"{statistics.median(values) * 1e3:.1f}", spread(values, 1e3, 1),
-            f"{statistics.median(ratios):.3f}", spread(ratios, 1, 3),
+            f"{statistics.median(ratios):.3f}", spread(ratios, 1, 3), f"{more * 1e3:.1f}",
         )  # fmt: skip
     return table
 
@@ -187,7 +192,8 @@ def arguments(description: str) -> argparse.ArgumentParser:
     """Makes a parser of what names a model, a batch and a step."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", default=str(ROOT / ".cache/quickstart/SmolLM2-135M-Instruct"))
-    parser.add_argument("--hidden", type=int, help="two random Llama layers of this size instead")
+    parser.add_argument("--hidden", type=int, help="random Llama layers of this size instead")
+    parser.add_argument("--layers", type=int, default=2, help="how many, with --hidden")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="B x T, e.g. 16x64")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--queries", type=int, default=1)
