@@ -7,7 +7,7 @@ taken within each round.
 
     python benchmarks/step_overhead.py
     python benchmarks/step_overhead.py --hidden 4096 --shapes 4x32 --only fused
-    python benchmarks/step_overhead.py --hidden 128 --layers 1 --shapes 1x2 --only fused    a step's fixed cost
+    python benchmarks/step_overhead.py --hidden 128 --layers 1 --shapes 1x2 --only fused   fixed cost
     python benchmarks/step_overhead.py --sharding zero3 --ranks 2
 
 With --sharding every rank has a batch of its own, "plain forward" is that of the same backend, and a time

@@ -1,0 +1,26 @@
+"""Memory of a step on rewards beside GRPO's, at toy size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import grpo
+import pytest
+from tiny_tokenizer import save_tiny_llama
+
+
+@pytest.mark.parametrize("way", ["tezo-ds", "grpo-lora"])
+def test_each_way_makes_its_answers_and_its_steps(way: str, tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path / "model", ["What is 7 plus 12?"])
+    words = [
+        "--model",
+        str(tmp_path / "model"),
+        "--prompts",
+        "2",
+        "--completions",
+        "2",
+        "--new",
+        "3",
+    ]
+    found = grpo.measured(grpo.arguments().parse_args([*words, "--rank", "2"]), way)
+    assert found["peak"] > 0 and found["seconds"] > 0
