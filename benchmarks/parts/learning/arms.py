@@ -31,7 +31,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "tezo-gn-fresh": {  # most of a small space that is new in each step, whose forwards are cheap
         **STEPS["tezo-gn"], "include": "last:1", "queries": 24, "refresh_every": 1,
     },
-    "tezo": {"method": "tezo", "rho": 1e-3, "lr": 1e-6, "batch_size": 16},
+    **{
+        name: {"method": name, "rho": 1e-3, "lr": 1e-6, "batch_size": 16}
+        for name in ("tezo", "tezo-adam", "mezo-adam")
+    },
     "tt": {**_TT, "method": "tezo", "lr": 1e-5},
     "tt-published": {**_TT, "method": "tezo", "tt_init": "published", "lr": 1e-5},
     "tt-adam": {**_TT, "method": "tezo-adam-coef", "lr": 1e-4},
