@@ -22,15 +22,17 @@ STEPS: dict[str, dict[str, Any]] = {
         "difference": "forward",
     },
 }  # fmt: skip
+# Most of a small space that is new in each step, whose forwards are cheap.
+_FRESH = {**STEPS["tezo-gn"], "include": "last:1", "queries": 24, "refresh_every": 1}
 # More than the default arms; adapters are for the head frozen alone, as they go with no other.
 _TT, _LORA = (
     {"adapter": "tt", "rho": 1e-3, "batch_size": 16},
     {"adapter": "lora", "rho": 1e-2, "batch_size": 16},
 )
 OTHERS: dict[str, dict[str, Any]] = {
-    "tezo-gn-fresh": {  # most of a small space that is new in each step, whose forwards are cheap
-        **STEPS["tezo-gn"], "include": "last:1", "queries": 24, "refresh_every": 1,
-    },
+    "tezo-gn-fresh": _FRESH,
+    # Biases of the words are columns of each solve, and begin with what a batch of examples gives.
+    "tezo-gn-biased": {**_FRESH, "output_layer": "bias", "output_layer_examples": 64},
     **{
         name: {"method": name, "rho": 1e-3, "lr": 1e-6, "batch_size": 16}
         for name in ("tezo", "tezo-adam", "mezo-adam")
@@ -87,7 +89,7 @@ class Arm:
             fields["lr"] = float(f"{fields['lr'] * factor:.3g}")
         if batch_size is not None and self.steps != NONE:
             fields["batch_size"] = batch_size
-        if self.head == "frozen":
+        if "output_layer" not in fields:
             fields.pop("output_layer_examples", None)
         words = []
         for name, value in fields.items():
