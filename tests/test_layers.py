@@ -40,7 +40,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("quantised",),
     ("files", "launched"),
     ("kinds",),
-    ("sources", "patterns"),
+    ("sources", "patterns", "user_functions"),
     ("installed",),
     ("rng", "errors", "repeatable", ""),
 )

@@ -182,7 +182,8 @@ class Settings(BaseModel):
     metric: str = declared(
         "none",
         "measure generated answers in evaluations, too: exact or f1 (words, as SQuAD), rouge-l, "
-        "regex:PATTERN (the last match), or your own module:function of (predictions, references)",
+        "regex:PATTERN (the last match), or your own module:function or file.py:function of (predictions, "
+        "references)",
         group=DATA, example="f1",
     )  # fmt: skip
     max_new_tokens: int = declared(

@@ -133,14 +133,19 @@ def test_a_users_metric_and_what_is_no_metric(
         text + "def fails(said, right):\n    raise KeyError('x')\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert metric_of("users_metric:ours")(["ab", "abcd"], ["", ""]) == 3.0
+    for module in ("users_metric", tmp_path / "users_metric.py"):
+        assert metric_of(f"{module}:ours")(["ab", "abcd"], ["", ""]) == 3.0
     with pytest.raises(ConfigError, match="users_metric:fails: raised KeyError"):
         metric_of("users_metric:fails")(["a"], ["a"])
     for name, words in (
         ("bleu", "--metric bleu: is not known; name exact, f1, rouge-l, regex:PATTERN"),
         ("regex:(", r"--metric regex:\(: is no regular expression"),
-        ("users_metric:none", "--metric users_metric:none: cannot be had"),
-        ("no_module:f", "--metric no_module:f: cannot be had"),
+        (
+            "users_metric:none",
+            "--metric users_metric:none: .*users_metric.py has no 'none'; its functions: ours",
+        ),
+        ("no_module:f", "--metric no_module:f: there is no module 'no_module'"),
+        ("none.py:f", "--metric none.py:f: there is no file none.py"),
     ):
         with pytest.raises(ConfigError, match=words):
             metric_of(name)

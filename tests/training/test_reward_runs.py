@@ -16,10 +16,20 @@ from command_line import Run, call
 from safetensors.torch import load_file
 from tiny_tokenizer import save_tiny_llama, with_chat_template
 
-from tezo_ds.run.folder import COEFFICIENTS, CURVE, JOURNAL, METRICS, SAMPLES, SUMMARY, RunFolder
+from tezo_ds.run.folder import (
+    COEFFICIENTS,
+    CURVE,
+    JOURNAL,
+    METRICS,
+    REPORT,
+    SAMPLES,
+    SUMMARY,
+    RunFolder,
+)
 from tezo_ds.run.journal import read_journal
 from tezo_ds.training.display import _gained
 from tezo_ds.training.ties import MANY, Ties
+from tezo_ds.training.trackers import _past
 
 FUNCTIONS = """
 def by_level(prompts, completions, level, **columns):
@@ -109,10 +119,26 @@ def test_what_a_run_leaves(run: Run) -> None:
     summary = json.loads((run.path / SUMMARY).read_text())
     assert (summary["metric"], summary["metric_after"]) == ("reward", scores[1]["test_metric"])
     assert (run.path / CURVE).stat().st_size > 10_000
+    page = (run.path / REPORT).read_text()
+    assert "<figcaption>Reward " in page and "<figcaption>Loss " not in page
+    assert "test loss" not in page
+    assert f"{scores[0]['test_metric']:.3f} → {scores[1]['test_metric']:.3f}" in page
     samples = [json.loads(text) for text in (run.path / SAMPLES).read_text().splitlines()]
     assert [s["step"] for s in samples] == [step for step in (0, 2, 4, 6) for _ in range(4)]
     assert all(s["prompt"].startswith("what is") and 0 <= s["reward"] <= 9 / 7 for s in samples)
     assert len({s["prompt"] for s in samples}) == 4 and any(s["completion"] for s in samples)
+
+
+def test_trackers_are_told_of_rewards_and_not_of_their_negatives(run: Run) -> None:
+    told: dict[str, list[float]] = {}
+    for _, values in _past(SimpleNamespace(path=run.path), rewarded=True):
+        for name, value in values.items():
+            told.setdefault(name, []).append(value)
+    lines = read_journal(run.path / JOURNAL).steps
+    assert told["train/reward"] == pytest.approx([-line["loss"] for line in lines])
+    assert told["train/reward_best"] == [max(line["rewards"]) for line in lines]
+    assert len(told["test/reward"]) == 2 and told["test/reward"][1] == run.summary["metric_after"]
+    assert not {"train/loss", "test/loss", "test/metric"} & set(told)
 
 
 def test_a_replay_needs_no_function(run: Run, asked: Asked, tmp_path: Path) -> None:

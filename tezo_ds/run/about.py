@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,6 +55,11 @@ def describe(settings: Settings, config: TezoConfig) -> dict[str, Any]:
     paths = {place: os.path.abspath(place) for place in places if place and os.path.exists(place)}
     about = {BLOCK: config.model_dump(mode="json"), "settings": settings.model_dump(mode="json")}
     return {**about, "paths": paths}
+
+
+def on_rewards(about: Mapping[str, Any]) -> bool:
+    """Returns whether a run of this config.json trains on rewards, whose losses are minus the rewards."""
+    return bool(about["settings"].get("reward"))
 
 
 def describe_run(settings: Settings, engine: Engine, extra: dict[str, Any]) -> dict[str, Any]:

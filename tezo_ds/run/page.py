@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tezo_ds.config import BLOCK, TezoConfig
-from tezo_ds.run.about import TRAINER, read_about
+from tezo_ds.run.about import TRAINER, on_rewards, read_about
 from tezo_ds.run.chart import Point, Series, chart
 from tezo_ds.run.curve import running_median
 from tezo_ds.run.folder import METRICS, PARTS, TEST, VALIDATION, read_metrics
@@ -34,15 +34,15 @@ def page_of(run: Path, summary: Mapping[str, Any], device: str) -> str:
     about = read_about(run)
     steps = read_metrics(run / METRICS)[0]
     scores = {part: read_metrics(run / METRICS, part)[1] for part in PARTS}
-    settings, block = about["settings"], about[BLOCK]
+    settings, block, rewarded = about["settings"], about[BLOCK], on_rewards(about)
     name = run.absolute().name
     status = str(summary.get("status", "running"))
     sub = f"{Path(settings['model']).name} on {Path(settings['task']).name}, {block['method']}"
     failed = f'<p class="bad">{escape(str(summary["error"]))}</p>' if "error" in summary else ""
     body = [
         f'<h1>{escape(name)}</h1><p class="sub">{escape(sub)} · {escape(status)}</p>{failed}',
-        f'<div class="cards">{"".join(_cards(summary))}</div>',
-        "<h2>Curves</h2>", *_curves(steps, scores),
+        f'<div class="cards">{"".join(_cards(summary, rewarded))}</div>',
+        "<h2>Curves</h2>", *_curves(steps, scores, rewarded),
         *_samples(scores),
         "<h2>What to do next</h2>", *_next(run, about, status),
         "<h2>Configuration</h2>",
@@ -60,7 +60,7 @@ def page_of(run: Path, summary: Mapping[str, Any], device: str) -> str:
     )
 
 
-def _cards(summary: Mapping[str, Any]) -> Iterable[str]:
+def _cards(summary: Mapping[str, Any], rewarded: bool) -> Iterable[str]:
     """Yields the numbers that people look for first."""
 
     def card(value: str, what: str) -> str:
@@ -70,8 +70,10 @@ def _cards(summary: Mapping[str, Any]) -> Iterable[str]:
     for what, first, last, form in (
         ("test accuracy", "accuracy_before", "accuracy_after", "{:.1%}"),
         ("validation accuracy", "validation_accuracy_before", "validation_accuracy_after", "{:.1%}"),
-        ("test loss", "test_loss_before", "test_loss_after", "{:.4f}"),
-        ("validation loss", "validation_loss_before", "validation_loss_after", "{:.4f}"),
+        *(
+            (f"{part} loss", f"{part}_loss_before", f"{part}_loss_after", "{:.4f}")
+            for part in (() if rewarded else PARTS)
+        ),
         (str(known.get("metric", "metric")), "metric_before", "metric_after", "{:.3f}"),
     ):  # fmt: skip
         if first in known and last in known:
@@ -84,28 +86,30 @@ def _cards(summary: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _curves(
-    steps: Sequence[Mapping[str, Any]], scores: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> Iterable[str]:
+    steps: Sequence[Mapping[str, Any]], scores: Mapping[str, Sequence[Mapping[str, Any]]],
+    rewarded: bool,
+) -> Iterable[str]:  # fmt: skip
     """Yields figures, of what there is."""
 
     def points(lines: Iterable[Mapping[str, Any]], field: str, after: int = 0) -> list[Point]:
         kept = [line for line in lines if line.get(field) is not None and "after" not in line]
         return [(line["step"] + after, line[field]) for line in kept]
 
-    losses, norms = points(steps, "loss", 1), points(steps, "gradient_norm", 1)
+    what, of_scores = ("reward", "metric") if rewarded else ("loss", "loss")
+    values, norms = points(steps, what, 1), points(steps, "gradient_norm", 1)
     judged = [
-        Series(f"{part} loss", points(scores[part], f"{part}_loss"), colour, "dots")
+        Series(f"{part} {what}", points(scores[part], f"{part}_{of_scores}"), colour, "dots")
         for colour, part in ((1, VALIDATION), (2, TEST)) if scores[part]
     ]  # fmt: skip
     yield chart(
-        "Loss",
+        what.capitalize(),
         [
-            Series("", losses, 0, "faint"),
-            Series("training, running median", _smooth(losses), 0),
+            Series("", values, 0, "faint"),
+            Series("training, running median", _smooth(values), 0),
             *judged,
         ],
     )
-    for what, form in (("accuracy", 100.0), ("metric", 1.0)):
+    for what, form in (("accuracy", 100.0), *(() if rewarded else (("metric", 1.0),))):
         found = [
             Series(part, [(x, form * y) for x, y in points(scores[part], f"{part}_{what}")], colour, "dots")
             for colour, part in ((1, VALIDATION), (2, TEST))

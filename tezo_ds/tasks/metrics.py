@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from tezo_ds.errors import ConfigError, one_line
+from tezo_ds.user_functions import user_function
 
 Metric = Callable[[Sequence[str], Sequence[str]], float]
 OfPair = Callable[[str, str], float]
 NONE = "none"
-KINDS = "exact, f1, rouge-l, regex:PATTERN or module:function"
+KINDS = "exact, f1, rouge-l, regex:PATTERN, module:function or file.py:function"
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
@@ -22,17 +21,15 @@ def metric_of(name: str) -> Metric:
     """Returns a function (predictions, references) -> float, the mean over examples.
 
     Args:
-        name: one of `of_pairs`, or "module:function", a user's.
+        name: one of `of_pairs`, or "module:function" or "file.py:function", a user's.
 
     Raises:
-        ConfigError: the name is none of these, the pattern is no pattern, or a package is not there.
+        ConfigError: the name is none of these, the pattern is no pattern, a package is not there, or the
+            user's function cannot be had.
     """
     if (of_pair := of_pairs(name)) is not None:
         return _mean(of_pair)
-    kind, _, rest = name.partition(":")
-    if kind and rest and kind != "regex":
-        return _of_user(kind, rest)
-    raise ConfigError(f"--metric {name}: is not known; name {KINDS}")
+    return _of_user(name)
 
 
 def of_pairs(name: str, option: str = "--metric") -> OfPair | None:
@@ -109,18 +106,13 @@ def _regex(pattern: str, option: str) -> OfPair:
     return right
 
 
-def _of_user(module: str, name: str) -> Metric:
-    try:
-        function: Any = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"--metric {module}:{name}: cannot be had ({error}); name {KINDS}"
-        ) from None
+def _of_user(name: str) -> Metric:
+    function = user_function(name, "--metric", KINDS)
 
     def metric(predictions: Sequence[str], references: Sequence[str]) -> float:
         try:
             return float(function(predictions, references))
         except Exception as error:  # the user's own
-            raise ConfigError(f"--metric {module}:{name}: raised {one_line(error)}") from error
+            raise ConfigError(f"--metric {name}: raised {one_line(error)}") from error
 
     return metric

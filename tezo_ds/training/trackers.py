@@ -22,6 +22,7 @@ from tezo_ds.config import BLOCK
 from tezo_ds.engine.report import StepReport
 from tezo_ds.errors import ConfigError
 from tezo_ds.files.text import read_json
+from tezo_ds.run.about import on_rewards
 from tezo_ds.run.folder import (
     CONFIG,
     METRICS,
@@ -44,7 +45,8 @@ PROJECT = "tezo_ds"
 STEP = {
     "loss": "train/loss", "kappa_mean": "train/kappa", "kappa_spread": "train/kappa_spread",
     "gradient_norm": "train/gradient_norm", "snr": "train/snr", "lr": "train/lr", "rho": "train/rho",
-    "dropped": "train/directions_failed",
+    "dropped": "train/directions_failed", "reward": "train/reward", "reward_best": "train/reward_best",
+    "reward_spread": "train/reward_spread",
 }  # fmt: skip
 
 
@@ -78,8 +80,11 @@ class Trackers:
         self._names = names if folder is not None else ()
         self._folder, self._display = folder, display
         self._alive: dict[str, GeneralTracker] = {}
+        self._rewarded = False
 
     def __enter__(self) -> Trackers:
+        if self._names and self._folder is not None:
+            self._rewarded = on_rewards(read_json(self._folder.path / CONFIG))
         for name in self._names:
             self._try(name, "could not start", partial(self._start, name))
         return self
@@ -104,7 +109,7 @@ class Trackers:
             of: what the evaluation is of, besides the part, where it is not of the weights after a step.
         """
         if self._alive:
-            self._log(_of_score(line, of), step)
+            self._log(_of_score(line, of, self._rewarded), step)
 
     def _start(self, name: str) -> None:
         from accelerate import PartialState
@@ -122,7 +127,7 @@ class Trackers:
         if name in known:
             return
         tracker.store_init_configuration(_flat(read_json(path / CONFIG)))
-        for step, values in _past(self._folder):
+        for step, values in _past(self._folder, self._rewarded):
             tracker.log(_taken(name, values), step=step)
         self._folder.write_json(TRACKERS, {**known, name: own or str(tracker.tracker.info.run_id)})
 
@@ -174,27 +179,34 @@ def _make(name: str, folder: RunFolder, kept: str | None) -> tuple[GeneralTracke
     return LOGGER_TYPE_TO_CLASS[name](**given), own
 
 
-def _past(folder: RunFolder) -> Iterable[tuple[int, dict[str, Any]]]:
+def _past(folder: RunFolder, rewarded: bool) -> Iterable[tuple[int, dict[str, Any]]]:
     """Returns what a tracker has missed of the steps that are made, in their order."""
     path = folder.path / METRICS
     found = [(line["step"] + 1, _of_step(line)) for line in read_metrics(path)[0]]
     for part in PARTS:
         for line in read_metrics(path, part)[1]:
-            found.append((line["step"], _of_score(line, line.get("after", ""))))
+            found.append((line["step"], _of_score(line, line.get("after", ""), rewarded)))
     return sorted(found, key=lambda pair: pair[0])
 
 
 def _of_step(line: Mapping[str, Any]) -> dict[str, float]:
     seconds = line.get("seconds")
     speed = {"train/tokens_per_second": line["tokens"] / seconds} if seconds else {}
-    return _finite({name: line.get(field) for field, name in STEP.items()} | speed)
+    fields = {
+        field: name for field, name in STEP.items() if field != "loss" or "reward" not in line
+    }
+    return _finite({name: line.get(field) for field, name in fields.items()} | speed)
 
 
-def _of_score(line: Mapping[str, Any], of: str) -> dict[str, Any]:
-    """Returns `test_loss` and the like as test/loss, or as test_output_layer/loss; answers as text."""
+def _of_score(line: Mapping[str, Any], of: str, rewarded: bool) -> dict[str, Any]:
+    """Returns `test_loss` and the like as test/loss, or as test_output_layer/loss; answers as text. Of a run
+    on rewards, whose loss is minus the reward, test/reward in the place of both loss and metric."""
     values, samples = {}, {}
     for name, value in line.items():
         part, _, what = name.partition("_")
+        if rewarded and what == "loss":
+            continue
+        what = "reward" if rewarded and what == "metric" else what
         if part in PARTS and what == "answers":
             samples[f"samples/{part}"] = "\n\n".join(value)
         elif part in PARTS and what != "examples":
