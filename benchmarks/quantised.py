@@ -279,7 +279,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    add("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    add("--forms", nargs="*", choices=FORMS, default=list(FORMS), help="beside plain weights")
     add(
         "--dtypes",
         nargs="+",
