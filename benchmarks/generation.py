@@ -88,7 +88,8 @@ def contestants(
     args: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase, rank: int
 ) -> tuple[dict[str, Callable[[], object]], Callable[[str], int]]:
     """Returns the ways to time, by name, and a function that gives the tokens that each has made last."""
-    batch, made = prompts_of(tokenizer, args.prompts, rank), {PLAIN: 0, ENGINE: 0}
+    own = 0 if args.sharding == "tensor" else rank  # whose ranks share a batch
+    batch, made = prompts_of(tokenizer, args.prompts, own), {PLAIN: 0, ENGINE: 0}
     config = model.generation_config
     ends = [] if args.ends == "none" else [config.eos_token_id, tokenizer.eos_token_id]
     if args.ends == "none":

@@ -14,11 +14,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from tezo_ds.sharding.world import join_world
 
-BACKENDS = ("none", "zero3", "zero3-hpz", "fsdp2")
+SPLIT = {
+    "mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel(),
+    "mlp.down_proj": RowwiseParallel(),
+}  # fmt: skip
+BACKENDS = ("none", "zero3", "zero3-hpz", "fsdp2", "tensor")
 
 
 def spawn(ranks: int, backend: str, run: Callable[..., None], *args: Any) -> None:
@@ -56,11 +62,16 @@ def place(model: nn.Module, backend: str) -> nn.Module:
 
     Args:
         model: a model, equal on all ranks.
-        backend: "zero3-hpz" makes two groups of ranks, each with a whole copy of the model.
+        backend: "zero3-hpz" makes two groups of ranks, each with a whole copy of the model; "tensor" splits
+            the feed-forward parts of a Llama over all ranks, which then share a batch, under FSDP2.
     """
+    if backend == "tensor":
+        mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("data", "model"))
+        for block in _blocks(model):
+            parallelize_module(block, mesh["model"], SPLIT)
+        fully_shard(model, mesh=mesh["data"])
     if backend == "fsdp2":
-        blocks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-        for block in blocks[0]:
+        for block in _blocks(model):
             fully_shard(block)
         fully_shard(model)
     if not backend.startswith("zero3"):
@@ -77,6 +88,10 @@ def place(model: nn.Module, backend: str) -> nn.Module:
         "fp16": {"enabled": dtype == torch.float16},
     }
     return zero3.wrap(model, config)
+
+
+def _blocks(model: nn.Module) -> nn.ModuleList:
+    return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
 
 
 def settle() -> None:
