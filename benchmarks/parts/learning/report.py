@@ -13,7 +13,7 @@ from parts.learning.arms import Arm
 from parts.methods.report import Record, interval
 
 MARKERS = "<!-- benchmarks/learning.py: begin -->", "<!-- benchmarks/learning.py: end -->"
-COLUMNS = ("arm", "acc. %", "± 95 %", "vs fit", "loss", "seeds", "steps", "s")
+COLUMNS = ("arm", "acc. %", "± 95 %", "vs fit", "loss ± 95 %", "seeds", "steps", "s")
 BESIDE = "fit"  # the arm whose runs of the same seeds each other's are compared with
 
 Line = tuple[str, Arm, list[Record]]  # task, arm, its runs by seed
@@ -22,13 +22,18 @@ Line = tuple[str, Arm, list[Record]]  # task, arm, its runs by seed
 def _cells(arm: Arm, runs: Sequence[Record], beside: Sequence[Record]) -> list[str]:
     mean, half = interval([run["accuracy"] for run in runs])
     losses = [run["loss"] for run in runs if run["loss"] is not None]
-    loss = f"{statistics.mean(losses):.3f}" if len(losses) == len(runs) else "not finite"
+    loss = _loss(losses) if len(losses) == len(runs) else "not finite"
     return [
         arm.name, f"{100 * mean:.1f}", "" if half is None else f"{100 * half:.1f}", _more(runs, beside),
         loss, str(len(runs)),
         f"{statistics.mean(run['steps_made'] for run in runs):.0f}",
         f"{statistics.mean(run['seconds'] for run in runs):.0f}",
     ]  # fmt: skip
+
+
+def _loss(losses: Sequence[float]) -> str:
+    mean, half = interval(losses)
+    return f"{mean:.3f}" + ("" if half is None else f" ± {half:.3f}")
 
 
 def _more(runs: Sequence[Record], beside: Sequence[Record]) -> str:
