@@ -316,6 +316,7 @@ def arguments() -> argparse.ArgumentParser:
         "--trunk-cache", action="store_true",
         help="keep the frozen blocks' states of --examples training examples, and stop runs by their clock",
     )  # fmt: skip
+    add("--beside", default="fit", help="the arm that others are compared with, seed by seed")
     add("--max-length", type=int, default=64)
     add("--model", default=str(ROOT / ".cache/quickstart/SmolLM2-135M-Instruct"))
     add("--cache", type=Path, default=ROOT / ".cache/methods", help="of the data")
@@ -337,11 +338,12 @@ def main(words: Sequence[str] | None = None) -> None:
         except KeyboardInterrupt:
             console.print("stopped; the same command goes on from here")
     lines = list(benchmark.finished())
-    for table in tables_of(lines):
+    for table in tables_of(lines, args.beside):
         console.print(table)
     if args.page is not None and lines:
         picture = args.page.with_suffix(".png")
-        put_between_markers(args.page, markdown(lines, command(args), picture.name), MARKERS)
+        text = markdown(lines, command(args), picture.name, args.beside)
+        put_between_markers(args.page, text, MARKERS)
         draw(lines, picture)
 
 
@@ -359,6 +361,7 @@ def command(args: argparse.Namespace) -> str:
         "batch_size",
         "factor",
         "trunk_cache",
+        "beside",
     )
     for name in names:
         value = getattr(args, name)

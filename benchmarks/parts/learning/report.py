@@ -13,8 +13,7 @@ from parts.learning.arms import Arm
 from parts.methods.report import Record, interval
 
 MARKERS = "<!-- benchmarks/learning.py: begin -->", "<!-- benchmarks/learning.py: end -->"
-COLUMNS = ("arm", "acc. %", "± 95 %", "vs fit", "loss ± 95 %", "seeds", "steps", "s")
-BESIDE = "fit"  # the arm whose runs of the same seeds each other's are compared with
+COLUMNS = ("arm", "acc. %", "± 95 %", "vs {}", "loss ± 95 %", "vs {}", "seeds", "steps", "s")
 
 Line = tuple[str, Arm, list[Record]]  # task, arm, its runs by seed
 
@@ -24,8 +23,8 @@ def _cells(arm: Arm, runs: Sequence[Record], beside: Sequence[Record]) -> list[s
     losses = [run["loss"] for run in runs if run["loss"] is not None]
     loss = _loss(losses) if len(losses) == len(runs) else "not finite"
     return [
-        arm.name, f"{100 * mean:.1f}", "" if half is None else f"{100 * half:.1f}", _more(runs, beside),
-        loss, str(len(runs)),
+        arm.name, f"{100 * mean:.1f}", "" if half is None else f"{100 * half:.1f}",
+        _more(runs, beside, "accuracy", 100, 1), loss, _more(runs, beside, "loss", 1, 3), str(len(runs)),
         f"{statistics.mean(run['steps_made'] for run in runs):.0f}",
         f"{statistics.mean(run['seconds'] for run in runs):.0f}",
     ]  # fmt: skip
@@ -36,17 +35,19 @@ def _loss(losses: Sequence[float]) -> str:
     return f"{mean:.3f}" + ("" if half is None else f" ± {half:.3f}")
 
 
-def _more(runs: Sequence[Record], beside: Sequence[Record]) -> str:
-    """Returns by how many points runs are ahead of others of the same seeds, which drew the same examples."""
-    theirs = {run["seed"]: run["accuracy"] for run in beside if beside is not runs}
-    more = [run["accuracy"] - theirs[run["seed"]] for run in runs if run["seed"] in theirs]
-    if not more:
+def _more(
+    runs: Sequence[Record], beside: Sequence[Record], what: str, scale: float, digits: int
+) -> str:
+    """Returns by how much runs are above others of the same seeds, which drew the same examples."""
+    theirs = {run["seed"]: run[what] for run in beside if beside is not runs}
+    pairs = [(run[what], theirs[run["seed"]]) for run in runs if run["seed"] in theirs]
+    if not pairs or any(None in pair for pair in pairs):
         return ""
-    mean, half = interval(more)
-    return f"{100 * mean:+.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
+    mean, half = interval([scale * (ours - other) for ours, other in pairs])
+    return f"{mean:+.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
-def _rows(lines: Sequence[Line], task: str) -> list[list[str]]:
+def _rows(lines: Sequence[Line], task: str, beside: str) -> list[list[str]]:
     of_task = [(arm, runs) for name, arm, runs in lines if name == task]
     # By seed; a run of backpropagation does not look.
     zero = {run["seed"]: run for _, runs in of_task for run in runs if run["zero_shot"] is not None}
@@ -58,8 +59,8 @@ def _rows(lines: Sequence[Line], task: str) -> list[list[str]]:
     if known := [run["majority"] for run in zero.values() if run.get("majority") is not None]:
         rows.insert(0, ["most frequent class", f"{100 * statistics.mean(known):.1f}", ""])
     rows = [[*row, *[""] * (len(COLUMNS) - len(row))] for row in rows]
-    beside = next((runs for arm, runs in of_task if arm.name == BESIDE), [])
-    return rows + [_cells(arm, runs, beside) for arm, runs in of_task if arm.name != "zero-shot"]
+    others = next((runs for arm, runs in of_task if arm.name == beside), [])
+    return rows + [_cells(arm, runs, others) for arm, runs in of_task if arm.name != "zero-shot"]
 
 
 def tasks_of(lines: Sequence[Line]) -> list[str]:
@@ -67,25 +68,31 @@ def tasks_of(lines: Sequence[Line]) -> list[str]:
     return list(dict.fromkeys(task for task, _, _ in lines))
 
 
-def tables_of(lines: Sequence[Line]) -> list[Table]:
-    """Makes tables for the screen, one a task."""
+def columns(beside: str) -> list[str]:
+    """Returns the heads of the columns."""
+    return [column.format(beside) for column in COLUMNS]
+
+
+def tables_of(lines: Sequence[Line], beside: str) -> list[Table]:
+    """Makes tables for the screen, one a task; `beside` names the arm whose runs of the same seeds each
+    other's are compared with."""
     made = []
     for task in tasks_of(lines):
         table = Table(title=task)
-        for column in COLUMNS:
+        for column in columns(beside):
             table.add_column(column, no_wrap=True)
-        for row in _rows(lines, task):
+        for row in _rows(lines, task, beside):
             table.add_row(*row)
         made.append(table)
     return made
 
 
-def markdown(lines: Sequence[Line], command: str, picture: str) -> str:
-    """Returns the text between the page's markers; `picture` is beside the page."""
+def markdown(lines: Sequence[Line], command: str, picture: str, beside: str) -> str:
+    """Returns the text between the page's markers; `picture` is beside the page, and `beside` as above."""
     machines = dict.fromkeys(run["machine"] for _, _, runs in lines for run in runs)
     parts = [f"`{command}`", *(f"Machine: {machine}." for machine in machines)]
     for task in tasks_of(lines):
-        rows = [COLUMNS, ["---"] * len(COLUMNS), *_rows(lines, task)]
+        rows = [columns(beside), ["---"] * len(COLUMNS), *_rows(lines, task, beside)]
         parts.append(f"### {task}")
         parts.append("\n".join("| " + " | ".join(row) + " |" for row in rows))
     return "\n\n".join([*parts, f"![Accuracy by arm]({picture})"])
