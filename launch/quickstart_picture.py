@@ -43,7 +43,7 @@ def draw(path: Path) -> None:
     found = rows()[::-1]
     names = [textwrap.fill(told(row), 42) for row in found]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(8, 2.5), layout="constrained")
+        figure = Figure(figsize=(8, 3.1), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         values = [100 * float(row["accuracy"]) for row in found]
