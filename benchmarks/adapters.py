@@ -23,8 +23,7 @@ import torch
 from parts.common.machine import describe
 from rich.console import Console
 from rich.table import Table
-from step_overhead import arguments, load, make_batch, measure, spread
-from trunk import CLOCKS
+from step_overhead import CLOCKS, arguments, load, make_batch, measure, spread
 
 import tezo_ds
 from tezo_ds.engine.live_bytes import LiveBytes

@@ -12,19 +12,17 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
-import time
 
 import torch
 from parts.common.machine import describe
 from rich.console import Console
 from rich.table import Table
-from step_overhead import arguments, load, make_batch, spread
+from step_overhead import CLOCKS, arguments, load, make_batch, spread
 from transformers import PreTrainedModel
 
 import tezo_ds
 
 EAGER, COMPILED = "eager", "compiled"
-CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 Batch = dict[str, torch.Tensor]
 
 

@@ -28,9 +28,9 @@ from parts.common.machine import describe
 from parts.scaling.measure import Traffic
 from rich.console import Console
 from rich.table import Table
-from step_overhead import ROOT, load, measure, spread
+from step_overhead import CLOCKS, FOR_SHARED, ROOT, load, measure, spread
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trunk import CLOCKS, LEARNING
+from trunk import LEARNING
 
 import tezo_ds
 from tezo_ds.rollouts.decoding import Decoder
@@ -206,7 +206,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--rank", type=int, default=16)
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     add("--rounds", type=int, default=5)
-    add("--clock", choices=list(CLOCKS), default="wall", help="processor: for a shared machine")
+    add("--clock", choices=list(CLOCKS), default="wall", help=FOR_SHARED)
     add("--sharding", default="none", choices=BACKENDS)
     add("--ranks", type=int, default=2, help="processes of a sharded run")
     add("--json", type=Path, help="file to write all numbers into")

@@ -39,6 +39,8 @@ from tezo_ds.losses.objective import repeat
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ("16x64", "4x32")
+FOR_SHARED = "processor: for a shared machine"
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 def make_batch(shape: str, vocabulary: int, labels: str, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -183,8 +185,9 @@ def run(rank: int, args: argparse.Namespace) -> None:
     console.print(describe())
     backend = "" if args.sharding == "none" else f", {args.sharding} on {args.ranks} ranks"
     for shape in args.shapes:
-        seconds = measure(contestants(args, shape, rank), args.rounds, shape, quiet=rank > 0)
-        title = f"{shape} tokens, r={args.rank}, Q={args.queries}, {args.dtype}{backend}"
+        steps, clock = contestants(args, shape, rank), CLOCKS[args.clock]
+        seconds = measure(steps, args.rounds, shape, quiet=rank > 0, clock=clock)
+        title = f"{shape} tokens, r={args.rank}, Q={args.queries}, {args.dtype}{backend}; {args.clock} time"
         console.print(report(seconds, title))
 
 
@@ -206,6 +209,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
 def main() -> None:
     parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help=FOR_SHARED)
     parser.add_argument("--only", nargs="+", help="contestants to run besides the plain forward")
     parser.add_argument("--sharding", default="none", choices=BACKENDS)
     parser.add_argument("--ranks", type=int, default=2, help="processes of a sharded run")

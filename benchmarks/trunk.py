@@ -24,7 +24,6 @@ import gc
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,7 +36,7 @@ from parts.common.machine import describe
 from parts.scaling.measure import Traffic, gathered
 from rich.console import Console
 from rich.table import Table
-from step_overhead import ROOT, load, make_batch, measure, spread
+from step_overhead import CLOCKS, ROOT, load, make_batch, measure, spread
 
 import tezo_ds
 from tezo_ds.engine.live_bytes import LiveBytes
@@ -48,7 +47,6 @@ PLAIN = "plain forward"
 AIMS = {("shared", 6, 1): 0.62, ("shared", 6, 16): 0.27, ("cached", 6, 1): 0.23,
         ("cached", 6, 4): 0.23, ("cached", 6, 16): 0.23}  # fmt: skip
 AIMED = 30  # layers of the model that these are for, in one process, of a label an example
-CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 LEARNING = 2  # steps in which DeepSpeed learns the order of layers
 
 Batch = dict[str, torch.Tensor]
