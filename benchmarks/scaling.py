@@ -33,6 +33,7 @@ from parts.methods.report import put_between_markers
 from parts.scaling.measure import SHARDINGS, hosts, measure, misfit
 from parts.scaling.report import MARKERS, draw, markdown, read, save
 from rich.console import Console
+from safetensors.torch import save_file
 from step_overhead import ROOT, random_llama
 from transformers.utils.logging import disable_progress_bar
 
@@ -50,10 +51,13 @@ def random_model(hidden: int, layers: int, dtype: str) -> str:
     """Makes a folder on this machine with a Llama of this size, of the same random weights everywhere."""
     folder = Path(tempfile.gettempdir()) / f"tezo-ds-scaling-{os.getuid()}"
     made = folder / f"llama-{hidden}x{layers}-{dtype}"
-    if not made.exists():
+    if not (made / "config.json").exists():
         torch.manual_seed(0)
         beside = made.with_name(f"{made.name}.{os.getpid()}")
-        random_llama(hidden, layers).to(getattr(torch, dtype)).save_pretrained(beside)
+        model = random_llama(hidden, layers).to(getattr(torch, dtype))
+        # Not by the model's save_pretrained, which in a world writes on one rank alone.
+        model.config.save_pretrained(beside)
+        save_file(model.state_dict(), beside / "model.safetensors", {"format": "pt"})
         try:
             beside.rename(made)
         except OSError:  # another has made it meanwhile
