@@ -76,7 +76,9 @@ def test_budgets_count_what_a_fit_takes_and_finished_runs_are_kept(
     out = ["--out", str(tmp_path / "learning.jsonl"), "--page", str(page)]
     learning.main([*words, *out, "--report"])
     text = page.read_text()
-    assert "| fit + mezo | 53.0 | 12.7 | +1.5 ± 6.4 | 1.000 ± 0.000 | -999.000 ± 0.000 | 2 |" in text
+    assert (
+        "| fit + mezo | 53.0 | 12.7 | +1.5 ± 6.4 | 1.000 ± 0.000 | -999.000 ± 0.000 | 2 |" in text
+    )
     assert "| most frequent class | 30.0 |" in text and "| zero-shot | 20.0 | 0.0 |" in text
     assert "| fit | 51.5 | 6.4 |  | " in text and "here, 2 cores" in text
     assert text.startswith("before") and text.endswith("after")
