@@ -156,7 +156,11 @@ def run(rank: int, args: argparse.Namespace) -> None:
     console, machine = Console(quiet=rank > 0, width=130), describe()
     console.print(machine)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    ways, made = contestants(args, load(args), tokenizer, rank)
+    model: Any = load(args)
+    if args.layers:
+        model.model.layers = model.model.layers[: args.layers]
+        model.config.num_hidden_layers = args.layers
+    ways, made = contestants(args, model, tokenizer, rank)
     gathered = {}
     for way, generate in ways.items():
         generate()  # the first time finds out what the model lets be left out
@@ -198,6 +202,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", default=str(ROOT / ".cache/quickstart/SmolLM2-135M-Instruct"))
+    add("--layers", type=int, help="the first so many of the model alone, which take less time")
     add("--prompts", type=int, default=8)
     add("--queries", type=int, default=4)
     add("--new", type=int, default=16, help="tokens of a completion, at most")
