@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parts.common.backends import BACKENDS, on_ranks, place
+from parts.common.backends import BACKENDS, batch_of, on_ranks, place
 from parts.common.machine import describe
 from parts.scaling.measure import Traffic
 from rich.console import Console
@@ -88,8 +88,8 @@ def contestants(
     args: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase, rank: int
 ) -> tuple[dict[str, Callable[[], object]], Callable[[str], int]]:
     """Returns the ways to time, by name, and a function that gives the tokens that each has made last."""
-    own = 0 if args.sharding == "tensor" else rank  # whose ranks share a batch
-    batch, made = prompts_of(tokenizer, args.prompts, own), {PLAIN: 0, ENGINE: 0}
+    which = batch_of(args.sharding, rank)
+    batch, made = prompts_of(tokenizer, args.prompts, which), {PLAIN: 0, ENGINE: 0}
     config = model.generation_config
     ends = [] if args.ends == "none" else [config.eos_token_id, tokenizer.eos_token_id]
     if args.ends == "none":
@@ -121,7 +121,7 @@ def contestants(
     return {PLAIN: plain, ENGINE: ours}, made.__getitem__
 
 
-def free(completions: list[str], **_: Any) -> list[float]:
+def free(completions: list[str], **_: Any) -> list[float | None]:
     """Rewards by the length, which takes no time."""
     return [float(len(text)) for text in completions]
 

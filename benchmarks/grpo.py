@@ -14,7 +14,6 @@ the last two steps. GRPO's answers are sampled, so they may end before --new tok
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import subprocess
 import sys
@@ -25,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from generation import free, prompts_of
 from parts.common.machine import describe
+from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
 from step_overhead import ROOT
@@ -61,21 +62,20 @@ def rewarded(args: argparse.Namespace, model: Any, tokenizer: Any) -> Callable[[
 
 def grpo(args: argparse.Namespace, model: Any, tokenizer: Any, lora: bool) -> Callable[[], object]:
     """Returns a function that makes STEPS steps of trl's GRPO."""
-    trl, peft, datasets = (importlib.import_module(name) for name in ("trl", "peft", "datasets"))
+    from trl import GRPOConfig, GRPOTrainer  # takes seconds, which other ways do without
+
     batch = prompts_of(tokenizer, args.prompts, 0)
     prompts = tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=False)
-    adapter = peft.LoraConfig(
-        r=args.rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
-    )
-    config = trl.GRPOConfig(
+    adapter = LoraConfig(r=args.rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    config = GRPOConfig(
         output_dir=str(Path(tempfile.gettempdir(), "grpo")), bf16=False, beta=0.0, max_steps=STEPS,
         per_device_train_batch_size=args.prompts * args.completions, num_generations=args.completions,
         max_completion_length=args.new, save_strategy="no", report_to="none", disable_tqdm=True,
         use_cpu=not torch.accelerator.is_available(), logging_strategy="no",
     )  # fmt: skip
-    trainer = trl.GRPOTrainer(
+    trainer = GRPOTrainer(
         model, reward_funcs=free, args=config, processing_class=tokenizer,
-        train_dataset=datasets.Dataset.from_dict({"prompt": prompts * STEPS}),
+        train_dataset=Dataset.from_dict({"prompt": prompts * STEPS}),
         peft_config=adapter if lora else None,
     )  # fmt: skip
     return lambda: trainer.train()

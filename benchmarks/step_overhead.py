@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from parts.common.backends import BACKENDS, on_ranks, place, settle
+from parts.common.backends import BACKENDS, batch_of, on_ranks, place, settle
 from parts.common.machine import describe
 from rich.console import Console
 from rich.progress import track
@@ -115,7 +115,7 @@ def contestants(args: argparse.Namespace, shape: str, rank: int) -> dict[str, Ca
     inplace = tezo_ds.initialize(model, {**fields, "probe": "inplace"})
     if rank == 0:
         print(low_rank_share(fused, vocabulary))
-    batch = make_batch(shape, vocabulary, args.labels, seed=rank)
+    batch = make_batch(shape, vocabulary, args.labels, seed=batch_of(args.sharding, rank))
     inputs = fused.objective.inputs(repeat(batch, 2 * args.queries))
 
     def all_logits() -> None:

@@ -31,7 +31,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from parts.common.backends import BACKENDS, on_ranks, place
+from parts.common.backends import BACKENDS, batch_of, on_ranks, place
 from parts.common.machine import describe
 from parts.scaling.measure import Traffic, gathered
 from rich.console import Console
@@ -126,7 +126,7 @@ def rows_of(
     aimed = (layers, args.labels, args.sharding) == (AIMED, "last", "none")
     for late in args.late:
         for queries in args.queries:
-            batch = make_batch(shape, vocabulary, args.labels, seed=rank)
+            batch = make_batch(shape, vocabulary, args.labels, seed=batch_of(args.sharding, rank))
             learning = LEARNING if args.sharding.startswith("zero3") else 0
             steps, cached = contestants(model, fields_of(args, late, queries), batch)
             rows = []

@@ -12,15 +12,7 @@ from tiny_tokenizer import save_tiny_llama
 @pytest.mark.parametrize("way", ["tezo-ds", "grpo-lora"])
 def test_each_way_makes_its_answers_and_its_steps(way: str, tmp_path: Path) -> None:
     save_tiny_llama(tmp_path / "model", ["What is 7 plus 12?"])
-    words = [
-        "--model",
-        str(tmp_path / "model"),
-        "--prompts",
-        "2",
-        "--completions",
-        "2",
-        "--new",
-        "3",
-    ]
-    found = grpo.measured(grpo.arguments().parse_args([*words, "--rank", "2"]), way)
+    words = ["--prompts", "2", "--completions", "2", "--new", "3", "--rank", "2", "--model"]
+    args = grpo.arguments().parse_args([*words, str(tmp_path / "model")])
+    found = grpo.measured(args, way)
     assert found["peak"] > 0 and found["seconds"] > 0

@@ -90,6 +90,11 @@ def place(model: nn.Module, backend: str) -> nn.Module:
     return zero3.wrap(model, config)
 
 
+def batch_of(backend: str, rank: int) -> int:
+    """Returns which batch a rank takes: its own, or where ranks split the layers that of all."""
+    return 0 if backend == "tensor" else rank
+
+
 def _blocks(model: nn.Module) -> nn.ModuleList:
     return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
 
