@@ -42,10 +42,8 @@ from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 TUNED_ON, TUNING_SEED = "trec", 0
-FIRST_FACTORS = (
-    100.0,
-    1000.0,
-)  # of the rates in STEPS; further ones, while the best lies at an end
+# Of the rates in STEPS; further ones, while the best lies at an end.
+FIRST_FACTORS = (100.0, 1000.0)
 MOST_FACTORS = 8
 NEARER = 3.0  # what the best of rates ten times apart is at last multiplied and divided by
 PILOTS = (1, 5)  # steps
@@ -99,8 +97,8 @@ class Benchmark:
 
     def _tuned(self, arm: Arm) -> float:
         """Returns the factor of a method's rate that validates best on one task, by loss."""
-        if not arm.tuned or self._args.factor is not None:
-            return self._given(arm)
+        if (given := self._given(arm)) is not None:
+            return given
         losses: dict[float, float] = {}
         wanted: float | None = FIRST_FACTORS[0]
         while wanted is not None and len(losses) < MOST_FACTORS:
@@ -108,14 +106,15 @@ class Benchmark:
             wanted = next_factor(losses)
         return min(losses, key=lambda factor: losses[factor])
 
-    def _given(self, arm: Arm) -> float:
-        """Returns the factor where nothing is tuned."""
-        return float(self._args.factor or 1.0) if arm.tuned else 1.0
+    def _given(self, arm: Arm) -> float | None:
+        """Returns the factor where nothing is tuned, else None."""
+        factor: float | None = self._args.factor
+        return factor if arm.tuned else 1.0
 
     def _best_so_far(self, arm: Arm) -> float:
         """Returns the factor that is best of those which were tried."""
-        if not arm.tuned or self._args.factor is not None:
-            return self._given(arm)
+        if (given := self._given(arm)) is not None:
+            return given
         tried = self._results.find_all({**self._common(TUNED_ON, arm), "role": "tune"})
         best = min(tried, key=_loss, default={"factor": 1.0})
         return float(best["factor"])
