@@ -11,9 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tezo_ds.errors import RewardFailed
-from tezo_ds.rollouts.prompts import IDS, MASK, prompts_of, until
+from tezo_ds.rollouts.prompts import IDS, MASK, PROMPT, prompts_of, until
 
-PROMPT = "prompt"  # key of a batch: texts of the prompts, in place of what their ids are decoded to
 TAIL = 4  # tokens more than a stop text has, whose first may lose a space when it is decoded
 
 

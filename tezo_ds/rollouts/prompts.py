@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 IDS, MASK = "input_ids", "attention_mask"  # keys of a batch
+PROMPT = "prompt"  # another: texts of the prompts, in place of what their ids are decoded to
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tezo_ds.errors import DataError
+from tezo_ds.rollouts.prompts import PROMPT
 from tezo_ds.tasks.chat import opening, unanswered
 from tezo_ds.tasks.encoded import Encoded, collate
 from tezo_ds.tasks.encoding import prompt_ids
@@ -16,7 +17,6 @@ from tezo_ds.tasks.example import Example
 from tezo_ds.tasks.formats import Conversation, Kind
 
 ANSWER = "answer"  # column of the right answer
-PROMPT = "prompt"  # of a batch: its prompts as texts
 
 
 @dataclass(frozen=True)

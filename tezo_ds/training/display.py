@@ -242,9 +242,10 @@ def _gained(recent: Sequence[StepReport], mean: float) -> str:
     steps had no two that differ."""
     of_each = [[r for r in step.rewards or () if math.isfinite(r)] for step in recent]
     known = [rewards for rewards in of_each if rewards]
-    known = known or [[math.nan]]  # all were dropped
-    best = statistics.median(map(max, known))
-    spread = statistics.median(map(statistics.pstdev, known)) if any(of_each) else math.nan
+    best = spread = math.nan  # all were dropped
+    if known:
+        best = statistics.median(map(max, known))
+        spread = statistics.median(map(statistics.pstdev, known))
     ties = sum(step.tied for step in recent)
     tied = f"  {ties} of {len(recent)} steps tied" if ties else ""
     return f"reward {mean:.4f}  best {best:.4f}  spread {spread:.4f}{tied}"

@@ -14,13 +14,14 @@ from tezo_ds.errors import ConfigError
 from tezo_ds.rewards import load_judges
 from tezo_ds.rollouts.judged import Rewarded, Sample
 from tezo_ds.rollouts.objective import RewardObjective
+from tezo_ds.rollouts.prompts import PROMPT
 from tezo_ds.settings import RunOptions, Settings
 from tezo_ds.tasks import TaskData
 from tezo_ds.tasks.encoded import Encoded
 from tezo_ds.tasks.evaluation import SHOWN, Score, Stopped
 from tezo_ds.tasks.metrics import NONE
 from tezo_ds.tasks.posing import Posing, posing_of
-from tezo_ds.tasks.prompted import ANSWER, PROMPT, Prompted, Prompting, collate_prompts
+from tezo_ds.tasks.prompted import ANSWER, Prompted, Prompting, collate_prompts
 from tezo_ds.tasks.spec import TaskSpec
 
 
