@@ -2,7 +2,8 @@
 
 Takes the prompts of TREC and Rotten Tomatoes in .cache/methods, made once by `benchmarks/methods.py`, with
 the templates that are built in, and counts the batches of whole epochs on one rank. With --time it also
-times fused steps, one of each order in turn.
+times fused steps, one of padded rows, of like lengths and of one row without padding in turn: medians, and in
+parentheses the seconds of all steps as a share of the padded ones'.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import tezo_ds
 from tezo_ds.models.loading import load_tokenizer
 from tezo_ds.tasks import batch_indices, collate, encode, load_task
 from tezo_ds.tasks.batches import Order, by_length
+from tezo_ds.tasks.encoded import flattened
 
 ROOT = Path(__file__).resolve().parent.parent / ".cache"
+PADDED, GROUPED, FREE = WAYS = ("padded", "--group-by-length", "--padding-free")
 TASKS, SIZES, SEED = ("trec", "rotten-tomatoes"), (8, 32), 0
 
 
@@ -47,9 +50,8 @@ def rows(cache: Path, model: str, epochs: int) -> list[tuple[str, int, float, fl
     return found
 
 
-def timed(cache: Path, model: str, steps: int) -> list[tuple[str, int, float, float, float]]:
-    """Returns task, batch size, median seconds of a fused step without and with groups, and the latter's
-    share of the former over all steps."""
+def timed(cache: Path, model: str, steps: int) -> list[tuple[str, int, dict[str, list[float]]]]:
+    """Returns task, batch size, and seconds of each fused step by name of a way to make batches."""
     tokenizer = load_tokenizer(model)
     engine = tezo_ds.initialize(
         AutoModelForCausalLM.from_pretrained(model, dtype="float32"), {"rank": 16, "lr": 1e-9}
@@ -59,18 +61,20 @@ def timed(cache: Path, model: str, steps: int) -> list[tuple[str, int, float, fl
         examples = encode(tokenizer, load_task(name, data=str(cache / name)).train, 512)
         lengths = [len(each.input_ids) for each in examples]
         for size in SIZES:
-            seconds: tuple[list[float], list[float]] = ([], [])
-            orders = (None, by_length(lengths, size, SEED))
+            grouped = by_length(lengths, size, SEED)
+            orders: dict[str, Order | None] = {PADDED: None, GROUPED: grouped, FREE: None}
+            seconds: dict[str, list[float]] = {way: [] for way in orders}
             for step in range(-1, steps):  # the first is a warm-up
-                for order, taken in zip(orders, seconds, strict=True):
-                    rows = batch_indices(len(examples), size, max(step, 0), SEED, 0, 1, order)
-                    batch = collate([examples[i] for i in rows], tokenizer.pad_token_id)
+                for way, order in orders.items():
+                    indices = batch_indices(len(examples), size, max(step, 0), SEED, 0, 1, order)
+                    chosen = [examples[i] for i in indices]
+                    padded = collate(chosen, tokenizer.pad_token_id)
+                    batch = flattened(chosen, chosen[0]) if way == FREE else padded
                     start = time.perf_counter()
                     engine.step(batch)
                     if step >= 0:
-                        taken.append(time.perf_counter() - start)
-            before, after = (statistics.median(taken) for taken in seconds)
-            found.append((name, size, before, after, sum(seconds[1]) / sum(seconds[0])))
+                        seconds[way].append(time.perf_counter() - start)
+            found.append((name, size, seconds))
     return found
 
 
@@ -87,10 +91,15 @@ def main() -> None:
     for task, size, without, grouped in rows(args.cache, args.model, args.epochs):
         print(f"| {task} | {size} | {without:.3f} | {grouped:.3f} |")
     if args.time:
-        print("| task | batch size | s a step, median | with groups | all steps, ratio |")
-        print("|---|---|---|---|---|")
-        for task, size, before, after, ratio in timed(args.cache, args.model, args.time):
-            print(f"| {task} | {size} | {before:.2f} | {after:.2f} | {ratio:.2f} |")
+        print("| task | batch size | " + " | ".join(f"s a step, {way}" for way in WAYS) + " |")
+        print("|---" * (2 + len(WAYS)) + "|")
+        for task, size, seconds in timed(args.cache, args.model, args.time):
+            whole = sum(seconds[PADDED])
+            cells = [
+                f"{statistics.median(taken):.2f} ({sum(taken) / whole:.2f})"
+                for taken in seconds.values()
+            ]
+            print(f"| {task} | {size} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

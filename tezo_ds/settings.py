@@ -176,6 +176,12 @@ class Settings(BaseModel):
         "sorted",
         group=DATA, example=True,
     )  # fmt: skip
+    padding_free: bool = declared(
+        False,
+        "put a step's examples one after another into one row of a rank, without padding; see "
+        "--attn-implementation",
+        group=DATA, example=True,
+    )  # fmt: skip
     eval_batch_size: int = declared(
         32, "examples of a rank in one forward of an evaluation", group=DATA, example=8, ge=1
     )
@@ -222,6 +228,12 @@ class Settings(BaseModel):
         "dtype of the weights: auto (the checkpoint's), float32, bfloat16, float16 or float64; a "
         "DeepSpeed config's bf16 and fp16 blocks win",
         group=SHARDING, example="bfloat16",
+    )  # fmt: skip
+    attn_implementation: str | None = declared(
+        None,
+        "how transformers computes attention: eager, sdpa, flash_attention_2, flex_attention, or a kernel's "
+        "name; unset: as the model has it",
+        group=SHARDING, example="flash_attention_2",
     )  # fmt: skip
     load_in: LoadIn | None = declared(
         None,

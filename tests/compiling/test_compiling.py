@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,7 +62,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(type(twin).__name__)
         return run(twin, *rest)
 
-    monkeypatch.setattr(blocks, "_compiled", lambda: noted)
+    monkeypatch.setattr(blocks, "_compiled", lambda _: noted)
     return names
 
 
@@ -89,7 +90,7 @@ def test_blocks_have_no_graph_breaks(kind: str, monkeypatch: pytest.MonkeyPatch)
             found.append(torch._dynamo.explain(run)(*given))
         return run(*given)
 
-    monkeypatch.setattr(blocks, "_compiled", lambda: explained)
+    monkeypatch.setattr(blocks, "_compiled", lambda _: explained)
     measured(made(kind, compile=True), (3, 11), 2, 1e-2)
     assert (found[0].graph_count, found[0].graph_break_count) == (1, 0)
 
@@ -201,7 +202,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         calls.append(1)
         raise torch._dynamo.exc.Unsupported("a loop over experts\nand more")
 
-    monkeypatch.setattr(blocks, "_compiled", lambda: fail)
+    monkeypatch.setattr(blocks, "_compiled", lambda _: fail)
     return calls
 
 
@@ -225,3 +226,39 @@ def test_a_block_that_does_not_compile_is_tried_once(
 def test_refusals(fields: dict[str, Any]) -> None:
     with pytest.raises(tezo_ds.ConfigError, match="compile: is for the fused probe"):
         tezo_ds.initialize(tiny(), {**fields, "compile": True})
+
+
+def test_results_of_recorded_graphs_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes, given_out = [], []
+
+    def replayed(*given: Any) -> Tensor:
+        """Spoils what earlier calls gave, as a graph that is replayed writes over it."""
+        for tensor in given_out:
+            tensor.fill_(math.nan)
+        given_out[:] = [run(*given)]
+        return given_out[0]
+
+    def compiled(_: Any, mode: str | None, **__: Any) -> Any:
+        modes.append(mode)
+        return replayed
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(blocks, "recordable", lambda _: True)
+    eager, engine = made(), made(compile=True, cuda_graphs=True)
+    for seed in range(3):
+        ours, expected = (e.step(make_batch(3, seed=seed)) for e in (engine, eager))
+        assert ours.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert modes == ["reduce-overhead"] and given_out
+
+    monkeypatch.setattr(blocks, "_copied", lambda recorded: recorded)
+    spoilt = made(compile=True, cuda_graphs=True).step(make_batch(3, seed=0))
+    assert spoilt.loss is None or math.isnan(spoilt.loss)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [({"compile": True}, "need a CUDA GPU with whole weights"), ({}, "set compile, too")],
+)
+def test_graphs_that_cannot_be_recorded_are_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(tezo_ds.ConfigError, match=words):
+        made(cuda_graphs=True, **fields)

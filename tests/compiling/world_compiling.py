@@ -51,7 +51,7 @@ def fsdp2_twins_are_their_blocks(world: World) -> None:
 
     mixed = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}
     for kind, more, close in (("opt", {}, 1e-5), ("gpt2", {}, 1e-5), ("llama", mixed, 1e-2)):
-        with mock.patch.object(blocks, "_compiled", lambda: noted):
+        with mock.patch.object(blocks, "_compiled", lambda _: noted):
             ours = losses(fsdp2(kind, fields={**FIELDS, "compile": True}, **more), world)
         assert ours == pytest.approx(losses(fsdp2(kind, fields=FIELDS, **more), world), rel=close)
     assert len(calls) == 3 * 6 * 2

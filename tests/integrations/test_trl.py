@@ -10,7 +10,6 @@ from command_line import Given
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tezo_ds.errors import ConfigError
 from tezo_ds.integrations.arguments import refuse_unfit
 from tezo_ds.integrations.transformers import TezoTrainer
 
@@ -54,7 +53,36 @@ def test_its_formatting_and_collator_feed_the_steps(given: Given, tmp_path: Path
         without = trl.SFTTrainer.compute_loss(trainer, trainer.model, dict(few)).item()
     assert abs(without - expected) > 1e-3
 
-    for name in ("packing", "padding_free"):
-        args = trl.SFTConfig(str(tmp_path), **{name: True}, **QUIET)
-        with pytest.raises(ConfigError, match=f"{name} is not taken"):
-            refuse_unfit(args, {})
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_rows_without_padding_train_as_padded_ones(
+    given: Given, accumulated: int, tmp_path: Path
+) -> None:
+    class Both(TezoTrainer, trl.SFTTrainer):  # type: ignore[misc,name-defined]
+        """What docs/trainer.md shows."""
+
+    lines = given.data.read_text().splitlines()
+    rows = [{"text": json.loads(line)["text"] + " very" * (i % 7)} for i, line in enumerate(lines)]
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+
+    def losses(**options: bool) -> list[float]:
+        folder = tmp_path / "-".join(["run", *options])
+        args = trl.SFTConfig(
+            str(folder), max_steps=3, per_device_train_batch_size=4, logging_steps=1,
+            gradient_accumulation_steps=accumulated, max_length=64 if "packing" in options else None,
+            **options, **QUIET,
+        )  # fmt: skip
+        trainer = Both(
+            AutoModelForCausalLM.from_pretrained(given.model), args, tezo={"rank": 4, "lr": 1e-4},
+            train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+        )  # fmt: skip
+        batch = next(iter(trainer.get_train_dataloader()))
+        assert len(batch["input_ids"]) == (1 if options else 4)
+        trainer.train()
+        assert trainer.engine is not None
+        assert trainer.engine.config.micro_batch == (accumulated > 1) * (1 if options else 4)
+        return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+    assert losses(padding_free=True) == pytest.approx(losses(), rel=1e-4)
+    assert len(losses(packing=True)) == 3

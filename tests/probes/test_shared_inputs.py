@@ -66,7 +66,7 @@ def test_models_that_are_alike_are_looked_at_once() -> None:
 
 def test_no_forward_of_the_model_is_spent() -> None:
     engine, calls = made(), []
-    engine.objective.check(make_batch(3))  # whose forward, once a run, is no step's
+    engine.objective.checked(make_batch(3))  # whose forward, once a run, is no step's
     engine.settle(make_batch(3))  # likewise
     engine.sharding.module.register_forward_hook(lambda *_: calls.append(1))
     engine.step(make_batch(3))

@@ -24,7 +24,7 @@ def batches(lengths: list[int], size: int, world: int, **settings: Any) -> StepB
     config = SimpleNamespace(trunk_cache="off", seed=0)
     sharding = SimpleNamespace(rank=0, world_size=world)
     engine = SimpleNamespace(config=config, sharding=sharding)
-    asked = SimpleNamespace(**{"group_by_length": False, **settings})
+    asked = SimpleNamespace(**{"group_by_length": False, "padding_free": False, **settings})
     session: Any = SimpleNamespace(engine=engine, settings=asked, pad_id=0)
     return StepBatches(session, [Encoded([1] * n, 0, None) for n in lengths], size)
 
@@ -37,6 +37,12 @@ def test_padding_is_counted_over_all_ranks() -> None:
     assert batches(lengths, 4, 4).tokens(0) == (0, 19)
     alone = batches(lengths, 1, 3)  # two ranks have but the filler, example 0
     padding, computed = alone.tokens(0)
+    assert padding == 2 * 2 and computed - padding in lengths
+    flat = batches(lengths, 4, 2, padding_free=True)
+    assert flat.tokens(0) == (0, 19) and flat(0)["input_ids"].shape[0] == 1
+    padding, computed = batches(lengths, 1, 3, padding_free=True).tokens(
+        0
+    )  # two ranks with the filler
     assert padding == 2 * 2 and computed - padding in lengths
     taken = batches(lengths, 4, 1)(0)["attention_mask"]
     assert (taken.numel() - int(taken.sum()), taken.numel()) == (17, 36)

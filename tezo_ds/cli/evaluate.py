@@ -26,7 +26,8 @@ tezo-ds evaluate --model ./SmolLM2 --task trec --data ./trec
 ```
 """
 OF_TRAINING = (
-    "train_examples", "group_by_length", "validation_data", "validation_split", "validation_examples",
+    "train_examples", "group_by_length", "padding_free", "validation_data",
+    "validation_split", "validation_examples",
 )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ WIDTH = 200  # columns of the tables, also where stdout is a file
 
 @complete
 @takes(TezoConfig, only=BLOCK)
-@takes(Settings, without=("test_examples", "group_by_length"))
+@takes(Settings, without=("test_examples", "group_by_length", "padding_free"))
 def probe_layers(
     deepspeed: DeepSpeed = None,
     examples: Annotated[

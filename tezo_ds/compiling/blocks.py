@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tezo_ds.compiling.twins import HOOKS, Call, parts_of, run, twin_of
 from tezo_ds.errors import ConfigError
@@ -42,10 +42,11 @@ class Blocks:
     Args:
         sharding: the model.
         probe: the probe, in whose forwards they run.
+        graphs: whether what is compiled is recorded as CUDA graphs.
     """
 
-    def __init__(self, sharding: Sharding, probe: FusedProbe) -> None:
-        compiled, failed, self.eager = _compiled(), set[str | int](), Counter[str]()
+    def __init__(self, sharding: Sharding, probe: FusedProbe, graphs: bool = False) -> None:
+        compiled, failed, self.eager = _compiled(graphs), set[str | int](), Counter[str]()
         by_module = {id(site.module): site for site in probe.sites}
         strange = {id(site.module) for site in probe.vector_sites}
         self._blocks: list[Block] = []
@@ -174,10 +175,21 @@ def _reason(block: nn.Module, sites: Mapping[int, Site], strange: Collection[int
     return ""
 
 
-def _compiled() -> Callable[..., Any]:
+def _compiled(graphs: bool) -> Callable[..., Any]:
     """Returns `run` compiled; of a code object of its own, as graphs and their limit go by that."""
     own = types.FunctionType(run.__code__.replace(), run.__globals__, run.__name__)
-    return torch.compile(own, fullgraph=True, dynamic=True, backend=BACKEND)
+    mode = "reduce-overhead" if graphs else None
+    compiled = torch.compile(own, fullgraph=True, dynamic=True, backend=BACKEND, mode=mode)
+    return _copied(compiled) if graphs else compiled
+
+
+def _copied(recorded: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function whose results are its own: a recorded graph's next replay writes over them."""
+
+    def run(*given: Any) -> Any:
+        return tree_map_only(Tensor, torch.clone, recorded(*given))
+
+    return run
 
 
 def _failures() -> tuple[type[Exception], ...]:
@@ -191,14 +203,25 @@ def _warn(which: str, reason: str) -> None:
     log.warning("compile: %s eagerly (%s)", which, reason)
 
 
-def compile_blocks(probe: Probe, sharding: Sharding) -> None:
+def compile_blocks(probe: Probe, sharding: Sharding, graphs: bool) -> None:
     """Lets a probe's blocks run compiled from now on.
 
     Raises:
-        ConfigError: it is not the fused probe.
+        ConfigError: it is not the fused probe; or `graphs`, which cannot be recorded here.
     """
     if not isinstance(probe, FusedProbe):
         raise ConfigError(
             f"compile: is for the fused probe, and this run needs {probe.name}; leave compile off"
         )
-    probe.around = Blocks(sharding, probe).attached
+    if graphs and not recordable(sharding):
+        raise ConfigError(
+            "cuda_graphs: replay addresses, so they need a CUDA GPU with whole weights that stay where they "
+            f"are, and this model is on {sharding.device.type}{'' if sharding.runs_alone else ', sharded'}; "
+            "leave it off"
+        )
+    probe.around = Blocks(sharding, probe, graphs).attached
+
+
+def recordable(sharding: Sharding) -> bool:
+    """Returns whether CUDA graphs can be recorded of a model's blocks."""
+    return sharding.device.type == "cuda" and sharding.runs_alone

@@ -17,7 +17,7 @@ from tezo_ds.errors import ConfigError
 BLOCK = "tezo"
 # Fields that may change on resume: the steps stay the same, up to the rounding of losses.
 FREE = frozenset({"check_every", "branch_chunk", "memory_budget", "micro_batch"})
-FREE |= {"shared_trunk", "trunk_cache_gib", "compile"}
+FREE |= {"shared_trunk", "trunk_cache_gib", "compile", "cuda_graphs"}
 
 
 AUTO = "auto"
@@ -166,6 +166,8 @@ class TezoConfig(Fields):
             raise ValueError(
                 "compile: is for the fused probe with directions that examples share; leave it off"
             )
+        if self.cuda_graphs and not self.compile:
+            raise ValueError("cuda_graphs: are of compiled blocks; set compile, too")
         if self.placement != "shared" and self.probe == "inplace":
             raise ValueError(
                 f"placement: {self.placement} needs the fused probe; all share weights"

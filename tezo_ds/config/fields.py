@@ -228,6 +228,12 @@ class Fields(BaseModel):
         "losses change by rounding",
         group=PROBE, used_by="fused probe", example=True,
     )  # fmt: skip
+    cuda_graphs: bool = declared(
+        False,
+        "record compiled blocks as CUDA graphs, one for each size of a batch: for small batches of few sizes "
+        "and whole weights on a GPU",
+        group=PROBE, used_by="compile", example=True,
+    )  # fmt: skip
     stochastic_rounding: bool = declared(
         True,
         "round what is written into 16-bit weights at random, so that small updates count; off: to the "

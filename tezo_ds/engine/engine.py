@@ -114,7 +114,7 @@ class Engine:
             ConfigError: a `trunk_cache`, and a batch without example_ids or a model without a trunk.
         """
         start = time.perf_counter()
-        self.objective.check(batch)
+        batch = self.objective.checked(batch)
         if self.config.trunk_cache != "off" and EXAMPLE_IDS not in batch:
             raise ConfigError(f"trunk_cache: the batch has no {EXAMPLE_IDS}, int64 (examples,)")
         # 0. compare replicas, if due
@@ -267,7 +267,7 @@ class Engine:
     @_without_grad()
     def loss(self, batch: Mapping[str, Any]) -> float:
         """Returns the unperturbed mean loss of a batch over all ranks at the current coefficients."""
-        self.objective.check(batch)
+        batch = self.objective.checked(batch)
         return self.measuring.loss(batch, self.step_index)
 
     @contextmanager

@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from tezo_ds.engine.engine import Engine
 from tezo_ds.errors import ConfigError
 from tezo_ds.models.structure import is_classifier, is_encoder_decoder
+from tezo_ds.sharding.base import Sharding
 from tezo_ds.tasks.encoding import mask_token
 
 TOKENS = 8  # few, so that each has much weight for the others
@@ -48,18 +49,17 @@ def looks_ahead(engine: Engine, ids: list[int]) -> bool:
     if is_encoder_decoder(engine.sharding.module):
         batch |= {"input_ids": pair[:1].repeat(2, 1), "decoder_input_ids": pair}
     logits = engine.sharding.forward(**engine.objective.inputs(batch)).logits[:, :-1]
-    one, two = _finite(logits)  # (T - 1, vocabulary) each
-    return bool((one - two).abs().max() > _rounding(engine) * one.abs().max())
+    one, two = finite(logits)  # (T - 1, vocabulary) each
+    return bool((one - two).abs().max() > rounding(engine.sharding) * one.abs().max())
 
 
-def _finite(logits: Tensor) -> Tensor:
+def finite(logits: Tensor) -> Tensor:
     """Returns logits in float32, 0 where they are not finite: some models give -inf to words never meant."""
     return logits.float().nan_to_num(0.0, 0.0, 0.0)
 
 
-def _rounding(engine: Engine) -> float:
+def rounding(sharding: Sharding) -> float:
     """Returns what part of the largest logit may be rounding: rows of a batch may be summed unlike."""
-    sharding = engine.sharding
     dtypes = {sharding.compute_dtype(p) for p in sharding.module.parameters()}
     return min(0.05, max(32 * torch.finfo(d).eps for d in dtypes if d.is_floating_point))
 

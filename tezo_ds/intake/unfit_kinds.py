@@ -17,6 +17,11 @@ def refuse_unfit(kind: ModelKind, settings: Settings, config: TezoConfig, task: 
     Raises:
         ConfigError: an option. DataError: the task.
     """
+    if settings.padding_free and kind is not ModelKind.CAUSAL:
+        raise ConfigError(
+            f"--padding-free: is for causal models, in which examples of one row are known apart, and "
+            f"{settings.model} is another kind; leave it off, or use --group-by-length"
+        )
     if kind is ModelKind.CLASSIFIER:
         _refuse_for_classes(settings, config, task)
     elif kind is ModelKind.ENCODER_DECODER:

@@ -31,8 +31,6 @@ REFUSED = {
     "use_liger_kernel": "leave it out, as the loss here takes logits at labelled positions alone",
     "fp16_full_eval": "load the model in float16",
     "bf16_full_eval": "load the model in bfloat16",
-    "packing": "leave it off; with branches as rows of a batch, documents in a row would see each other",
-    "padding_free": "leave it off; with branches as rows of a batch, documents in a row would see each other",
     "loss_type": "leave it out, as the loss is the cross-entropy; or give a loss_fn",
 }
 SCHEDULES = {
@@ -128,8 +126,14 @@ def block_of(
         if is_set(args, "warmup_steps"):
             found["warmup_steps"] = args.get_warmup_steps(max_steps)
     if args.gradient_accumulation_steps > 1:
-        found["micro_batch"] = args.per_device_train_batch_size
+        found["micro_batch"] = 1 if _flattens(args) else args.per_device_train_batch_size
     return {**found, **block}
+
+
+def _flattens(args: TrainingArguments) -> bool:
+    """Returns whether trl's collator makes one row of a batch."""
+    packs = getattr(args, "packing", False) and "bfd" in getattr(args, "packing_strategy", "")
+    return bool(packs or getattr(args, "padding_free", False))
 
 
 def unscheduled(block: Mapping[str, Any]) -> dict[str, Any]:

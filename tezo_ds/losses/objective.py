@@ -15,6 +15,7 @@ from tezo_ds.errors import DataError
 from tezo_ds.losses.head import Head
 from tezo_ds.losses.metric import Metric, class_counts, counted, loss_of, wrong
 from tezo_ds.losses.targets import IGNORE, decoder_inputs, targets, width_of
+from tezo_ds.models.flash_rows import OF_ONE_ROW
 from tezo_ds.models.structure import is_classifier, is_encoder_decoder
 from tezo_ds.sharding.base import Sharding
 from tezo_ds.trunk.trunk import EXAMPLE_IDS, Trunk, two_of
@@ -85,8 +86,9 @@ class Objective:
         self._lean: Tensor | None = None
         self.first: Callable[[Mapping[str, Any]], None] | None = None  # called once, with a batch
 
-    def check(self, batch: Any) -> None:
-        """Raises DataError unless `batch` holds tensors by names that the model's forward takes."""
+    def checked(self, batch: Any) -> Mapping[str, Any]:
+        """Returns a batch, but for `OF_ONE_ROW`; raises DataError unless it holds tensors by names that the
+        model's forward takes."""
         wrong, names = "", self._parameters
         by_name = batch if isinstance(batch, Mapping) else {}
         if not any(isinstance(value, Tensor) and value.dim() for value in by_name.values()):
@@ -98,9 +100,11 @@ class Objective:
                 wrong = f"{key} is a {type(by_name[key]).__name__}"
         if wrong:
             raise DataError(f"batch: {wrong}; pass a dict of tensors, the first dim its examples")
+        batch = {key: value for key, value in by_name.items() if key not in OF_ONE_ROW}
         if self.first is not None:
             self.first(batch)
             self.first = None
+        return batch
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the part of a batch that the model's forward takes, on its device, without labels, which

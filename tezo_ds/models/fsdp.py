@@ -7,7 +7,7 @@ already it reads from the safetensors files only the slice that this rank keeps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +56,7 @@ def load_sharded(
     device: torch.device,
     plan: FsdpPlan,
     trust: bool = False,
+    given: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Loads a model under `fully_shard`; no rank ever holds more of the model than its shards.
 
@@ -66,6 +67,7 @@ def load_sharded(
         device: where forwards run.
         plan: how the model is sharded.
         trust: whether to run Python code that comes with the model.
+        given: more for `from_pretrained`.
 
     Raises:
         ConfigError: `plan` does not fit the world or the model, or the installed transformers is too
@@ -85,7 +87,7 @@ def load_sharded(
             model, report = loader.from_pretrained(
                 name, dtype=dtype, device_map={"": "cpu" if plan.offload else device},
                 use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
-                distributed_config=DistributedConfig(), trust_remote_code=trust,
+                distributed_config=DistributedConfig(), trust_remote_code=trust, **(given or {}),
             )  # fmt: skip
     except OSError as error:
         if "file named" not in str(error):

@@ -50,6 +50,7 @@ def load_model(
     fsdp: FsdpPlan | None = None,
     trust: bool = False,
     load_in: str | None = None,
+    attention: str | None = None,
 ) -> nn.Module:
     """Loads a model of one of the kinds that are served (see `ModelKind`), by `from_pretrained`.
 
@@ -62,11 +63,13 @@ def load_model(
         fsdp: each rank reads and keeps its shards only; not with a `deepspeed_config`.
         trust: whether to run Python code that comes with the model.
         load_in: form in which weights are quantised as they load; see `quantised_arguments`.
+        attention: transformers' attn_implementation; None: the model's own.
 
     Raises:
-        ConfigError: no such model; the DeepSpeed config contradicts `dtype`, or has buffers that are
-            too small for the model; `fsdp` does not fit the world or the model.
+        ConfigError: no such model, or attention; the DeepSpeed config contradicts `dtype`, or has buffers
+            that are too small for the model; `fsdp` does not fit the world or the model.
     """
+    given = {} if attention is None else {"attn_implementation": attention}
     if deepspeed_config is not None and "zero_optimization" in deepspeed_config:
         from transformers.integrations import HfDeepSpeedConfig
 
@@ -77,9 +80,9 @@ def load_model(
         dtype = deepspeed_dtype(prepared, dtype)
         _zero_configs[:] = [HfDeepSpeedConfig(prepared)]
         with buffers_explained():
-            return _from_pretrained(name, dtype, None, trust, load_in, "ZeRO-3")
+            return _from_pretrained(name, dtype, None, trust, load_in, "ZeRO-3", given)
     _zero_configs.clear()
-    model = _from_pretrained(name, dtype, fsdp, trust, load_in, "--fsdp" if fsdp else None)
+    model = _from_pretrained(name, dtype, fsdp, trust, load_in, "--fsdp" if fsdp else None, given)
     placed = fsdp is not None or hasattr(model, "hf_quantizer")  # bitsandbytes' do not move
     return model if placed else model.to(local_device())
 
@@ -98,7 +101,8 @@ def load_skeleton(name: str, dtype: str, trust: bool = False) -> nn.Module:
 
 
 def _from_pretrained(
-    name: str, dtype: str, fsdp: FsdpPlan | None, trust: bool, load_in: str | None, sharded: str | None
+    name: str, dtype: str, fsdp: FsdpPlan | None, trust: bool, load_in: str | None, sharded: str | None,
+    given: dict[str, Any],
 ) -> nn.Module:  # fmt: skip
     with explained("model", name):
         config, kind = read_kind(name, trust)
@@ -113,17 +117,17 @@ def _from_pretrained(
         if quantised and fsdp is not None:
             from tezo_ds.models.fsdp import shard_packed
 
-            model = _load_whole(kind.loader, config, name, wanted, trust, quantised)
+            model = _load_whole(kind.loader, config, name, wanted, trust, quantised | given)
             return shard_packed(model, local_device(), fsdp)
         if fsdp is None:
-            return _load_whole(kind.loader, config, name, wanted, trust, quantised)
+            return _load_whole(kind.loader, config, name, wanted, trust, quantised | given)
         from tezo_ds.models.fsdp import load_sharded
 
-        return load_sharded(kind.loader, name, wanted, local_device(), fsdp, trust)
+        return load_sharded(kind.loader, name, wanted, local_device(), fsdp, trust, given)
 
 
 def _load_whole(
-    loader: Any, config: Any, name: str, dtype: torch.dtype | str, trust: bool, quantised: dict[str, Any]
+    loader: Any, config: Any, name: str, dtype: torch.dtype | str, trust: bool, given: dict[str, Any]
 ) -> nn.Module:  # fmt: skip
     """Loads a model unsharded; raises ValueError where transformers would make up missing weights."""
     with without_tables(), explained_forms(config):
@@ -133,7 +137,7 @@ def _load_whole(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             trust_remote_code=trust,
-            **quantised,
+            **given,
         )
     if misfit := misfit_of(report):
         raise ValueError(misfit)

@@ -55,7 +55,7 @@ def measures(
         if config.compile:
             from tezo_ds.compiling.blocks import compile_blocks
 
-            compile_blocks(probe, sharding)
+            compile_blocks(probe, sharding, config.cuda_graphs)
         if rewarded is None:
             return Objective(sharding, loss_fn), probe, None
         generating = RewardObjective(sharding, rewarded, config)

@@ -115,6 +115,29 @@ def collate(
     return collated
 
 
+def flattened(batch: Sequence[Encoded], filler: Encoded) -> dict[str, torch.Tensor]:
+    """Puts a batch's sequences one after another into one row, without padding.
+
+    Returns int64 tensors (1, tokens): input_ids; position_ids, from 0 anew at each sequence, by which
+    transformers knows them apart where there is no attention_mask; and labels as `collate` aligns them. The
+    first token of a sequence is no label, as nothing of its own comes before it.
+
+    An empty batch gives `filler`, without labels.
+    """
+    rows = list(batch) or [filler]
+    ids = [torch.tensor(e.input_ids, dtype=torch.int64) for e in rows]
+    labels = [torch.full_like(tokens, IGNORE) for tokens in ids]
+    for e, tokens, wanted in zip(rows, ids, labels, strict=True):
+        for start, end in e.label_spans if batch else ():
+            start = max(start, 1)
+            wanted[start:end] = tokens[start:end]
+    position_ids = torch.cat([torch.arange(len(tokens)) for tokens in ids])
+    return {
+        "input_ids": torch.cat(ids)[None], "position_ids": position_ids[None],
+        "labels": torch.cat(labels)[None],
+    }  # fmt: skip
+
+
 def _of_decoder(rows: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
     """Returns a decoder's labels, (B, T), and where more than one token comes before the answer its inputs;
     otherwise the model makes these of the labels itself."""

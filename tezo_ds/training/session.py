@@ -227,7 +227,15 @@ def _open_engine(
 
         compute_dtype = None if s.compute_dtype is None else getattr(torch, s.compute_dtype)
         plan = FsdpPlan(s.fsdp_replicas, compute_dtype, s.fsdp_offload_params, s.fsdp_layers)
-    model = load_model(s.model, s.dtype, deepspeed_config, plan, s.trust_remote_code, s.load_in)
+    model = load_model(
+        s.model,
+        s.dtype,
+        deepspeed_config,
+        plan,
+        s.trust_remote_code,
+        s.load_in,
+        s.attn_implementation,
+    )
     sharding = sharding_of(model, deepspeed_config)
     sharding.filled_apart |= s.fsdp  # copies on different nodes come from different files
     return engine_for(s, config, sharding, ranks, rewarded)

@@ -11,7 +11,7 @@ from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError
 from tezo_ds.settings import Settings
 from tezo_ds.tasks.batches import Order, batch_indices, by_length, lane_indices
-from tezo_ds.tasks.encoded import Encoded, collate, losses_of_labels, truncations
+from tezo_ds.tasks.encoded import Encoded, collate, flattened, losses_of_labels, truncations
 from tezo_ds.tasks.lazy import LazyEncoded, pick
 from tezo_ds.tasks.prompted import Prompted, collate_prompts
 from tezo_ds.training.session import Session
@@ -38,6 +38,23 @@ def refuse_unfit(settings: Settings, config: TezoConfig) -> None:
             "--group-by-length: with trunk_cache an example keeps its place in the batch, so that later "
             "epochs could not be grouped; leave one of the two out"
         )
+    if settings.padding_free:
+        refuse_rows_of_many(settings, config)
+
+
+def refuse_rows_of_many(settings: Settings, config: TezoConfig) -> None:
+    """Raises ConfigError for an option that needs a row for each example."""
+    unfit = {
+        "trunk_cache": config.trunk_cache != "off",
+        "micro_batch": config.micro_batch > 0,
+        "placement per_example": config.placement == "per_example",
+        "--reward": bool(settings.reward),
+    }
+    for name in (name for name, asked in unfit.items() if asked):
+        raise ConfigError(
+            f"--padding-free: all examples of a rank are one row, and {name} needs a row for each; leave one "
+            "of the two out"
+        )
 
 
 class StepBatches:
@@ -58,6 +75,7 @@ class StepBatches:
         config = session.engine.config
         self._cached = config.trunk_cache != "off"
         self.lazy, self.cut = isinstance(examples, LazyEncoded), [0, 0]
+        self._flat = session.settings.padding_free
         self._order: Order | None = None
         if session.settings.group_by_length:
             lengths = [len(each.input_ids) for each in examples]
@@ -69,6 +87,8 @@ class StepBatches:
         batch = pick(self._examples, chosen)
         if isinstance(self._examples[0], Prompted):
             return collate_prompts(batch, self._session.pad_id, self._examples[0])
+        if self._flat:
+            return flattened(batch, self._examples[0])
         collated = collate(batch, self._session.pad_id, filler=self._examples[0])
         if self._cached:
             collated[EXAMPLE_IDS] = torch.tensor(chosen or [0])
@@ -97,6 +117,9 @@ class StepBatches:
         rows = batch or [
             self._examples[0]
         ]  # a rank that has run out computes one, which is padding
+        if self._flat:
+            length = sum(len(row.input_ids) for row in rows)
+            return 0 if batch else length, length
         real = computed = 0
         for lengths in zip(*map(_lengths, rows), strict=True):  # of encoders, or alone; of decoders
             real += sum(lengths) if batch else 0
@@ -116,7 +139,7 @@ class StepBatches:
         less = (
             ""
             if self._cached or self._order
-            else "; --group-by-length makes batches of like lengths"
+            else "; --group-by-length makes batches of like lengths, and with --padding-free there is none"
         )
         return f"padding: {found.share:.0%} of the tokens that the first batches compute{less}"
 
