@@ -1,8 +1,8 @@
-"""Measures how many tokens training batches compute for each real one, by chance and by like lengths.
+"""Measures how many tokens batches compute for each real one: padded, of like lengths, and end to end.
 
 Takes the prompts of TREC and Rotten Tomatoes in .cache/methods, made once by `benchmarks/methods.py`, with
 the templates that are built in, and counts the batches of whole epochs on one rank. With --time it also
-times fused steps, one of padded rows, of like lengths and of one row without padding in turn: medians, and in
+times fused steps, one of padded rows, of like lengths and of rows end to end in turn: medians, and in
 parentheses the seconds of all steps as a share of the padded ones'.
 """
 
@@ -20,33 +20,36 @@ import tezo_ds
 from tezo_ds.models.loading import load_tokenizer
 from tezo_ds.tasks import batch_indices, collate, encode, load_task
 from tezo_ds.tasks.batches import Order, by_length
-from tezo_ds.tasks.encoded import flattened
+from tezo_ds.tasks.encoded import end_to_end, rows_of
 
 ROOT = Path(__file__).resolve().parent.parent / ".cache"
 PADDED, GROUPED, FREE = WAYS = ("padded", "--group-by-length", "--padding-free")
 TASKS, SIZES, SEED = ("trec", "rotten-tomatoes"), (8, 32), 0
 
 
-def computed_for_real(lengths: list[int], size: int, steps: int, order: Order | None) -> float:
-    """Returns the tokens of padded batches over those without padding."""
+def computed_for_real(lengths: list[int], size: int, steps: int, way: str) -> float:
+    """Returns the tokens of batches that are made in one of WAYS over those without padding."""
+    order = by_length(lengths, size, SEED) if way == GROUPED else None
     computed = real = 0
     for step in range(steps):
         batch = [lengths[i] for i in batch_indices(len(lengths), size, step, SEED, 0, 1, order)]
-        computed, real = computed + len(batch) * max(batch), real + sum(batch)
+        rows = rows_of(batch) if way == FREE else [[i] for i in range(size)]
+        computed += len(rows) * max(sum(batch[i] for i in row) for row in rows)
+        real += sum(batch)
     return computed / real
 
 
-def rows(cache: Path, model: str, epochs: int) -> list[tuple[str, int, float, float]]:
-    """Returns task, batch size, and computed over real tokens without and with groups."""
+def rows(cache: Path, model: str, epochs: int) -> list[tuple[str, int, list[float]]]:
+    """Returns task, batch size, and computed over real tokens in each way."""
     tokenizer, found = load_tokenizer(model), []
     for name in TASKS:
         task = load_task(name, data=str(cache / name))
         lengths = [len(each.input_ids) for each in encode(tokenizer, task.train, 512)]
         for size in SIZES:
             steps = epochs * len(lengths) // size
-            orders = (None, by_length(lengths, size, SEED))
-            without, grouped = (computed_for_real(lengths, size, steps, one) for one in orders)
-            found.append((name, size, without, grouped))
+            found.append(
+                (name, size, [computed_for_real(lengths, size, steps, way) for way in WAYS])
+            )
     return found
 
 
@@ -69,7 +72,11 @@ def timed(cache: Path, model: str, steps: int) -> list[tuple[str, int, dict[str,
                     indices = batch_indices(len(examples), size, max(step, 0), SEED, 0, 1, order)
                     chosen = [examples[i] for i in indices]
                     padded = collate(chosen, tokenizer.pad_token_id)
-                    batch = flattened(chosen, chosen[0]) if way == FREE else padded
+                    batch = (
+                        end_to_end(chosen, tokenizer.pad_token_id, chosen[0])
+                        if way == FREE
+                        else padded
+                    )
                     start = time.perf_counter()
                     engine.step(batch)
                     if step >= 0:
@@ -86,10 +93,10 @@ def main() -> None:
     parser.add_argument("--time", type=int, metavar="STEPS", help="also time so many steps of each")
     args = parser.parse_args()
     print(describe())
-    print("| task | batch size | tokens computed ÷ real | with `--group-by-length` |")
-    print("|---|---|---|---|")
-    for task, size, without, grouped in rows(args.cache, args.model, args.epochs):
-        print(f"| {task} | {size} | {without:.3f} | {grouped:.3f} |")
+    print("| task | batch size | " + " | ".join(f"computed ÷ real, {way}" for way in WAYS) + " |")
+    print("|---" * (2 + len(WAYS)) + "|")
+    for task, size, shares in rows(args.cache, args.model, args.epochs):
+        print(f"| {task} | {size} | " + " | ".join(f"{share:.3f}" for share in shares) + " |")
     if args.time:
         print("| task | batch size | " + " | ".join(f"s a step, {way}" for way in WAYS) + " |")
         print("|---" * (2 + len(WAYS)) + "|")

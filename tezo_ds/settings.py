@@ -178,7 +178,7 @@ class Settings(BaseModel):
     )  # fmt: skip
     padding_free: bool = declared(
         False,
-        "put a step's examples one after another into one row of a rank, without padding; see "
+        "put a step's examples one after another into few rows, next to without padding; see "
         "--attn-implementation",
         group=DATA, example=True,
     )  # fmt: skip

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import tezo_ds
 from tezo_ds.errors import ConfigError
 from tezo_ds.intake import checked_engine, neighbours
-from tezo_ds.tasks.encoded import Encoded, collate, flattened
+from tezo_ds.tasks import encoded as encoding
+from tezo_ds.tasks.encoded import Encoded, collate, end_to_end, rows_of
 
 FIELDS = {"rank": 2, "rho": 1e-2, "lr": 1e-3, "queries": 2}
 
@@ -33,23 +34,50 @@ def encoded() -> list[Encoded]:
 
 def test_rows_without_padding() -> None:
     rows = encoded()[:3]
-    batch = flattened(rows, rows[0])
+    batch = end_to_end(rows, 0, rows[0])
     assert batch["input_ids"].tolist() == [[token for row in rows for token in row.input_ids]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, *range(9), *range(5)]]
     assert batch["labels"][0, :5].tolist() == [-100, *rows[0].input_ids[1:], -100, -100]
     padded = collate(rows, 0)["labels"][:, 1:]  # what is predicted
     assert (batch["labels"] != -100).sum() == (padded != -100).sum()
-    empty = flattened([], rows[1])
+    empty = end_to_end([], 0, rows[1])
     assert empty["input_ids"].tolist() == [rows[1].input_ids] and (empty["labels"] == -100).all()
 
 
+def test_rows_are_about_as_long_as_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rows_of([5]) == [[0]] and rows_of([300, 300]) == [[0], [1]]
+    assert rows_of([600, 100, 100, 100, 100, 100, 100]) == [[0], [1, 2, 3, 4, 5, 6]]
+    lengths = [10 + i * 7 % 31 for i in range(90)]
+    rows = rows_of(lengths)
+    assert sorted(i for row in rows for i in row) == list(range(90))
+    filled = [sum(lengths[i] for i in row) for row in rows]
+    assert len(rows) == sum(lengths) // 256
+    assert len(rows) * max(filled) < 1.03 * sum(lengths)
+
+    monkeypatch.setattr(encoding, "ROW", 9)
+    few = encoded()
+    batch = end_to_end(few, 2, few[0])  # of 3, 9, 5 and 7 tokens
+    assert batch["input_ids"].tolist() == [
+        [*few[0].input_ids, *few[1].input_ids], [*few[2].input_ids, *few[3].input_ids]
+    ]  # fmt: skip
+    batch = end_to_end(few[:3], 2, few[0])
+    assert batch["input_ids"].shape == (1, 17)
+    few[2].input_ids.append(7)
+    batch = end_to_end(few[:3], 2, few[0])
+    assert batch["input_ids"].tolist() == [few[1].input_ids, [*few[0].input_ids, *few[2].input_ids]]
+
+
+@pytest.mark.parametrize("row", [256, 9])
 @pytest.mark.parametrize("include", ["*", "last:1"])
 @pytest.mark.parametrize("kind", ["llama", "neox", "gpt2", "mixtral"])
-def test_losses_are_those_of_padded_rows(kind: str, include: str) -> None:
+def test_losses_are_those_of_padded_rows(
+    kind: str, include: str, row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "ROW", row)
     rows, config = encoded(), {**FIELDS, "include": [include]}
     flat, padded = (tezo_ds.initialize(tiny(kind), config) for _ in range(2))
     for _ in range(3):
-        found, expected = flat.step(flattened(rows, rows[0])), padded.step(collate(rows, 0))
+        found, expected = flat.step(end_to_end(rows, 0, rows[0])), padded.step(collate(rows, 0))
         assert found.loss == pytest.approx(expected.loss, abs=1e-6)
         assert found.kappa == pytest.approx(expected.kappa, abs=1e-4)
 
@@ -74,12 +102,12 @@ def test_a_model_that_does_not_know_them_apart_is_refused(
     rows = encoded()
     engine = tezo_ds.initialize(make(), FIELDS)
     with pytest.raises(ConfigError, match="examples of one row see each other, or count"):
-        engine.step(flattened(rows, rows[0]))
+        engine.step(end_to_end(rows, 0, rows[0]))
     assert engine.step(collate(rows, 0)).loss > 0
 
     monkeypatch.setattr(checked_engine, "refuse_seen_neighbours", lambda *_: None)
     wrong = tezo_ds.initialize(make(), FIELDS)
-    flat, padded = wrong.step(flattened(rows, rows[0])).loss, tezo_ds.initialize(make(), FIELDS)
+    flat, padded = wrong.step(end_to_end(rows, 0, rows[0])).loss, tezo_ds.initialize(make(), FIELDS)
     assert abs(flat - padded.step(collate(rows, 0)).loss) > 1e-3  # what would have gone unseen
 
 
@@ -109,10 +137,12 @@ def by_lengths(
     return whole.reshape(query.shape[0], query.shape[2], *whole.shape[2:]), None
 
 
+@pytest.mark.parametrize("row", [256, 9])
 @pytest.mark.parametrize("include", ["*", "last:1"])
 def test_flash_attention_is_told_the_lengths_of_all_branches(
-    include: str, monkeypatch: pytest.MonkeyPatch
+    include: str, row: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(encoding, "ROW", row)
     transformers.AttentionInterface.register("flash_of_tests", by_lengths)
     rows, config = encoded(), {**FIELDS, "include": [include]}
 
@@ -130,13 +160,13 @@ def test_flash_attention_is_told_the_lengths_of_all_branches(
     }
     flat, padded = tezo_ds.initialize(model(), config), tezo_ds.initialize(tiny("llama"), config)
     for more in ({}, of_trl, {}):
-        found = flat.step({**flattened(rows, rows[0]), **more})
+        found = flat.step({**end_to_end(rows, 0, rows[0]), **more})
         assert found.loss == pytest.approx(padded.step(collate(rows, 0)).loss, abs=1e-6)
     assert len(flat.sharding.module.base_model._forward_pre_hooks) == 1
 
     monkeypatch.setattr(neighbours, "tell_lengths", lambda *_: None)
     with pytest.raises(ConfigError, match="examples of one row see each other"):
-        tezo_ds.initialize(model(), config).step(flattened(rows, rows[0]))
+        tezo_ds.initialize(model(), config).step(end_to_end(rows, 0, rows[0]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -145,7 +175,7 @@ def test_rounding_is_not_taken_for_sight(dtype: torch.dtype) -> None:
     engine = tezo_ds.initialize(tiny("llama").to(dtype), FIELDS)
     for ids in (rows[0].input_ids, [5], [5, 5], [0]):
         row = Encoded(ids, 0, None)
-        assert engine.loss(flattened([row, rows[1]], row)) > 0
+        assert engine.loss(end_to_end([row, rows[1]], 0, row)) > 0
         engine.objective.first = tezo_ds.initialize(tiny("llama").to(dtype), FIELDS).objective.first
 
 

@@ -40,9 +40,10 @@ def test_padding_is_counted_over_all_ranks() -> None:
     assert padding == 2 * 2 and computed - padding in lengths
     flat = batches(lengths, 4, 2, padding_free=True)
     assert flat.tokens(0) == (0, 19) and flat(0)["input_ids"].shape[0] == 1
-    padding, computed = batches(lengths, 1, 3, padding_free=True).tokens(
-        0
-    )  # two ranks with the filler
+    assert batches([100, 150, 300, 290], 4, 1, padding_free=True).tokens(0) == (40, 880)
+    assert batches([100, 150, 300, 50], 4, 1, padding_free=True).tokens(0) == (0, 600)
+    assert batches([100, 150, 300, 90], 4, 1, padding_free=True).tokens(0) == (40, 680)
+    padding, computed = batches(lengths, 1, 3, padding_free=True).tokens(0)  # two with the filler
     assert padding == 2 * 2 and computed - padding in lengths
     taken = batches(lengths, 4, 1)(0)["attention_mask"]
     assert (taken.numel() - int(taken.sum()), taken.numel()) == (17, 36)

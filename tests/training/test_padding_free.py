@@ -65,7 +65,7 @@ def test_what_needs_a_row_for_each_example_is_refused(
 ) -> None:
     assert call(*given.train(tmp_path / "run", padding_free=True, **options)) == 2
     error = capfd.readouterr().err
-    assert f"--padding-free: all examples of a rank are one row, and {named} needs a row" in error
+    assert f"--padding-free: a row holds several examples, and {named} needs a row" in error
 
 
 def test_other_kinds_of_models_are_refused(given: Given, tmp_path: Path, capfd: Captured) -> None:

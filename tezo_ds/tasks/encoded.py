@@ -10,6 +10,8 @@ import torch
 from tezo_ds.losses.targets import IGNORE
 from tezo_ds.tasks.chat import Spans
 
+ROW = 256  # tokens of a row of several sequences
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -115,27 +117,44 @@ def collate(
     return collated
 
 
-def flattened(batch: Sequence[Encoded], filler: Encoded) -> dict[str, torch.Tensor]:
-    """Puts a batch's sequences one after another into one row, without padding.
+def end_to_end(batch: Sequence[Encoded], pad_id: int, filler: Encoded) -> dict[str, torch.Tensor]:
+    """Puts a batch's sequences one after another into few rows, by `rows_of`, next to without padding.
 
-    Returns int64 tensors (1, tokens): input_ids; position_ids, from 0 anew at each sequence, by which
+    Returns int64 tensors (rows, tokens): input_ids; position_ids, from 0 anew at each sequence, by which
     transformers knows them apart where there is no attention_mask; and labels as `collate` aligns them. The
-    first token of a sequence is no label, as nothing of its own comes before it.
+    first token of a sequence is no label, as nothing of its own comes before it. What fills shorter rows
+    comes last, where causal models do not see it.
 
     An empty batch gives `filler`, without labels.
     """
-    rows = list(batch) or [filler]
-    ids = [torch.tensor(e.input_ids, dtype=torch.int64) for e in rows]
-    labels = [torch.full_like(tokens, IGNORE) for tokens in ids]
-    for e, tokens, wanted in zip(rows, ids, labels, strict=True):
-        for start, end in e.label_spans if batch else ():
-            start = max(start, 1)
-            wanted[start:end] = tokens[start:end]
-    position_ids = torch.cat([torch.arange(len(tokens)) for tokens in ids])
-    return {
-        "input_ids": torch.cat(ids)[None], "position_ids": position_ids[None],
-        "labels": torch.cat(labels)[None],
-    }  # fmt: skip
+    whole = list(batch) or [filler]
+    rows = rows_of([len(e.input_ids) for e in whole])
+    length = max(sum(len(whole[i].input_ids) for i in row) for row in rows)
+    input_ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
+    position_ids, labels = torch.zeros_like(input_ids), torch.full_like(input_ids, IGNORE)
+    for row, members in enumerate(rows):
+        first = 0
+        for e in (whole[i] for i in members):
+            place = slice(first, first := first + len(e.input_ids))
+            ids = torch.tensor(e.input_ids, dtype=torch.int64)
+            input_ids[row, place], position_ids[row, place] = ids, torch.arange(len(ids))
+            wanted = labels[row, place]
+            for start, end in e.label_spans if batch else ():
+                wanted[max(start, 1) : end] = ids[max(start, 1) : end]
+    return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+
+
+def rows_of(lengths: Sequence[int]) -> list[list[int]]:
+    """Returns which sequences make each row: about as many tokens in every row, some `ROW` where no sequence
+    is longer, as attention that is told of no lengths takes the square of a row."""
+    count = max(1, sum(lengths) // max(ROW, *lengths))
+    rows: list[list[int]] = [[] for _ in range(count)]
+    filled = [0] * count
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        least = filled.index(min(filled))
+        rows[least].append(i)
+        filled[least] += lengths[i]
+    return [sorted(row) for row in rows]
 
 
 def _of_decoder(rows: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:

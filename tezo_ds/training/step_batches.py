@@ -11,7 +11,14 @@ from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError
 from tezo_ds.settings import Settings
 from tezo_ds.tasks.batches import Order, batch_indices, by_length, lane_indices
-from tezo_ds.tasks.encoded import Encoded, collate, flattened, losses_of_labels, truncations
+from tezo_ds.tasks.encoded import (
+    Encoded,
+    collate,
+    end_to_end,
+    losses_of_labels,
+    rows_of,
+    truncations,
+)
 from tezo_ds.tasks.lazy import LazyEncoded, pick
 from tezo_ds.tasks.prompted import Prompted, collate_prompts
 from tezo_ds.training.session import Session
@@ -52,8 +59,8 @@ def refuse_rows_of_many(settings: Settings, config: TezoConfig) -> None:
     }
     for name in (name for name, asked in unfit.items() if asked):
         raise ConfigError(
-            f"--padding-free: all examples of a rank are one row, and {name} needs a row for each; leave one "
-            "of the two out"
+            f"--padding-free: a row holds several examples, and {name} needs a row for each; leave one of "
+            "the two out"
         )
 
 
@@ -88,7 +95,7 @@ class StepBatches:
         if isinstance(self._examples[0], Prompted):
             return collate_prompts(batch, self._session.pad_id, self._examples[0])
         if self._flat:
-            return flattened(batch, self._examples[0])
+            return end_to_end(batch, self._session.pad_id, self._examples[0])
         collated = collate(batch, self._session.pad_id, filler=self._examples[0])
         if self._cached:
             collated[EXAMPLE_IDS] = torch.tensor(chosen or [0])
@@ -118,8 +125,10 @@ class StepBatches:
             self._examples[0]
         ]  # a rank that has run out computes one, which is padding
         if self._flat:
-            length = sum(len(row.input_ids) for row in rows)
-            return 0 if batch else length, length
+            lengths = [len(row.input_ids) for row in rows]
+            found = rows_of(lengths)
+            computed = len(found) * max(sum(lengths[i] for i in row) for row in found)
+            return computed - (sum(lengths) if batch else 0), computed
         real = computed = 0
         for lengths in zip(*map(_lengths, rows), strict=True):  # of encoders, or alone; of decoders
             real += sum(lengths) if batch else 0
@@ -139,7 +148,7 @@ class StepBatches:
         less = (
             ""
             if self._cached or self._order
-            else "; --group-by-length makes batches of like lengths, and with --padding-free there is none"
+            else "; --group-by-length makes batches of like lengths, and --padding-free leaves next to none"
         )
         return f"padding: {found.share:.0%} of the tokens that the first batches compute{less}"
 
