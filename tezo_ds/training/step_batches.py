@@ -126,13 +126,13 @@ class StepBatches:
         ]  # a rank that has run out computes one, which is padding
         if self._flat:
             lengths = [len(row.input_ids) for row in rows]
-            found = rows_of(lengths)
-            computed = len(found) * max(sum(lengths[i] for i in row) for row in found)
+            ends = rows_of(lengths)
+            computed = len(ends) * max(sum(lengths[i] for i in row) for row in ends)
             return computed - (sum(lengths) if batch else 0), computed
         real = computed = 0
-        for lengths in zip(*map(_lengths, rows), strict=True):  # of encoders, or alone; of decoders
-            real += sum(lengths) if batch else 0
-            computed += len(lengths) * max(lengths)
+        for each in zip(*map(_lengths, rows), strict=True):  # of encoders, or alone; of decoders
+            real += sum(each) if batch else 0
+            computed += len(each) * max(each)
         return computed - real, computed
 
     def told(self, steps: int) -> str | None:

@@ -22,7 +22,7 @@ class Row:
     """One check or measurement.
 
     Attributes:
-        part: bits, speed, learning, generation or quantised.
+        part: bits, speed, forward, learning, generation or quantised.
         name: what was checked, the same on every machine.
         status: PASSED, FAILED, MEASURED or SKIPPED.
         told: a phrase for the table: what was found, or why there is nothing.
