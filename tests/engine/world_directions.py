@@ -95,7 +95,8 @@ def both_ways_to_sum_give_the_same_bits(world: World) -> None:
         sent.append(sum(nbytes for _, nbytes in calls))
         assert_equal_on_all_ranks(engine.method.coefficients)
     assert torch.equal(*found) and bool(found[0].any())
-    scalars = 3 * (16 * 2 * QUERIES * world.size + 8) + 8  # the last to compare losses, once
+    # The last for what the first batch is looked at for, once.
+    scalars = 3 * (16 * 2 * QUERIES * world.size + 8) + 2 * 8
     assert sent == [scalars + 3 * 8 * engine.space.numel, scalars]
 
 
