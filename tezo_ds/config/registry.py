@@ -61,7 +61,11 @@ METHODS: dict[str, MethodFacts] = {
         _TEZO, "TeZO with momentum", "momentum", fixed_factors=True, learns_coefficients=True
     ),
     "tezo-adam": MethodFacts(
-        "tezo_ds.methods.tezo_adam:make", "TeZO-Adam as published", "adam", fixed_factors=True
+        "tezo_ds.methods.tezo_adam:make",
+        "TeZO-Adam as published",
+        "adam",
+        fixed_factors=True,
+        lr=1e-3,
     ),
     "tezo-adam-coef": MethodFacts(
         _TEZO,
