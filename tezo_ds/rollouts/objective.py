@@ -61,8 +61,9 @@ class RewardObjective(Objective):
     def piecewise_constant(self) -> bool:
         return True
 
-    def check(self, batch: Any) -> None:
-        """Raises DataError unless a batch holds token ids of prompts, and columns of as many items."""
+    def checked(self, batch: Any) -> Mapping[str, Any]:
+        """Returns a batch; raises DataError unless it holds token ids of prompts, and columns of as many
+        items."""
         ids = batch.get(IDS) if isinstance(batch, Mapping) else None
         if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
             raise DataError(
@@ -74,6 +75,7 @@ class RewardObjective(Objective):
                     f"batch: {name} is no column of {len(ids)} items, one for each prompt; leave it out, or "
                     "fill it up"
                 )
+        return batch
 
     def recurring(self, several: bool) -> AbstractContextManager[None]:
         """Returns a context manager that does nothing: each call runs the trunk, for its keys and values."""
