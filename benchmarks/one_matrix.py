@@ -7,7 +7,7 @@
     V below W     x [W; V]ᵀ gives both x Wᵀ and x Vᵀ
     U beside W    y = [x, (x Vᵀ) ∘ c] [W, U]ᵀ
 
-Layers that read one tensor share x [V₁ V₂ …]ᵀ. Ways take turns, and a ratio to plain products is of one round.
+Layers that read one tensor share x [V₁ V₂ …]ᵀ. Ways take turns, and a ratio to plain ones is of one round.
 """
 
 from __future__ import annotations
