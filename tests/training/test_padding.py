@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +54,10 @@ def test_much_padding_is_told() -> None:
     lengths = [3 if i % 2 else 30 for i in range(400)]
     said = batches(lengths, 4, 1).told(100)
     assert said is not None and "--group-by-length makes batches of like lengths" in said
+    assert said.endswith("and --padding-free leaves next to none")
+    masked = batches(lengths, 4, 1)
+    masked._examples = [replace(each, mask=4) for each in masked._examples]
+    assert str(masked.told(100)).endswith("--group-by-length makes batches of like lengths")
     assert batches(lengths, 4, 1, group_by_length=True).told(100) is None
     assert batches([5] * 9, 4, 1).told(100) is None
     assert Padding().share is None

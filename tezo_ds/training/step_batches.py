@@ -145,12 +145,13 @@ class StepBatches:
             found.add(self.tokens(step))
         if found.share is None or found.share < MUCH:
             return None
-        less = (
-            ""
-            if self._cached or self._order
-            else "; --group-by-length makes batches of like lengths, and --padding-free leaves next to none"
+        told = f"padding: {found.share:.0%} of the tokens that the first batches compute"
+        if self._cached or self._order:
+            return told
+        told += "; --group-by-length makes batches of like lengths"
+        return told + ", and --padding-free leaves next to none" * _may_share_rows(
+            self._examples[0]
         )
-        return f"padding: {found.share:.0%} of the tokens that the first batches compute{less}"
 
     def _indices(self, step: int, rank: int) -> list[int]:
         world, seed = self._session.engine.sharding.world_size, self._session.engine.config.seed
@@ -158,6 +159,12 @@ class StepBatches:
         if self._cached:
             return lane_indices(count, size, step, seed, rank, world)
         return batch_indices(count, size, step, seed, rank, world, self._order)
+
+
+def _may_share_rows(encoded: Encoded) -> bool:
+    """Returns whether examples like this may lie in one row: those of a causal model, on a loss."""
+    others = (encoded.mask, encoded.answer, encoded.number)
+    return not isinstance(encoded, Prompted) and all(part is None for part in others)
 
 
 def _lengths(encoded: Encoded) -> tuple[int, int]:
