@@ -16,7 +16,7 @@ import tezo_ds
 from tezo_ds.methods import reference_adapters
 from tezo_ds.methods.reference import Record
 
-STEPS, MODES = 20, (2, 2)  # modes of 22, and of a bottleneck of 6
+STEPS, MODES = 11, (2, 2)  # into a third epoch of five; modes of 22, and of a bottleneck of 6
 RUN = {"rho": 1e-2, "lr": 3e-2, "seed": 11, "queries": 2, "bottleneck": 6, "tt_rank": 3}
 PUBLISHED = {"adapter": "tt", "tt_init": "published"}
 # Where adapters stand in tiny("llama"), in their own words.
