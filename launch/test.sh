@@ -6,9 +6,9 @@
 #   launch/test.sh tests/rng/test_rng.py   anything else goes to pytest
 #
 # Pytests beside each other, for two cores: the tests that start real launchers, those of them that wait for most of
-# their time, and those that take one process; once two of these three have ended, the worlds of ranks
-# (tests/helpers/worlds.py), whose processes fill the gaps that the last leaves. Tests of quantised weights have a process
-# with libraries that the others do without (launch/setup.sh).
+# their time, and those that take one process, in two parts, or the last would be left over for the end; once two of the
+# first three have ended, the worlds of ranks (tests/helpers/worlds.py), whose processes fill the gaps that the last leaves.
+# Tests of quantised weights have a process with libraries that the others do without (launch/setup.sh).
 set -euo pipefail
 
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -32,6 +32,7 @@ behind() { # NAME COMMAND…: in a process group of its own
 }
 TIMEFORMAT="took %R s, and %U + %S s of processor time"
 pytest=("$bin/python" -m pytest --durations 20)
+ASIDE=(tests/benchmarks tests/compiling tests/fuzz tests/plan) # a fifth of what takes one process
 QUANTISED=(tests/quantised tests/plan/test_quantised_plan.py tests/benchmarks/test_quantised_benchmark.py)
 # In shells of their own, or the time would be that of all groups which end meanwhile.
 tests() { (time "${pytest[@]}" "$@"); }
@@ -57,14 +58,16 @@ if [[ "${1:-}" == --fast ]]; then
 else
     # Compiles the libraries' modules once, if that was not done yet, instead of in each process.
     PYTHONPATH=tests/helpers "$bin/python" -c "import fault_imports" >"$logs/imports" 2>&1 || cat "$logs/imports"
-    names+=(waits launches worlds quantised)
+    names+=(waits launches aside worlds quantised)
     mapfile -t waiting < <(grep -rl mark.waits tests --include='test_*.py') # quicker than to collect all
     mapfile -t launching < <(grep -rl mark.launches tests --include='test_*.py')
     behind waits first tests -m waits "${waiting[@]}"
     behind launches first tests -m "launches and not waits" "${launching[@]}"
+    alone=("not launches and not world" "${QUANTISED[@]/#/--ignore=}")
+    behind aside tests -m "${alone[@]}" "${ASIDE[@]}"
     behind worlds worlds
     PYTHONPATH="$repo/.venv/quantised" behind quantised tests "${QUANTISED[@]}" tests/docs/test_commands.py -k quantised
-    first tests -m "not launches and not world" tests "${QUANTISED[@]/#/--ignore=}" || failed+=("one process")
+    first tests -m "${alone[@]}" tests "${ASIDE[@]/#/--ignore=}" || failed+=("one process")
 fi
 for i in "${!names[@]}"; do
     wait "${groups[i]}" || failed+=("${names[i]}")
