@@ -83,7 +83,9 @@ signal_ranks() { mark="$TEZO_LAUNCH" signal="$1" bash -c "$to_ranks"; }
 
 # SIGTERM and SIGINT go to the ranks, that finish a step or their files, and so the launchers end by
 # themselves; launchers, if asked to end, would pass it on or not, each in its way, and exit with 1.
+on_told() { :; } # what a script does before its ranks are told
 on_signal() {
+    [[ -n "$told" ]] || on_told
     if [[ -n "$told" ]] || ! signal_ranks "$1"; then # a second one, or there are no ranks yet
         kill -TERM -- "-$launcher" 2>/dev/null || true
     fi

@@ -36,10 +36,13 @@ status() { # of the run that this start has ended, where this host sees it
         sed -n 's/.*"status": "\([a-z]*\)".*/\1/p' "$output/summary.json"
 }
 hopeless() { errors | grep -qvE 'then start the same command to go on|trains in it; wait'; }
-give_up() { # torchrun would start the ranks again whatever their error
+attempts() { compgen -G "$logs/*/attempt_*" | wc -l; }
+give_up() { # torchrun would start the ranks again whatever their error, or one that breaks as it ends
     while kill -0 "$launcher" 2>/dev/null; do
         sleep 2
-        hopeless && kill -TERM -- "-$launcher" 2>/dev/null && return
+        if hopeless || { [[ -f "$logs/told" ]] && (($(attempts) > $(<"$logs/told"))); }; then
+            kill -TERM -- "-$launcher" 2>/dev/null && return
+        fi
     done
 }
 
@@ -50,10 +53,14 @@ for ((start = 0; ; start++)); do
     command+=(--rdzv-backend c10d --rdzv-id tezo --rdzv-endpoint "$master:${MASTER_PORT:-29500}")
     command+=(${address:+--local-addr "$address"} ${RDZV_CONF:+--rdzv-conf "$RDZV_CONF"} --log-dir "$logs")
     command+=(--redirects 3 --tee 3 --local-ranks-filter 0 -m -- tezo_ds train "${flags[@]}")
+    on_told() { attempts >"$logs/told"; }
     run give_up
     hopeless && code=2 MAX_RESTARTS=0
     complain
-    [[ -z "$told" ]] || exit "$code"
+    if [[ -n "$told" ]]; then
+        [[ "$(status)" != stopped ]] || exit 0
+        exit "$code"
+    fi
     case "$code $(status)" in
         *\ finished | 0\ ) exit 0 ;;
         0\ stopped) say "stopped by another host; going on without it" ;;
