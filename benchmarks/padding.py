@@ -20,7 +20,7 @@ import tezo_ds
 from tezo_ds.models.loading import load_tokenizer
 from tezo_ds.tasks import batch_indices, collate, encode, load_task
 from tezo_ds.tasks.batches import Order, by_length
-from tezo_ds.tasks.encoded import end_to_end, rows_of
+from tezo_ds.tasks.encoded import end_to_end, longest_of, rows_of
 
 ROOT = Path(__file__).resolve().parent.parent / ".cache"
 PADDED, GROUPED, FREE = WAYS = ("padded", "--group-by-length", "--padding-free")
@@ -34,7 +34,7 @@ def computed_for_real(lengths: list[int], size: int, steps: int, way: str) -> fl
     for step in range(steps):
         batch = [lengths[i] for i in batch_indices(len(lengths), size, step, SEED, 0, 1, order)]
         rows = rows_of(batch) if way == FREE else [[i] for i in range(size)]
-        computed += len(rows) * max(sum(batch[i] for i in row) for row in rows)
+        computed += len(rows) * longest_of(rows, batch)
         real += sum(batch)
     return computed / real
 

@@ -128,8 +128,9 @@ def end_to_end(batch: Sequence[Encoded], pad_id: int, filler: Encoded) -> dict[s
     An empty batch gives `filler`, without labels.
     """
     whole = list(batch) or [filler]
-    rows = rows_of([len(e.input_ids) for e in whole])
-    length = max(sum(len(whole[i].input_ids) for i in row) for row in rows)
+    lengths = [len(e.input_ids) for e in whole]
+    rows = rows_of(lengths)
+    length = longest_of(rows, lengths)
     input_ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
     position_ids, labels = torch.zeros_like(input_ids), torch.full_like(input_ids, IGNORE)
     for row, members in enumerate(rows):
@@ -155,6 +156,11 @@ def rows_of(lengths: Sequence[int]) -> list[list[int]]:
         rows[least].append(i)
         filled[least] += lengths[i]
     return [sorted(row) for row in rows]
+
+
+def longest_of(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
+    """Returns the tokens of the fullest of some rows, each of which names its sequences."""
+    return max(sum(lengths[i] for i in row) for row in rows)
 
 
 def _of_decoder(rows: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:

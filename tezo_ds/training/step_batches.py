@@ -15,6 +15,7 @@ from tezo_ds.tasks.encoded import (
     Encoded,
     collate,
     end_to_end,
+    longest_of,
     losses_of_labels,
     rows_of,
     truncations,
@@ -127,7 +128,7 @@ class StepBatches:
         if self._flat:
             lengths = [len(row.input_ids) for row in rows]
             ends = rows_of(lengths)
-            computed = len(ends) * max(sum(lengths[i] for i in row) for row in ends)
+            computed = len(ends) * longest_of(ends, lengths)
             return computed - (sum(lengths) if batch else 0), computed
         real = computed = 0
         for each in zip(*map(_lengths, rows), strict=True):  # of encoders, or alone; of decoders
