@@ -16,54 +16,47 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-begin "$@"
-nodes="${NNODES:-1:1}"
+begin "$@" && started="$logs"
+nodes="${NNODES:-1:1}" MAX_RESTARTS="${MAX_RESTARTS:-100}" RESTART_PAUSE="${RESTART_PAUSE:-15}"
 [[ "$nodes" =~ ^[1-9][0-9]*:[1-9][0-9]*$ ]] && ((${nodes%:*} <= ${nodes#*:})) ||
     die "NNODES is '$nodes'; set it to MIN:MAX hosts, e.g. 1:4"
-MAX_RESTARTS="${MAX_RESTARTS:-100}" RESTART_PAUSE="${RESTART_PAUSE:-15}" master="${MASTER_ADDR:-127.0.0.1}"
 number MAX_RESTARTS && number RESTART_PAUSE
 count_ranks "${NPROC_PER_NODE:-}"
 default TORCH_DISABLE_SHARE_RDZV_TCP_STORE 1 # a new store for each world: in an old one are those that are gone
+master="${MASTER_ADDR:-127.0.0.1}"
 # This host's address on the way to the master; the one that its name has may be another, or nobody's.
 address="$("$bin/python" -c 'import socket, sys
-with socket.socket(type=socket.SOCK_DGRAM) as way:
-    way.connect((socket.gethostbyname(sys.argv[1]), 1))
-    print(way.getsockname()[0])' "$master" 2>/dev/null)" || address=""
+way = socket.socket(type=socket.SOCK_DGRAM)
+print(way.connect((socket.gethostbyname(sys.argv[1]), 1)) or way.getsockname()[0])' "$master" 2>/dev/null)" || address=""
 [[ "$address" != 127.* || "$master" == 127.* || "$master" == localhost ]] || address="" # of no use to others
 
 status() { # of the run that this start has ended, where this host sees it
-    [[ ! "$output/summary.json" -nt "$logs/command.sh" ]] ||
-        sed -n 's/.*"status": "\([a-z]*\)".*/\1/p' "$output/summary.json"
+    find "$output/summary.json" -newer "$logs/command.sh" -exec sed -n 's/.*"status": "\([a-z]*\)".*/\1/p' {} + 2>/dev/null
 }
 hopeless() { errors | grep -qvE 'then start the same command to go on|trains in it; wait'; }
-attempts() { compgen -G "$logs/*/attempt_*" | wc -l; }
-give_up() { # torchrun would start the ranks again whatever their error, or one that breaks as it ends
-    while kill -0 "$launcher" 2>/dev/null; do
+attempts() { find "$logs" -maxdepth 2 -name "attempt_*" | wc -l; } # torchrun starts ranks again whatever their error
+on_told() { attempts >"$logs/told"; }
+again() { [[ -f "$logs/told" ]] && (($(attempts) > $(<"$logs/told"))); } # though told to stop: one broke as it ended
+give_up() {
+    until { hopeless || again; } && kill -TERM -- "-$launcher" 2>/dev/null; do
         sleep 2
-        if hopeless || { [[ -f "$logs/told" ]] && (($(attempts) > $(<"$logs/told"))); }; then
-            kill -TERM -- "-$launcher" 2>/dev/null && return
-        fi
+        kill -0 "$launcher" 2>/dev/null || break
     done
 }
 
-started="$logs"
 for ((start = 0; ; start++)); do
     logs="$started.$start"
     command=("$bin/torchrun" --nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts 3)
     command+=(--rdzv-backend c10d --rdzv-id tezo --rdzv-endpoint "$master:${MASTER_PORT:-29500}")
     command+=(${address:+--local-addr "$address"} ${RDZV_CONF:+--rdzv-conf "$RDZV_CONF"} --log-dir "$logs")
     command+=(--redirects 3 --tee 3 --local-ranks-filter 0 -m -- tezo_ds train "${flags[@]}")
-    on_told() { attempts >"$logs/told"; }
     run give_up
     hopeless && code=2 MAX_RESTARTS=0
     complain
-    if [[ -n "$told" ]]; then
-        [[ "$(status)" != stopped ]] || exit 0
-        exit "$code"
-    fi
-    case "$code $(status)" in
-        *\ finished | 0\ ) exit 0 ;;
-        0\ stopped) say "stopped by another host; going on without it" ;;
+    case "$told/$code/$(status)" in
+        [A-Z]*/stopped | /*/finished | /0/) exit 0 ;;
+        [A-Z]*) exit "$code" ;;
+        /0/stopped) say "stopped by another host; going on without it" ;;
     esac
     ((start < MAX_RESTARTS)) || exit "$code"
     say "starting again in $RESTART_PAUSE s (restart $((start + 1)) of $MAX_RESTARTS)"
