@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
+import threading
+from typing import NoReturn
 
 
 def main() -> None:
@@ -17,7 +21,29 @@ def main() -> None:
         sys.exit(2)
     from tezo_ds.cli import main
 
-    main()
+    try:
+        main()
+    except SystemExit as ended:
+        if isinstance(ended.code, int | None):
+            leave(ended.code or 0)
+        raise
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process with `code` as multiprocessing ends its children: the interpreter is not taken down.
+
+    A thread of gloo's that lets go of a tensor meanwhile would abort the process (pytorch 190489): the
+    model keeps its process group, and so these threads, to the very end. What is registered with
+    atexit runs, threads that are no daemons are waited for, and files are flushed.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            code = 120  # Python's own for it
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -115,8 +115,7 @@ def main() -> None:
             print(f"tezo-ds: {signalled}; {signalled.left}", file=sys.stderr)
         sys.exit(130)
     except SystemExit as ended:
-        # Threads of a backend that outlive the interpreter abort the process at times. After an error
-        # other ranks may hang, and to leave would be to wait for them.
+        # NCCL asks for it. After an error other ranks may hang, and to leave would be to wait for them.
         if joins and not ended.code and _in_world():
             sys.modules["torch.distributed"].destroy_process_group()
         raise
