@@ -6,42 +6,43 @@ import os
 import subprocess
 import sys
 
-START = """
+MAIN = """
+import sys, tezo_ds.cli
+from tezo_ds.__main__ import main
+tezo_ds.cli.main = {app}
+main()
+"""
+THREADS = """
 import atexit, sys, threading, time
 import torch.distributed as dist
-import tezo_ds.cli
-from tezo_ds.__main__ import main
 
 def app():
     def beat():
-        while True:  # comes back to the interpreter all the time; aborts when that is taken down
+        while True:  # comes back to the interpreter all the time, and aborts when that is taken down
             store.set("a", "b")
 
     store = dist.HashStore()
     threading.Thread(target=beat, daemon=True).start()
     threading.Thread(target=lambda: (time.sleep(0.2), print("waited for"))).start()
     atexit.register(print, "at exit", end="")
-    sys.exit({code})
-
-tezo_ds.cli.main = app
-main()
+    sys.exit(3)
 """
 
 
-def ended(code: str, **streams: int) -> tuple[int, str, str]:
-    command = [sys.executable, "-c", START.format(code=code)]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
-    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
-    done = subprocess.run(command, text=True, check=False, env=buffered, **streams)
+def ended(code: str, stdout: int = subprocess.PIPE) -> tuple[int, str, str]:
+    """Runs Python code with buffers; returns its exit code and what it wrote."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": ""}, check=False,
+    )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 
 
 def test_threads_do_not_abort_a_process_at_its_end() -> None:
-    for given, code in (("3", 3), ("None", 0)):
-        assert ended(given) == (code, "waited for\nat exit", ""), given
+    assert ended(THREADS + MAIN.format(app="app")) == (3, "waited for\nat exit", "")
 
 
 def test_output_that_cannot_be_written_is_told_by_the_code() -> None:
     with open("/dev/full", "w") as full:
-        code, _, _ = ended("0", stdout=full.fileno())
-    assert code == 120
+        prints = MAIN.format(app="lambda: (print('lost'), sys.exit())")
+        assert ended(prints, full.fileno())[0] == 120

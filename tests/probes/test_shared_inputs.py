@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trained import shared
 
 import tezo_ds
-from tezo_ds.probes import shared_inputs
+from tezo_ds.probes import shared_inputs, sites
 from tezo_ds.probes.fused import FusedProbe
 
 FIELDS = {"rank": 3, "rho": 1e-2, "lr": 1e-4, "queries": 2}
@@ -176,3 +176,21 @@ def test_who_reads_twice_or_what_all_share_stays_alone() -> None:
     for step in range(3):
         engine.step(make_batch(3, seed=step))
     assert shared(engine) == []
+
+
+def handed(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Hands a layer another Python object, as hooks for a backward pass do, of the same memory."""
+    return tuple(x.detach() for x in given)
+
+
+def test_a_group_shares_products_behind_hooks_of_others() -> None:
+    engine = at_coefficients(made())
+    for layer in engine.sharding.module.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_pre_hook(handed)
+    for _ in range(3):
+        engine.loss(make_batch(7))
+    with mock.patch.object(sites, "scaled", side_effect=sites.scaled) as scaled:
+        engine.loss(make_batch(7))
+    widths = [len(call.args[1]) for call in scaled.call_args_list]
+    assert widths.count(9) == widths.count(6) == 2, widths  # 2 blocks of (q, k, v) and (gate, up)

@@ -37,8 +37,7 @@ def layers_share_products_on_every_sharding(world: World) -> None:
         with mock.patch.object(sites, "scaled", side_effect=sites.scaled) as made:
             losses[-1].append(engine.loss(batch))
         assert shared(engine) == BLOCK * 2, type(engine.sharding)
-        # Each group's once, although DeepSpeed hands each layer a tensor of its own: 2 blocks of (q, k, v)
-        # and (gate, up), beside layers that share none.
+        # Each group's once: 2 blocks of (q, k, v) and (gate, up), beside layers that share none.
         widths = [len(call.args[1]) for call in made.call_args_list]
         assert widths.count(9) == widths.count(6) == 2, (type(engine.sharding), widths)
         assert len(set(losses[-1])) == 1

@@ -8,7 +8,8 @@ from torch import Tensor
 class Noted:
     """A tensor as it was when it was noted, to tell whether another is the same.
 
-    DeepSpeed's hooks hand a layer another Python object than they were given, of the very same memory.
+    Hooks, such as DeepSpeed's for a backward pass, may hand a layer another Python object than they were
+    given, of the very same memory.
 
     Args:
         x: what is noted, and held, so that nothing else can take its memory.
