@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from cli_fixtures import make_given
-from command_line import BLOCK, Given, Run, assert_near, flags, not_drawn
+from command_line import BLOCK, Given, Run, assert_near, command, flags, not_drawn
 from safetensors.torch import load_file
 from tiny import tiny
 from torch import Tensor
@@ -48,7 +48,7 @@ def call(*arguments: object) -> str:
     """Runs `tezo-ds ARGUMENTS`, without a run's picture, and returns what this rank prints."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), mock.patch.object(records, "draw_curve", not_drawn):
-        cli.app([str(word) for word in arguments], standalone_mode=False)
+        command(cli.app)([str(word) for word in arguments], standalone_mode=False)
     dist.barrier()
     return out.getvalue()
 

@@ -26,7 +26,7 @@ WORDS = {"bad": "terrible", "good": "great", "mixed": "okay"}
 STEPS, BATCH = 6, 4
 BLOCK = {"rank": 4, "lr": 0.002, "seed": 3}
 TIMEOUT = 120  # seconds, of a process
-_command = cache(typer.main.get_command)  # as a process does once, too
+command = cache(typer.main.get_command)  # of the app, as a process makes it once, too
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def call(*arguments: object, drawn: bool = False) -> int:
     """Runs `tezo-ds ARGUMENTS` in this process and returns its exit code; `drawn`: with a run's picture."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(sys, "argv", ["tezo-ds", *map(str, arguments)])
-        patch.setattr(typer.main, "get_command", _command)
+        patch.setattr(typer.main, "get_command", command)
         if not drawn:
             patch.setattr(records, "draw_curve", not_drawn)
         main()
