@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from unittest import mock
 
 import numba
 import numpy as np
@@ -223,6 +224,17 @@ def test_compiles_for_a_large_request_only() -> None:
         assert torch.equal(normals((1, 2), torch.arange(7), 600), whole[:7])
     """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_compiles_once_small_requests_have_taken_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "tezo_ds.rng.compiled")
+    monkeypatch.setattr(generator, "_spent", 0.0)
+    with mock.patch.object(compiled, "fill_", side_effect=compiled.fill_) as made:
+        first = normals((1, 2), torch.arange(100), 100)
+        assert made.call_count == 0 and generator._spent > 0
+        monkeypatch.setattr(generator, "_COMPILATION", generator._spent)
+        assert torch.equal(normals((1, 2), torch.arange(100), 100), first)
+    assert made.call_count == 1
 
 
 GOLDEN_KEY = (1122098354, 2837173087)

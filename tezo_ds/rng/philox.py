@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
+import time
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from tezo_ds.rng.constants import ATANH, COS, MULTIPLIERS, ROUNDS, SIN, WEYL, Wo
 _MASK = 0xFFFFFFFF
 _CHUNK = 1 << 16  # counters at a time: keeps a dozen int64 temporaries within cache
 _COMPILE = 1 << 18  # numbers of one request that repay the compilation
+_COMPILATION = 2.0  # seconds that it takes, about
+_spent = 0.0  # seconds of this process in small requests, without it
 
 
 def derive_key(seed: int, name: str, purpose: str) -> tuple[int, int]:
@@ -137,16 +140,21 @@ def _addressed(
     each: int, key: tuple[Word, Word], index: Tensor, width: int, stream: Word, first: int
 ) -> Tensor:
     """Returns columns first ... first+width; a counter gives `each`, 4 normals or 8 uniforms."""
+    global _spent
     skip = first % each
     blocks = -(-(skip + width) // each)
     out = torch.empty(len(index), blocks, each, dtype=torch.float32, device=index.device)
-    # Compiling takes seconds; once that is done, even a few numbers come sooner.
-    if index.is_cpu and (out.numel() >= _COMPILE or "tezo_ds.rng.compiled" in sys.modules):
+    # Compiling takes seconds: who has spent as many is likely to go on, and wastes no more than these.
+    # Once it is done, even a few numbers come sooner.
+    pays = out.numel() >= _COMPILE or _spent >= _COMPILATION
+    if index.is_cpu and (pays or "tezo_ds.rng.compiled" in sys.modules):
         from tezo_ds.rng import compiled
 
         compiled.fill_(out, index, key, stream, first // each)
     else:
+        start = time.perf_counter()
         fill_(out, index, key, stream, first // each)
+        _spent += time.perf_counter() - start
     return out.flatten(1)[:, skip : skip + width]
 
 
