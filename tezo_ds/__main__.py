@@ -19,21 +19,19 @@ def main() -> None:
     except ConfigError as error:
         print(f"tezo-ds: error: {error}", file=sys.stderr)
         sys.exit(2)
-    from tezo_ds.cli import main
+    from tezo_ds.cli import Left, main
 
     try:
         main()
-    except SystemExit as ended:
-        if isinstance(ended.code, int | None):
-            leave(ended.code or 0)
-        raise
+    except Left as ended:
+        leave(int(ended.code or 0))
 
 
 def leave(code: int) -> NoReturn:
     """Ends the process with `code` as multiprocessing ends its children: the interpreter is not taken down.
 
-    A thread of gloo's that lets go of a tensor meanwhile would abort the process (pytorch 190489): the
-    model keeps its process group, and so these threads, to the very end. What is registered with
+    A thread of gloo's that lets go of a tensor meanwhile would abort the process (pytorch 190489), and a
+    sharded model keeps its process group, and so these threads, to the very end. What is registered with
     atexit runs, threads that are no daemons are waited for, and files are flushed.
     """
     threading._shutdown()  # type: ignore[attr-defined]

@@ -6,14 +6,22 @@ import os
 import subprocess
 import sys
 
+FULL = """
+import sys, tezo_ds.cli
+
+def app():
+    print("lost")
+    raise tezo_ds.cli.Left(None)
+"""
 MAIN = """
 import sys, tezo_ds.cli
 from tezo_ds.__main__ import main
-tezo_ds.cli.main = {app}
+tezo_ds.cli.main = app
 main()
 """
 THREADS = """
 import atexit, sys, threading, time
+import tezo_ds.cli
 import torch.distributed as dist
 
 def app():
@@ -25,7 +33,7 @@ def app():
     threading.Thread(target=beat, daemon=True).start()
     threading.Thread(target=lambda: (time.sleep(0.2), print("waited for"))).start()
     atexit.register(print, "at exit", end="")
-    sys.exit(3)
+    raise tezo_ds.cli.Left(3)
 """
 
 
@@ -39,10 +47,9 @@ def ended(code: str, stdout: int = subprocess.PIPE) -> tuple[int, str, str]:
 
 
 def test_threads_do_not_abort_a_process_at_its_end() -> None:
-    assert ended(THREADS + MAIN.format(app="app")) == (3, "waited for\nat exit", "")
+    assert ended(THREADS + MAIN) == (3, "waited for\nat exit", "")
 
 
 def test_output_that_cannot_be_written_is_told_by_the_code() -> None:
     with open("/dev/full", "w") as full:
-        prints = MAIN.format(app="lambda: (print('lost'), sys.exit())")
-        assert ended(prints, full.fileno())[0] == 120
+        assert ended(FULL + MAIN, full.fileno())[0] == 120

@@ -78,7 +78,8 @@ def test_a_launchers_world_is_left_after_a_good_end(
         mock.patch.object(cli, "app", lambda: sys.exit(code)),
         mock.patch.object(dist, "is_initialized", side_effect=joined),
         mock.patch.object(dist, "destroy_process_group") as leave,
-        pytest.raises(SystemExit),
+        pytest.raises(SystemExit) as ended,
     ):
         cli.main()
     assert leave.call_count == left
+    assert (ended.type is cli.Left) == (joined == (False, True))

@@ -90,13 +90,30 @@ app.command(help=probe_layers.PROBE_LAYERS_HELP)(_quiet(probe_layers.probe_layer
 app.command(help=sweep.SWEEP_HELP, context_settings=sweep.CONTEXT)(_quiet(sweep.sweep))
 
 
+class Left(SystemExit):
+    """The end of a process that was in a world of ranks, if of one; see `tezo_ds.__main__.leave`."""
+
+
 def main() -> None:
     """Runs the command line: errors of the user's in one line, exit code 2; signals 130."""
     ask_mkl()
     _take_any_text()
+    launched = bool(os.environ.get("RANK"))
+    of_others = _in_world()  # one that was joined before is not ours to leave
+    try:
+        _run()
+    except SystemExit as ended:
+        if of_others or not _in_world():
+            raise
+        # NCCL asks for it. After an error other ranks may hang, and to leave would be to wait for them.
+        if launched and not ended.code:
+            sys.modules["torch.distributed"].destroy_process_group()
+        raise Left(ended.code) from ended
+
+
+def _run() -> None:
     from tezo_ds.training.interrupts import Interrupted
 
-    joins = bool(os.environ.get("RANK")) and not _in_world()  # a launcher's world
     speaks = True
     try:
         # On every node once: an error that one rank meets, its neighbours meet as well.
@@ -114,11 +131,6 @@ def main() -> None:
         if speaks:
             print(f"tezo-ds: {signalled}; {signalled.left}", file=sys.stderr)
         sys.exit(130)
-    except SystemExit as ended:
-        # NCCL asks for it. After an error other ranks may hang, and to leave would be to wait for them.
-        if joins and not ended.code and _in_world():
-            sys.modules["torch.distributed"].destroy_process_group()
-        raise
 
 
 def _take_any_text() -> None:
