@@ -67,7 +67,7 @@ class Zero3(Sharding):
 
     def _forward_only(self) -> None:
         """Takes away what DeepSpeed does at each layer for a backward pass, which an engine without an
-        optimizer has not: of what small layers cost the host, nearly half."""
+        optimizer has not: a third or more of what small layers cost the host."""
         for hook in self._offload.backward_hooks:
             hook.remove()
         self._offload.backward_hooks.clear()
