@@ -134,6 +134,7 @@ def test_a_gguf_file_is_made_a_folder_of_first() -> None:
 
 
 def test_forms_that_cannot_be_asked_for(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchao")
     with pytest.raises(tezo_ds.ConfigError, match="--dtype float64 contradicts --load-in int8"):
         load_model(str(plain), "float64", load_in="int8")
     block = {"zero_optimization": {"stage": 3}}
