@@ -14,7 +14,6 @@ def app():
     raise tezo_ds.cli.Left(None)
 """
 MAIN = """
-import sys, tezo_ds.cli
 from tezo_ds.__main__ import main
 tezo_ds.cli.main = app
 main()

@@ -213,7 +213,7 @@ def test_same_bits_on_any_number_of_threads() -> None:
 
 
 @pytest.mark.slow
-def test_compiles_for_a_large_request_only() -> None:
+def test_compiles_at_once_for_a_large_request_alone() -> None:
     code = """if True:
         import sys, torch, tezo_ds
         from tezo_ds.rng.philox import normals

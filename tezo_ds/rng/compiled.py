@@ -2,7 +2,7 @@
 
 numba compiles loops over short blocks of counters, one stage after the other, so that LLVM finds
 vector instructions for each. Without `fastmath` it neither reorders nor fuses what IEEE rounds apart.
-Importing this costs about three seconds for the compilation, every time: numba's cache on disk writes
+Importing this costs about two seconds for the compilation, every time: numba's cache on disk writes
 its index before what the index points to, so processors of two kinds that share a folder may run
 each other's code.
 """
