@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import tezo_ds
 from tezo_ds.errors import ConfigError, ProbeError
 from tezo_ds.export.adapter import save_adapter
 from tezo_ds.output_layer import answering
-from tezo_ds.output_layer.answering import refuse_unfit
+from tezo_ds.output_layer.answering import positions_before, refuse_unfit
 from tezo_ds.output_layer.columns import Answers
 from tezo_ds.output_layer.fit import Fitted, States, fit
 from tezo_ds.output_layer.inner import InnerLayer, directions, tensors_of
@@ -190,7 +191,12 @@ def made(n: int = 91, words: int = 3, width: int = 4, inputs: int = 6) -> States
     noise = torch.randn(n, words, generator=generator)
     truth = (torch.einsum("nck,nk->nc", J, x @ A.t()) + noise).argmax(dim=1)
     held = torch.arange(n) % 5 == 4
-    return States(hidden, torch.zeros(n, words), truth, held, (Answers(x, J),))
+    return States(hidden, torch.zeros(n, words), truth, held, (Answers(x, J, x[:0]),))
+
+
+def with_others(states: States, others: Tensor) -> States:
+    (answers,) = states.inner
+    return replace(states, inner=(replace(answers, others=others),))
 
 
 def in_parts(states: States, parts: int) -> list[Fitted]:
@@ -198,7 +204,7 @@ def in_parts(states: States, parts: int) -> list[Fitted]:
         n = len(states.truth)
         rows = slice(n * index // parts, n * (index + 1) // parts)
         own = (states.hidden[rows], states.logits[rows], states.truth[rows], states.held[rows])
-        answers = [Answers(x.inputs[rows], x.responses[rows]) for x in states.inner]
+        answers = [Answers(x.inputs[rows], x.responses[rows], x.others[rows]) for x in states.inner]
         return fit(States(*own, answers), False, reduce)
 
     return by_ranks(parts, rank)
@@ -238,6 +244,68 @@ def test_ranks_find_the_same_bits() -> None:
         assert torch.equal(found.inner[0], several[0].inner[0])
         torch.testing.assert_close(found.inner[0], one.inner[0], rtol=1e-4, atol=1e-6)
         assert found.message_bytes == 8 * (3 * 5 + 2 * 6)
+
+
+def test_the_term_is_silent_where_most_inputs_before_the_labelled_position_lie() -> None:
+    states = made(inputs=16)
+    generator = torch.Generator().manual_seed(8)
+    along = torch.randn(2, 16, generator=generator)
+    others = torch.randn(91, 2, generator=generator) @ along
+    states = with_others(states, others)
+    found = fit(states, False, alone)
+    (answers,), (A,) = states.inner, found.inner
+    size = (answers.inputs @ A.t()).square().mean().sqrt()
+    assert float((others @ A.t()).abs().max()) < 1e-4 * float(size)
+    assert float((others @ fit(made(inputs=16), False, alone).inner[0].t()).std()) > float(size) / 4
+    # Of all that is silent there it is the least of the loss.
+    x, J = answers.inputs.double(), answers.responses.double()
+    rms = x.square().mean(dim=0).sqrt()
+    units = (rms + 1e-2 * rms.mean()) * J.square().sum(dim=(1, 2)).mean().sqrt()
+    hidden = states.hidden.double()
+    point = A.double().requires_grad_()
+    logits = hidden @ found.weight.t().double() + found.bias
+    logits = logits + torch.einsum("nck,nk->nc", J, x @ point.t())
+    variance = hidden.var(dim=0, correction=0).mean()
+    assert found.strength is not None
+    ridge = found.strength * (point * units).square().sum() / variance
+    (slopes,) = torch.autograd.grad(F.cross_entropy(logits, states.truth) + ridge, point)
+    slopes = slopes / units  # in the units in which directions are orthonormal
+    span = torch.linalg.qr((along.double() / units).t()).Q
+    assert float((slopes - slopes @ span @ span.t()).abs().max()) < 1e-5 < float(slopes.abs().max())
+    for part in in_parts(states, 3):
+        torch.testing.assert_close(part.inner[0], A, rtol=1e-4, atol=1e-6)
+        assert part.message_bytes == 8 * (3 * 5 + 2 * 16)
+
+
+def test_positions_before_the_labelled_one() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0, 0]])
+    rows, places = torch.tensor([0, 1, 1, 0]), torch.tensor([7, 1, 0, 2])
+    found = positions_before(mask, rows, places)
+    assert [x.tolist() for x in found] == [[0, 0, 0, 0, 1, 1, 1, 1], [2, 3, 4, 6, 0, 0, 0, 0]]
+
+
+def test_what_was_foreseen_comes_true_where_the_term_acts_everywhere() -> None:
+    engine = tezo_ds.initialize(tiny().double(), {"rank": 2})
+    errors = []
+    for silent in (True, False):
+        batch = one_label(40)
+        batch["input_ids"] = batch["input_ids"].clone()
+        for row, place in (batch["labels"] != -100).nonzero().tolist():
+            batch["input_ids"][row, : place - 1] = 3  # a prompt that all have, but for one token
+        states = states_of(engine, batch, "layers:0")
+        if not silent:
+            states = with_others(states, states.inner[0].others[:0])
+        found = fit(states, False, alone)
+        (answers,), (A,) = states.inner, found.inner
+        foreseen = states.logits + torch.einsum(
+            "nck,nk->nc", answers.responses.double(), answers.inputs.double() @ A.double().t()
+        )
+        path = engine.output_layer.inner.of_blocks("layers:0")[0].path
+        engine.output_layer.load(tensors_of([path], states.directions, [A]))
+        true = states_of(engine, batch, "layers:0").logits
+        engine.output_layer.load({})
+        errors.append(float((true - foreseen).norm() / (foreseen - states.logits).norm()))
+    assert errors[0] < 0.6 * errors[1]
 
 
 def test_what_is_not_finite_is_refused() -> None:

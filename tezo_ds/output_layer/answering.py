@@ -27,6 +27,7 @@ from tezo_ds.trunk.outputs import hidden_in, hidden_of
 from tezo_ds.trunk.stand_ins import replaced
 
 PUSH = 0.05  # ε over the length of the hidden state behind the block
+OTHERS = 4  # positions before a labelled one whose inputs are kept
 CLOSE, ROUNDINGS = 1e-2, 8  # how far, over the largest logit, a position that goes on may be off
 
 
@@ -165,7 +166,10 @@ class Answering:
             watched.push = None
         self._try(found[0, :count], logits, inputs.dtype)
         answers = (found[1:] - found[0]) / step[:, None]
-        return Answers(inputs[:count], answers.permute(1, 2, 0)[:count].contiguous())
+        mask = batch.get("attention_mask", torch.ones_like(batch["labels"])).to(rows.device)
+        several, before = positions_before(mask, rows[:count], places[:count])
+        answers = answers.permute(1, 2, 0)[:count].contiguous()
+        return Answers(inputs[:count], answers, given[several, before])
 
     def _forward(
         self, batch: Mapping[str, Any], rows: Tensor, places: Tensor, branches: int
@@ -211,6 +215,23 @@ class Answering:
     def _unfit(self, why: str) -> ConfigError:
         name = type(self._sharding.module).__name__
         return ConfigError(f"inner_layers: {name} {why}; leave inner_layers off")
+
+
+def positions_before(mask: Tensor, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns rows and places of OTHERS positions before each labelled one, from the first to the last that
+    is no padding; of a labelled position that has none before it nothing.
+
+    Args:
+        mask: what is no padding, (B, T).
+        rows, places: of the labelled positions, int64 (k,).
+    """
+    at = torch.arange(mask.shape[1], device=mask.device)
+    counted = (mask[rows].bool() & (at < places[:, None])).cumsum(dim=1)  # (k, T)
+    last = counted.amax(dim=1, keepdim=True) - 1
+    nth = last * torch.arange(OTHERS, device=mask.device) // (OTHERS - 1)  # (k, OTHERS)
+    found = torch.searchsorted(counted, nth + 1)
+    some = last[:, 0] >= 0
+    return rows[some].repeat_interleave(OTHERS), found[some].flatten()
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from tezo_ds.output_layer.newton import dot
+from tezo_ds.output_layer.principal import principal
 from tezo_ds.output_layer.totals import Totals
 
 TRIFLE = 1e-5  # of ‖b‖²
 FLOOR = 1e-2  # of the mean rms of an inner layer's inputs, below which none is taken to be
+SILENT, SHARE = 64, 8  # directions of inputs to be silent along: so many, or one of so many inputs
+CHUNK = 4096  # inputs at a time in float64
 
 
 @dataclass(frozen=True)
@@ -26,15 +29,17 @@ class Answers:
     Attributes:
         inputs: x at the labelled position, (n, width), in the dtype of the forward.
         responses: J, (n, C, K).
+        others: x at some positions before the labelled ones, (m, width).
     """
 
     inputs: Tensor
     responses: Tensor
+    others: Tensor
 
     @property
     def nbytes(self) -> int:
         """Bytes that they take on this rank."""
-        return self.inputs.nbytes + self.responses.nbytes
+        return self.inputs.nbytes + self.responses.nbytes + self.others.nbytes
 
 
 class Columns(Protocol):
@@ -109,14 +114,20 @@ class Inner:
     squares, J over its own. The ridge bears on these units as that of the output layer bears on states whose
     numbers have a variance of one, so that one λ serves all.
 
+    The term acts at the positions before the labelled one as well, and J knows nothing of what follows from
+    that. So A is silent, A p = 0, along the directions p that most of the inputs there lie along.
+
     Args:
         answers: this rank's.
         rms: of each input over all ranks' examples, float64 (width,).
         size: root mean square of J, as a matrix's length, over all ranks' examples.
         states: variance of a number of the output layer's states, on average.
+        total: sums over ranks.
     """
 
-    def __init__(self, answers: Answers, rms: Tensor, size: float, states: float) -> None:
+    def __init__(
+        self, answers: Answers, rms: Tensor, size: float, states: float, total: Totals
+    ) -> None:
         self._answers = answers
         self._last: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
         floor = FLOOR * dot(rms, torch.ones_like(rms)) / len(rms)
@@ -125,6 +136,23 @@ class Inner:
         self.shape = (answers.responses.shape[2], len(rms))
         self._states = states
         self.curves = torch.full(self.shape, 0.25 / self.shape[0], dtype=torch.float64)
+        count = silent_count(len(rms))
+        self._silent = principal(lambda rows: total(self._moments(rows)), len(rms), count)
+
+    def _moments(self, rows: Tensor) -> Tensor:
+        """Returns directions (k, width) times Σ x xᵀ of this rank's inputs at other positions, in units."""
+        others = self._answers.others
+        rows = rows.to(others.device)
+        found = torch.zeros_like(rows)
+        for part in others.split(CHUNK):
+            x = part.double() / self.units.to(rows.device)
+            found += (rows @ x.t()) @ x
+        return found
+
+    def _quiet(self, x: Tensor) -> Tensor:
+        """Returns x without what it has along the directions to be silent along: (K, width)."""
+        silent = self._silent.to(x.device)
+        return x - (x @ silent.t()) @ silent
 
     def ridge(self, strength: float) -> Tensor:
         """Returns λ in this part's units."""
@@ -141,16 +169,21 @@ class Inner:
     def term(self, rows: Tensor, x: Tensor) -> Tensor:
         """Returns J A x, (k, C)."""
         inputs, J = self._known(rows)
-        return torch.einsum("nck,nk->nc", J, inputs @ x.t())
+        return torch.einsum("nck,nk->nc", J, inputs @ self._quiet(x).t())
 
     def gradient(self, rows: Tensor, slopes: Tensor) -> Tensor:
         """Returns Σ (Jᵀ slopes) xᵀ."""
         inputs, J = self._known(rows)
-        return torch.einsum("nck,nc->nk", J, slopes).t() @ inputs
+        return self._quiet(torch.einsum("nck,nc->nk", J, slopes).t() @ inputs)
 
     def solution(self, x: Tensor) -> Tensor:
         """Returns A for inputs as they are, float32 (K, width)."""
-        return (x / self.units).float()
+        return (self._quiet(x) / self.units).float()
+
+
+def silent_count(width: int) -> int:
+    """Returns along how many directions an inner layer of so many inputs is silent at most."""
+    return min(SILENT, width // SHARE)
 
 
 def inner_of(answers: Answers, count: int, states: float, total: Totals) -> Inner:
@@ -158,4 +191,4 @@ def inner_of(answers: Answers, count: int, states: float, total: Totals) -> Inne
     squares = answers.inputs.double().square().sum(dim=0)
     length = answers.responses.double().square().sum()
     found = total(torch.cat([squares, length[None]])) / count
-    return Inner(answers, found[:-1].sqrt(), float(found[-1].sqrt()), states)
+    return Inner(answers, found[:-1].sqrt(), float(found[-1].sqrt()), states, total)

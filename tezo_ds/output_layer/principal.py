@@ -1,4 +1,4 @@
-"""Leading principal directions of hidden states over all ranks, whose every bit is the same on any processor.
+"""Leading principal directions of states over all ranks, whose every bit is the same on any processor.
 
 Ranks add up d · r numbers a round of orthogonal iteration, and not the d² of second moments.
 """
@@ -18,8 +18,8 @@ NOTHING = 1e-10  # of a direction's length that others leave of it: there is no 
 
 
 def principal(moments: Callable[[Tensor], Tensor], width: int, rank: int) -> Tensor:
-    """Returns orthonormal directions along which centred states vary most: float64 (rank, width), or fewer
-    where states vary along fewer.
+    """Returns orthonormal directions along which states vary most: float64 (rank, width), or fewer where
+    they vary along fewer.
 
     Args:
         moments: (k, width) -> the same times the states' second moments, over all ranks, on the CPU.

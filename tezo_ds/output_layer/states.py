@@ -162,9 +162,14 @@ def _parts(
 
 def _joined(parts: Iterable[_Part]) -> _Part:
     all_of = list(parts)
+    layers = zip(*(part.inner for part in all_of), strict=True)
     joined = [
-        Answers(torch.cat([x.inputs for x in layer]), torch.cat([x.responses for x in layer]))
-        for layer in zip(*(part.inner for part in all_of), strict=True)
+        Answers(
+            torch.cat([x.inputs for x in layer]),
+            torch.cat([x.responses for x in layer]),
+            torch.cat([x.others for x in layer]),
+        )
+        for layer in layers
     ]
     columns = zip(*(part[:4] for part in all_of), strict=True)
     hidden, tokens, held, made = (torch.cat(column) for column in columns)

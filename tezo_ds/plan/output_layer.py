@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from tezo_ds.config import TezoConfig
-from tezo_ds.config.block import AUTO
 from tezo_ds.errors import ConfigError
 from tezo_ds.models.structure import embeddings
+from tezo_ds.output_layer.answering import OTHERS
+from tezo_ds.output_layer.columns import silent_count
 from tezo_ds.output_layer.fit import CHUNK
 from tezo_ds.output_layer.inner import InnerLayers
 from tezo_ds.output_layer.language import CHUNK_NUMEL
@@ -98,10 +99,11 @@ def fit_of(
         states = positions * (each + 2 * max(4, itemsize)) + among * (width + 1) * itemsize
         solver = 8 * ((VECTORS + 2 * PAIRS) * numbers + COPIES * CHUNK_NUMEL)
     widths = [inner.sizes[1] for inner in InnerLayers(module).of_blocks(config.inner_layers)]
-    states += sum(positions * (n * itemsize + 4 * among**2) for n in widths)
-    fitted = [max(widths)] if config.inner_layers == AUTO else widths
-    numbers += among * sum(fitted)
-    solver += 8 * sum(VECTORS * among * n + positions * (n + among**2) for n in fitted)
+    states += sum(positions * ((1 + OTHERS) * n * itemsize + 4 * among**2) for n in widths)
+    silent = [silent_count(n) * n for n in widths]
+    numbers, largest = numbers + among * sum(widths), max([largest, *silent])
+    solver += 8 * sum(VECTORS * among * n + positions * (n + among**2) for n in widths)
+    solver += 8 * (sum(silent) + max(silent, default=0))
     message = 8 * max(numbers, largest) if ranks > 1 else 0
     tokens = len(widths) * (among + 1)
     return Fit(positions, among, numbers, states, solver, message, tokens)

@@ -174,8 +174,8 @@ class OutputLayerFits:
         return fit_tokens(tokens, rank, self._reduce), {}, tokens.nbytes
 
     def _best(self, states: States, alone: bool) -> tuple[Fitted, Sequence[int]]:
-        """Returns the fit, and which of the inner layers it has: all, or with `auto` the one or none that
-        does best on the examples that are held out."""
+        """Returns the fit, and which of the inner layers it has: all, or with `auto` whichever do best on the
+        examples that are held out, none, one, or all."""
         chosen: Sequence[int] = range(len(states.inner))
 
         def with_(some: Sequence[int]) -> States:
@@ -183,6 +183,8 @@ class OutputLayerFits:
 
         if self._engine.config.inner_layers == AUTO:
             tried: list[Sequence[int]] = [(), *((i,) for i in chosen)]
+            if len(chosen) > 1:
+                tried.append(chosen)
             losses = [held_out(with_(some), self._reduce).loss for some in tried]
             chosen = tried[losses.index(min(losses))]
         return fit(with_(chosen), alone, self._reduce), chosen
