@@ -152,6 +152,7 @@ def test_a_memory_budget_is_measured_once_a_run(
     at_once = (options["memory_budget"] * 2**30 - cost["fixed"]) / (cost["each"] * 4 * 9)
     assert 1 < at_once < 16, "no part of the branches goes at once"
     assert call(*given.train(whole, steps=STEPS + 1, fsdp=True, **options)) == 0  # measured again
+    torch.distributed.destroy_process_group()  # a world of one rank, which later tests would find
     costs = [line["cost"]["where"] for line in read_journal(whole / JOURNAL).steps]
     assert costs == ["Replicated on 1 rank(s)"] * STEPS + ["Fsdp2 on 1 rank(s)"]
 
