@@ -144,7 +144,8 @@ def named(chosen: str, module: nn.Module) -> list[str]:
 
 def tensors_of(paths: Sequence[str], U: Tensor, rights: Sequence[Tensor]) -> dict[str, Tensor]:
     """Returns the terms U A of some maps by the names that a run keeps them under."""
-    lefts = {f"{PREFIX}{path}{LEFT}": U.cpu() for path in paths}
+    # Copies, as files of tensors refuse those that share their memory.
+    lefts = {f"{PREFIX}{path}{LEFT}": U.cpu().clone() for path in paths}
     return lefts | {f"{PREFIX}{p}{RIGHT}": A for p, A in zip(paths, rights, strict=True)}
 
 

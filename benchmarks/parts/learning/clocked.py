@@ -39,6 +39,7 @@ def run_for(words: Sequence[str], budget: float, log: Path, env: dict[str, str])
             break
     process.wait()
     printed = log.read_text()
-    if begun is None or "stopped by SIGTERM" not in printed:
+    # What somebody else stopped has had less than the budget.
+    if begun is None or taken - begun < budget or "stopped by SIGTERM" not in printed:
         raise RuntimeError(f"{' '.join(words)}:\n{printed}")
     return taken
