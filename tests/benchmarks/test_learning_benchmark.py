@@ -163,6 +163,11 @@ def test_a_run_by_the_clock_is_stopped_when_its_steps_have_had_the_budget(tmp_pa
     words = [sys.executable, "-c", busy]
     seconds = run_for(words, 0.4, tmp_path / "log", dict(os.environ))
     assert 0.5 <= seconds < 10  # the clock is read a little before what was printed
+    by_another = busy.replace(
+        "while time.process_time() < 20: pass", "time.sleep(0.5); signal.raise_signal(15)"
+    )
+    with pytest.raises(RuntimeError, match="stopped by SIGTERM"):
+        run_for([sys.executable, "-c", by_another], 5, tmp_path / "log", dict(os.environ))
     with pytest.raises(RuntimeError, match="no model here"):
         run_for(
             [sys.executable, "-c", "raise SystemExit('no model here')"],
