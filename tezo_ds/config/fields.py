@@ -323,7 +323,7 @@ class Fields(BaseModel):
     inner_layers: str = declared(
         "none",
         "transformer blocks whose last linear map gets a term that is fitted with the output layer, of rank "
-        "C for C label words: none; layers:20 or last:6, as include takes them; or auto, of three none, "
-        "one or all, by the examples that are held out",
+        "C for C label words: none; layers:20 or last:6, as include takes them; or auto, three or none, by "
+        "the examples that are held out",
         group=TRAINS, used_by="output_layer fit", example="layers:20",
     )  # fmt: skip

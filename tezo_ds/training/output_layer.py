@@ -174,20 +174,15 @@ class OutputLayerFits:
         return fit_tokens(tokens, rank, self._reduce), {}, tokens.nbytes
 
     def _best(self, states: States, alone: bool) -> tuple[Fitted, Sequence[int]]:
-        """Returns the fit, and which of the inner layers it has: all, or with `auto` whichever do best on the
-        examples that are held out, none, one, or all."""
+        """Returns the fit, and which of the inner layers it has: all, or with `auto` all or none, whichever
+        does better on the examples that are held out."""
         chosen: Sequence[int] = range(len(states.inner))
-
-        def with_(some: Sequence[int]) -> States:
-            return replace(states, inner=[states.inner[i] for i in some])
-
+        without = replace(states, inner=())
         if self._engine.config.inner_layers == AUTO:
-            tried: list[Sequence[int]] = [(), *((i,) for i in chosen)]
-            if len(chosen) > 1:
-                tried.append(chosen)
-            losses = [held_out(with_(some), self._reduce).loss for some in tried]
-            chosen = tried[losses.index(min(losses))]
-        return fit(with_(chosen), alone, self._reduce), chosen
+            losses = [held_out(tried, self._reduce).loss for tried in (without, states)]
+            if losses[0] <= losses[1]:
+                states, chosen = without, ()
+        return fit(states, alone, self._reduce), chosen
 
     @property
     def _count(self) -> int:
