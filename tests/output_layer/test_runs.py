@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cli_fixtures import make_given
 from command_line import STEPS, WORDS, Given, Run, assert_found_again, call
 from other_kernels import OtherKernels
@@ -16,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from test_resume import Killed, kappas, killed_after, same
 from world_output_layer import roughly
 
+from tezo_ds.output_layer.fit import States
+from tezo_ds.output_layer.states import collect
 from tezo_ds.output_layer.term import BIAS, TOKENS, WEIGHT
 from tezo_ds.run.folder import (
     ADAPTER,
@@ -29,6 +32,7 @@ from tezo_ds.run.folder import (
 )
 from tezo_ds.run.journal import read_journal
 from tezo_ds.run.terms import last_term
+from tezo_ds.training import output_layer
 
 pytest_plugins = ("cli_fixtures",)
 
@@ -128,6 +132,29 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
         assert one.summary[name] == other.summary[name]
     capfd.readouterr()
     assert_found_again(one, capfd, 1e-6)
+
+
+def test_the_output_layer_is_fitted_to_what_inner_layers_make_of_its_states(
+    untied: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[States] = []
+
+    def collected(*given: Any) -> States:
+        seen.append(collect(*given))
+        return seen[-1]
+
+    monkeypatch.setattr(output_layer, "collect", collected)
+    options = {**FIT, "steps": 1, "inner_layers": "layers:0-1"}
+    assert call(*untied.train(tmp_path / "run", **options)) == 0
+    found = Run(tmp_path / "run").summary["output_layer"]
+    (term,) = terms(tmp_path / "run").values()
+    before, after = seen
+    assert (after.logits - before.logits).abs().max() > 1e-3 and not after.inner
+    weight, bias = (term[name].double().requires_grad_() for name in (WEIGHT, BIAS))
+    logits = after.logits + after.hidden.double() @ weight.t() + bias
+    loss = F.cross_entropy(logits, after.truth) + found["ridge"] * weight.square().sum()
+    slopes = torch.autograd.grad(loss, (weight, bias))
+    assert all(float(slope.abs().max()) < 1e-4 for slope in slopes)
 
 
 @pytest.mark.parametrize("chosen", ["auto", "layers:0-1"])

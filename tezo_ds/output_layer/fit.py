@@ -91,13 +91,16 @@ class Fitted:
     inner: Sequence[Tensor] = ()
 
 
-def fit(states: States, bias_alone: bool, all_reduce: AllReduce) -> Fitted:
+def fit(
+    states: States, bias_alone: bool, all_reduce: AllReduce, strength: float | None = None
+) -> Fitted:
     """Fits the term. Every rank calls this with the states of its own examples.
 
     Args:
         states: this rank's.
         bias_alone: whether ΔW stays zero.
         all_reduce: adds a float64 tensor up over the ranks, in place, and returns it.
+        strength: λ; None: chosen by the examples that are held out.
 
     Raises:
         ProbeError: a hidden state, a logit or what is known of an inner layer is not finite.
@@ -106,6 +109,8 @@ def fit(states: States, bias_alone: bool, all_reduce: AllReduce) -> Fitted:
     x = problem.zero()
     before = problem.quality(x)
     strengths = [0.0] if bias_alone else [share * problem.scale for share in GRID]
+    if strength is not None:
+        strengths = [strength]
     strength, after = choose(problem, x, strengths, ROUGHLY)
     x = problem.least(x, strength, None, EXACTLY)
     (weight, bias), inner = problem.solution(x)

@@ -110,10 +110,10 @@ def fit_of(
 
 
 def seconds(job: Job, fit: Fit) -> float:
-    """Returns the seconds of a fit: a forward of each example, what of it runs again, and some hundreds of
-    products or gradients."""
-    examples = fit.positions // job.labels
-    once = flops(job, examples * (job.length + fit.tokens), fused=job.run.fused)
+    """Returns the seconds of a fit: a forward of each example, what of it runs again, another forward with
+    the terms of inner layers, and some hundreds of products or gradients."""
+    examples, forwards = fit.positions // job.labels, 2 if fit.tokens else 1
+    once = flops(job, examples * (forwards * job.length + fit.tokens), fused=job.run.fused)
     width = job.shape.hidden
     rows = width + 2 * (fit.numbers // fit.words)  # their logits, the term, and the slopes
     products = PRODUCTS * 2.0 * fit.positions * fit.words * rows

@@ -169,9 +169,26 @@ class OutputLayerFits:
         if self._session.words is not None:
             fitted, chosen = self._best(states, alone)
             paths = [inner[i].path for i in chosen]
-            return fitted, tensors_of(paths, states.directions, fitted.inner), states.nbytes
+            terms = tensors_of(paths, states.directions, fitted.inner)
+            return self._again(fitted, terms), terms, states.nbytes
         rank = 0 if alone else config.output_layer_rank
         return fit_tokens(tokens, rank, self._reduce), {}, tokens.nbytes
+
+    def _again(self, fitted: Fitted, terms: dict[str, Tensor]) -> Fitted:
+        """Returns a fit whose ΔW and b are fitted once more, to states that have the inner layers' terms, if
+        there are any: the first fit only foresees these states, and as if ΔW were zero."""
+        engine, layer = self._engine, self._engine.output_layer.layer
+        if not terms:
+            return fitted
+        assert layer is not None, "refused before"
+        engine.output_layer.load(terms)
+        with engine.applied():
+            states = collect(engine.objective, layer, self.batches(), self._words)
+        # λ stays, as by now the examples that are held out have had a part in A.
+        again = fit(states, False, self._reduce, fitted.strength)
+        return replace(
+            fitted, weight=again.weight, bias=again.bias, messages=fitted.messages + again.messages
+        )
 
     def _best(self, states: States, alone: bool) -> tuple[Fitted, Sequence[int]]:
         """Returns the fit, and which of the inner layers it has: all, or with `auto` all or none, whichever
