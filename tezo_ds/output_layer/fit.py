@@ -120,12 +120,12 @@ def fit(
     )  # fmt: skip
 
 
-def held_out(states: States, all_reduce: AllReduce) -> Quality:
-    """Returns how well a fit to the examples that are not held out does on the others: `Fitted.after` of
-    `fit`, for less. Every rank calls this with the states of its own examples."""
+def held_out(states: States, all_reduce: AllReduce) -> tuple[float, Quality]:
+    """Returns the λ that `fit` would choose, and its `Fitted.after`, for less than a fit. Every rank calls
+    this with the states of its own examples."""
     problem = _problem(states, False, all_reduce)
     strengths = [share * problem.scale for share in GRID]
-    return choose(problem, problem.zero(), strengths, ROUGHLY)[1]
+    return choose(problem, problem.zero(), strengths, ROUGHLY)
 
 
 def _problem(states: States, bias_alone: bool, all_reduce: AllReduce) -> _Problem:

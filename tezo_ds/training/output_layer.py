@@ -194,12 +194,14 @@ class OutputLayerFits:
         """Returns the fit, and which of the inner layers it has: all, or with `auto` all or none, whichever
         does better on the examples that are held out."""
         chosen: Sequence[int] = range(len(states.inner))
-        without = replace(states, inner=())
+        strength = None
         if self._engine.config.inner_layers == AUTO:
-            losses = [held_out(tried, self._reduce).loss for tried in (without, states)]
-            if losses[0] <= losses[1]:
-                states, chosen = without, ()
-        return fit(states, alone, self._reduce), chosen
+            without = replace(states, inner=())
+            less, more = (held_out(tried, self._reduce) for tried in (without, states))
+            if less[1].loss <= more[1].loss:
+                states, chosen, more = without, (), less
+            strength = more[0]
+        return fit(states, alone, self._reduce, strength), chosen
 
     @property
     def _count(self) -> int:
