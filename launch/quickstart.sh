@@ -4,6 +4,7 @@
 # then zeroth-order steps. Prints the accuracy before, after the one and after the other.
 #
 #   launch/quickstart.sh                          what README shows
+#   launch/quickstart.sh --inner-layers auto       blocks in the middle are fitted as well: better, and longer
 #   launch/quickstart.sh --steps 20 --seed 1      any flag of `tezo-ds train` goes at the end
 #   RANKS=4 launch/quickstart.sh                  another number of ranks
 set -euo pipefail
