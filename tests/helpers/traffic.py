@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -98,6 +99,9 @@ def _ranks(group: Any) -> tuple[int, ...]:
     return tuple(dist.get_process_group_ranks(found))
 
 
+SETTLED = 0.02  # seconds without a byte
+
+
 class Wire:
     """Counts of the bytes that the kernel has sent over TCP from this rank to each other one of this machine.
 
@@ -114,11 +118,19 @@ class Wire:
 
         All ranks call it at once.
         """
-        dist.barrier()  # what was handed to the kernel before has left
-        before = self._sent()
+        dist.barrier()
+        before = self._settled()
         call()
         dist.barrier()
-        return {rank: count - before[rank] for rank, count in self._sent().items()}
+        return {rank: count - before[rank] for rank, count in self._settled().items()}
+
+    def _settled(self) -> Counter[int]:
+        """Counts once nothing leaves any more: gloo's thread may send a barrier's last message behind it."""
+        count, before = self._sent(), None
+        while count != before:
+            time.sleep(SETTLED)
+            count, before = self._sent(), count
+        return count
 
     def _sent(self) -> Counter[int]:
         total: Counter[int] = Counter()
