@@ -141,14 +141,16 @@ class Answering:
         rows, places = own // length, own % length
         if self._sharding.maxima([self._kept is None])[0]:
             raise self._unfit("keeps no keys and values")
+        mask, count = batch.get("attention_mask", torch.ones_like(batch["labels"])), len(positions)
+        before = positions_before(mask.to(device), rows[:count], places[:count])
         return [
-            self._answers(watched, batch, rows, places, logits.to(device), len(positions))
+            self._answers(watched, batch, rows, places, before, logits.to(device), count)
             for watched in self._watched
         ]
 
     def _answers(
-        self, watched: _Watched, batch: Mapping[str, Any], rows: Tensor, places: Tensor, logits: Tensor,
-        count: int,
+        self, watched: _Watched, batch: Mapping[str, Any], rows: Tensor, places: Tensor,
+        before: tuple[Tensor, Tensor], logits: Tensor, count: int,
     ) -> Answers:  # fmt: skip
         path, n = watched.inner.path, watched.inner.sizes[1]
         if self._sharding.maxima([watched.given.numel() != batch["labels"].numel() * n])[0]:
@@ -166,10 +168,7 @@ class Answering:
             watched.push = None
         self._try(found[0, :count], logits, inputs.dtype)
         answers = (found[1:] - found[0]) / step[:, None]
-        mask = batch.get("attention_mask", torch.ones_like(batch["labels"])).to(rows.device)
-        several, before = positions_before(mask, rows[:count], places[:count])
-        answers = answers.permute(1, 2, 0)[:count].contiguous()
-        return Answers(inputs[:count], answers, given[several, before])
+        return Answers(inputs[:count], answers.permute(1, 2, 0)[:count].contiguous(), given[before])
 
     def _forward(
         self, batch: Mapping[str, Any], rows: Tensor, places: Tensor, branches: int

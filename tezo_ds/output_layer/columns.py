@@ -19,7 +19,7 @@ from tezo_ds.output_layer.totals import Totals
 TRIFLE = 1e-5  # of ‖b‖²
 FLOOR = 1e-2  # of the mean rms of an inner layer's inputs, below which none is taken to be
 SILENT, SHARE = 64, 8  # directions of inputs to be silent along: so many, or one of so many inputs
-CHUNK = 4096  # inputs at a time in float64
+CHUNK = 4096  # states or inputs at a time in float64
 
 
 @dataclass(frozen=True)

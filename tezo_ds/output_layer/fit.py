@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tezo_ds.errors import ProbeError
 from tezo_ds.output_layer.choosing import Quality, choose
-from tezo_ds.output_layer.columns import Answers, Columns, Head, inner_of
+from tezo_ds.output_layer.columns import CHUNK, Answers, Columns, Head, inner_of
 from tezo_ds.output_layer.newton import Product, minimise
 from tezo_ds.output_layer.totals import AllReduce, Totals
 
@@ -33,7 +33,6 @@ ROUGHLY, EXACTLY = (
     1e-4,
     1e-9,
 )  # length of the gradient, in variables that curve alike; to choose λ, and then
-CHUNK = 4096  # states at a time in float64
 
 
 @dataclass(frozen=True)
@@ -108,9 +107,7 @@ def fit(
     problem = _problem(states, bias_alone, all_reduce)
     x = problem.zero()
     before = problem.quality(x)
-    strengths = [0.0] if bias_alone else [share * problem.scale for share in GRID]
-    if strength is not None:
-        strengths = [strength]
+    strengths = problem.strengths if strength is None else [strength]
     strength, after = choose(problem, x, strengths, ROUGHLY)
     x = problem.least(x, strength, None, EXACTLY)
     (weight, bias), inner = problem.solution(x)
@@ -124,8 +121,7 @@ def held_out(states: States, all_reduce: AllReduce) -> tuple[float, Quality]:
     """Returns the λ that `fit` would choose, and its `Fitted.after`, for less than a fit. Every rank calls
     this with the states of its own examples."""
     problem = _problem(states, False, all_reduce)
-    strengths = [share * problem.scale for share in GRID]
-    return choose(problem, problem.zero(), strengths, ROUGHLY)
+    return choose(problem, problem.zero(), problem.strengths, ROUGHLY)
 
 
 def _problem(states: States, bias_alone: bool, all_reduce: AllReduce) -> _Problem:
@@ -168,6 +164,11 @@ class _Problem:
         self._columns: list[Columns] = [self._head, *self._inner]
         logits = states.logits.double().square().sum()[None]
         self.size = float(self._total(logits)[0]) + sum(float(x.units.sum()) for x in self._inner)
+
+    @property
+    def strengths(self) -> Sequence[float]:
+        """What λ is chosen from, the strongest first; of biases alone there is nothing to choose."""
+        return [0.0] if self._alone else [share * self.scale for share in GRID]
 
     def zero(self) -> Tensor:
         """Returns x of no term."""

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from tezo_ds.errors import ProbeError
 from tezo_ds.output_layer.choosing import Quality, choose
-from tezo_ds.output_layer.fit import CHUNK, Fitted
+from tezo_ds.output_layer.columns import CHUNK
+from tezo_ds.output_layer.fit import Fitted
 from tezo_ds.output_layer.lbfgs import minimise
 from tezo_ds.output_layer.newton import by_halves
 from tezo_ds.output_layer.principal import principal

@@ -13,8 +13,7 @@ from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError
 from tezo_ds.models.structure import embeddings
 from tezo_ds.output_layer.answering import OTHERS
-from tezo_ds.output_layer.columns import silent_count
-from tezo_ds.output_layer.fit import CHUNK
+from tezo_ds.output_layer.columns import CHUNK, silent_count
 from tezo_ds.output_layer.inner import InnerLayers
 from tezo_ds.output_layer.language import CHUNK_NUMEL
 from tezo_ds.output_layer.lbfgs import PAIRS
