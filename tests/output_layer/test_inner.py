@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from inner_states import MAPS, WORDS, one_label, states_of
 from peft import PeftModel
 from reducing import Reduce, alone, by_ranks
 from tiny import make_batch, tiny
@@ -18,78 +19,11 @@ from trained import logits
 import tezo_ds
 from tezo_ds.errors import ConfigError, ProbeError
 from tezo_ds.export.adapter import save_adapter
-from tezo_ds.output_layer import answering
-from tezo_ds.output_layer.answering import positions_before, refuse_unfit
+from tezo_ds.output_layer.answering import refuse_unfit
 from tezo_ds.output_layer.columns import Answers
 from tezo_ds.output_layer.fit import Fitted, States, fit
 from tezo_ds.output_layer.inner import InnerLayer, directions, tensors_of
-from tezo_ds.output_layer.states import collect
 from tezo_ds.output_layer.term import BIAS, TOKENS, WEIGHT
-
-WORDS = torch.tensor([7, 40, 12])
-
-
-def one_label(count: int, seed: int = 0) -> dict[str, Tensor]:
-    """Returns a batch whose examples have one label each, a word of WORDS, at places that differ."""
-    batch = make_batch(count, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    ids, labels = batch["input_ids"], torch.full_like(batch["labels"], -100)
-    lengths = batch["attention_mask"].sum(dim=1)
-    for row in range(count):
-        place = int(torch.randint(2, int(lengths[row]), (), generator=generator))
-        ids[row, place] = labels[row, place] = WORDS[row % len(WORDS)]
-    return {**batch, "labels": labels}
-
-
-def states_of(engine: tezo_ds.Engine, batch: dict[str, Tensor], chosen: str) -> States:
-    term = engine.output_layer
-    assert term.layer is not None
-    held = torch.arange(len(batch["labels"])) % 5 == 4
-    nobody = {
-        **batch,
-        "labels": torch.full_like(batch["labels"], -100),
-    }  # of a rank without examples
-    batches = [(batch, held), (nobody, held)]
-    with torch.no_grad():
-        inner = term.inner.of_blocks(chosen)
-        return collect(engine.objective, term.layer, batches, WORDS, inner)
-
-
-MAPS = {
-    "llama": "model.layers.1.mlp.down_proj", "opt": "model.decoder.layers.1.fc2",
-    "mixtral": "model.layers.1.self_attn.o_proj",  # as its experts are one weight
-    "gpt2": "transformer.h.1.mlp.c_proj", "neox": "gpt_neox.layers.1.mlp.dense_4h_to_h",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", MAPS)
-def test_responses_are_the_backpropagated_ones(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answering, "PUSH", 1e-3)  # norms are in float32
-    model: Any = tiny(kind).double()
-    engine = tezo_ds.initialize(model, {"rank": 2})
-    batch = one_label(7)
-    _, inner = engine.output_layer.inner.of_blocks("layers:0-1")
-    assert inner.path == MAPS[kind]
-    _, found = states_of(engine, batch, "layers:0-1").inner
-    given: list[Tensor] = []
-    push = torch.zeros(7, inner.sizes[0], dtype=torch.float64, requires_grad=True)
-    wanted = batch["labels"][:, 1:] != -100
-    rows, places = wanted.nonzero(as_tuple=True)
-
-    def add(_: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        given.append(args[0].reshape(*wanted.shape[:1], -1, args[0].shape[-1]))  # OPT flattens
-        at = push.new_zeros(*given[-1].shape[:2], len(push[0])).index_put((rows, places), push)
-        return output + at.view_as(output)
-
-    with inner.layer.register_forward_hook(add):
-        inputs = {k: v for k, v in batch.items() if k != "labels"}
-        logits = model(**inputs).logits[rows, places][:, WORDS]  # (7, C)
-    torch.testing.assert_close(found.inputs, given[0][rows, places].detach())
-    U = directions(model.get_output_embeddings().weight[WORDS]).double()
-    for c in range(len(WORDS)):
-        (slopes,) = torch.autograd.grad(logits[:, c].sum(), push, retain_graph=True)  # (7, d)
-        assert (slopes @ U).abs().max() > 1e-3
-        torch.testing.assert_close(found.responses[:, c].double(), slopes @ U, rtol=1e-2, atol=1e-3)
 
 
 def term(inner: InnerLayer, seed: int = 5) -> dict[str, Tensor]:
@@ -277,13 +211,6 @@ def test_the_term_is_silent_where_most_inputs_before_the_labelled_position_lie()
         assert part.message_bytes == 8 * (3 * 5 + 2 * 16)
 
 
-def test_positions_before_the_labelled_one() -> None:
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0, 0]])
-    rows, places = torch.tensor([0, 1, 1, 0]), torch.tensor([7, 1, 0, 2])
-    found = positions_before(mask, rows, places)
-    assert [x.tolist() for x in found] == [[0, 0, 0, 0, 1, 1, 1, 1], [2, 3, 4, 6, 0, 0, 0, 0]]
-
-
 def test_what_was_foreseen_comes_true_where_the_term_acts_everywhere() -> None:
     engine = tezo_ds.initialize(tiny().double(), {"rank": 2})
     errors = []
@@ -334,48 +261,5 @@ def test_models_that_cannot_have_them_are_refused() -> None:
             engine.output_layer.load(other)
 
 
-def test_a_map_that_sees_other_positions_is_refused() -> None:
-    model: Any = tiny()
-    mlp = model.model.layers[1].mlp
-    whole = mlp.forward
-    mlp.forward = lambda x: torch.cat([whole(x[:, :3]), whole(x[:, 3:])], dim=1)
-    engine = tezo_ds.initialize(model, {"rank": 2, "include": ("*attn*",)})
-    with pytest.raises(ConfigError, match=r"runs model.layers.1.mlp.down_proj on other positions"):
-        states_of(engine, one_label(7), "layers:1")
-    del model.model.layers[1].mlp.down_proj, model.model.layers[1].self_attn.o_proj
-    with pytest.raises(ConfigError, match=r"layers.1 of LlamaForCausalLM has no .* the 22 numbers"):
-        engine.output_layer.inner.of_blocks("last:1")
-
-
 def unknown(inner: InnerLayer) -> dict[str, Tensor]:
     return {name.replace("layers.1", "layers.7"): part for name, part in term(inner).items()}
-
-
-class Forgetful(torch.nn.Module):
-    """A causal model that keeps no keys and values, or goes on from them to something else."""
-
-    def __init__(self, inner: Any, keeps: bool) -> None:
-        super().__init__()
-        self.inner, self.keeps, self.config = inner, keeps, inner.config
-
-    def get_output_embeddings(self) -> Any:
-        return self.inner.get_output_embeddings()
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Any = None,
-        past_key_values: Any = None, use_cache: bool = False,
-    ) -> Any:  # fmt: skip
-        position_ids = None if past_key_values is None else position_ids * 0
-        out = self.inner(
-            input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache
-        )
-        return out if self.keeps else out.logits
-
-
-@pytest.mark.parametrize(("keeps", "why"), [(False, "keeps no keys"), (True, "to other logits")])
-def test_a_model_that_cannot_go_on_is_refused(keeps: bool, why: str) -> None:
-    engine = tezo_ds.initialize(Forgetful(tiny(), keeps), {"rank": 2})
-    with pytest.raises(
-        ConfigError, match=rf"inner_layers: Forgetful .*{why}.*leave inner_layers off"
-    ):
-        states_of(engine, one_label(7), "layers:0-1")

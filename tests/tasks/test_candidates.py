@@ -84,7 +84,10 @@ def test_the_answer_of_the_lowest_mean_loss_is_chosen(tmp_path: Path, batch_size
         (encoded,) = encode(tokenizer, [example], 64)
         tokens += len(encoded.input_ids) - encoded.label_start
         total += losses[right] * (len(encoded.input_ids) - encoded.label_start)
-    score = Evaluator(engine, tokenizer, task.spec, task.train, batch_size, 64)()
+    evaluator = Evaluator(engine, tokenizer, task.spec, task.train, batch_size, 64)
+    # The longest first, so that batches are of like lengths.
+    assert len(evaluator.encoded[0].input_ids) == max(len(e.input_ids) for e in evaluator.encoded)
+    score = evaluator()
     assert score.accuracy == pytest.approx(correct / 3) and score.examples == 3
     assert score.loss == pytest.approx(total / tokens, rel=1e-4)
     assert torch.isfinite(torch.tensor(score.loss))

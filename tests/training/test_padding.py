@@ -12,9 +12,12 @@ from cli_fixtures import with_ragged_films
 from command_line import Given, Run, call
 from test_resume import killed_after, same
 
+from tezo_ds.output_layer.choosing import FOLD
 from tezo_ds.run.folder import JOURNAL
 from tezo_ds.run.journal import read_journal
+from tezo_ds.tasks.batches import batch_indices
 from tezo_ds.tasks.encoded import Encoded
+from tezo_ds.training.output_layer import OutputLayerFits
 from tezo_ds.training.step_batches import Padding, StepBatches
 
 pytest_plugins = ("cli_fixtures",)
@@ -48,6 +51,35 @@ def test_padding_is_counted_over_all_ranks() -> None:
     assert padding == 2 * 2 and computed - padding in lengths
     taken = batches(lengths, 4, 1)(0)["attention_mask"]
     assert (taken.numel() - int(taken.sum()), taken.numel()) == (17, 36)
+
+
+@pytest.mark.parametrize("cache", ["off", "memory"])
+@pytest.mark.parametrize("world", [1, 3])
+def test_fits_take_batches_of_like_lengths_of_the_first_examples(world: int, cache: str) -> None:
+    examples = [Encoded([1] * (1 + 7 * i % 40), 0, None) for i in range(40)]  # as long as 1 to 40
+    order = batch_indices(40, 37, 0, 5, 0, 1)
+    held, lengths, computed, rounds = set(), [], 0, set()
+    for rank in range(world):
+        config = SimpleNamespace(trunk_cache=cache, seed=5, output_layer_examples=37)
+        engine = SimpleNamespace(
+            config=config, sharding=SimpleNamespace(rank=rank, world_size=world)
+        )
+        session: Any = SimpleNamespace(
+            engine=engine, settings=SimpleNamespace(eval_batch_size=4), pad_id=0
+        )
+        fits = OutputLayerFits(session, examples, None, SimpleNamespace(), batch_size=4)  # type: ignore[arg-type]
+        found = list(fits.batches())
+        rounds.add(len(found))
+        for batch, out in found:
+            labelled = (batch["labels"] != -100).any(dim=1)  # not those of a filler
+            sizes = batch["attention_mask"].sum(dim=1)[labelled]
+            lengths += sizes.tolist()
+            held |= set(sizes[out[labelled]].tolist())
+            computed += batch["labels"][labelled].numel()
+    assert len(rounds) == 1
+    assert sorted(lengths) == sorted(len(examples[i].input_ids) for i in order)
+    assert held == {len(examples[i].input_ids) for i in order[FOLD - 1 :: FOLD]}
+    assert computed < 1.3 * sum(lengths)  # and 1.6 in the order of the data
 
 
 def test_much_padding_is_told() -> None:

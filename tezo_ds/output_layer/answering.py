@@ -2,8 +2,9 @@
 
 After a plain forward that keeps its keys and values, the labelled position alone runs again, once for each
 direction, with ε u added to the inner layer's output: J u = (z(ε) - z(0)) / ε. What stands before it is not
-computed anew, so C directions cost C tokens an example, and not C forwards. They run beside one that has
-nothing added, in one forward, so rounding that follows from a product's shape cancels.
+computed anew, nor blocks before the inner layer's, so C directions cost C tokens an example in the rest of
+the blocks, and not C forwards. They run beside one that has nothing added, in one forward, so rounding that
+follows from a product's shape cancels.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tezo_ds.losses.head import Head
 from tezo_ds.losses.objective import Objective
 from tezo_ds.models.structure import is_classifier, is_encoder_decoder, is_masked_lm
 from tezo_ds.output_layer.columns import Answers
+from tezo_ds.output_layer.entry import Entry
 from tezo_ds.output_layer.inner import InnerLayer, directions
 from tezo_ds.trunk.outputs import hidden_in, hidden_of
 from tezo_ds.trunk.stand_ins import replaced
@@ -39,20 +41,33 @@ class _Watched:
         on: whether the forward that runs is looked at.
         given: (B, T, n), or (B * T, n).
         behind: (B, T, d).
+        entry: what enters its block.
+        tried: whether a position that went on alone was compared with a whole forward's.
         push: to be added, (rows, m); None: nothing.
     """
 
-    def __init__(self, inner: InnerLayer, stack: ExitStack) -> None:
+    def __init__(self, module: nn.Module, inner: InnerLayer, stack: ExitStack) -> None:
         self.given = self.behind = torch.empty(0)
         self.push: Tensor | None = None
-        self.on, self.inner = False, inner
+        self.on, self.tried, self.inner = False, False, inner
         layer, block = inner.layer, inner.block
+        self.entry = Entry(module, block, stack)
         for hook in (
             layer.register_forward_pre_hook(self._before, with_kwargs=True),
             layer.register_forward_hook(self._after),
             block.register_forward_hook(self._behind),
         ):
             stack.callback(hook.remove)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Context manager: the forward inside is looked at."""
+        self.on = True
+        try:
+            with self.entry.watching():
+                yield
+        finally:
+            self.on = False
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.on:
@@ -85,10 +100,10 @@ class Answering:
         self._head, self._stack = Head(objective.sharding), ExitStack()
         self._watched: list[_Watched] = []
         self._kept: Any = None
-        self._tried = False
 
     def __enter__(self) -> Answering:
-        self._watched = [_Watched(inner, self._stack) for inner in self._inner]
+        module = self._sharding.module
+        self._watched = [_Watched(module, inner, self._stack) for inner in self._inner]
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -111,16 +126,10 @@ class Answering:
             self._kept = getattr(outputs, "past_key_values", None)
             return outputs
 
-        self._look(True)
-        try:
-            with replaced(module, keep):
-                yield
-        finally:
-            self._look(False)
-
-    def _look(self, on: bool) -> None:
-        for watched in self._watched:
-            watched.on = on
+        with ExitStack() as looking, replaced(module, keep):
+            for watched in self._watched:
+                looking.enter_context(watched.watching())
+            yield
 
     @torch.no_grad()
     def of(self, batch: Mapping[str, Any], positions: Tensor, logits: Tensor) -> list[Answers]:
@@ -163,15 +172,18 @@ class Answering:
         pushes = torch.cat([torch.zeros_like(U[:, :1]), U], dim=1).t()  # (1 + C, d)
         watched.push = (pushes[:, None] * step[:, None]).flatten(0, 1)  # branch by branch
         try:
-            found = self._forward(batch, rows, places, len(pushes))  # (1 + C, k, words)
+            found = self._tried(
+                watched,
+                logits,
+                lambda: self._forward(watched.entry, batch, rows, places, len(pushes)),
+            )
         finally:
             watched.push = None
-        self._try(found[0, :count], logits, inputs.dtype)
         answers = (found[1:] - found[0]) / step[:, None]
         return Answers(inputs[:count], answers.permute(1, 2, 0)[:count].contiguous(), given[before])
 
     def _forward(
-        self, batch: Mapping[str, Any], rows: Tensor, places: Tensor, branches: int
+        self, entry: Entry, batch: Mapping[str, Any], rows: Tensor, places: Tensor, branches: int
     ) -> Tensor:
         """Runs the labelled positions alone, behind the keys and values of what stands before them: the
         words' logits, (branches, k, C)."""
@@ -195,21 +207,32 @@ class Answering:
         words = self._words.to(rows.device)
         self._head.mode = self._objective.head_mode
         everyone = torch.arange(len(rows), device=rows.device)
-        return self._head(inputs, everyone, branches, lambda logits, _: _wide(logits[..., words]))
+        with entry.beginning(several, places.repeat(branches)):
+            return self._head(
+                inputs, everyone, branches, lambda logits, _: _wide(logits[..., words])
+            )
 
-    def _try(self, again: Tensor, logits: Tensor, dtype: torch.dtype) -> None:
-        """Sees once that a position that goes on from keys and values has a whole forward's logits."""
-        if self._tried:
-            return
-        self._tried = True
-        differs = False
-        if len(logits):
-            close = max(CLOSE, ROUNDINGS * torch.finfo(dtype).eps)
-            differs = float((again - logits).abs().max()) > close * float(logits.abs().max())
-        if self._sharding.maxima([differs])[0]:
+    def _tried(self, watched: _Watched, logits: Tensor, run: Callable[[], Tensor]) -> Tensor:
+        """Returns what `run` gives, (1 + C, k, words). Sees once that positions that go on from keys and
+        values have a whole forward's logits, (k, words), and whether so they do without earlier blocks."""
+        if watched.tried:
+            return run()
+        watched.tried = True
+        if watched.entry.leaves_out:
+            try:
+                found = run()
+                differs = not _alike(found[0], logits, watched.given.dtype)
+            except Exception:  # whatever a model of unknown kind may object to
+                differs = True
+            if not self._sharding.maxima([differs])[0]:
+                return found
+            watched.entry.give_up()
+        found = run()
+        if self._sharding.maxima([not _alike(found[0], logits, watched.given.dtype)])[0]:
             raise self._unfit(
                 "goes on from its keys and values to other logits than a whole forward's"
             )
+        return found
 
     def _unfit(self, why: str) -> ConfigError:
         name = type(self._sharding.module).__name__
@@ -231,6 +254,14 @@ def positions_before(mask: Tensor, rows: Tensor, places: Tensor) -> tuple[Tensor
     found = torch.searchsorted(counted, nth + 1)
     some = last[:, 0] >= 0
     return rows[some].repeat_interleave(OTHERS), found[some].flatten()
+
+
+def _alike(again: Tensor, logits: Tensor, dtype: torch.dtype) -> bool:
+    """Returns whether logits of positions that went on are those of a whole forward in some dtype, (k, C)."""
+    if not len(logits):  # of a rank without examples, which runs along with one position
+        return True
+    close = max(CLOSE, ROUNDINGS * torch.finfo(dtype).eps) * float(logits.nan_to_num().abs().max())
+    return torch.allclose(again, logits.to(again), rtol=0, atol=close, equal_nan=True)
 
 
 def _wide(tensor: Tensor) -> Tensor:

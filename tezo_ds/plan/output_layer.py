@@ -14,9 +14,10 @@ from tezo_ds.errors import ConfigError
 from tezo_ds.models.structure import embeddings
 from tezo_ds.output_layer.answering import OTHERS
 from tezo_ds.output_layer.columns import CHUNK, silent_count
-from tezo_ds.output_layer.inner import InnerLayers
+from tezo_ds.output_layer.inner import InnerLayers, named
 from tezo_ds.output_layer.language import CHUNK_NUMEL
 from tezo_ds.output_layer.lbfgs import PAIRS
+from tezo_ds.patterns import numbered_layers
 from tezo_ds.plan.job import Job
 from tezo_ds.plan.needs import GIB
 from tezo_ds.plan.timing import all_reduce, flops
@@ -38,7 +39,7 @@ class Fit:
         states: bytes that are kept of the positions while the fit runs, twice that while they are joined.
         solver: bytes of the solver's vectors and of a chunk.
         message: bytes of an all-reduce, one for each product or gradient; 0: of a single rank.
-        tokens: tokens of an example that run again for inner layers.
+        tokens: tokens of an example that run again for inner layers, each in its share of the blocks.
     """
 
     positions: int
@@ -47,7 +48,7 @@ class Fit:
     states: int
     solver: int
     message: int
-    tokens: int = 0
+    tokens: float = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -104,15 +105,22 @@ def fit_of(
     solver += 8 * sum(VECTORS * among * n + positions * (n + among**2) for n in widths)
     solver += 8 * (sum(silent) + max(silent, default=0))
     message = 8 * max(numbers, largest) if ranks > 1 else 0
-    tokens = len(widths) * (among + 1)
+    tokens = (among + 1) * sum(_shares(module, config.inner_layers))
     return Fit(positions, among, numbers, states, solver, message, tokens)
+
+
+def _shares(module: nn.Module, chosen: str) -> list[float]:
+    """Returns the share of the blocks that runs again for each of some inner layers: from its own on."""
+    layers = numbered_layers(name for name, _ in module.named_parameters())
+    return [1 - layers.index(block) / len(layers) for block in named(chosen, module)]
 
 
 def seconds(job: Job, fit: Fit) -> float:
     """Returns the seconds of a fit: a forward of each example, what of it runs again, another forward with
     the terms of inner layers, and some hundreds of products or gradients."""
     examples, forwards = fit.positions // job.labels, 2 if fit.tokens else 1
-    once = flops(job, examples * (forwards * job.length + fit.tokens), fused=job.run.fused)
+    tokens = int(examples * (forwards * job.length + fit.tokens))
+    once = flops(job, tokens, fused=job.run.fused)
     width = job.shape.hidden
     rows = width + 2 * (fit.numbers // fit.words)  # their logits, the term, and the slopes
     products = PRODUCTS * 2.0 * fit.positions * fit.words * rows

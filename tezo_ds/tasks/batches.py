@@ -61,7 +61,7 @@ def by_length(lengths: Sequence[int], batch_size: int, seed: int) -> Order:
             return drawn
         bounds = [0, *range(head + piece, n - piece // 2, piece), n]
         pieces = [drawn[start:end] for start, end in pairwise(bounds)]
-        pieces = [each[np.argsort(-sizes[each], kind="stable")] for each in pieces]
+        pieces = [each[longest_first(sizes[each])] for each in pieces]
         first, pieces[0] = np.split(pieces[0], [len(pieces[0]) - head])[::-1]
         sequence = np.concatenate(pieces)
         count = len(sequence) // batch_size
@@ -70,6 +70,14 @@ def by_length(lengths: Sequence[int], batch_size: int, seed: int) -> Order:
         return np.concatenate([first, shuffled.ravel(), last])
 
     return order
+
+
+def longest_first(lengths: Sequence[int] | np.ndarray) -> list[int]:
+    """Returns places by length, the longest first and equal ones in their order: batches of them pad little.
+
+    So the largest batch comes first, and one that does not fit into memory shows at once.
+    """
+    return [int(place) for place in np.argsort(-np.asarray(lengths, np.int64), kind="stable")]
 
 
 def lane_indices(

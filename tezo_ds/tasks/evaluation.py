@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tezo_ds.engine.engine import Engine
-from tezo_ds.tasks.batches import rounds, shard_range
+from tezo_ds.tasks.batches import longest_first, rounds, shard_range
 from tezo_ds.tasks.encoded import collate
 from tezo_ds.tasks.example import Example
 from tezo_ds.tasks.generation import Generated
@@ -94,22 +94,27 @@ class Evaluator:
                 f"(above {MOST_CHOICES}); --verbalizers makes them words to pick from"
             )
             words, self.labels = [], []
-        number = {label: i for i, label in enumerate(self.labels)}
-        if spec.choices_field is not None:
-            right = [e.candidates.index(str(e.answer)) for e in mine]
-        else:
-            right = [number[e.label] for e in mine if e.label in number]
-        self._truth = torch.tensor(right)
         self._chosen = bool(self.labels) or spec.choices_field is not None
         if self._chosen and self._tokens is None:
             rows = posing.candidates(mine, words, max_length)
         else:
             rows = [[encoded] for encoded in posing.encode(mine, max_length)]
+        # Batches of like lengths, of which little is padding.
+        order = longest_first([max(len(each.input_ids) for each in row) for row in rows])
+        mine, rows = [mine[i] for i in order], [rows[i] for i in order]
+        self._truth = torch.tensor(self._right(mine, spec))
         self.encoded = [encoded for row in rows for encoded in row]
         self._counts = [len(row) for row in rows]  # sequences of each example
         self._starts = [0, *accumulate(self._counts)]
         # For a rank that has run out: any sequence will do, as none of its labels count.
         self._filler = posing.encode(examples[:1], max_length)[0]
+
+    def _right(self, examples: Sequence[Example], spec: TaskSpec) -> list[int]:
+        """Returns which of the answers is each example's own; nothing where none are picked from."""
+        if spec.choices_field is not None:
+            return [e.candidates.index(str(e.answer)) for e in examples]
+        number = {label: i for i, label in enumerate(self.labels)}
+        return [number[e.label] for e in examples if e.label in number]
 
     def __call__(
         self,

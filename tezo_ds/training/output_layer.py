@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -23,7 +23,7 @@ from tezo_ds.output_layer.states import Batches, collect, collect_tokens
 from tezo_ds.output_layer.term import BASIS, BIAS, TOKENS, WEIGHT, due_by
 from tezo_ds.run.folder import RunFolder
 from tezo_ds.run.terms import save_term
-from tezo_ds.tasks.batches import batch_indices, lane_places, shard_range
+from tezo_ds.tasks.batches import PIECE, batch_indices, lane_places, longest_first, shard_range
 from tezo_ds.tasks.encoded import Encoded, collate, labels_of
 from tezo_ds.tasks.lazy import pick
 from tezo_ds.training.display import Display
@@ -215,8 +215,9 @@ class OutputLayerFits:
         return self._kept is not None
 
     def batches(self) -> Batches:
-        """Yields this rank's examples in the order of the first epoch, and which are held out. With a trunk
-        cache each is on the rank whose steps have it."""
+        """Yields this rank's examples of those that begin the first epoch, and which are held out; of some
+        batches' examples at a time the longest first, so that little is padding. With a trunk cache each is
+        on the rank whose steps have it."""
         engine, size, n = self._engine, self._session.settings.eval_batch_size, self._count
         config, sharding = engine.config, engine.sharding
         order = batch_indices(len(self._examples), n, 0, config.seed, 0, 1)
@@ -227,13 +228,22 @@ class OutputLayerFits:
             else list(shard_range(n, rank, sharding.world_size))
             for rank in range(sharding.world_size)
         ]
-        mine = shares[sharding.rank]
-        for start in range(0, max(map(len, shares)), size):
-            places = mine[start : start + size]
-            chosen = [order[place] for place in places]
-            batch = collate(
-                pick(self._examples, chosen), self._session.pad_id, filler=self._examples[0]
-            )
+        alike = self._alike(shares[sharding.rank], order, size)
+        for _ in range(0, max(map(len, shares)), size):
+            places, sequences = next(alike, ([], []))
+            batch = collate(sequences, self._session.pad_id, filler=self._examples[0])
             if cached:
-                batch[EXAMPLE_IDS] = torch.tensor(chosen or [0])
+                batch[EXAMPLE_IDS] = torch.tensor([order[place] for place in places] or [0])
             yield batch, torch.tensor(places or [0]) % FOLD == FOLD - 1
+
+    def _alike(
+        self, mine: Sequence[int], order: Sequence[int], size: int
+    ) -> Iterator[tuple[list[int], list[Encoded]]]:
+        """Yields places of this rank in batches of like lengths, and the sequences there."""
+        for first in range(0, len(mine), PIECE * size):
+            places = mine[first : first + PIECE * size]
+            found = pick(self._examples, [order[place] for place in places])
+            sorted_ = longest_first([len(each.input_ids) for each in found])
+            for start in range(0, len(places), size):
+                chosen = sorted_[start : start + size]
+                yield [places[i] for i in chosen], [found[i] for i in chosen]
