@@ -29,7 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tezo_ds.losses.targets import IGNORE, targets
 from tezo_ds.output_layer.choosing import FOLD
-from tezo_ds.output_layer.fit import States, fit
+from tezo_ds.output_layer.fit import fit
+from tezo_ds.output_layer.problem import States
 from tezo_ds.tasks import Example, batch_indices, collate, encode, first_tokens
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,7 +7,7 @@ from tiny import make_batch
 from torch import Tensor
 
 import tezo_ds
-from tezo_ds.output_layer.fit import States
+from tezo_ds.output_layer.problem import States
 from tezo_ds.output_layer.states import collect
 
 WORDS = torch.tensor([7, 40, 12])

@@ -11,8 +11,9 @@ from torch import Tensor
 from tezo_ds.errors import ProbeError
 from tezo_ds.output_layer.choosing import FOLD
 from tezo_ds.output_layer.columns import TRIFLE
-from tezo_ds.output_layer.fit import GRID, Fitted, States, fit
+from tezo_ds.output_layer.fit import Fitted, fit
 from tezo_ds.output_layer.newton import Product, dot, minimise
+from tezo_ds.output_layer.problem import GRID, States
 
 
 def made(n: int = 90, words: int = 3, width: int = 5, seed: int = 0) -> States:

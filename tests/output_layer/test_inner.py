@@ -21,8 +21,9 @@ from tezo_ds.errors import ConfigError, ProbeError
 from tezo_ds.export.adapter import save_adapter
 from tezo_ds.output_layer.answering import refuse_unfit
 from tezo_ds.output_layer.columns import Answers
-from tezo_ds.output_layer.fit import Fitted, States, fit
+from tezo_ds.output_layer.fit import Fitted, fit
 from tezo_ds.output_layer.inner import InnerLayer, directions, tensors_of
+from tezo_ds.output_layer.problem import States
 from tezo_ds.output_layer.term import BIAS, TOKENS, WEIGHT
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_resume import Killed, kappas, killed_after, same
 from world_output_layer import roughly
 
-from tezo_ds.output_layer.fit import States
+from tezo_ds.output_layer.problem import States
 from tezo_ds.output_layer.states import collect
 from tezo_ds.output_layer.term import BIAS, TOKENS, WEIGHT
 from tezo_ds.run.folder import (

@@ -18,7 +18,7 @@ import tezo_ds
 from tezo_ds.errors import ConfigError
 from tezo_ds.export.adapter import lora_tensors, not_to_merge, save_adapter, to_know
 from tezo_ds.export.merged import save_merged
-from tezo_ds.output_layer.fit import States
+from tezo_ds.output_layer.problem import States
 from tezo_ds.output_layer.states import collect
 from tezo_ds.output_layer.term import BIAS, TOKENS, WEIGHT
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -27,10 +27,12 @@ from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError, ShardingError
 from tezo_ds.files.tensors import load
 from tezo_ds.output_layer import fit as fitting
+from tezo_ds.output_layer import problem
 from tezo_ds.output_layer.choosing import FOLD
-from tezo_ds.output_layer.fit import Fitted, States, fit
+from tezo_ds.output_layer.fit import Fitted, fit
 from tezo_ds.output_layer.inner import tensors_of
 from tezo_ds.output_layer.language import TokenStates, fit_tokens
+from tezo_ds.output_layer.problem import States
 from tezo_ds.output_layer.states import collect, collect_tokens
 from tezo_ds.output_layer.term import BASIS, BIAS, TOKENS, WEIGHT
 from tezo_ds.plan.output_layer import fit_of
@@ -258,9 +260,14 @@ def tensor_parallelism_is_refused(world: World) -> None:
         engine.output_layer.refuse_unfit()
 
 
-def roughly() -> AbstractContextManager[object]:
+@contextmanager
+def roughly() -> Iterator[None]:
     """Context manager: a fit ends early, where its bits count and not what it finds."""
-    return mock.patch.multiple(fitting, GRID=fitting.GRID[2:4], EXACTLY=fitting.ROUGHLY)
+    with (
+        mock.patch.object(problem, "GRID", problem.GRID[2:4]),
+        mock.patch.object(fitting, "EXACTLY", fitting.ROUGHLY),
+    ):
+        yield
 
 
 @case(worlds=(2,), bits=True)

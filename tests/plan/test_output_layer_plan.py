@@ -17,8 +17,9 @@ from world_plan import small
 import tezo_ds
 from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError
-from tezo_ds.output_layer.fit import States, fit
+from tezo_ds.output_layer.fit import fit
 from tezo_ds.output_layer.language import TokenStates, fit_tokens
+from tezo_ds.output_layer.problem import States
 from tezo_ds.output_layer.states import collect, collect_tokens
 from tezo_ds.plan.output_layer import fit_of
 

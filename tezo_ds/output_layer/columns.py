@@ -6,6 +6,7 @@ map, U A its change, and J = ∂z/∂(its output) · U how an example's logits a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,10 +60,26 @@ class Columns(Protocol):
         """Returns what the square of each variable costs, float64 of `shape`."""
 
     def term(self, rows: Tensor, x: Tensor) -> Tensor:
-        """Returns what is added to the logits of some examples: (k, C)."""
+        """Returns what is added to the logits of some examples, (k, C), computed in the dtype of x."""
 
     def gradient(self, rows: Tensor, slopes: Tensor) -> Tensor:
-        """Returns the gradient of `shape` for slopes (k, C) of the examples' logits."""
+        """Returns the gradient of `shape` for slopes (k, C) of the examples' logits, in their dtype."""
+
+
+class _Made:
+    """What is made of some examples; in single precision the last is at hand, as a solver asks for the same
+    again and again."""
+
+    def __init__(self, make: Callable[[Tensor, torch.dtype], tuple[Tensor, ...]]) -> None:
+        self._make, self._rows = make, torch.empty(0)
+        self._last: tuple[Tensor, ...] = ()
+
+    def __call__(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        if dtype == torch.float64:
+            return self._make(rows, dtype)
+        if self._rows is not rows:
+            self._rows, self._last = rows, self._make(rows, dtype)
+        return self._last
 
 
 class Head:
@@ -80,6 +97,7 @@ class Head:
 
     def __init__(self, hidden: Tensor, words: int, mean: Tensor, variance: Tensor) -> None:
         self._hidden, self._mean = hidden, mean.to(hidden.device)
+        self._known = _Made(self._centred)
         self.shape = (words, hidden.shape[1] + 1)
         self.scale = dot(variance, torch.ones_like(variance))
         # Variables in which a logistic loss, which curves by a quarter at most, curves alike all over.
@@ -91,16 +109,18 @@ class Head:
         ridge[:, -1] = TRIFLE
         return ridge
 
-    def _states(self, rows: Tensor) -> Tensor:
-        return self._hidden[rows].double() - self._mean
+    def _centred(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor]:
+        return ((self._hidden[rows].double() - self._mean).to(dtype),)
 
     def term(self, rows: Tensor, x: Tensor) -> Tensor:
         """Returns ΔW h + b, (k, C)."""
-        return self._states(rows) @ x[:, :-1].t() + x[:, -1]
+        (states,) = self._known(rows, x.dtype)
+        return states @ x[:, :-1].t() + x[:, -1]
 
     def gradient(self, rows: Tensor, slopes: Tensor) -> Tensor:
         """Returns the gradients by ΔW and by b."""
-        return torch.cat([slopes.t() @ self._states(rows), slopes.sum(dim=0)[:, None]], dim=1)
+        (states,) = self._known(rows, slopes.dtype)
+        return torch.cat([slopes.t() @ states, slopes.sum(dim=0)[:, None]], dim=1)
 
     def solution(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ΔW and b for states as they are, not centred: float32 (C, d) and (C,)."""
@@ -129,7 +149,7 @@ class Inner:
         self, answers: Answers, rms: Tensor, size: float, states: float, total: Totals
     ) -> None:
         self._answers = answers
-        self._last: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+        self._known = _Made(self._scaled)
         floor = FLOOR * dot(rms, torch.ones_like(rms)) / len(rms)
         self.units = (rms + floor) * size
         self.units[self.units == 0] = 1  # nothing enters, or nothing answers
@@ -151,29 +171,26 @@ class Inner:
 
     def _quiet(self, x: Tensor) -> Tensor:
         """Returns x without what it has along the directions to be silent along: (K, width)."""
-        silent = self._silent.to(x.device)
+        silent = self._silent.to(x)
         return x - (x @ silent.t()) @ silent
 
     def ridge(self, strength: float) -> Tensor:
         """Returns λ in this part's units."""
         return torch.full(self.shape, strength / (self._states or 1.0), dtype=torch.float64)
 
-    def _known(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns inputs in their units, (k, width), and J, (k, C, K), of some examples in float64; the last
-        that were asked for are at hand, as a solver asks for the same again and again."""
-        if self._last is None or self._last[0] is not rows:
-            inputs = self._answers.inputs[rows].double() / self.units.to(rows.device)
-            self._last = rows, (inputs, self._answers.responses[rows].double())
-        return self._last[1]
+    def _scaled(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Returns inputs in their units, (k, width), and J, (k, C, K), of some examples."""
+        inputs = self._answers.inputs[rows].double() / self.units.to(rows.device)
+        return inputs.to(dtype), self._answers.responses[rows].to(dtype)
 
     def term(self, rows: Tensor, x: Tensor) -> Tensor:
         """Returns J A x, (k, C)."""
-        inputs, J = self._known(rows)
+        inputs, J = self._known(rows, x.dtype)
         return torch.einsum("nck,nk->nc", J, inputs @ self._quiet(x).t())
 
     def gradient(self, rows: Tensor, slopes: Tensor) -> Tensor:
         """Returns Σ (Jᵀ slopes) xᵀ."""
-        inputs, J = self._known(rows)
+        inputs, J = self._known(rows, slopes.dtype)
         return self._quiet(torch.einsum("nck,nc->nk", J, slopes).t() @ inputs)
 
     def solution(self, x: Tensor) -> Tensor:

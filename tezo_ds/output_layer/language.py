@@ -81,7 +81,7 @@ def fit_tokens(states: TokenStates, rank: int, all_reduce: AllReduce) -> Fitted:
     problem = _Problem(states, rank, all_reduce)
     x = problem.zero()
     before = problem.quality(x)
-    share, after = choose(problem, x, GRID, ROUGHLY)
+    share, after, x = choose(problem, x, GRID, ROUGHLY)
     weight, basis, bias = problem.term(problem.least(x, share, None, EXACTLY))
     totals, strength = problem.totals, share * (problem.scale if len(basis) else 1.0)
     return Fitted(

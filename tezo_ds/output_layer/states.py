@@ -15,9 +15,9 @@ from tezo_ds.losses.objective import Objective
 from tezo_ds.losses.targets import IGNORE, targets
 from tezo_ds.output_layer.answering import Answering
 from tezo_ds.output_layer.columns import Answers
-from tezo_ds.output_layer.fit import States
 from tezo_ds.output_layer.inner import InnerLayer
 from tezo_ds.output_layer.language import TokenStates
+from tezo_ds.output_layer.problem import States
 from tezo_ds.trunk.outputs import hidden_in
 
 Batches = Iterable[tuple[Mapping[str, Any], Tensor]]

@@ -92,7 +92,7 @@ def fit_of(
     if words is not None:
         numbers, largest = among * (width + 1), 0
         states = positions * (each + 4 * among)
-        solver = 8 * (VECTORS * numbers + 2 * CHUNK * width)
+        solver = 8 * (VECTORS * numbers + 3 * CHUNK * width)
     else:
         rank = 0 if config.output_layer == "bias" else min(config.output_layer_rank, width)
         numbers, largest = among * (rank + 1), max(rank * width, 2 * among, width + 1)
@@ -102,7 +102,10 @@ def fit_of(
     states += sum(positions * ((1 + OTHERS) * n * itemsize + 4 * among**2) for n in widths)
     silent = [silent_count(n) * n for n in widths]
     numbers, largest = numbers + among * sum(widths), max([largest, *silent])
-    solver += 8 * sum(VECTORS * among * n + positions * (n + among**2) for n in widths)
+    chunk = min(
+        positions, CHUNK
+    )  # of which single precision is at hand, and double made for a gradient
+    solver += sum(8 * VECTORS * among * n + 12 * chunk * (n + among**2) for n in widths)
     solver += 8 * (sum(silent) + max(silent, default=0))
     message = 8 * max(numbers, largest) if ranks > 1 else 0
     tokens = (among + 1) * sum(_shares(module, config.inner_layers))

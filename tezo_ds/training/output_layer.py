@@ -16,9 +16,10 @@ from tezo_ds.errors import ConfigError
 from tezo_ds.files.tensors import digest
 from tezo_ds.output_layer.answering import refuse_unfit as refuse_no_inner
 from tezo_ds.output_layer.choosing import FOLD
-from tezo_ds.output_layer.fit import Fitted, States, fit, held_out
+from tezo_ds.output_layer.fit import Fitted, again, choice
 from tezo_ds.output_layer.inner import tensors_of
 from tezo_ds.output_layer.language import fit_tokens
+from tezo_ds.output_layer.problem import States
 from tezo_ds.output_layer.states import Batches, collect, collect_tokens
 from tezo_ds.output_layer.term import BASIS, BIAS, TOKENS, WEIGHT, due_by
 from tezo_ds.run.folder import RunFolder
@@ -185,23 +186,17 @@ class OutputLayerFits:
         with engine.applied():
             states = collect(engine.objective, layer, self.batches(), self._words)
         # λ stays, as by now the examples that are held out have had a part in A.
-        again = fit(states, False, self._reduce, fitted.strength)
-        return replace(
-            fitted, weight=again.weight, bias=again.bias, messages=fitted.messages + again.messages
-        )
+        return again(states, fitted, self._reduce)
 
     def _best(self, states: States, alone: bool) -> tuple[Fitted, Sequence[int]]:
         """Returns the fit, and which of the inner layers it has: all, or with `auto` all or none, whichever
         does better on the examples that are held out."""
-        chosen: Sequence[int] = range(len(states.inner))
-        strength = None
+        found = choice(states, alone, self._reduce)
         if self._engine.config.inner_layers == AUTO:
-            without = replace(states, inner=())
-            less, more = (held_out(tried, self._reduce) for tried in (without, states))
-            if less[1].loss <= more[1].loss:
-                states, chosen, more = without, (), less
-            strength = more[0]
-        return fit(states, alone, self._reduce, strength), chosen
+            without = choice(replace(states, inner=()), alone, self._reduce)
+            if without.after.loss <= found.after.loss:
+                return without.fitted(), ()
+        return found.fitted(), range(len(states.inner))
 
     @property
     def _count(self) -> int:
