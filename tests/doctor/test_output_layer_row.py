@@ -23,7 +23,7 @@ WIDTH, ITEM = 94, 4
 
 
 def test_the_doctors_row() -> None:
-    found = fit_of(small(), TezoConfig(output_layer="fit"), 1, 1000, 7, 4)
+    found = fit_of(small(), TezoConfig(output_layer="fit"), 1, 1000, 7, 4, 50)
     assert found is not None
     room, status = found.nbytes, {0.9: "red", 1.1: "yellow", 1.5: "green"}
     for share, expected in status.items():

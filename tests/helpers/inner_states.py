@@ -7,6 +7,7 @@ from tiny import make_batch
 from torch import Tensor
 
 import tezo_ds
+from tezo_ds.output_layer.entry import Late
 from tezo_ds.output_layer.problem import States
 from tezo_ds.output_layer.states import collect
 
@@ -31,15 +32,15 @@ def one_label(count: int, seed: int = 0) -> dict[str, Tensor]:
     return {**batch, "labels": labels}
 
 
-def states_of(engine: tezo_ds.Engine, batch: dict[str, Tensor], chosen: str) -> States:
+def states_of(
+    engine: tezo_ds.Engine, batch: dict[str, Tensor], chosen: str, late: Late | None = None
+) -> States:
+    """Returns what `collect` keeps of a batch, and of one without labels, as of a rank without examples."""
     term = engine.output_layer
     assert term.layer is not None
     held = torch.arange(len(batch["labels"])) % 5 == 4
-    nobody = {
-        **batch,
-        "labels": torch.full_like(batch["labels"], -100),
-    }  # of a rank without examples
+    nobody = {**batch, "labels": torch.full_like(batch["labels"], -100)}
     batches = [(batch, held), (nobody, held)]
     with torch.no_grad():
         inner = term.inner.of_blocks(chosen)
-        return collect(engine.objective, term.layer, batches, WORDS, inner)
+        return collect(engine.objective, term.layer, batches, WORDS, inner, late)

@@ -15,8 +15,8 @@ import tezo_ds
 from tezo_ds.errors import ConfigError
 from tezo_ds.output_layer import answering
 from tezo_ds.output_layer.answering import positions_before
-from tezo_ds.output_layer.entry import Entry
-from tezo_ds.output_layer.inner import directions
+from tezo_ds.output_layer.entry import Entry, Late
+from tezo_ds.output_layer.inner import directions, tensors_of
 
 
 @pytest.mark.parametrize("kind", MAPS)
@@ -115,6 +115,22 @@ def test_blocks_before_the_inner_layer_are_left_out() -> None:
     assert first == [7, 7] and second == [7, 7 * branches, 7, branches]
 
 
+def test_states_with_terms_come_from_forwards_that_begin_at_the_first_term() -> None:
+    model: Any = tiny()
+    engine = tezo_ds.initialize(model, {"rank": 2})
+    batch, late = one_label(7), Late()
+    plain = states_of(engine, batch, "layers:1", late)
+    (inner,) = engine.output_layer.inner.of_blocks("layers:1")
+    A = torch.randn(len(WORDS), inner.sizes[1], generator=torch.Generator().manual_seed(3))
+    engine.output_layer.load(tensors_of([inner.path], plain.directions, [A]))
+    whole = states_of(engine, batch, "none")
+    first = calls(model.model.layers[0])
+    begun = states_of(engine, batch, "none", late)
+    assert first == [] and late.nbytes == 2 * 7 * 11 * 22 * 4
+    assert not torch.allclose(begun.logits, plain.logits, atol=1e-3)
+    assert torch.equal(begun.hidden, whole.hidden) and torch.equal(begun.logits, whole.logits)
+
+
 @pytest.mark.parametrize("raises", [False, True])
 def test_blocks_that_later_ones_read_are_not_left_out(raises: bool) -> None:
     """Block 1 reads what block 0 was given, as models do whose blocks share keys and values."""
@@ -144,6 +160,8 @@ def test_blocks_that_later_ones_read_are_not_left_out(raises: bool) -> None:
             if not tries:
                 patch.setattr(Entry, "leaves_out", False)
                 patch.setattr(Entry, "watching", lambda _: nullcontext())
-            found.append(states_of(engine, one_label(7), "layers:1"))
+            late = Late()
+            found.append(states_of(engine, one_label(7), "layers:1", late))
+            assert late.nbytes == 0
     ours, whole = (states.inner[0].responses for states in found)
     torch.testing.assert_close(ours, whole, rtol=0, atol=0)

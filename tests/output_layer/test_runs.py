@@ -139,8 +139,8 @@ def test_the_output_layer_is_fitted_to_what_inner_layers_make_of_its_states(
 ) -> None:
     seen: list[States] = []
 
-    def collected(*given: Any) -> States:
-        seen.append(collect(*given))
+    def collected(*given: Any, **named: Any) -> States:
+        seen.append(collect(*given, **named))
         return seen[-1]
 
     monkeypatch.setattr(output_layer, "collect", collected)

@@ -209,7 +209,7 @@ def a_fit_over_all_tokens_sends_what_it_says(world: World) -> None:
     largest = max(call.nbytes for call in traffic.calls)
     assert largest == found.message_bytes == 8 * len(states.rows) * 6
     config = TezoConfig(output_layer="fit", output_layer_rank=5)
-    planned = fit_of(tiny(), config, world.size, EXAMPLES, 8, None)
+    planned = fit_of(tiny(), config, world.size, EXAMPLES, 8, None, 0)
     assert planned is not None
     assert planned.words >= len(states.rows) and planned.message >= largest
 

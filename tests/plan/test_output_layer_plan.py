@@ -17,13 +17,14 @@ from world_plan import small
 import tezo_ds
 from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError
+from tezo_ds.output_layer.entry import Late
 from tezo_ds.output_layer.fit import fit
 from tezo_ds.output_layer.language import TokenStates, fit_tokens
 from tezo_ds.output_layer.problem import States
 from tezo_ds.output_layer.states import collect, collect_tokens
 from tezo_ds.plan.output_layer import fit_of
 
-EXAMPLES, LABELS = 24, 5
+EXAMPLES, LABELS, LENGTH = 24, 5, 11
 
 
 def examples(words: Tensor) -> dict[str, Tensor]:
@@ -39,30 +40,32 @@ def examples(words: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("way", "choices", "inner"),
     [("fit", True, "none"), ("bias", True, "none"), ("fit", False, "none"), ("bias", False, "none"),
-     ("fit", True, "layers:0-1")],
+     ("fit", True, "layers:0-1"), ("fit", True, "layers:1")],
 )  # fmt: skip
 def test_bytes_are_those_of_a_fit(way: Any, choices: bool, inner: str) -> None:
     words, ranks = torch.arange(VOCABULARY) if not choices else torch.tensor([7, 12, 40]), 2
     batch = examples(words)
     config = TezoConfig(output_layer=way, output_layer_rank=3, inner_layers=inner)
-    planned = fit_of(tiny(), config, ranks, EXAMPLES, LABELS, len(words) if choices else None)
+    planned = fit_of(
+        tiny(), config, ranks, EXAMPLES, LABELS, len(words) if choices else None, LENGTH
+    )
     assert planned is not None
 
     def rank(index: int, reduce: Any) -> tuple[int, int, int]:
         engine = tezo_ds.initialize(tiny(), {"rank": 2})
-        layer = engine.output_layer.layer
+        layer, late = engine.output_layer.layer, Late()
         assert layer is not None
         part = {key: value.tensor_split(ranks)[index] for key, value in batch.items()}
         batches = [(part, torch.arange(EXAMPLES // ranks) % 5 == 4)]
         states: States | TokenStates
         if choices:
             maps = engine.output_layer.inner.of_blocks(inner)
-            states = collect(engine.objective, layer, batches, words, maps)
+            states = collect(engine.objective, layer, batches, words, maps, late)
             found = fit(states, way == "bias", reduce)
         else:
             states = collect_tokens(engine.objective, layer, batches, words)
             found = fit_tokens(states, 3 if way == "fit" else 0, reduce)
-        return len(states.truth), states.nbytes, found.message_bytes
+        return len(states.truth), states.nbytes + late.nbytes, found.message_bytes
 
     taken = by_ranks(ranks, rank)
     assert taken == [(planned.positions, planned.states, planned.message)] * ranks
@@ -71,20 +74,20 @@ def test_bytes_are_those_of_a_fit(way: Any, choices: bool, inner: str) -> None:
 def test_inner_layers_of_a_loss_over_all_tokens_are_refused() -> None:
     config = TezoConfig(output_layer="fit", inner_layers="auto")
     with pytest.raises(ConfigError, match="inner_layers: are fitted to label words"):
-        fit_of(tiny(), config, 2, EXAMPLES, LABELS, None)
-    assert fit_of(tiny(), config, 2, EXAMPLES, LABELS, 3) is not None
+        fit_of(tiny(), config, 2, EXAMPLES, LABELS, None, LENGTH)
+    assert fit_of(tiny(), config, 2, EXAMPLES, LABELS, 3, LENGTH) is not None
 
 
 def test_numbers_by_hand() -> None:
     config = TezoConfig(output_layer="fit", output_layer_examples=10)
-    found = fit_of(small(), config, 3, 1000, 7, None)  # d = 94, float32
+    found = fit_of(small(), config, 3, 1000, 7, None, LENGTH)  # d = 94, float32
     assert found is not None
     words = min(70, small().get_output_embeddings().out_features)  # type: ignore[operator]
     assert (found.positions, found.words) == (4 * 7, words)
     assert found.numbers == words * 17 and found.message == 8 * max(words * 17, 16 * 94)
     assert found.nbytes >= 2 * found.states
-    assert fit_of(small(), TezoConfig(), 3, 1000, 7, None) is None
-    alone = fit_of(small(), config, 1, 1000, 7, 4)
+    assert fit_of(small(), TezoConfig(), 3, 1000, 7, None, LENGTH) is None
+    alone = fit_of(small(), config, 1, 1000, 7, 4, LENGTH)
     assert alone is not None and (alone.message, alone.numbers) == (0, 4 * 95)
 
 

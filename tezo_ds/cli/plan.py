@@ -158,7 +158,9 @@ def plan(
     ways, kept = trunk_table.ways(job, overlap), trunk_table.kept(job, train_examples, mean_tokens)
     examples, fit = train_examples or job.config.output_layer_examples, None
     if examples is not None:
-        fit = output_layer.fit_of(job.module, job.config, world, examples, labels, words)
+        fit = output_layer.fit_of(
+            job.module, job.config, world, examples, labels, words, job.length
+        )
     elif job.config.output_layer != "frozen":
         warnings.append("output_layer: name --train-examples for what a fit takes")
     takes = output_layer.seconds(job, fit) if fit else 0.0

@@ -150,4 +150,6 @@ class RunFlags:
         labels = 1 if choices else s.max_length - 1
         if not count:
             return None
-        return fit_of(skeleton, self.config, ranks, count, labels, choices, self._compute)
+        return fit_of(
+            skeleton, self.config, ranks, count, labels, choices, s.max_length, self._compute
+        )

@@ -23,7 +23,7 @@ from tezo_ds.losses.head import Head
 from tezo_ds.losses.objective import Objective
 from tezo_ds.models.structure import is_classifier, is_encoder_decoder, is_masked_lm
 from tezo_ds.output_layer.columns import Answers
-from tezo_ds.output_layer.entry import Entry
+from tezo_ds.output_layer.entry import Entry, Late
 from tezo_ds.output_layer.inner import InnerLayer, directions
 from tezo_ds.trunk.outputs import hidden_in, hidden_of
 from tezo_ds.trunk.stand_ins import replaced
@@ -89,14 +89,15 @@ class Answering:
         words: token ids, int64 (C,).
         inner: the inner layers.
         rows: gives the words' rows of the output layer, (C, d), once a batch has run.
+        late: is given what enters the first inner layer's block.
     """
 
     def __init__(
         self, objective: Objective, words: Tensor, inner: Sequence[InnerLayer],
-        rows: Callable[[], Tensor],
+        rows: Callable[[], Tensor], late: Late,
     ) -> None:  # fmt: skip
         self._objective, self._sharding = objective, objective.sharding
-        self._words, self._inner, self._rows = words, inner, rows
+        self._words, self._inner, self._rows, self._late = words, inner, rows, late
         self._head, self._stack = Head(objective.sharding), ExitStack()
         self._watched: list[_Watched] = []
         self._kept: Any = None
@@ -152,10 +153,12 @@ class Answering:
             raise self._unfit("keeps no keys and values")
         mask, count = batch.get("attention_mask", torch.ones_like(batch["labels"])), len(positions)
         before = positions_before(mask.to(device), rows[:count], places[:count])
-        return [
+        found = [
             self._answers(watched, batch, rows, places, before, logits.to(device), count)
             for watched in self._watched
         ]
+        self._late.keep([watched.entry for watched in self._watched])
+        return found
 
     def _answers(
         self, watched: _Watched, batch: Mapping[str, Any], rows: Tensor, places: Tensor,
@@ -207,7 +210,10 @@ class Answering:
         words = self._words.to(rows.device)
         self._head.mode = self._objective.head_mode
         everyone = torch.arange(len(rows), device=rows.device)
-        with entry.beginning(several, places.repeat(branches)):
+        hidden = entry.given
+        if entry.leaves_out:
+            hidden = hidden[several, places.repeat(branches)][:, None]  # (branches * k, 1, d)
+        with entry.beginning(hidden):
             return self._head(
                 inputs, everyone, branches, lambda logits, _: _wide(logits[..., words])
             )

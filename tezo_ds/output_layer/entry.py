@@ -1,9 +1,9 @@
-"""Forwards that begin at an inner layer's block, as blocks before it know nothing of what is added in it."""
+"""Forwards that begin at an inner layer's block, as what is added in it changes no block before it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class Entry:
 
     def _enters(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.on:
-            self.given = hidden_in(args, kwargs)
+            self.given = hidden_in(args, kwargs).clone()  # a block may add to it in place
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -61,21 +61,46 @@ class Entry:
         """Whether forwards inside `beginning` leave out the blocks before this one."""
         return self._found is not None
 
+    @property
+    def place(self) -> int:
+        """Number of blocks that are left out."""
+        return 0 if self._found is None else self._found.first
+
     def give_up(self) -> None:
         """Runs whole forwards from now on, as later blocks read more than the hidden states that enter."""
         self._found = None
 
     @contextmanager
-    def beginning(self, rows: Tensor, places: Tensor) -> Iterator[None]:
-        """Context manager: the model's forward inside, of one token a row, begins at the block.
-
-        Args:
-            rows, places: where the rows' hidden states stand in those that entered, int64 (rows,).
-        """
+    def beginning(self, hidden: Tensor) -> Iterator[None]:
+        """Context manager: the model's forward inside begins at the block, with hidden states (B, T, d)."""
         found, forward = self._found, self._module.forward
         if found is None:
             yield
             return
-        hidden = self.given[rows, places][:, None]
         with replaced(self._module, lambda **inputs: through_rest(found, forward, inputs, hidden)):
             yield
+
+
+class Late:
+    """Hidden states that enter the first inner layer's block in the whole forward of each batch, and forwards
+    of the same batches that begin there. Where no blocks can be left out none are kept, and these run whole.
+    """
+
+    def __init__(self) -> None:
+        self._entry: Entry | None = None
+        self._kept: list[Tensor] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept on this rank."""
+        return sum(hidden.nbytes for hidden in self._kept)
+
+    def keep(self, entries: Sequence[Entry]) -> None:
+        """Keeps what entered in the last whole forward, of the first of some blocks."""
+        if all(entry.leaves_out for entry in entries):
+            self._entry = min(entries, key=lambda entry: entry.place)
+            self._kept.append(self._entry.given)
+
+    def beginning(self, batch: int) -> AbstractContextManager[None]:
+        """Context manager: a forward of that batch, by its number, begins at the block."""
+        return nullcontext() if self._entry is None else self._entry.beginning(self._kept[batch])

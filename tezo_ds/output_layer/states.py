@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from tezo_ds.losses.objective import Objective
 from tezo_ds.losses.targets import IGNORE, targets
 from tezo_ds.output_layer.answering import Answering
 from tezo_ds.output_layer.columns import Answers
+from tezo_ds.output_layer.entry import Late
 from tezo_ds.output_layer.inner import InnerLayer
 from tezo_ds.output_layer.language import TokenStates
 from tezo_ds.output_layer.problem import States
@@ -76,7 +77,7 @@ class _Part(NamedTuple):
 
 def collect(
     objective: Objective, layer: nn.Module, batches: Batches, words: Tensor,
-    inner: Sequence[InnerLayer] = (),
+    inner: Sequence[InnerLayer] = (), late: Late | None = None,
 ) -> States:  # fmt: skip
     """Runs batches, as many on every rank, and keeps a state for each position with a label.
 
@@ -86,6 +87,8 @@ def collect(
         batches: batch, and which of its examples are held out, bool (examples,).
         words: token ids, int64 (C,), one of which is each label.
         inner: inner layers of which inputs and responses are kept, too.
+        late: with inner layers it is given what enters the first one's block; without, forwards begin there
+            with what it was given of the same batches; None: neither.
 
     Raises:
         ConfigError: the model goes on to change what its output layer returns, or does not use it; or its
@@ -95,12 +98,15 @@ def collect(
         seen = _Seen(layer, words if inner else words[:0], stack)
         answering = None
         if inner:
-            answering = stack.enter_context(Answering(objective, words, inner, lambda: seen.rows))
+            late = late or Late()
+            answering = stack.enter_context(
+                Answering(objective, words, inner, lambda: seen.rows, late)
+            )
 
         def chosen(logits: Tensor, _: Tensor) -> Tensor:
             return logits[:, words.to(logits.device)].float()
 
-        parts = _joined(_parts(objective, seen, batches, chosen, answering))
+        parts = _joined(_parts(objective, seen, batches, chosen, answering, late))
     truth = _index_in(words, parts.tokens)
     U = torch.empty(0) if answering is None else answering.directions
     return States(parts.hidden, parts.made, truth, parts.held, parts.inner, U)
@@ -134,13 +140,19 @@ def collect_tokens(
 
 
 def _parts(
-    objective: Objective, seen: _Seen, batches: Batches, of: Of, answering: Answering | None = None
-) -> Iterator[_Part]:
+    objective: Objective, seen: _Seen, batches: Batches, of: Of, answering: Answering | None = None,
+    late: Late | None = None,
+) -> Iterator[_Part]:  # fmt: skip
     sharding, changed = objective.sharding, False
-    for batch, out in batches:
+    for number, (batch, out) in enumerate(batches):
         wanted = targets(sharding.module, batch["labels"]).reshape(-1)
         positions = (wanted != IGNORE).nonzero()[:, 0]
-        with nullcontext() if answering is None else answering.keeping():
+        way: AbstractContextManager[None] = nullcontext()
+        if answering is not None:
+            way = answering.keeping()
+        elif late is not None:
+            way = late.beginning(number)
+        with way:
             rows, made = objective.reduced(batch, of)
         mode = objective.head_mode
         if mode == "whole":

@@ -39,6 +39,7 @@ class Fit:
         states: bytes that are kept of the positions while the fit runs, twice that while they are joined.
         solver: bytes of the solver's vectors and of a chunk.
         message: bytes of an all-reduce, one for each product or gradient; 0: of a single rank.
+        forwards: forwards of an example: one, and for inner layers another in a share of the blocks.
         tokens: tokens of an example that run again for inner layers, each in its share of the blocks.
     """
 
@@ -48,6 +49,7 @@ class Fit:
     states: int
     solver: int
     message: int
+    forwards: float = 1.0
     tokens: float = 0.0
 
     @property
@@ -58,7 +60,7 @@ class Fit:
 
 def fit_of(
     module: nn.Module, config: TezoConfig, ranks: int, examples: int, labels: int, words: int | None,
-    compute: torch.dtype | None = None,
+    length: int, compute: torch.dtype | None = None,
 ) -> Fit | None:  # fmt: skip
     """Returns what a fit takes; None where the config has none.
 
@@ -70,6 +72,7 @@ def fit_of(
         labels: labels of an example.
         words: label words, where they alone count in the loss; None: all tokens do, and the different ones
             among the labels are taken to be as many as they can be.
+        length: tokens of an example, whose hidden states are kept for inner layers.
         compute: dtype in which weights are gathered; None: their own.
 
     Raises:
@@ -100,6 +103,9 @@ def fit_of(
         solver = 8 * ((VECTORS + 2 * PAIRS) * numbers + COPIES * CHUNK_NUMEL)
     widths = [inner.sizes[1] for inner in InnerLayers(module).of_blocks(config.inner_layers)]
     states += sum(positions * ((1 + OTHERS) * n * itemsize + 4 * among**2) for n in widths)
+    shares = _shares(module, config.inner_layers)
+    if shares and max(shares) < 1:  # else forwards begin at the first block anyway
+        states += -(-count // ranks) * length * width * itemsize
     silent = [silent_count(n) * n for n in widths]
     numbers, largest = numbers + among * sum(widths), max([largest, *silent])
     chunk = min(
@@ -108,8 +114,9 @@ def fit_of(
     solver += sum(8 * VECTORS * among * n + 12 * chunk * (n + among**2) for n in widths)
     solver += 8 * (sum(silent) + max(silent, default=0))
     message = 8 * max(numbers, largest) if ranks > 1 else 0
-    tokens = (among + 1) * sum(_shares(module, config.inner_layers))
-    return Fit(positions, among, numbers, states, solver, message, tokens)
+    tokens = (among + 1) * sum(shares)
+    forwards = 1 + max(shares, default=0.0)
+    return Fit(positions, among, numbers, states, solver, message, forwards, tokens)
 
 
 def _shares(module: nn.Module, chosen: str) -> list[float]:
@@ -120,9 +127,9 @@ def _shares(module: nn.Module, chosen: str) -> list[float]:
 
 def seconds(job: Job, fit: Fit) -> float:
     """Returns the seconds of a fit: a forward of each example, what of it runs again, another forward with
-    the terms of inner layers, and some hundreds of products or gradients."""
-    examples, forwards = fit.positions // job.labels, 2 if fit.tokens else 1
-    tokens = int(examples * (forwards * job.length + fit.tokens))
+    the terms of inner layers, from the first on, and some hundreds of products or gradients."""
+    examples = fit.positions // job.labels
+    tokens = int(examples * (fit.forwards * job.length + fit.tokens))
     once = flops(job, tokens, fused=job.run.fused)
     width = job.shape.hidden
     rows = width + 2 * (fit.numbers // fit.words)  # their logits, the term, and the slopes

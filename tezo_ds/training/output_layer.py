@@ -16,6 +16,7 @@ from tezo_ds.errors import ConfigError
 from tezo_ds.files.tensors import digest
 from tezo_ds.output_layer.answering import refuse_unfit as refuse_no_inner
 from tezo_ds.output_layer.choosing import FOLD
+from tezo_ds.output_layer.entry import Late
 from tezo_ds.output_layer.fit import Fitted, again, choice
 from tezo_ds.output_layer.inner import tensors_of
 from tezo_ds.output_layer.language import fit_tokens
@@ -161,21 +162,21 @@ class OutputLayerFits:
         objective, config, layer = engine.objective, engine.config, engine.output_layer.layer
         assert layer is not None, "refused before"
         alone = config.output_layer == "bias"
-        inner = engine.output_layer.inner.of_blocks(config.inner_layers)
+        inner, late = engine.output_layer.inner.of_blocks(config.inner_layers), Late()
         with engine.applied(), engine.output_layer.off():
             if self._session.words is not None:
-                states = collect(objective, layer, batches, words, inner)
+                states = collect(objective, layer, batches, words, inner, late)
             else:
                 tokens = collect_tokens(objective, layer, batches, words)
         if self._session.words is not None:
             fitted, chosen = self._best(states, alone)
             paths = [inner[i].path for i in chosen]
             terms = tensors_of(paths, states.directions, fitted.inner)
-            return self._again(fitted, terms), terms, states.nbytes
+            return self._again(fitted, terms, late), terms, states.nbytes + late.nbytes
         rank = 0 if alone else config.output_layer_rank
         return fit_tokens(tokens, rank, self._reduce), {}, tokens.nbytes
 
-    def _again(self, fitted: Fitted, terms: dict[str, Tensor]) -> Fitted:
+    def _again(self, fitted: Fitted, terms: dict[str, Tensor], late: Late) -> Fitted:
         """Returns a fit whose ΔW and b are fitted once more, to states that have the inner layers' terms, if
         there are any: the first fit only foresees these states, and as if ΔW were zero."""
         engine, layer = self._engine, self._engine.output_layer.layer
@@ -184,7 +185,7 @@ class OutputLayerFits:
         assert layer is not None, "refused before"
         engine.output_layer.load(terms)
         with engine.applied():
-            states = collect(engine.objective, layer, self.batches(), self._words)
+            states = collect(engine.objective, layer, self.batches(), self._words, late=late)
         # λ stays, as by now the examples that are held out have had a part in A.
         return again(states, fitted, self._reduce)
 
