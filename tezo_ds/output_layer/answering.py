@@ -149,7 +149,7 @@ class Answering:
         device = self._sharding.device
         own = positions.to(device) if len(positions) else torch.zeros(1).long().to(device)
         rows, places = own // length, own % length
-        if self._sharding.maxima([self._kept is None])[0]:
+        if self._sharding.maxima([not hasattr(self._kept, "layers")])[0]:
             raise self._unfit("keeps no keys and values")
         mask, count = batch.get("attention_mask", torch.ones_like(batch["labels"])), len(positions)
         before = positions_before(mask.to(device), rows[:count], places[:count])
@@ -191,8 +191,10 @@ class Answering:
         """Runs the labelled positions alone, behind the keys and values of what stands before them: the
         words' logits, (branches, k, C)."""
         several = rows.repeat(branches)
-        kept = copy.deepcopy(self._kept)
-        kept.batch_select_indices(several)
+        kept = copy.copy(self._kept)
+        kept.layers = [copy.copy(layer) for layer in kept.layers]
+        for layer in kept.layers[entry.place :]:  # those that run
+            layer.batch_select_indices(several)
         batch = self._objective.inputs(batch)
         ids = batch["input_ids"]
         before = batch.get("attention_mask", torch.ones_like(ids)).clone()[rows]
@@ -214,9 +216,7 @@ class Answering:
         if entry.leaves_out:
             hidden = hidden[several, places.repeat(branches)][:, None]  # (branches * k, 1, d)
         with entry.beginning(hidden):
-            return self._head(
-                inputs, everyone, branches, lambda logits, _: _wide(logits[..., words])
-            )
+            return self._head(inputs, everyone, branches, lambda logits, _: _wide(logits), words)
 
     def _tried(self, watched: _Watched, logits: Tensor, run: Callable[[], Tensor]) -> Tensor:
         """Returns what `run` gives, (1 + C, k, words). Sees once that positions that go on from keys and
