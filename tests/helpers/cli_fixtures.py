@@ -38,6 +38,11 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
     return make_given(tmp_path_factory.mktemp("given"))
 
 
+@pytest.fixture(scope="session")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Given:
+    return make_given(tmp_path_factory.mktemp("untied"), tie_word_embeddings=False)
+
+
 def make_plain(given: Given, output: Path) -> Run:
     """Trains a finished run of one process."""
     assert call(*given.train(output, eval_every=4), drawn=True) == 0

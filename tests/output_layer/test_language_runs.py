@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from cli_fixtures import make_given
 from command_line import BATCH, BLOCK, STEPS, Given, Run, assert_found_again, call, flags
 from other_kernels import OtherKernels
 from peft import PeftModel
@@ -51,11 +50,6 @@ def equal(one: Path, other: Path) -> bool:
     return mine.keys() == its.keys() and all(
         torch.equal(mine[step][name], its[step][name]) for step in mine for name in mine[step]
     )
-
-
-@pytest.fixture(scope="module")
-def untied(tmp_path_factory: pytest.TempPathFactory) -> Given:
-    return make_given(tmp_path_factory.mktemp("untied"), tie_word_embeddings=False)
 
 
 @pytest.fixture

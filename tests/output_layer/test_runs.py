@@ -9,16 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from cli_fixtures import make_given
 from command_line import STEPS, WORDS, Given, Run, assert_found_again, call
 from other_kernels import OtherKernels
 from safetensors.torch import load_file, save_file
 from test_resume import Killed, kappas, killed_after, same
 from world_output_layer import roughly
 
-from tezo_ds.output_layer.problem import States
-from tezo_ds.output_layer.states import collect
 from tezo_ds.output_layer.term import BIAS, TOKENS, WEIGHT
 from tezo_ds.run.folder import (
     ADAPTER,
@@ -32,7 +28,6 @@ from tezo_ds.run.folder import (
 )
 from tezo_ds.run.journal import read_journal
 from tezo_ds.run.terms import last_term
-from tezo_ds.training import output_layer
 
 pytest_plugins = ("cli_fixtures",)
 
@@ -48,11 +43,6 @@ def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return one.keys() == other.keys() and all(
         torch.equal(one[step][name], other[step][name]) for step in one for name in one[step]
     )
-
-
-@pytest.fixture(scope="module")
-def untied(tmp_path_factory: pytest.TempPathFactory) -> Given:
-    return make_given(tmp_path_factory.mktemp("untied"), tie_word_embeddings=False)
 
 
 @pytest.fixture(scope="module")
@@ -132,68 +122,6 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
         assert one.summary[name] == other.summary[name]
     capfd.readouterr()
     assert_found_again(one, capfd, 1e-6)
-
-
-def test_the_output_layer_is_fitted_to_what_inner_layers_make_of_its_states(
-    untied: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[States] = []
-
-    def collected(*given: Any, **named: Any) -> States:
-        seen.append(collect(*given, **named))
-        return seen[-1]
-
-    monkeypatch.setattr(output_layer, "collect", collected)
-    options = {**FIT, "steps": 1, "inner_layers": "layers:0-1"}
-    assert call(*untied.train(tmp_path / "run", **options)) == 0
-    found = Run(tmp_path / "run").summary["output_layer"]
-    (term,) = terms(tmp_path / "run").values()
-    before, after = seen
-    assert (after.logits - before.logits).abs().max() > 1e-3 and not after.inner
-    weight, bias = (term[name].double().requires_grad_() for name in (WEIGHT, BIAS))
-    logits = after.logits + after.hidden.double() @ weight.t() + bias
-    loss = F.cross_entropy(logits, after.truth) + found["ridge"] * weight.square().sum()
-    slopes = torch.autograd.grad(loss, (weight, bias))
-    assert all(float(slope.abs().max()) < 1e-4 for slope in slopes)
-
-
-@pytest.mark.parametrize("chosen", ["auto", "layers:0-1"])
-def test_a_run_with_inner_layers(
-    untied: Given, chosen: str, tmp_path: Path, capsys: Captured
-) -> None:  # fmt: skip
-    options = {**FIT, "steps": 2, "inner_layers": chosen}
-    assert call(*untied.train(tmp_path / "run", **options)) == 0
-    run, out = Run(tmp_path / "run"), capsys.readouterr().out
-    found = run.summary["output_layer"]
-    paths = found["inner_layers"]
-    assert f"with a term of {' and '.join(paths) or 'no inner layer'}" in out
-    assert call(*untied.train(tmp_path / "fit", **{**options, "inner_layers": "none"})) == 0
-    alone = Run(tmp_path / "fit").summary["output_layer"]
-    if chosen == "auto":
-        assert found["held_out_loss_after"] <= alone["held_out_loss_after"] + 1e-6
-    else:
-        assert len(paths) == 2
-    assert "inner_layers" not in alone and found["bytes_of_states"] > alone["bytes_of_states"]
-    capsys.readouterr()
-    assert_found_again(run, capsys, 1e-6)
-
-
-@pytest.mark.parametrize(
-    ("options", "what"),
-    [
-        ({"output_layer": "bias", "objective": "choices"}, "set that, too"),
-        ({"output_layer": "fit", "objective": "lm"}, "add --objective choices"),
-        ({**FIT, "inner_layers": "layers:9"}, "their indices are 0 to"),
-        ({**FIT, "trunk_cache": "memory", "include": "last:1"}, "leave one of them off"),
-    ],
-)
-def test_inner_layers_are_refused_in_a_line(
-    given: Given, tmp_path: Path, capsys: Captured, options: dict[str, Any], what: str
-) -> None:
-    options = {"inner_layers": "last:1", **options}
-    assert call(*given.train(tmp_path / "run", **options)) != 0
-    error = capsys.readouterr().err
-    assert "inner_layers: " in error and what in " ".join(error.split())
 
 
 def test_biases_that_steps_move_are_found_again(
