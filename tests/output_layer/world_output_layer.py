@@ -29,6 +29,7 @@ from tezo_ds.files.tensors import load
 from tezo_ds.output_layer import fit as fitting
 from tezo_ds.output_layer import problem
 from tezo_ds.output_layer.choosing import FOLD
+from tezo_ds.output_layer.entry import Late
 from tezo_ds.output_layer.fit import Fitted, fit
 from tezo_ds.output_layer.inner import tensors_of
 from tezo_ds.output_layer.language import TokenStates, fit_tokens
@@ -60,18 +61,27 @@ def engine_of(model: nn.Module) -> tezo_ds.Engine:
     return engine
 
 
+def collected(
+    engine: tezo_ds.Engine, rank: int, size: int, chosen: str = "none", late: Late | None = None
+) -> States:
+    """Returns a rank's states of the examples, and what is known of chosen inner layers."""
+    batch, held = part_of(examples(), rank, size), torch.arange(EXAMPLES) % FOLD == FOLD - 1
+    batches = [(batch, held.tensor_split(size)[rank])]
+    layer = engine.output_layer.layer
+    assert layer is not None
+    with engine.applied():
+        inner = engine.output_layer.inner.of_blocks(chosen)
+        return collect(engine.objective, layer, batches, WORDS, inner, late)
+
+
 def fitted(
-    engine: tezo_ds.Engine, rank: int, size: int, chosen: str = "none"
+    engine: tezo_ds.Engine, rank: int, size: int, chosen: str = "none", late: Late | None = None
 ) -> tuple[States, Fitted]:
     """Fits the term, and those of chosen inner layers, to the examples of all ranks, and gives them to the
     engine."""
-    batch, held = part_of(examples(), rank, size), torch.arange(EXAMPLES) % FOLD == FOLD - 1
-    layer = engine.output_layer.layer
-    assert layer is not None
-    with engine.applied(), engine.output_layer.off():
-        mine = held.tensor_split(size)[rank]
-        inner = engine.output_layer.inner.of_blocks(chosen)
-        states = collect(engine.objective, layer, [(batch, mine)], WORDS, inner)
+    inner = engine.output_layer.inner.of_blocks(chosen)
+    with engine.output_layer.off():
+        states = collected(engine, rank, size, chosen, late)
     found = fit(states, False, engine.sharding.all_reduce)
     theirs = tensors_of([x.path for x in inner], states.directions, found.inner)
     engine.output_layer.load({TOKENS: WORDS, WEIGHT: found.weight, BIAS: found.bias, **theirs})
@@ -135,8 +145,9 @@ def every_sharding_finds_the_terms_of_inner_layers(world: World) -> None:
         engine = engine_of(make(True))
         own, found = fitted(engine, world.rank, world.size, "layers:0-1")
         assert_equal_on_all_ranks(own.directions)
-        share = part_of({"x": states.inner[0].responses}, world.rank, world.size)["x"]
-        torch.testing.assert_close(own.inner[0].responses, share, rtol=1e-2, atol=1e-3, msg=name)
+        for mine, whole in zip(own.inner, states.inner, strict=True):
+            share = part_of({"x": whole.responses}, world.rank, world.size)["x"]
+            torch.testing.assert_close(mine.responses, share, rtol=1e-2, atol=1e-3, msg=name)
         for part, its in zip(found.inner, expected.inner, strict=True):
             assert_equal_on_all_ranks(part)
             torch.testing.assert_close(part, its, rtol=2e-2, atol=2e-3, msg=name)
@@ -144,6 +155,21 @@ def every_sharding_finds_the_terms_of_inner_layers(world: World) -> None:
         ours = engine.step(part_of(batch, world.rank, world.size))
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-3), name
         assert ours.kappa == pytest.approx(theirs.kappa, rel=2e-2, abs=1e-2), name
+
+
+@case(worlds=(1, 2, 3))
+def every_sharding_begins_at_the_first_term(world: World) -> None:
+    for name, make in ways().items():
+        engine, late = engine_of(make(True)), Late()
+        plain, _ = fitted(engine, world.rank, world.size, "layers:1", late)
+        assert late.nbytes > 0, name
+        whole = collected(engine, world.rank, world.size)
+        begun = collected(engine, world.rank, world.size, late=late)
+        assert torch.equal(begun.hidden, whole.hidden), name
+        assert torch.equal(begun.logits, whole.logits), name
+        assert not len(whole.hidden) or not torch.equal(plain.hidden, whole.hidden), name
+        again = collected(engine, world.rank, world.size)  # forwards are whole ones again
+        assert torch.equal(again.logits, whole.logits), name
 
 
 def fitted_to_tokens(engine: tezo_ds.Engine, rank: int, size: int) -> tuple[TokenStates, Fitted]:
