@@ -21,7 +21,7 @@ from tezo_ds.errors import ConfigError, ProbeError
 from tezo_ds.export.adapter import save_adapter
 from tezo_ds.output_layer.answering import refuse_unfit
 from tezo_ds.output_layer.columns import Answers
-from tezo_ds.output_layer.fit import Fitted, fit
+from tezo_ds.output_layer.fit import Fitted, choice, fit, gain
 from tezo_ds.output_layer.inner import InnerLayer, directions, tensors_of
 from tezo_ds.output_layer.problem import States
 from tezo_ds.output_layer.term import BIAS, TOKENS, WEIGHT
@@ -134,15 +134,16 @@ def with_others(states: States, others: Tensor) -> States:
     return replace(states, inner=(replace(answers, others=others),))
 
 
-def in_parts(states: States, parts: int) -> list[Fitted]:
-    def rank(index: int, reduce: Reduce) -> Fitted:
-        n = len(states.truth)
-        rows = slice(n * index // parts, n * (index + 1) // parts)
-        own = (states.hidden[rows], states.logits[rows], states.truth[rows], states.held[rows])
-        answers = [Answers(x.inputs[rows], x.responses[rows], x.others[rows]) for x in states.inner]
-        return fit(States(*own, answers), False, reduce)
+def share(states: States, index: int, parts: int) -> States:
+    n = len(states.truth)
+    rows = slice(n * index // parts, n * (index + 1) // parts)
+    own = (states.hidden[rows], states.logits[rows], states.truth[rows], states.held[rows])
+    answers = [Answers(x.inputs[rows], x.responses[rows], x.others[rows]) for x in states.inner]
+    return States(*own, answers)
 
-    return by_ranks(parts, rank)
+
+def in_parts(states: States, parts: int) -> list[Fitted]:
+    return by_ranks(parts, lambda index, reduce: fit(share(states, index, parts), False, reduce))
 
 
 def test_the_fit_is_the_least_of_the_loss_as_it_is_written() -> None:
@@ -234,6 +235,28 @@ def test_what_was_foreseen_comes_true_where_the_term_acts_everywhere() -> None:
         engine.output_layer.load({})
         errors.append(float((true - foreseen).norm() / (foreseen - states.logits).norm()))
     assert errors[0] < 0.6 * errors[1]
+
+
+def test_the_gain_of_a_term_and_what_chance_leaves_of_it() -> None:
+    states = made(400)
+    parts = [replace(states, inner=()), states]
+    less, more = (choice(part, False, alone) for part in parts)
+    mean, error = gain(less, more)
+    assert mean == pytest.approx(less.after.loss - more.after.loss)
+    d = less._problem.losses(less._x) - more._problem.losses(more._x)
+    assert len(d) == 80 and error == pytest.approx(float(d.std() / 80**0.5), rel=1e-6)
+    assert mean > 2 * error > 0  # words follow from what enters the inner layer
+
+    def rank(index: int, reduce: Reduce) -> tuple[float, float]:
+        mine = [share(part, index, 3) for part in parts]
+        return gain(*(choice(part, False, reduce) for part in mine))
+
+    for found in by_ranks(3, rank):
+        assert found == pytest.approx((mean, error), rel=1e-3)
+    noise = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
+    nothing = replace(states, inner=(replace(states.inner[0], inputs=noise),))
+    better, chance = gain(less, choice(nothing, False, alone))
+    assert better <= chance
 
 
 def test_what_is_not_finite_is_refused() -> None:

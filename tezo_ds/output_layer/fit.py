@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from tezo_ds.output_layer.choosing import Quality, choose
@@ -68,6 +70,17 @@ class Choice:
             weight, bias, None if problem.alone else self.strength, problem.counts[0], self.before,
             self.after, problem.totals.messages, problem.totals.message_bytes, inner=inner,
         )  # fmt: skip
+
+
+def gain(less: Choice, more: Choice) -> tuple[float, float]:
+    """Returns by how much a second fit to the same examples lowers the mean loss of those that are held out,
+    and the standard error of that. Every rank must call it."""
+    problem = more._problem
+    differences = less._problem.losses(less._x) - problem.losses(more._x)
+    sums = torch.stack([differences.sum(), differences.square().sum()])
+    count = max(1, problem.counts[2])
+    mean, square = (problem.totals(sums) / count).tolist()
+    return mean, math.sqrt(max(0.0, square - mean**2) / max(1, count - 1))
 
 
 def choice(states: States, bias_alone: bool, all_reduce: AllReduce) -> Choice:

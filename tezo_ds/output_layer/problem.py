@@ -144,6 +144,14 @@ class Problem:
         loss, right = (total / max(1, self.counts[2])).tolist()
         return Quality(loss, right)
 
+    def losses(self, x: Tensor) -> Tensor:
+        """Returns the cross-entropy of each example of this rank that is held out: float64 (k,)."""
+        found = [
+            F.cross_entropy(self._logits(rows, x), self._states.truth[rows], reduction="none")
+            for rows in self._places(True)
+        ]
+        return torch.cat([self._states.logits[:0, 0].double(), *found])
+
     def solution(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
         """Returns ΔW (C, d) and b (C,) of x, and A of each inner layer: float32, for states as they are."""
         ours, *theirs = self._matrices(x)

@@ -17,7 +17,7 @@ from tezo_ds.files.tensors import digest
 from tezo_ds.output_layer.answering import refuse_unfit as refuse_no_inner
 from tezo_ds.output_layer.choosing import FOLD
 from tezo_ds.output_layer.entry import Late
-from tezo_ds.output_layer.fit import Fitted, again, choice
+from tezo_ds.output_layer.fit import Fitted, again, choice, gain
 from tezo_ds.output_layer.inner import tensors_of
 from tezo_ds.output_layer.language import fit_tokens
 from tezo_ds.output_layer.problem import States
@@ -190,12 +190,13 @@ class OutputLayerFits:
         return again(states, fitted, self._reduce)
 
     def _best(self, states: States, alone: bool) -> tuple[Fitted, Sequence[int]]:
-        """Returns the fit, and which of the inner layers it has: all, or with `auto` all or none, whichever
-        does better on the examples that are held out."""
+        """Returns the fit, and which of the inner layers it has: all, but with `auto` none unless they lower
+        the loss of the examples that are held out by more than its standard error."""
         found = choice(states, alone, self._reduce)
         if self._engine.config.inner_layers == AUTO:
             without = choice(replace(states, inner=()), alone, self._reduce)
-            if without.after.loss <= found.after.loss:
+            better, error = gain(without, found)
+            if better <= error:  # as much as chance would give
                 return without.fitted(), ()
         return found.fitted(), range(len(states.inner))
 
