@@ -33,7 +33,7 @@ GRID = (
 
 @dataclass(frozen=True)
 class States:
-    """Hidden states before the output layer, one an example of this rank, in the order of the data.
+    """Hidden states before the output layer, one an example of this rank, in the order of the batches.
 
     Attributes:
         hidden: (n, d), in the dtype of the forward.
