@@ -83,6 +83,7 @@ def test_cosine_falls_from_peak_to_zero() -> None:
     [
         ({}, 1e-6), ({"method": "lozo"}, 1e-6), ({"method": "tezo-adam-coef"}, 1e-4),
         ({"method": "tezo-adam"}, 1e-3),
+        ({"method": "mezo-adam"}, 1e-3),
         ({"method": "tezo-gn"}, 1.0), ({"adapter": "tt"}, 1e-4), ({"adapter": "lora"}, 1e-4),
         ({"adapter": "tt", "method": "tezo-adam-coef"}, 1e-3),
         ({"adapter": "tt", "method": "tezo-gn"}, 1.0), ({"adapter": "lora", "lr": 1e-6}, 1e-6),

@@ -93,8 +93,8 @@ class Fields(BaseModel):
     )  # fmt: skip
     lr: float = declared(
         1e-6,
-        "peak learning rate η; by default 1e-3 under tezo-adam, 1e-4 under tezo-adam-coef, 1 under tezo-gn, "
-        "and of adapters 1e-4, or with Adam 1e-3",
+        "peak learning rate η; by default 1e-3 under tezo-adam and mezo-adam, 1e-4 under tezo-adam-coef, 1 "
+        "under tezo-gn, and of adapters 1e-4, or with Adam 1e-3",
         group=STEP, example=2e-6, ge=0,
     )  # fmt: skip
     schedule: str = declared(

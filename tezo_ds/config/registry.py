@@ -87,7 +87,7 @@ METHODS: dict[str, MethodFacts] = {
     "lozo-m": MethodFacts(_LOZO, "LOZO with momentum", "momentum", rank=2, fresh_left=True),
     "mezo": MethodFacts(_MEZO, "MeZO", rank=None),
     "mezo-m": MethodFacts(_MEZO, "MeZO with momentum", "momentum", rank=None),
-    "mezo-adam": MethodFacts(_MEZO, "MeZO with Adam", "adam", rank=None),
+    "mezo-adam": MethodFacts(_MEZO, "MeZO with Adam", "adam", rank=None, lr=1e-3),
 }
 
 # `probe: auto` takes the first that reaches all that trains.
