@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,8 +14,9 @@ import tezo_ds
 from tezo_ds.errors import ConfigError
 from tezo_ds.output_layer import answering
 from tezo_ds.output_layer.answering import positions_before
-from tezo_ds.output_layer.entry import Entry, Late
+from tezo_ds.output_layer.entry import Late
 from tezo_ds.output_layer.inner import directions, tensors_of
+from tezo_ds.trunk.found import Watch
 
 
 @pytest.mark.parametrize("kind", MAPS)
@@ -158,8 +158,7 @@ def test_blocks_that_later_ones_read_are_not_left_out(raises: bool) -> None:
         engine = tezo_ds.initialize(model, {"rank": 2})
         with pytest.MonkeyPatch.context() as patch:
             if not tries:
-                patch.setattr(Entry, "leaves_out", False)
-                patch.setattr(Entry, "watching", lambda _: nullcontext())
+                patch.setattr(Watch, "without_a_forward", lambda _: "as nobody looks")
             late = Late()
             found.append(states_of(engine, one_label(7), "layers:1", late))
             assert late.nbytes == 0

@@ -38,10 +38,9 @@ class _Watched:
 
     Attributes:
         inner: the inner layer.
-        on: whether the forward that runs is looked at.
         given: (B, T, n), or (B * T, n).
         behind: (B, T, d).
-        entry: what enters its block.
+        entry: what enters its block, and whether the forward that runs is looked at.
         tried: whether a position that went on alone was compared with a whole forward's.
         push: to be added, (rows, m); None: nothing.
     """
@@ -49,7 +48,7 @@ class _Watched:
     def __init__(self, module: nn.Module, inner: InnerLayer, stack: ExitStack) -> None:
         self.given = self.behind = torch.empty(0)
         self.push: Tensor | None = None
-        self.on, self.tried, self.inner = False, False, inner
+        self.tried, self.inner = False, inner
         layer, block = inner.layer, inner.block
         self.entry = Entry(module, block, stack)
         for hook in (
@@ -59,25 +58,15 @@ class _Watched:
         ):
             stack.callback(hook.remove)
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Context manager: the forward inside is looked at."""
-        self.on = True
-        try:
-            with self.entry.watching():
-                yield
-        finally:
-            self.on = False
-
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.on:
+        if self.entry.on:
             self.given = hidden_in(args, kwargs)
 
     def _after(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         return None if self.push is None else output + self.push.to(output.dtype).view_as(output)
 
     def _behind(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.on:
+        if self.entry.on:
             self.behind = hidden_of(output)
 
 
@@ -129,7 +118,7 @@ class Answering:
 
         with ExitStack() as looking, replaced(module, keep):
             for watched in self._watched:
-                looking.enter_context(watched.watching())
+                looking.enter_context(watched.entry.watching())
             yield
 
     @torch.no_grad()

@@ -173,7 +173,7 @@ class Problem:
 
     def _product(self, likely: Tensor, x: Tensor, held: bool | None) -> Tensor:
         """Returns the Hessian at probabilities p times x: Σ (p ∘ (s - p·s)) ∂z' / n with s the term of x.
-        A step of Newton's need not be exact, so this is made in single precision, in a third of the time."""
+        A step of Newton's need not be exact, so this is made in single precision, which is sooner done."""
         likely, x, done = likely.float(), x.float(), 0
 
         def sums(rows: Tensor) -> Tensor:

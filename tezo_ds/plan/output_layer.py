@@ -108,9 +108,8 @@ def fit_of(
         states += -(-count // ranks) * length * width * itemsize
     silent = [silent_count(n) * n for n in widths]
     numbers, largest = numbers + among * sum(widths), max([largest, *silent])
-    chunk = min(
-        positions, CHUNK
-    )  # of which single precision is at hand, and double made for a gradient
+    # Of a chunk single precision is at hand, and double is made for a gradient.
+    chunk = min(positions, CHUNK)
     solver += sum(8 * VECTORS * among * n + 12 * chunk * (n + among**2) for n in widths)
     solver += 8 * (sum(silent) + max(silent, default=0))
     message = 8 * max(numbers, largest) if ranks > 1 else 0
