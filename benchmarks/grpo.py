@@ -128,6 +128,19 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def measured_apart(words: list[str], way: str) -> dict[str, float]:
+    """Returns what `measured` does in a process of its own, whose memory nothing else has had.
+
+    Args:
+        words: of the command line.
+        way: one of WAYS.
+    """
+    command = [sys.executable, __file__, *words, "--one", way]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def main() -> None:
     args = arguments().parse_args()
     if args.one:
@@ -137,9 +150,7 @@ def main() -> None:
     console.print(describe())
     found: dict[str, dict[str, float]] = {}
     for way in args.ways:
-        command = [sys.executable, __file__, *sys.argv[1:], "--one", way]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found[way] = json.loads(done.stdout.splitlines()[-1])
+        found[way] = measured_apart(sys.argv[1:], way)
         console.print(f"{way}: {found[way]['peak'] / 1e6:.0f} MB")
     shape = f"{args.prompts} prompts, {args.completions} answers each of at most {args.new} tokens"
     table = Table("way", "peak MB", "÷ first", "s a step", title=f"{shape}, r={args.rank}, float32")

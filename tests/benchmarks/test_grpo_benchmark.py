@@ -13,6 +13,5 @@ from tiny_tokenizer import save_tiny_llama
 def test_each_way_makes_its_answers_and_its_steps(way: str, tmp_path: Path) -> None:
     save_tiny_llama(tmp_path / "model", ["What is 7 plus 12?"])
     words = ["--prompts", "2", "--completions", "2", "--new", "3", "--rank", "2", "--model"]
-    args = grpo.arguments().parse_args([*words, str(tmp_path / "model")])
-    found = grpo.measured(args, way)
+    found = grpo.measured_apart([*words, str(tmp_path / "model")], way)
     assert found["peak"] > 0 and found["seconds"] > 0
