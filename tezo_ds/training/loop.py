@@ -21,7 +21,6 @@ from tezo_ds.tasks.baselines import majority_accuracy
 from tezo_ds.tasks.encoded import Encoded
 from tezo_ds.training.best import Best
 from tezo_ds.training.display import Display
-from tezo_ds.training.divergence import Divergence
 from tezo_ds.training.evaluations import Evaluations, Scores
 from tezo_ds.training.interrupts import Interrupted, deaf, turned_into_exceptions
 from tezo_ds.training.liveness import Liveness
@@ -30,9 +29,9 @@ from tezo_ds.training.records import of_journal, write_results
 from tezo_ds.training.samples import Samples
 from tezo_ds.training.session import Session
 from tezo_ds.training.step_batches import Padding, StepBatches
-from tezo_ds.training.ties import Ties
 from tezo_ds.training.trackers import Trackers
 from tezo_ds.training.trunk_caches import open_caches
+from tezo_ds.training.watches import Watches
 
 REPLAYED = f"the steps so far from {JOURNAL} in the run folder"
 
@@ -71,12 +70,11 @@ def train(
     Raises:
         TezoError: the engine's errors. Interrupted: a signal came.
     """
-    divergence = Divergence([line["loss"] for line in made], options.stop_on_divergence)
-    ties = Ties(line["kappa"] for line in made)
+    watches = Watches(made, session.engine.objective, options.stop_on_divergence)
     with Trackers(options.report_to, folder, display) as trackers:
         evaluations = Evaluations(session, options, folder, display, scores or {}, best, trackers)
         training = _Training(
-            session, options, examples, folder, display, divergence, evaluations, ties, trackers
+            session, options, examples, folder, display, watches, evaluations, trackers
         )
         training.count_padding(made)
         training.base = base
@@ -89,13 +87,11 @@ class _Training:
 
     def __init__(
         self, session: Session, options: RunOptions, examples: Sequence[Encoded], folder: RunFolder | None,
-        display: Display, divergence: Divergence, evaluations: Evaluations, ties: Ties,
-        trackers: Trackers,
+        display: Display, watches: Watches, evaluations: Evaluations, trackers: Trackers,
     ) -> None:  # fmt: skip
         self._session, self._options, self._examples = session, options, examples
         self._folder, self._display, self._trackers = folder, display, trackers
-        self._engine, self._divergence, self._evaluations = session.engine, divergence, evaluations
-        self._ties = ties
+        self._engine, self._watches, self._evaluations = session.engine, watches, evaluations
         self._samples = Samples(session, examples, folder, display, options.samples_every)
         engine = session.engine
         self.base: str | None = None
@@ -267,12 +263,7 @@ class _Training:
             self._display.note(str(engine.radius))
         self._display.step(report)
         self._logged = self._state
-        gain, warnings = engine.objective.gain, []
-        if gain is None:
-            warnings.append(self._divergence.step(report.loss, report.step))
-        if engine.objective.piecewise_constant:
-            warnings.append(self._ties.step(report.tied, gain or "loss"))
-        for warning in filter(None, warnings):
+        for warning in self._watches.step(report):
             self._display.note(f"warning: {warning}")
 
     def _between(self, done: int, alive: Liveness) -> None:
