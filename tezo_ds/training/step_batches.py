@@ -47,10 +47,10 @@ def refuse_unfit(settings: Settings, config: TezoConfig) -> None:
             "epochs could not be grouped; leave one of the two out"
         )
     if settings.padding_free:
-        refuse_rows_of_many(settings, config)
+        _refuse_rows_of_many(settings, config)
 
 
-def refuse_rows_of_many(settings: Settings, config: TezoConfig) -> None:
+def _refuse_rows_of_many(settings: Settings, config: TezoConfig) -> None:
     """Raises ConfigError for an option that needs a row for each example."""
     unfit = {
         "trunk_cache": config.trunk_cache != "off",
