@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import signal
@@ -15,6 +16,7 @@ import pytest
 
 from tezo_ds.errors import ConfigError, RewardFailed
 from tezo_ds.rewards import load_judges
+from tezo_ds.rewards.limit import Overdue, limited
 
 PROMPTS = ["a", "b", "c"]
 MADE = ["one", "two words", "three more words"]
@@ -223,8 +225,38 @@ def test_a_function_that_never_returns_is_ended(name: str) -> None:
     assert time.monotonic() - start < 5
     assert name != "sleeps" or "at the completion 'two words'" in str(e.value)
     assert signal.getsignal(signal.SIGALRM) is before and threading.active_count() == threads
-    assert judged("users_rewards:words", timeout=0.2) == [1.0, 2.0, 3.0]
-    time.sleep(0.3)  # no alarm comes later
+    assert judged("users_rewards:words", timeout=5) == [1.0, 2.0, 3.0]
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0.0  # no alarm comes later
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_machine_that_stalls_leaves_no_alarm(
+    monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+) -> None:
+    """The time is over before the call began: the alarm went off where nothing ended it, each second."""
+    before, threads = signal.getsignal(signal.SIGALRM), threading.active_count()
+    starts = threading.Thread.start
+
+    def stalling(thread: threading.Thread) -> None:
+        starts(thread)
+        if not elsewhere or threading.current_thread() is not threading.main_thread():
+            time.sleep(0.1)
+
+    def call() -> None:
+        with contextlib.suppress(Overdue):
+            limited(lambda: None, 0.01)
+        found.append(signal.getitimer(signal.ITIMER_REAL)[0])
+
+    found: list[float] = []
+    monkeypatch.setattr(threading.Thread, "start", stalling)
+    if elsewhere:
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join(10)
+    else:
+        call()
+    assert found == [0.0] and signal.getsignal(signal.SIGALRM) is before
+    assert threading.active_count() == threads
 
 
 def test_in_another_thread_python_code_is_ended_too() -> None:

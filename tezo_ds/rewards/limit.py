@@ -29,9 +29,10 @@ def limited(call: Callable[[], T], seconds: float | None) -> T:
     """
     if seconds is None:
         return call()
-    start, running, done = time.monotonic(), [True], threading.Event()
+    start, running, done = time.monotonic(), list[bool](), threading.Event()
     alarmed = threading.current_thread() is threading.main_thread()
     before: Any = signal.getsignal(signal.SIGALRM) if alarmed else None
+    timer = signal.getitimer(signal.ITIMER_REAL) if alarmed else (0.0, 0.0)
 
     def on_alarm(number: int, frame: FrameType | None) -> None:
         if running and time.monotonic() >= start + seconds:
@@ -39,18 +40,22 @@ def limited(call: Callable[[], T], seconds: float | None) -> T:
         if callable(before):  # an alarm of someone else's
             before(number, frame)
 
-    me, timer = threading.get_ident(), (0.0, 0.0)
+    me = threading.get_ident()
+    watch = threading.Thread(target=_watch, args=(running, done, me, seconds, alarmed), daemon=True)
     if alarmed:
         signal.signal(signal.SIGALRM, on_alarm)
-        timer = signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
-    watch = threading.Thread(target=_watch, args=(done, me, seconds, alarmed), daemon=True)
     watch.start()
     try:
         try:
+            # Not before what ends it all again: on a machine that stalls the time may be over by now.
+            running.append(True)
+            if alarmed:
+                signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
             return call()
         finally:
             running.clear()
     finally:
+        running.clear()  # raised in the line above
         done.set()
         watch.join()
         if alarmed:
@@ -62,8 +67,12 @@ def limited(call: Callable[[], T], seconds: float | None) -> T:
             _raise_in(me, None)  # one that was not delivered yet
 
 
-def _watch(done: threading.Event, thread: int, seconds: float, alarmed: bool) -> None:
+def _watch(
+    running: list[bool], done: threading.Event, thread: int, seconds: float, alarmed: bool
+) -> None:
     while not done.wait(seconds):
+        if not running:
+            continue
         if alarmed:
             signal.pthread_kill(thread, signal.SIGALRM)
         else:

@@ -24,6 +24,8 @@ STEPS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # Most of a small space that is new in each step, whose forwards are cheap.
 _FRESH = {**STEPS["tezo-gn"], "include": "last:1", "queries": 24, "refresh_every": 1}
+# Biases of the words are columns of each solve, and begin with what a batch of examples gives.
+_BIASED = {**_FRESH, "output_layer": "bias", "output_layer_examples": 64}
 # More than the default arms; adapters are for the head frozen alone, as they go with no other.
 _TT, _LORA = (
     {"adapter": "tt", "rho": 1e-3, "batch_size": 16},
@@ -31,8 +33,8 @@ _TT, _LORA = (
 )
 OTHERS: dict[str, dict[str, Any]] = {
     "tezo-gn-fresh": _FRESH,
-    # Biases of the words are columns of each solve, and begin with what a batch of examples gives.
-    "tezo-gn-biased": {**_FRESH, "output_layer": "bias", "output_layer_examples": 64},
+    "tezo-gn-biased": _BIASED,
+    "tezo-gn-deep": {**_BIASED, "include": "last:3"},
     **{
         name: {"method": name, "rho": 1e-3, "lr": 1e-6, "batch_size": 16}
         for name in ("tezo", "tezo-adam", "mezo-adam")
