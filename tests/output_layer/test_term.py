@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from tiny import VOCABULARY, make_batch, tiny
 from torch import Tensor, nn
@@ -88,6 +90,39 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
         assert torch.equal(logits(engine.sharding.module), before)
     engine.output_layer.load({})
     assert torch.equal(logits(engine.sharding.module), before) and not engine.output_layer.state
+
+
+@pytest.mark.parametrize("words", [WORDS, torch.tensor([12, 3, 7]), torch.tensor([3, 11])], ids=str)
+def test_of_choices_their_logits_and_terms_alone_are_computed(words: Tensor) -> None:
+    engine, batch = tezo_ds.initialize(tiny(), {"rank": 2}), make_batch(4)
+    batch["labels"][:] = -100
+    batch["labels"][:, 3], batch["labels"][:, 5] = words[[0, 1, 1, 0]], words[-1]
+    engine.output_layer.load(term())
+    with torch.no_grad():
+        whole = (
+            engine.sharding.module(batch["input_ids"], attention_mask=batch["attention_mask"])
+            .logits[:, [2, 4]][..., words]
+            .flatten(0, 1)
+        )
+    right = torch.tensor([i for first in (0, 1, 1, 0) for i in (first, len(words) - 1)])
+    engine.objective.choices, widths, project = words, [], F.linear
+
+    def count(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        widths.append(len(weight))
+        return project(x, weight, *rest)
+
+    for off in (False, True, False):  # the first settles how logits are taken
+        if off:
+            with engine.output_layer.off():
+                without = engine.loss(batch)
+            continue
+        widths.clear()
+        with mock.patch.object(F, "linear", count):
+            found = engine.loss(batch)
+        assert found == pytest.approx(F.cross_entropy(whole, right).item(), rel=1e-5)
+    assert VOCABULARY not in widths
+    # Of no word in the term nothing changes, and of others much.
+    assert (abs(found - without) < 1e-9) == (not set(words.tolist()) & set(WORDS.tolist()))
 
 
 def test_generation_sees_the_term() -> None:

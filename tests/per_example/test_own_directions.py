@@ -86,7 +86,11 @@ def test_a_frozen_trunk_and_labelled_rows_alone_behind_the_last_attention(
     engine = assert_the_loop(lambda: deep(kind, False), ragged(7), fields)
     assert (engine.objective.trunk is None) == ("shared_trunk" in more)
     if engine.objective.trunk is not None:
-        assert engine.objective.trunk.found is not None and engine.objective.trunk._tail
+        assert engine.objective.trunk.found is not None
+        assert (
+            engine.objective.trunk._tail is not None
+            and engine.objective.trunk._tail.last is not None
+        )
     assert_the_loop(lambda: deep(kind, False), ragged(7), {**fields, "include": include})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -49,7 +50,9 @@ def test_losses_are_those_of_whole_forwards(kind: str, probe: str) -> None:
     assert_alike(steps(cached, numbers=True), expected)
     for engine in (shared, cached):
         trunk = engine.objective.trunk
-        assert trunk is not None and trunk.found is not None and trunk._tail
+        assert trunk is not None and trunk.found is not None and trunk._tail is not None
+        # BERT's attention normalises what its last map gave, and adds what entered to it.
+        assert (trunk._tail.last is None) == (kind == "roberta")
 
 
 @pytest.mark.parametrize(
@@ -156,11 +159,12 @@ def test_positions_without_a_label_leave_the_last_block() -> None:
     batch = numbered([0, 1, 2])
     engine, rows = engine_of(deep()), []
     engine.step(batch)
-    mlp = engine.sharding.module.get_submodule("model.layers.3.mlp.up_proj")
-    mlp.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:-1].numel()))
+    for name in ("self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj"):
+        layer = engine.sharding.module.get_submodule(f"model.layers.3.{name}")
+        layer.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:-1].numel()))
     engine.step(batch)
-    labels = int((batch["labels"][:, 1:] != -100).sum())
-    assert rows == [4 * labels] and labels < batch["input_ids"].numel()
+    labels, every = int((batch["labels"][:, 1:] != -100).sum()), batch["input_ids"].numel()
+    assert rows == [4 * every, 4 * labels, 4 * labels] and labels < every
 
 
 def test_a_visit_that_is_cached_calls_late_modules_alone() -> None:
@@ -198,18 +202,18 @@ class Block(nn.Module):
         super().__init__()
         self.inner = nn.Linear(8, 8)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         return hidden + torch.tanh(self.inner(hidden))
 
 
 class Shared(nn.Module):
     """A model that may read more of the trunk, after its blocks, than hidden states."""
 
-    def __init__(self, leaks: bool) -> None:
+    def __init__(self, leaks: bool, block: Callable[[], nn.Module] = Block) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.table = nn.Embedding(61, 8)
-        self.layers = nn.ModuleList(Block() for _ in range(4))
+        self.layers = nn.ModuleList(block() for _ in range(4))
         self.head = nn.Linear(8, 61, bias=False)
         self._leaks = leaks
 
@@ -222,7 +226,7 @@ class Shared(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         start = hidden = self.table(input_ids)
         for layer in self.layers:
-            hidden = layer(hidden)
+            hidden = layer(hidden, attention_mask)
         return self.head(hidden + start if self._leaks else hidden)
 
 
@@ -237,6 +241,45 @@ def test_what_else_of_the_trunk_is_read_later(caplog: pytest.LogCaptureFixture) 
         assert trunk is not None and (trunk.found is None) == leaks
         assert ("shared_trunk: every branch runs all blocks (Shared: later" in caplog.text) == leaks
         caplog.clear()
+
+
+class Mixing(nn.Module):
+    """An attention that may use its last map twice, or change what it gave."""
+
+    def __init__(self, does: str) -> None:
+        super().__init__()
+        self.out, self._does = nn.Linear(8, 8), does
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        real = mask[..., None].to(hidden.dtype)
+        mixed = (hidden * real).cumsum(dim=1) / real.cumsum(dim=1).clamp(min=1)
+        if self._does == "twice":
+            mixed = torch.tanh(self.out(mixed))
+        mapped = self.out(mixed)
+        return torch.tanh(mapped) if self._does == "more" else mapped
+
+
+class MixingBlock(nn.Module):
+    def __init__(self, does: str) -> None:
+        super().__init__()
+        self.attention, self.inner = Mixing(does), nn.Linear(8, 8)
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        hidden = hidden + self.attention(hidden, mask)
+        return hidden + torch.tanh(self.inner(hidden))
+
+
+@pytest.mark.parametrize(("does", "ends"), [("once", True), ("twice", False), ("more", False)])
+def test_an_attentions_last_map_runs_on_labelled_positions_where_it_ends_there(
+    does: str, ends: bool
+) -> None:
+    fields = {"include": ("layers.2.*", "layers.3.*"), "queries": 2, "rank": 3, "rho": 1e-2}
+    engine = tezo_ds.initialize(Shared(False, lambda: MixingBlock(does)), fields)
+    plain = tezo_ds.initialize(Shared(False, lambda: MixingBlock(does)), {**fields, **WHOLE})
+    assert_alike(steps(engine), steps(plain))
+    trunk = engine.objective.trunk
+    assert trunk is not None and trunk._tail is not None
+    assert (trunk._tail.last is not None) == ends
 
 
 @pytest.mark.parametrize(

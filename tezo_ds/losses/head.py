@@ -19,6 +19,9 @@ from tezo_ds.sharding.base import Sharding
 CHUNK_NUMEL = 1 << 24  # logits at a time
 
 Reduce = Callable[[Tensor, slice], Tensor]
+# Attribute of a function that stands in an output layer's forward and adds something to its result: adds
+# it to the logits of some words alone, (hidden states, logits, words) -> logits.
+TO_WORDS = "to_words"
 
 
 class Head:
@@ -47,7 +50,7 @@ class Head:
             branches: number of copies.
             reduce: (logits (branches, j, vocabulary), slice of the k positions) -> (branches, j, …).
             words: int64 (words,), tokens whose logits alone `reduce` is given: (branches, j, words). A plain
-                output layer whose logits are taken as they are computes no others.
+                output layer whose logits are taken as they are, or with a term, computes no others.
 
         Returns:
             reduce's results joined: (branches, k, …).
@@ -167,15 +170,23 @@ class _Tap:
 
     def _of_words_alone(self) -> tuple[Callable[[Tensor], Tensor], int] | None:
         """Returns the output layer of the words' rows alone, and their number; None where none are asked for,
-        or something is added to the layer's result, or its weight is not a plain one."""
+        or its weight is not a plain one, or what is added to the layer's result is not known by words."""
         layer, words = self._layer, self._words
-        if words is None or type(layer) is not nn.Linear or self._before is not None:
+        if words is None or type(layer) is not nn.Linear:
             return None
         if type(layer.weight.data) is not Tensor:  # packed
             return None
+        add = getattr(self._before, TO_WORDS, None)
+        if self._before is not None and add is None:
+            return None
         bias = None if layer.bias is None else layer.bias[words]
         weight = layer.weight[words]
-        return (lambda chosen: F.linear(chosen, weight, bias)), len(words)
+
+        def project(chosen: Tensor) -> Tensor:  # (branches, j, hidden) -> (branches, j, words)
+            logits = F.linear(chosen, weight, bias)
+            return logits if add is None else add(chosen, logits, words)
+
+        return project, len(words)
 
 
 def _narrowed(reduce: Reduce, words: Tensor | None) -> Reduce:

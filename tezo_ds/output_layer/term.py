@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError
+from tezo_ds.losses.head import TO_WORDS
 from tezo_ds.models.structure import embeddings
 from tezo_ds.output_layer.inner import InnerLayers
 from tezo_ds.sharding.base import Sharding
@@ -114,10 +115,18 @@ class OutputTerm:
             logits = project(input)
             return logits if self._off or not self._loaded else self._added(input, logits)
 
+        def to_words(hidden: Tensor, logits: Tensor, words: Tensor) -> Tensor:
+            """Adds the term to logits (…, words) of some words alone, int64 (words,)."""
+            return logits if self._off or not self._loaded else self._added(hidden, logits, words)
+
+        assert self.layer is not None
+        if "forward" not in self.layer.__dict__:  # nothing else is added to the layer's result
+            forward.__dict__[TO_WORDS] = to_words
         return forward
 
-    def _added(self, hidden: Tensor, logits: Tensor) -> Tensor:
-        """Adds the term to logits (…, vocabulary) of hidden states (…, d), in float32 or wider."""
+    def _added(self, hidden: Tensor, logits: Tensor, words: Tensor | None = None) -> Tensor:
+        """Adds the term to logits of hidden states (…, d), of the vocabulary or of some words: (…, words). In
+        float32 or wider."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         key = (hidden.device, wide)
         if self._placed is None or self._placed[0] != key:
@@ -128,6 +137,9 @@ class OutputTerm:
         _, tokens, weight, bias, basis = self._placed
         inner = hidden.to(wide) if basis is None else F.linear(hidden.to(wide), basis)
         term = F.linear(inner, weight, bias)  # (…, C)
+        if words is not None:
+            which, tokens = (tokens[:, None] == words).nonzero(as_tuple=True)
+            term = term[..., which]
         logits[..., tokens] = (logits[..., tokens] + term).to(logits.dtype)
         return logits
 

@@ -12,9 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tezo_ds.models.structure import blocks, embeddings, is_encoder_decoder, users
+from tezo_ds.models.structure import blocks, embeddings, is_encoder_decoder, kind_of, users
+from tezo_ds.trunk.noted import Noted
 from tezo_ds.trunk.outputs import hidden_alone, hidden_of, with_hidden
 from tezo_ds.trunk.stand_ins import Places, places
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What mixes positions in a block, as one forward showed it.
+
+    Attributes:
+        module: a child of the block.
+        last: a linear map within it, whose result is the attention's; None: not known.
+        width: size of a token's hidden states that the attention gives.
+    """
+
+    module: nn.Module
+    last: nn.Module | None
+    width: int
 
 
 @dataclass(frozen=True)
@@ -25,8 +41,8 @@ class Found:
         blocks: all L of them.
         first: ℓ, the number of blocks before the first module that trains; L if that stands after all.
         outputs: what each block gave, without its hidden states.
-        attention: name, within the last block, of the child that mixes positions; None: not known. Only a
-            guess, which `Trunk.settle` tries: the first that is told more than hidden states.
+        attention: the last block's; None: not known. Only a guess, which `Trunk.settle` tries: the first
+            child that is told more than hidden states.
         embedding, head: the model's input embedding and output layer, where it names them.
         embedded: NaN, of the width and dtype of an embedding: (width,).
         after: modules with weights that are called after the last block, and the width of what they give.
@@ -36,7 +52,7 @@ class Found:
     blocks: tuple[nn.Module, ...]
     first: int
     outputs: tuple[Any, ...]
-    attention: str | None
+    attention: Attention | None
     embedding: nn.Module | None
     head: nn.Module | None
     embedded: Tensor
@@ -85,7 +101,8 @@ class Watch:
         self._first: str | None = None
         self._embedded = torch.empty(0)
         self._after: list[tuple[int, nn.Module, int]] = []  # blocks before it, a module, its width
-        self._mixing: dict[int, list[str]] = {id(block): [] for block in self._blocks}
+        self._mixing: dict[int, list[Attention]] = {id(block): [] for block in self._blocks}
+        self._made: tuple[nn.Module, Noted] | None = None  # by the linear map that was last called
 
     def without_a_forward(self) -> str:
         """Returns in a phrase why the model has no trunk, as far as that shows without one; "" otherwise."""
@@ -109,10 +126,15 @@ class Watch:
         ]
         hooks += [module.register_forward_hook(self._outside_called) for module in self._outside]
         for block in self._blocks:
-            for name, child in block.named_children():
-                hooks.append(
-                    child.register_forward_pre_hook(self._mixes(block, name), with_kwargs=True)
-                )
+            hooks += [
+                child.register_forward_hook(self._mixes(block), with_kwargs=True)
+                for child in block.children()
+            ]
+            hooks += [
+                module.register_forward_hook(self._maps)
+                for module in block.modules()
+                if kind_of(module) in ("linear", "conv1d")
+            ]
         try:
             yield
         finally:
@@ -136,11 +158,17 @@ class Watch:
                 self._embedded = output.new_full((output.shape[-1],), math.nan)
             self._after.append((len(self._calls), module, output.shape[-1]))
 
-    def _mixes(self, block: nn.Module, name: str) -> Any:
-        def note(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _maps(self, module: nn.Module, _: Any, output: Any) -> None:
+        self._made = (module, Noted(output)) if isinstance(output, Tensor) else None
+
+    def _mixes(self, block: nn.Module) -> Any:
+        def note(child: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             """Notes a child that is told more than hidden states: a mask, positions, a cache."""
-            if len(args) + len(kwargs) > 1 and name not in self._mixing[id(block)]:
-                self._mixing[id(block)].append(name)
+            if len(args) + len(kwargs) > 1:
+                hidden, last = hidden_of(output), None
+                if self._made is not None and self._made[1].is_(hidden):
+                    last = self._made[0]
+                self._mixing[id(block)].append(Attention(child, last, hidden.shape[-1]))
 
         return note
 
@@ -170,7 +198,7 @@ class Watch:
         return Found(
             tuple(self._calls), self._complete, tuple(self._outputs[id(b)] for b in self._calls),
             mixing[0] if mixing else None, embedding, head, self._embedded, tuple(after),
-            places(self._root, [*self._calls, *named, *last.children()]),
+            places(self._root, [*self._calls, *named, *last.modules()]),
         )  # fmt: skip
 
 

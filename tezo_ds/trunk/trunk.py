@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from tezo_ds.errors import ConfigError
 from tezo_ds.sharding.base import Sharding
 from tezo_ds.trunk.alike import Alike
 from tezo_ds.trunk.cache import Budget, Cache, MemoryCache, Visit
-from tezo_ds.trunk.found import Found, Watch
+from tezo_ds.trunk.found import Attention, Found, Watch
 from tezo_ds.trunk.keys import apart
 from tezo_ds.trunk.passes import through_rest, through_trunk
 from tezo_ds.trunk.stand_ins import Act, replaced
@@ -56,7 +57,8 @@ class Trunk:
         self.cache: Cache | None = None
         self.part = self.rows = 0
         self.behind = False
-        self._tail = self._shares = True
+        self._tail: Attention | None = None  # of the last block, where labelled rows alone leave it
+        self._shares = True
         self._trying = False
         self._alike: Alike | None = None  # of the forward inside `serving`
         self._kept: dict[int, Tensor] | None = None  # hidden states by part
@@ -117,8 +119,12 @@ class Trunk:
         positions alone in the last block, and makes the first block's products once, if so they do."""
         self.found, self._trying = found, True
         late = found.first < len(found.blocks)
-        ways = [(True, True)] if late and found.attention else []
-        ways += [(False, True), (False, False)] if late else [(False, False)]
+        ways: list[tuple[Attention | None, bool]] = []
+        if late and found.attention is not None:
+            ways = [(found.attention, True)]
+            if found.attention.last is not None:
+                ways.append((replace(found.attention, last=None), True))
+        ways += [(None, True), (None, False)] if late else [(None, False)]
         for self._tail, self._shares in ways:
             try:
                 differs = not self._same(plain, run())
@@ -255,11 +261,10 @@ class Trunk:
     ) -> Any:  # fmt: skip
         found = self._found
         alone: Any = nullcontext()
-        if self._tail and positions is not None and found.attention is not None:
+        if self._tail is not None and positions is not None:
             rows = positions.to(self._sharding.device)
-            block = found.blocks[-1]
             alone = labelled_alone(
-                block, found.attention, found.places, rows, branches, self._going_behind
+                found.blocks[-1], self._tail, found.places, rows, branches, self._going_behind
             )
         copies = hidden.repeat(branches, 1, 1)
         with self._sharing(copies, hidden), alone:
