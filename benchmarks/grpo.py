@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from generation import free, prompts_of
+from parts.common.apart import found_apart
 from parts.common.machine import describe
 from peft import LoraConfig
 from rich.console import Console
@@ -135,9 +135,7 @@ def measured_apart(words: list[str], way: str) -> dict[str, float]:
         words: of the command line.
         way: one of WAYS.
     """
-    command = [sys.executable, __file__, *words, "--one", way]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, float] = found_apart(__file__, *words, "--one", way)
     return found
 
 

@@ -26,7 +26,6 @@ import argparse
 import json
 import mmap
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -35,6 +34,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from parts.common.apart import found_apart
 from parts.common.machine import describe
 from parts.directions.report import table
 from parts.larger_than_memory.mapped_weights import (
@@ -193,10 +193,8 @@ def in_new_process(args: argparse.Namespace, pages: str) -> Record:
     """Runs `train` in a new process, from a cold page cache."""
     for file in args.folder.glob("*.safetensors"):
         leave_cache(file)
-    command = [sys.executable, __file__, *sys.argv[1:], "--one", pages]
-    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    print(found.stdout, end="", file=sys.stderr, flush=True)  # another way may fail later
-    record: Record = json.loads(found.stdout.splitlines()[-1])
+    record: Record = found_apart(__file__, *sys.argv[1:], "--one", pages)
+    print(json.dumps(record), file=sys.stderr, flush=True)  # another way may fail later
     return record
 
 

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from parts.common.apart import found_apart
 from parts.common.machine import describe
 from rich.console import Console
 from rich.table import Table
@@ -81,9 +81,7 @@ def peaks_of(args: argparse.Namespace, name: str) -> dict[str, int]:
 
 def measure(name: str, shape: str, arguments: list[str]) -> dict[str, int]:
     """Measures the peaks of one contestant in a fresh process."""
-    command = [sys.executable, __file__, *arguments, "--shapes", shape, "--one", name]
-    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    peaks: dict[str, int] = json.loads(found.stdout.splitlines()[-1])
+    peaks: dict[str, int] = found_apart(__file__, *arguments, "--shapes", shape, "--one", name)
     return peaks
 
 
