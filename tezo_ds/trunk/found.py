@@ -164,10 +164,10 @@ class Watch:
     def _mixes(self, block: nn.Module) -> Any:
         def note(child: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             """Notes a child that is told more than hidden states: a mask, positions, a cache."""
-            if len(args) + len(kwargs) > 1:
-                hidden, last = hidden_of(output), None
-                if self._made is not None and self._made[1].is_(hidden):
-                    last = self._made[0]
+            hidden = output[0] if isinstance(output, tuple | list) and output else output
+            if len(args) + len(kwargs) > 1 and isinstance(hidden, Tensor):
+                made = self._made
+                last = made[0] if made is not None and made[1].is_(hidden) else None
                 self._mixing[id(block)].append(Attention(child, last, hidden.shape[-1]))
 
         return note
