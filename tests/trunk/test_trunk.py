@@ -55,6 +55,58 @@ def test_losses_are_those_of_whole_forwards(kind: str, probe: str) -> None:
         assert (trunk._tail.last is None) == (kind == "roberta")
 
 
+BEHIND = {  # what follows the last block's attention, from its last map on
+    "llama": ("*.3.self_attn.o_proj*", "*.3.mlp*", "*.3.post*", "model.norm*", "lm_head*"),
+    "opt": ("*.3.self_attn.out_proj*", "*.3.fc*", "*.3.final*", "*decoder.final*"),
+    "neox": ("*.3.attention.dense*", "*.3.mlp*", "*.3.post*", "*final*", "embed_out*"),
+    "gpt2": ("*.h.1.attn.c_proj*", "*.h.1.mlp*", "*.h.1.ln_2*", "*ln_f*"),
+    "qwen-moe": ("*.3.self_attn.o_proj*",),
+}
+HEADED = ("llama", "neox")  # whose output layer trains above, and so must have a weight of its own
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {}, {"train_vectors": True, "micro_batch": 2}, {"method": "tezo-gn", "queries": 3},
+        {"branch_chunk": 3}, {"method": "lozo", "rank": 2, "nu": 2},
+    ],
+    ids=lambda fields: "-".join(map(str, fields)),
+)  # fmt: skip
+@pytest.mark.parametrize("kind", BEHIND)
+def test_what_follows_the_last_attention_trains_alone(kind: str, more: dict[str, object]) -> None:
+    fields = {"include": BEHIND[kind], **more}
+    expected = steps(engine_of(deep(kind, kind not in HEADED), **fields, **WHOLE))
+    shared = engine_of(deep(kind, kind not in HEADED), **fields)
+    assert_alike(steps(shared), expected)
+    cached = engine_of(deep(kind, kind not in HEADED), **fields, trunk_cache="memory")
+    assert_alike(steps(cached, numbers=True), expected)
+    for engine in (shared, cached):
+        trunk = engine.objective.trunk
+        assert trunk is not None and trunk._tail is not None and trunk._tail.alike
+
+
+def test_the_last_attention_runs_once_where_nothing_trains_before_its_last_map() -> None:
+    names = ("model.layers.3.self_attn.q_proj", "model.layers.3.self_attn.o_proj")
+    batch = numbered([0, 1, 2])
+    labels, every = int((batch["labels"][:, 1:] != -100).sum()), batch["input_ids"].numel()
+    for first, attention in (("o", every), ("v", 4 * every)):
+        include = (f"*.3.self_attn.{first}_proj*", "*.3.mlp*")
+        engine, rows = engine_of(deep(), include=include, trunk_cache="memory"), []
+        engine.step(batch)
+        for name in names:
+            engine.sharding.module.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, rows=rows: rows.append(args[0].shape[:-1].numel())
+            )
+        norm = engine.sharding.module.get_submodule("model.norm")
+        of_norm = norm.forward
+        norm.__dict__["forward"] = lambda x, rows=rows, forward=of_norm: (
+            rows.append(x.shape[:-1].numel()) or forward(x)
+        )
+        engine.step(batch)
+        assert rows == [attention, 4 * labels, 4 * (labels if first == "o" else every)]
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -280,6 +332,23 @@ def test_an_attentions_last_map_runs_on_labelled_positions_where_it_ends_there(
     trunk = engine.objective.trunk
     assert trunk is not None and trunk._tail is not None
     assert (trunk._tail.last is not None) == ends
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_a_model_that_reads_all_positions_behind_its_blocks_gets_them(halves: bool) -> None:
+    fields = {"include": ("layers.3.*",), "queries": 2, "rank": 3, "rho": 1e-2}
+    models = [Shared(False, lambda: MixingBlock("once")) for _ in range(2)]
+    for model in models:
+        if halves:  # the output layer's input is another tensor than the last block gave
+            model.head.register_forward_pre_hook(lambda _, args: (args[0] * 0.5,))
+    engine, plain = (
+        tezo_ds.initialize(model, {**fields, **more})
+        for model, more in zip(models, ({}, WHOLE), strict=True)
+    )
+    assert_alike(steps(engine), steps(plain))
+    trunk = engine.objective.trunk
+    assert trunk is not None and trunk._tail is not None and trunk._tail.last is not None
+    assert trunk._tail.alike == (not halves)
 
 
 @pytest.mark.parametrize(

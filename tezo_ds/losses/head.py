@@ -19,9 +19,14 @@ from tezo_ds.sharding.base import Sharding
 CHUNK_NUMEL = 1 << 24  # logits at a time
 
 Reduce = Callable[[Tensor, slice], Tensor]
+RowsOf = Callable[[Tensor], Tensor | None]
 # Attribute of a function that stands in an output layer's forward and adds something to its result: adds
 # it to the logits of some words alone, (hidden states, logits, words) -> logits.
 TO_WORDS = "to_words"
+
+
+def _no_rows(hidden: Tensor) -> Tensor | None:
+    return None
 
 
 class Head:
@@ -40,7 +45,7 @@ class Head:
 
     def __call__(
         self, inputs: dict[str, Any], positions: Tensor, branches: int, reduce: Reduce,
-        words: Tensor | None = None,
+        words: Tensor | None = None, rows_of: RowsOf = _no_rows,
     ) -> Tensor:  # fmt: skip
         """Runs the model once (more often only the first time) and reduces its logits.
 
@@ -51,20 +56,22 @@ class Head:
             reduce: (logits (branches, j, vocabulary), slice of the k positions) -> (branches, j, …).
             words: int64 (words,), tokens whose logits alone `reduce` is given: (branches, j, words). A plain
                 output layer whose logits are taken as they are, or with a term, computes no others.
+            rows_of: of the output layer's input, the positions alone, (branches, k, hidden), where it only
+                stands for them; else None.
 
         Returns:
             reduce's results joined: (branches, k, …).
         """
         positions = positions.to(self._sharding.device)
         while True:
-            result = self._run(inputs, positions, branches, reduce, words)
+            result = self._run(inputs, positions, branches, reduce, words, rows_of)
             if result is not None:
                 return result
             self.mode = "chosen" if self._row_by_row(inputs, branches) else "whole"
 
     def _run(
         self, inputs: dict[str, Any], positions: Tensor, branches: int, reduce: Reduce,
-        words: Tensor | None,
+        words: Tensor | None, rows_of: RowsOf,
     ) -> Tensor | None:  # fmt: skip
         """Runs one forward in the present mode; None if the model turns out not to allow that mode."""
         of_all = _narrowed(reduce, words)
@@ -72,7 +79,7 @@ class Head:
             logits = _logits(self._sharding.forward(**inputs))
             return of_all(_pick(logits, positions, branches), slice(None))
         in_chunks = reduce if self.mode == "chunks" else None
-        with _Tap(self._layer, positions, branches, in_chunks, words) as tap:
+        with _Tap(self._layer, positions, branches, in_chunks, words, rows_of) as tap:
             logits = _logits(self._sharding.forward(**inputs))
         if self.mode == "chosen":
             return of_all(logits, slice(None))
@@ -108,9 +115,10 @@ class _Tap:
 
     def __init__(
         self, layer: nn.Module, positions: Tensor, branches: int, reduce: Reduce | None,
-        words: Tensor | None = None,
+        words: Tensor | None = None, rows_of: RowsOf = _no_rows,
     ) -> None:  # fmt: skip
         self._layer, self._positions, self._branches = layer, positions, branches
+        self._rows_of = rows_of
         self._reduce, self._words = reduce, words
         self._before = layer.__dict__.get("forward")
         self._project = layer.forward
@@ -143,7 +151,11 @@ class _Tap:
             self._layer.__dict__["forward"] = self._before
 
     def _forward(self, input: Tensor) -> Tensor:  # torch's own name: callers may use it
-        chosen = _pick(input, self._positions, self._branches)  # (branches, k, hidden)
+        rows = self._rows_of(input)
+        if rows is None:
+            chosen = _pick(input, self._positions, self._branches)  # (branches, k, hidden)
+        else:
+            chosen = rows[:, : len(self._positions)]
         # Where tensor parallelism has split the output layer, no rank sees whole logits here.
         reduce = None if hasattr(input, "to_local") else self._reduce
         logits = self._project(chosen) if reduce is None else self._in_chunks(chosen, reduce)

@@ -217,6 +217,10 @@ class Objective:
             nullcontext() if self.trunk is None else self.trunk.serving(batch, branches, positions)
         )
 
+    def _rows_of(self, hidden: Tensor) -> Tensor | None:
+        """Returns the labelled positions that hidden states stand for, where they do."""
+        return None if self.trunk is None else self.trunk.rows_of(hidden)
+
     def _sums(self, batch: Mapping[str, Any], branches: int, part: int = 0) -> Tensor:
         """Returns sums as a call does, float64 (S, branches), by one forward of a part of a batch."""
         if self.trunk is not None:
@@ -259,7 +263,7 @@ class Objective:
         inputs = self.inputs(repeat(batch, branches))
         # Of classes there are no positions: a model pools its hidden states itself.
         with self._split(batch, branches, None if self._classifies else positions):
-            found = head(inputs, positions, branches, losses, self.choices).double()
+            found = head(inputs, positions, branches, losses, self.choices, self._rows_of).double()
         if self.metric == "f1":  # (branches, k, S)
             return found.sum(dim=1).t()
         return self._added(found, torch.ones_like(found))

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tezo_ds.trunk.noted import Noted
+from tezo_ds.trunk.noted import Pairs
 from tezo_ds.trunk.stand_ins import Act, all_replaced
 
 
@@ -27,12 +27,12 @@ class Alike:
 
     def __init__(self, copies: Tensor, once: Tensor) -> None:
         self._times = len(copies) // len(once)
-        self._known: list[tuple[Noted, Tensor]] = []  # copies, and one of them
-        self._note(copies, once)
+        self._once = Pairs()
+        self._once.note(copies, once)
 
     def product(self, forward: Act, x: Tensor) -> Tensor:
         """Returns `forward(x)`, which may be written to: of copies made once, and repeated."""
-        once = self._one_of(x)
+        once = self._once.of(x)
         return forward(x) if once is None else self._repeat(forward(once))
 
     @contextmanager
@@ -48,27 +48,17 @@ class Alike:
 
     def _on_one(self, forward: Act) -> Act:
         def act(*args: Any, **kwargs: Any) -> Any:
-            once = self._one_of(args[0]) if len(args) == 1 and not kwargs else None
+            once = self._once.of(args[0]) if len(args) == 1 and not kwargs else None
             if once is None:
                 return forward(*args, **kwargs)
             y = forward(once)
             if not isinstance(y, Tensor) or len(y) != len(once):
                 return forward(*args)
             repeated = self._repeat(y)
-            self._note(repeated, y)
+            self._once.note(repeated, y)
             return repeated
 
         return act
-
-    def _one_of(self, x: Any) -> Tensor | None:
-        if isinstance(x, Tensor):
-            for copies, once in self._known:
-                if copies.is_(x):
-                    return once
-        return None
-
-    def _note(self, copies: Tensor, once: Tensor) -> None:
-        self._known.append((Noted(copies), once))
 
     def _repeat(self, y: Tensor) -> Tensor:
         return y.repeat(self._times, *(1 for _ in y.shape[1:]))

@@ -26,11 +26,13 @@ class Attention:
         module: a child of the block.
         last: a linear map within it, whose result is the attention's; None: not known.
         width: size of a token's hidden states that the attention gives.
+        alike: whether nothing trains before this map, which is given the same in all branches then.
     """
 
     module: nn.Module
     last: nn.Module | None
     width: int
+    alike: bool
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class Watch:
         self._split = False  # hidden states are DTensors
         self._complete = 0  # blocks returned before the first module that trains was called
         self._first: str | None = None
+        self._first_of: int | None = None  # id of the module
         self._embedded = torch.empty(0)
         self._after: list[tuple[int, nn.Module, int]] = []  # blocks before it, a module, its width
         self._mixing: dict[int, list[Attention]] = {id(block): [] for block in self._blocks}
@@ -151,6 +154,7 @@ class Watch:
     def _called(self, module: nn.Module, _: Any) -> None:
         if self._first is None:
             self._first, self._complete = self._training[id(module)], len(self._calls)
+            self._first_of = id(module)
 
     def _outside_called(self, module: nn.Module, _: Any, output: Any) -> None:
         if isinstance(output, Tensor):
@@ -168,7 +172,8 @@ class Watch:
             if len(args) + len(kwargs) > 1 and isinstance(hidden, Tensor):
                 made = self._made
                 last = made[0] if made is not None and made[1].is_(hidden) else None
-                self._mixing[id(block)].append(Attention(child, last, hidden.shape[-1]))
+                alike = last is not None and self._first_of in (None, id(last))
+                self._mixing[id(block)].append(Attention(child, last, hidden.shape[-1], alike))
 
         return note
 

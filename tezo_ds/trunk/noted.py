@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 
@@ -21,6 +23,25 @@ class Noted:
     def is_(self, x: Tensor) -> bool:
         """Returns whether x is this tensor or a view of all of it, and nobody has written to it since."""
         return x._version == self._version and (x is self._x or _lies(x) == _lies(self._x))
+
+
+class Pairs:
+    """Tensors that stand for others, which are found again by them."""
+
+    def __init__(self) -> None:
+        self._pairs: list[tuple[Noted, Tensor]] = []
+
+    def note(self, x: Tensor, other: Tensor) -> None:
+        """Notes that `x`, as it is now, stands for another."""
+        self._pairs.append((Noted(x), other))
+
+    def of(self, x: Any) -> Tensor | None:
+        """Returns what `x` stands for; None: for nothing that is known."""
+        if isinstance(x, Tensor):
+            for noted, other in self._pairs:
+                if noted.is_(x):
+                    return other
+        return None
 
 
 def _lies(x: Tensor) -> tuple[object, ...]:

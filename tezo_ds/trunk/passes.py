@@ -6,6 +6,9 @@
        positions are the model's business; the embedding and the first ℓ blocks are left out, and the last of
        these gives the first pass's result
 
+Where nothing trains before the last map of the last block's attention, a pass between them has one copy mixed
+by this attention, and the rest begins behind it, with rows of labelled positions alone.
+
 What the left-out embedding and blocks give in pass 2 is NaN, so a model whose later blocks read anything else
 of the trunk shows in its losses.
 """
@@ -17,9 +20,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tezo_ds.trunk.found import Found
+from tezo_ds.trunk.found import Attention, Found
 from tezo_ds.trunk.outputs import hidden_in, hidden_of, with_hidden
-from tezo_ds.trunk.stand_ins import Act, swapped
+from tezo_ds.trunk.stand_ins import Act, replaced, swapped
+from tezo_ds.trunk.tail import Mixed, mixed_by
 
 
 def through_trunk(found: Found, forward: Act, inputs: dict[str, Any]) -> Tensor:
@@ -33,10 +37,7 @@ def through_trunk(found: Found, forward: Act, inputs: dict[str, Any]) -> Tensor:
 
     acts: list[tuple[nn.Module, Act]] = [(before, note)]
     acts += [(found.blocks[i], _passed_on(found, i)) for i in range(found.first, len(found.blocks))]
-    acts += [(module, _zeros(width)) for module, width in found.after]
-    if found.head is not None:
-        acts.append((found.head, _no_positions(found.head)))
-    with swapped(found.places, acts):
+    with swapped(found.places, acts + _without_logits(found)):
         forward(**inputs)
     (states,) = hidden
     return states
@@ -44,14 +45,46 @@ def through_trunk(found: Found, forward: Act, inputs: dict[str, Any]) -> Tensor:
 
 def through_rest(found: Found, forward: Act, inputs: dict[str, Any], hidden: Tensor) -> Any:
     """Returns the model's outputs from the hidden states after the trunk: (branches * B, T, hidden)."""
+    with swapped(found.places, _from(found, hidden)):
+        return forward(**inputs)
+
+
+def through_attention(
+    found: Found, attention: Attention, forward: Act, inputs: dict[str, Any], hidden: Tensor
+) -> Mixed:
+    """Returns what the last block's attention has mixed, from the hidden states after the trunk, which are
+    those that enter this block: (B, T, hidden). What follows is left out."""
+    mixed, block = list[Mixed](), found.blocks[-1]
+    whole = block.forward
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        mixed.append(mixed_by(whole, attention, found.places, args, kwargs))
+        return with_hidden(found.outputs[-1], hidden)
+
+    acts = _from(found, hidden) + _without_logits(found)
+    with swapped(found.places, acts), replaced(block, call):  # whose hooks gather what it needs
+        forward(**inputs)
+    (one,) = mixed
+    return one
+
+
+def _from(found: Found, hidden: Tensor) -> list[tuple[nn.Module, Act]]:
+    """Returns acts of the embedding and the blocks of the trunk, the last of which gives hidden states."""
     last = found.first - 1
     acts: list[tuple[nn.Module, Act]] = [(found.blocks[i], _unknown(found, i)) for i in range(last)]
     acts.append((found.blocks[last], lambda *_, **__: with_hidden(found.outputs[last], hidden)))
     if found.embedding is not None:
         nan = found.embedded
         acts.append((found.embedding, lambda ids, *_, **__: nan.expand(*ids.shape, len(nan))))
-    with swapped(found.places, acts):
-        return forward(**inputs)
+    return acts
+
+
+def _without_logits(found: Found) -> list[tuple[nn.Module, Act]]:
+    """Returns acts of the modules after the blocks where they are left out."""
+    acts: list[tuple[nn.Module, Act]] = [(m, _zeros(width)) for m, width in found.after]
+    if found.head is not None:
+        acts.append((found.head, _no_positions(found.head)))
+    return acts
 
 
 def _passed_on(found: Found, index: int) -> Act:

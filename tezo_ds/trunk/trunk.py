@@ -7,9 +7,10 @@ With the first trained module in block ℓ of L a step costs ℓ + 2Q(L - ℓ) b
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,13 +23,27 @@ from tezo_ds.trunk.alike import Alike
 from tezo_ds.trunk.cache import Budget, Cache, MemoryCache, Visit
 from tezo_ds.trunk.found import Attention, Found, Watch
 from tezo_ds.trunk.keys import apart
-from tezo_ds.trunk.passes import through_rest, through_trunk
+from tezo_ds.trunk.passes import through_attention, through_rest, through_trunk
+from tezo_ds.trunk.rows import Rows
 from tezo_ds.trunk.stand_ins import Act, replaced
-from tezo_ds.trunk.tail import labelled_alone
+from tezo_ds.trunk.tail import Mixed, labelled_alone, rows_alone
 
 log = logging.getLogger(__name__)
 
 EXAMPLE_IDS = "example_ids"  # key of a batch: int64 (B,), which examples of a data set its rows are
+
+
+@dataclass
+class _Kept:
+    """What forwards of the same examples have in common, by part of a batch.
+
+    Attributes:
+        hidden: hidden states after the trunk.
+        mixed: rows of labelled positions that the last attention has mixed, of one copy.
+    """
+
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    mixed: dict[int, Mixed] = field(default_factory=dict)
 
 
 class Trunk:
@@ -61,7 +76,8 @@ class Trunk:
         self._shares = True
         self._trying = False
         self._alike: Alike | None = None  # of the forward inside `serving`
-        self._kept: dict[int, Tensor] | None = None  # hidden states by part
+        self._standing: Rows | None = None  # of the same
+        self._kept: _Kept | None = None
 
     def __str__(self) -> str:
         if self.found is None:
@@ -122,8 +138,10 @@ class Trunk:
         ways: list[tuple[Attention | None, bool]] = []
         if late and found.attention is not None:
             ways = [(found.attention, True)]
+            if found.attention.alike:
+                ways.append((replace(found.attention, alike=False), True))
             if found.attention.last is not None:
-                ways.append((replace(found.attention, last=None), True))
+                ways.append((replace(found.attention, last=None, alike=False), True))
         ways += [(None, True), (None, False)] if late else [(None, False)]
         for self._tail, self._shares in ways:
             try:
@@ -163,7 +181,7 @@ class Trunk:
         if self._kept is not None:  # within another
             yield
             return
-        self._kept = {}
+        self._kept = _Kept()
         try:
             yield
         finally:
@@ -225,7 +243,7 @@ class Trunk:
 
     @property
     def _known(self) -> Tensor | None:
-        return None if self._kept is None else self._kept.get(self.part)
+        return None if self._kept is None else self._kept.hidden.get(self.part)
 
     def fill(self, batch: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
         """Runs the trunk on a batch's examples that the cache lacks, if it lacks any on some rank."""
@@ -252,23 +270,57 @@ class Trunk:
                 new = through_trunk(self._found, forward, visit.of_missing(inputs))
             hidden = visit.joined(new, self._sharding.device)
         if self._kept is not None:
-            self._kept[self.part] = hidden
+            self._kept.hidden[self.part] = hidden
         return hidden
 
     def _rest(
         self, forward: Act, inputs: dict[str, Any], hidden: Tensor, branches: int,
         positions: Tensor | None,
     ) -> Any:  # fmt: skip
-        found = self._found
+        found, block = self._found, self._found.blocks[-1]
         alone: Any = nullcontext()
         if self._tail is not None and positions is not None:
             rows = positions.to(self._sharding.device)
+            several = branches > 1 or self._trying or self._kept is not None
+            if self._tail.alike and several and inputs.get("past_key_values") is None:
+                return self._behind(forward, inputs, hidden, branches, rows, self._tail)
             alone = labelled_alone(
-                found.blocks[-1], self._tail, found.places, rows, branches, self._going_behind
+                block, self._tail, found.places, rows, branches, self._going_behind
             )
         copies = hidden.repeat(branches, 1, 1)
         with self._sharing(copies, hidden), alone:
             return through_rest(found, forward, inputs, copies)
+
+    def _behind(
+        self, forward: Act, inputs: dict[str, Any], hidden: Tensor, branches: int, positions: Tensor,
+        tail: Attention,
+    ) -> Any:  # fmt: skip
+        """Returns the model's outputs where nothing trains before the last map of the last attention, which
+        runs on one copy."""
+        found, block = self._found, self._found.blocks[-1]
+        mixed = None if self._kept is None else self._kept.mixed.get(self.part)
+        if mixed is None:
+            one = _first_copy(inputs, branches)
+            mixed = through_attention(found, tail, forward, one, hidden).of_rows(positions, 1)
+        if self._kept is not None:
+            self._kept.mixed[self.part] = mixed
+        rows = mixed.repeated(branches)
+        self._standing = standing = Rows(self._going_behind)
+        after = (module for module, _ in found.after)
+        copies = hidden.new_full((1,), math.nan).expand(branches * len(hidden), *hidden.shape[1:])
+        try:
+            with (
+                rows_alone(block, tail, found.places, rows, standing),
+                standing.within(after),
+            ):
+                return through_rest(found, forward, inputs, copies)
+        finally:
+            self._standing = None
+
+    def rows_of(self, x: Tensor) -> Tensor | None:
+        """Returns rows of labelled positions, (branches, k, width), that hidden states behind the last block
+        stand for; None where they are those of all positions."""
+        return None if self._standing is None else self._standing.of(x)
 
     @contextmanager
     def _sharing(self, copies: Tensor, hidden: Tensor) -> Iterator[None]:

@@ -26,6 +26,8 @@ STEPS: dict[str, dict[str, Any]] = {
 _FRESH = {**STEPS["tezo-gn"], "include": "last:1", "queries": 24, "refresh_every": 1}
 # Biases of the words are columns of each solve, and begin with what a batch of examples gives.
 _BIASED = {**_FRESH, "output_layer": "bias", "output_layer_examples": 64}
+# What follows the last attention: nothing trains before its last map, so all branches share it.
+_BEHIND = {"include": "last:1", "exclude": "*.[qkv]_proj*"}
 # More than the default arms; adapters are for the head frozen alone, as they go with no other.
 _TT, _LORA = (
     {"adapter": "tt", "rho": 1e-3, "batch_size": 16},
@@ -35,6 +37,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "tezo-gn-fresh": _FRESH,
     "tezo-gn-biased": _BIASED,
     "tezo-gn-deep": {**_BIASED, "include": "last:3"},
+    "tezo-gn-behind": {**_BIASED, **_BEHIND},
+    "lozo-behind": {**STEPS["lozo"], **_BEHIND},
+    "mezo-behind": {**STEPS["mezo"], **_BEHIND},
     **{
         name: {"method": name, "rho": 1e-3, "lr": 1e-6, "batch_size": 16}
         for name in ("tezo", "tezo-adam", "mezo-adam")
