@@ -88,10 +88,25 @@ def test_a_frozen_trunk_and_labelled_rows_alone_behind_the_last_attention(
     if engine.objective.trunk is not None:
         assert engine.objective.trunk.found is not None
         assert (
-            engine.objective.trunk._tail is not None
-            and engine.objective.trunk._tail.last is not None
+            engine.objective.trunk.rest.way.tail is not None
+            and engine.objective.trunk.rest.way.tail.last is not None
         )
     assert_the_loop(lambda: deep(kind, False), ragged(7), {**fields, "include": include})
+
+
+@pytest.mark.parametrize("more", [{}, {"micro_batch": 2}, {"branch_chunk": 3}], ids=str)
+def test_rows_that_begin_behind_an_attention_which_all_examples_have_in_common(more: dict) -> None:
+    behind = {
+        "llama": ("*.3.self_attn.o_proj*", "*.3.post*", "*.3.mlp*", "model.norm*", "lm_head*"),
+        "opt": ("*.3.self_attn.out_proj*", "*.3.fc*", "*.3.final*", "*decoder.final*"),
+        "neox": ("*.3.attention.dense*", "*.3.mlp*", "*final*"),
+    }
+    for kind, include in behind.items():
+        fields = {**OWN, "include": include, "train_vectors": True, **more}
+        engine = assert_the_loop(lambda kind=kind: deep(kind, False), ragged(7), fields)
+        assert engine.objective.trunk is not None
+        tail = engine.objective.trunk.rest.way.tail
+        assert tail is not None and tail.alike
 
 
 @pytest.mark.parametrize(

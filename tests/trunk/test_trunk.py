@@ -50,9 +50,9 @@ def test_losses_are_those_of_whole_forwards(kind: str, probe: str) -> None:
     assert_alike(steps(cached, numbers=True), expected)
     for engine in (shared, cached):
         trunk = engine.objective.trunk
-        assert trunk is not None and trunk.found is not None and trunk._tail is not None
+        assert trunk is not None and trunk.found is not None and trunk.rest.way.tail is not None
         # BERT's attention normalises what its last map gave, and adds what entered to it.
-        assert (trunk._tail.last is None) == (kind == "roberta")
+        assert (trunk.rest.way.tail.last is None) == (kind == "roberta")
 
 
 BEHIND = {  # what follows the last block's attention, from its last map on
@@ -83,7 +83,7 @@ def test_what_follows_the_last_attention_trains_alone(kind: str, more: dict[str,
     assert_alike(steps(cached, numbers=True), expected)
     for engine in (shared, cached):
         trunk = engine.objective.trunk
-        assert trunk is not None and trunk._tail is not None and trunk._tail.alike
+        assert trunk is not None and trunk.rest.way.tail is not None and trunk.rest.way.tail.alike
 
 
 def test_the_last_attention_runs_once_where_nothing_trains_before_its_last_map() -> None:
@@ -249,6 +249,17 @@ def test_one_pass_through_the_trunk_serves_all_forwards_of_a_step() -> None:
         assert len(calls) == 1
 
 
+@pytest.mark.parametrize("more", [{"branch_chunk": 1}, {"probe": "inplace"}], ids=str)
+def test_the_last_attention_of_one_copy_serves_all_forwards_of_a_step(more: dict[str, int]) -> None:
+    engine, calls = engine_of(deep(tied=False), include=BEHIND["llama"], **more), []
+    engine.settle(numbered([0, 1]))
+    query = engine.sharding.module.get_submodule("model.layers.3.self_attn.q_proj")
+    query.register_forward_pre_hook(lambda *_: calls.append(1))
+    for count in (1, 2):
+        engine.step(numbered([0, 1]))
+        assert len(calls) == count
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -330,8 +341,8 @@ def test_an_attentions_last_map_runs_on_labelled_positions_where_it_ends_there(
     plain = tezo_ds.initialize(Shared(False, lambda: MixingBlock(does)), {**fields, **WHOLE})
     assert_alike(steps(engine), steps(plain))
     trunk = engine.objective.trunk
-    assert trunk is not None and trunk._tail is not None
-    assert (trunk._tail.last is not None) == ends
+    assert trunk is not None and trunk.rest.way.tail is not None
+    assert (trunk.rest.way.tail.last is not None) == ends
 
 
 @pytest.mark.parametrize("halves", [False, True])
@@ -347,8 +358,12 @@ def test_a_model_that_reads_all_positions_behind_its_blocks_gets_them(halves: bo
     )
     assert_alike(steps(engine), steps(plain))
     trunk = engine.objective.trunk
-    assert trunk is not None and trunk._tail is not None and trunk._tail.last is not None
-    assert trunk._tail.alike == (not halves)
+    assert (
+        trunk is not None
+        and trunk.rest.way.tail is not None
+        and trunk.rest.way.tail.last is not None
+    )
+    assert trunk.rest.way.tail.alike == (not halves)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,9 @@ from tezo_ds.trunk.alike import Alike
 
 BUCKETS = {"stage3_prefetch_bucket_size": 1000, "stage3_max_live_parameters": 4000}
 CACHED = {"trunk_cache": "memory"}
-TRIED = {1: 1, 2: 4, 3: 2, 4: 1}  # of the ways to split, by ranks: all of them once
+# What follows the last block's attention, from its last map on.
+BEHIND = {"include": ["*.3.self_attn.o_proj*", "*.3.post*", "*.3.mlp*", "model.norm*"]}
+TRIED = {1: 2, 2: 5, 3: 3, 4: 2}  # of the ways to split, by ranks: all of them once
 
 
 def shards(world: World, tied: bool) -> dict[str, nn.Module]:
@@ -78,7 +80,14 @@ def whole_forwards(tied: bool, fields: str) -> list[StepReport]:
 @case(worlds=(1, 2, 3, 4))
 def split_forwards_are_those_of_one_process(world: World) -> None:
     vectors = {"train_vectors": True, "micro_batch": 1, **CACHED}
-    ways = ((True, CACHED), (False, vectors), (False, {"probe": "inplace"}), (True, {}))
+    behind = {**BEHIND, **CACHED, "train_vectors": True}
+    ways = (
+        (True, CACHED),
+        (False, behind),
+        (False, vectors),
+        (False, {"probe": "inplace"}),
+        (True, {}),
+    )
     for tied, fields in ways[: TRIED[world.size]]:
         reports = whole_forwards(tied, json.dumps(fields))
         for name, model in shards(world, tied).items():
@@ -90,10 +99,10 @@ def split_forwards_are_those_of_one_process(world: World) -> None:
                 torch.testing.assert_close(ours.kappa, theirs.kappa, rtol=5e-3, atol=5e-3)
             trunk = engine.objective.trunk
             assert trunk is not None and trunk.found is not None, (name, fields, str(trunk))
-            assert trunk.found.first == 2
-            if (
-                "train_vectors" in fields
-            ):  # the norm trains, and no two branches enter q, k, v alike
+            assert trunk.found.first == (3 if "include" in fields else 2)
+            tail = trunk.rest.way.tail
+            assert tail is not None and tail.alike == ("include" in fields)
+            if "train_vectors" in fields:  # the norm does, and no two branches enter q, k, v alike
                 assert not made_once
             elif "probe" not in fields:
                 assert len(made_once) >= 4 * len(reports), (name, len(made_once))

@@ -219,7 +219,7 @@ class Objective:
 
     def _rows_of(self, hidden: Tensor) -> Tensor | None:
         """Returns the labelled positions that hidden states stand for, where they do."""
-        return None if self.trunk is None else self.trunk.rows_of(hidden)
+        return None if self.trunk is None else self.trunk.rest.rows_of(hidden)
 
     def _sums(self, batch: Mapping[str, Any], branches: int, part: int = 0) -> Tensor:
         """Returns sums as a call does, float64 (S, branches), by one forward of a part of a batch."""

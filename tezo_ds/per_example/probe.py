@@ -124,7 +124,7 @@ class ExampleProbe(FusedProbe):
         copies, owners = self._copies, self._objective.owners
         if not copies or self._branches == copies:  # a single example
             return None
-        if not (site.module is self._head or (self.trunk is not None and self.trunk.behind)):
+        if not (site.module is self._head or (self.trunk is not None and self.trunk.rest.behind)):
             return None
         if x.dim() > 2 and x.shape[0] == copies:
             count = x.shape[1]

@@ -265,7 +265,7 @@ class FusedProbe(Probe):
 
     def _product(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Returns a layer's own result, without terms."""
-        return forward(x) if self.trunk is None else self.trunk.product(forward, x)
+        return forward(x) if self.trunk is None else self.trunk.rest.product(forward, x)
 
     def _add(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """Returns y plus the site's term."""

@@ -7,10 +7,8 @@ With the first trained module in block ℓ of L a step costs ℓ + 2Q(L - ℓ) b
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,31 +17,16 @@ from torch import Tensor
 from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError
 from tezo_ds.sharding.base import Sharding
-from tezo_ds.trunk.alike import Alike
 from tezo_ds.trunk.cache import Budget, Cache, MemoryCache, Visit
-from tezo_ds.trunk.found import Attention, Found, Watch
+from tezo_ds.trunk.found import Found, Watch
 from tezo_ds.trunk.keys import apart
-from tezo_ds.trunk.passes import through_attention, through_rest, through_trunk
-from tezo_ds.trunk.rows import Rows
+from tezo_ds.trunk.passes import through_trunk
+from tezo_ds.trunk.rest import Entry, Kept, Rest, ways_of
 from tezo_ds.trunk.stand_ins import Act, replaced
-from tezo_ds.trunk.tail import Mixed, labelled_alone, rows_alone
 
 log = logging.getLogger(__name__)
 
 EXAMPLE_IDS = "example_ids"  # key of a batch: int64 (B,), which examples of a data set its rows are
-
-
-@dataclass
-class _Kept:
-    """What forwards of the same examples have in common, by part of a batch.
-
-    Attributes:
-        hidden: hidden states after the trunk.
-        mixed: rows of labelled positions that the last attention has mixed, of one copy.
-    """
-
-    hidden: dict[int, Tensor] = field(default_factory=dict)
-    mixed: dict[int, Mixed] = field(default_factory=dict)
 
 
 class Trunk:
@@ -56,7 +39,7 @@ class Trunk:
         cache: hidden states kept from step to step; None: none are.
         part: which part of a rank's examples the next forward is of, under `micro_batch`.
         rows: rows of each branch that the last block may be left with in the forward inside `serving`.
-        behind: whether the last block runs on these rows alone at the moment.
+        rest: what comes after it.
 
     Args:
         sharding: the model.
@@ -71,13 +54,8 @@ class Trunk:
         self.settled = False
         self.cache: Cache | None = None
         self.part = self.rows = 0
-        self.behind = False
-        self._tail: Attention | None = None  # of the last block, where labelled rows alone leave it
-        self._shares = True
-        self._trying = False
-        self._alike: Alike | None = None  # of the forward inside `serving`
-        self._standing: Rows | None = None  # of the same
-        self._kept: _Kept | None = None
+        self.rest = Rest()
+        self._kept: Kept | None = None
 
     def __str__(self) -> str:
         if self.found is None:
@@ -133,17 +111,8 @@ class Trunk:
     def _try(self, found: Found, run: Callable[[], Tensor], plain: Tensor) -> None:
         """Takes what was found if split forwards give the plain losses on every rank, and leaves labelled
         positions alone in the last block, and makes the first block's products once, if so they do."""
-        self.found, self._trying = found, True
-        late = found.first < len(found.blocks)
-        ways: list[tuple[Attention | None, bool]] = []
-        if late and found.attention is not None:
-            ways = [(found.attention, True)]
-            if found.attention.alike:
-                ways.append((replace(found.attention, alike=False), True))
-            if found.attention.last is not None:
-                ways.append((replace(found.attention, last=None, alike=False), True))
-        ways += [(None, True), (None, False)] if late else [(None, False)]
-        for self._tail, self._shares in ways:
+        self.found, self.rest.trying = found, True
+        for self.rest.way in ways_of(found):
             try:
                 differs = not self._same(plain, run())
                 self.reason = (
@@ -157,7 +126,7 @@ class Trunk:
                 break
         else:
             self.found = None
-        self._trying = False
+        self.rest.trying = False
         if self.found is None and self._sharding.place == 0 and not self._needed:
             log.warning("shared_trunk: every branch runs all blocks (%s)", self.reason)
 
@@ -181,7 +150,7 @@ class Trunk:
         if self._kept is not None:  # within another
             yield
             return
-        self._kept = _Kept()
+        self._kept = Kept()
         try:
             yield
         finally:
@@ -202,7 +171,7 @@ class Trunk:
             ConfigError: a cache, and ids or padding that it cannot go by.
         """
         ids = batch.get(EXAMPLE_IDS) if self.cache is not None else None
-        saves = branches > 1 or ids is not None or self._kept is not None or self._trying
+        saves = branches > 1 or ids is not None or self._kept is not None or self.rest.trying
         if self.found is None or not saves:
             yield
             return
@@ -212,29 +181,24 @@ class Trunk:
             compute = visit.missing_anywhere(self._sharding)
         forward, examples = self._sharding.module.forward, _examples(batch)
         self.rows = 0 if positions is None else max(1, len(positions))
+        places = None if positions is None else positions.to(self._sharding.device)
 
         def split(**inputs: Any) -> Any:
             one = _first_copy(inputs, branches)
             if _examples(one) != examples:  # a few of them, to try something out
                 hidden = through_trunk(self._found, forward, one)
-                return self._rest(forward, inputs, hidden, branches, None)
+                entry = Entry(forward, inputs, one, hidden, branches, None, self.part)
+                return self.rest(self._found, entry, None)
             hidden = self._hidden(forward, one, visit, compute)
+            entry = Entry(forward, inputs, one, hidden, branches, places, self.part)
             with apart(inputs.get("past_key_values"), self._found.first, branches):
-                return self._rest(forward, inputs, hidden, branches, positions)
+                return self.rest(self._found, entry, self._kept)
 
         with replaced(self._sharding.module, split):
             try:
                 yield
             finally:
                 self.rows = 0
-
-    @contextmanager
-    def _going_behind(self) -> Iterator[None]:
-        self.behind = True
-        try:
-            yield
-        finally:
-            self.behind = False
 
     @property
     def _found(self) -> Found:
@@ -272,75 +236,6 @@ class Trunk:
         if self._kept is not None:
             self._kept.hidden[self.part] = hidden
         return hidden
-
-    def _rest(
-        self, forward: Act, inputs: dict[str, Any], hidden: Tensor, branches: int,
-        positions: Tensor | None,
-    ) -> Any:  # fmt: skip
-        found, block = self._found, self._found.blocks[-1]
-        alone: Any = nullcontext()
-        if self._tail is not None and positions is not None:
-            rows = positions.to(self._sharding.device)
-            several = branches > 1 or self._trying or self._kept is not None
-            if self._tail.alike and several and inputs.get("past_key_values") is None:
-                return self._behind(forward, inputs, hidden, branches, rows, self._tail)
-            alone = labelled_alone(
-                block, self._tail, found.places, rows, branches, self._going_behind
-            )
-        copies = hidden.repeat(branches, 1, 1)
-        with self._sharing(copies, hidden), alone:
-            return through_rest(found, forward, inputs, copies)
-
-    def _behind(
-        self, forward: Act, inputs: dict[str, Any], hidden: Tensor, branches: int, positions: Tensor,
-        tail: Attention,
-    ) -> Any:  # fmt: skip
-        """Returns the model's outputs where nothing trains before the last map of the last attention, which
-        runs on one copy."""
-        found, block = self._found, self._found.blocks[-1]
-        mixed = None if self._kept is None else self._kept.mixed.get(self.part)
-        if mixed is None:
-            one = _first_copy(inputs, branches)
-            mixed = through_attention(found, tail, forward, one, hidden).of_rows(positions, 1)
-        if self._kept is not None:
-            self._kept.mixed[self.part] = mixed
-        rows = mixed.repeated(branches)
-        self._standing = standing = Rows(self._going_behind)
-        after = (module for module, _ in found.after)
-        copies = hidden.new_full((1,), math.nan).expand(branches * len(hidden), *hidden.shape[1:])
-        try:
-            with (
-                rows_alone(block, tail, found.places, rows, standing),
-                standing.within(after),
-            ):
-                return through_rest(found, forward, inputs, copies)
-        finally:
-            self._standing = None
-
-    def rows_of(self, x: Tensor) -> Tensor | None:
-        """Returns rows of labelled positions, (branches, k, width), that hidden states behind the last block
-        stand for; None where they are those of all positions."""
-        return None if self._standing is None else self._standing.of(x)
-
-    @contextmanager
-    def _sharing(self, copies: Tensor, hidden: Tensor) -> Iterator[None]:
-        """Context manager: the first block that trains makes products of equal rows once."""
-        found = self._found
-        block = found.blocks[found.first] if self._shares else None
-        several = len(copies) > len(hidden) or self._trying
-        if block is None or not several or "forward" in block.__dict__:  # which is compiled
-            yield
-            return
-        self._alike = Alike(copies, hidden)
-        try:
-            with self._alike.within(block):
-                yield
-        finally:
-            self._alike = None
-
-    def product(self, forward: Act, x: Tensor) -> Tensor:
-        """Returns a layer's `forward(x)`, made once where x is the same in all branches."""
-        return forward(x) if self._alike is None else self._alike.product(forward, x)
 
 
 def _examples(tensors: Mapping[str, Any]) -> int:
