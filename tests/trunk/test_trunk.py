@@ -84,6 +84,7 @@ def test_what_follows_the_last_attention_trains_alone(kind: str, more: dict[str,
     for engine in (shared, cached):
         trunk = engine.objective.trunk
         assert trunk is not None and trunk.rest.way.tail is not None and trunk.rest.way.tail.alike
+        assert ", the last one's attention once a step, the rest" in str(trunk)
 
 
 def test_the_last_attention_runs_once_where_nothing_trains_before_its_last_map() -> None:

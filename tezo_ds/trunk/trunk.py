@@ -61,7 +61,10 @@ class Trunk:
         if self.found is None:
             return f"no trunk: {self.reason}"
         first, count = self.found.first, len(self.found.blocks)
-        return f"blocks 0 to {first - 1} of {count} run once an example, the others in every branch"
+        others = "the others in every branch"
+        if self.rest.way.tail is not None and self.rest.way.tail.alike:
+            others = "the last one's attention once a step, the rest in every branch"
+        return f"blocks 0 to {first - 1} of {count} run once an example, {others}"
 
     @property
     def worth_a_forward(self) -> bool:
