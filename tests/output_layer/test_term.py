@@ -92,9 +92,14 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     assert torch.equal(logits(engine.sharding.module), before) and not engine.output_layer.state
 
 
+@pytest.mark.parametrize("engines", [1, 2])  # of one model; the last's term is in effect
 @pytest.mark.parametrize("words", [WORDS, torch.tensor([12, 3, 7]), torch.tensor([3, 11])], ids=str)
-def test_of_choices_their_logits_and_terms_alone_are_computed(words: Tensor) -> None:
-    engine, batch = tezo_ds.initialize(tiny(), {"rank": 2}), make_batch(4)
+def test_of_choices_their_logits_and_terms_alone_are_computed(words: Tensor, engines: int) -> None:
+    model, batch = tiny(), make_batch(4)
+    for _ in range(engines):
+        engine = tezo_ds.initialize(model, {"rank": 2})
+        engine.output_layer.load(term())
+        engine.output_layer.load({})
     batch["labels"][:] = -100
     batch["labels"][:, 3], batch["labels"][:, 5] = words[[0, 1, 1, 0]], words[-1]
     engine.output_layer.load(term())

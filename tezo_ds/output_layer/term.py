@@ -115,12 +115,17 @@ class OutputTerm:
             logits = project(input)
             return logits if self._off or not self._loaded else self._added(input, logits)
 
+        assert self.layer is not None
+        below = self.layer.__dict__.get("forward")  # of an engine that the model had before
+        within = getattr(below, TO_WORDS, None)
+
         def to_words(hidden: Tensor, logits: Tensor, words: Tensor) -> Tensor:
             """Adds the term to logits (…, words) of some words alone, int64 (words,)."""
+            if within is not None:
+                logits = within(hidden, logits, words)
             return logits if self._off or not self._loaded else self._added(hidden, logits, words)
 
-        assert self.layer is not None
-        if "forward" not in self.layer.__dict__:  # nothing else is added to the layer's result
+        if below is None or within is not None:  # nothing else is added to the layer's result
             forward.__dict__[TO_WORDS] = to_words
         return forward
 
