@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from deep import LATE, deep
+from deep import BEHIND, LATE, deep
 from own_directions import ORACLE, OWN, labelled, oracle, ragged, slopes_in_a_loop
 from tiny import make_batch, tiny
 from torch import nn
@@ -96,13 +96,8 @@ def test_a_frozen_trunk_and_labelled_rows_alone_behind_the_last_attention(
 
 @pytest.mark.parametrize("more", [{}, {"micro_batch": 2}, {"branch_chunk": 3}], ids=str)
 def test_rows_that_begin_behind_an_attention_which_all_examples_have_in_common(more: dict) -> None:
-    behind = {
-        "llama": ("*.3.self_attn.o_proj*", "*.3.post*", "*.3.mlp*", "model.norm*", "lm_head*"),
-        "opt": ("*.3.self_attn.out_proj*", "*.3.fc*", "*.3.final*", "*decoder.final*"),
-        "neox": ("*.3.attention.dense*", "*.3.mlp*", "*final*"),
-    }
-    for kind, include in behind.items():
-        fields = {**OWN, "include": include, "train_vectors": True, **more}
+    for kind in ("llama", "opt", "neox"):
+        fields = {**OWN, "include": BEHIND[kind], "train_vectors": True, **more}
         engine = assert_the_loop(lambda kind=kind: deep(kind, False), ragged(7), fields)
         assert engine.objective.trunk is not None
         tail = engine.objective.trunk.rest.way.tail

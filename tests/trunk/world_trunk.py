@@ -10,7 +10,7 @@ from unittest import mock
 import tiny as shapes
 import torch
 import world_fsdp2
-from deep import FIELDS, LAYERS, VISITS, deep, engine_of, numbered
+from deep import BEHIND, FIELDS, LAYERS, VISITS, deep, engine_of, numbered
 from once import once
 from tiny import part_of, tiny
 from torch import Tensor, nn
@@ -28,8 +28,6 @@ from tezo_ds.trunk.alike import Alike
 
 BUCKETS = {"stage3_prefetch_bucket_size": 1000, "stage3_max_live_parameters": 4000}
 CACHED = {"trunk_cache": "memory"}
-# What follows the last block's attention, from its last map on.
-BEHIND = {"include": ["*.3.self_attn.o_proj*", "*.3.post*", "*.3.mlp*", "model.norm*"]}
 TRIED = {1: 2, 2: 5, 3: 3, 4: 2}  # of the ways to split, by ranks: all of them once
 
 
@@ -80,7 +78,7 @@ def whole_forwards(tied: bool, fields: str) -> list[StepReport]:
 @case(worlds=(1, 2, 3, 4))
 def split_forwards_are_those_of_one_process(world: World) -> None:
     vectors = {"train_vectors": True, "micro_batch": 1, **CACHED}
-    behind = {**BEHIND, **CACHED, "train_vectors": True}
+    behind = {"include": BEHIND["llama"], **CACHED, "train_vectors": True}
     ways = (
         (True, CACHED),
         (False, behind),

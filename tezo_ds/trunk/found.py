@@ -104,7 +104,9 @@ class Watch:
         self._first_of: int | None = None  # id of the module
         self._embedded = torch.empty(0)
         self._after: list[tuple[int, nn.Module, int]] = []  # blocks before it, a module, its width
-        self._mixing: dict[int, list[Attention]] = {id(block): [] for block in self._blocks}
+        self._mixing: dict[
+            int, Attention
+        ] = {}  # of each block the first child that is such, by its id
         self._made: tuple[nn.Module, Noted] | None = None  # by the linear map that was last called
 
     def without_a_forward(self) -> str:
@@ -173,7 +175,8 @@ class Watch:
                 made = self._made
                 last = made[0] if made is not None and made[1].is_(hidden) else None
                 alike = last is not None and self._first_of in (None, id(last))
-                self._mixing[id(block)].append(Attention(child, last, hidden.shape[-1], alike))
+                found = Attention(child, last, hidden.shape[-1], alike)
+                self._mixing.setdefault(id(block), found)
 
         return note
 
@@ -196,13 +199,12 @@ class Watch:
         if self._split:
             return "hidden states are split by tensor parallelism"
         last = self._calls[-1]
-        mixing = self._mixing[id(last)]
         calls, embedding, head = len(self._calls), self._embedding, self._head
         after = [(m, width) for n, m, width in self._after if n == calls and m is not head]
         named = [module for module in (embedding, head, *dict(after)) if module is not None]
         return Found(
             tuple(self._calls), self._complete, tuple(self._outputs[id(b)] for b in self._calls),
-            mixing[0] if mixing else None, embedding, head, self._embedded, tuple(after),
+            self._mixing.get(id(last)), embedding, head, self._embedded, tuple(after),
             places(self._root, [*self._calls, *named, *last.modules()]),
         )  # fmt: skip
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+
+
+def unknown(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Returns NaN of a shape, which takes no memory: it stands for what nothing must read unnoticed."""
+    return like.new_full((1,), math.nan).expand(*shape)
 
 
 def hidden_of(output: Any) -> Tensor:

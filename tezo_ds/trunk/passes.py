@@ -1,4 +1,4 @@
-"""The two passes of the model's own code that a split forward makes.
+"""The passes of the model's own code that a split forward makes.
 
     1. the trunk: B sequences through the embedding and the ℓ blocks before the first module that trains;
        later blocks and what follows them are left out
@@ -15,13 +15,12 @@ of the trunk shows in its losses.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor, nn
 
 from tezo_ds.trunk.found import Attention, Found
-from tezo_ds.trunk.outputs import hidden_in, hidden_of, with_hidden
+from tezo_ds.trunk.outputs import hidden_in, hidden_of, unknown, with_hidden
 from tezo_ds.trunk.stand_ins import Act, replaced, swapped
 from tezo_ds.trunk.tail import Mixed, mixed_by
 
@@ -97,7 +96,7 @@ def _unknown(found: Found, index: int) -> Act:
 
     def act(*args: Any, **kwargs: Any) -> Any:
         hidden = hidden_in(args, kwargs)
-        return with_hidden(found.outputs[index], hidden.new_full((1,), math.nan).expand_as(hidden))
+        return with_hidden(found.outputs[index], unknown(hidden, hidden.shape))
 
     return act
 

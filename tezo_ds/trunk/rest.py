@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from tezo_ds.trunk.alike import Alike
 from tezo_ds.trunk.found import Attention, Found
+from tezo_ds.trunk.outputs import unknown
 from tezo_ds.trunk.passes import through_attention, through_rest
 from tezo_ds.trunk.rows import Rows
 from tezo_ds.trunk.stand_ins import Act
@@ -129,10 +129,10 @@ class Rest:
             found.blocks[-1], tail, found.places, mixed.repeated(branches), self._standing
         )
         after = self._standing.within(module for module, _ in found.after)
-        nan = hidden.new_full((1,), math.nan).expand(branches * len(hidden), *hidden.shape[1:])
+        copies = unknown(hidden, (branches * len(hidden), *hidden.shape[1:]))
         try:
             with rows, after:
-                return through_rest(found, entry.forward, entry.inputs, nan)
+                return through_rest(found, entry.forward, entry.inputs, copies)
         finally:
             self._standing = None
 

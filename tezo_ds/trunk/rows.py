@@ -6,7 +6,6 @@ reads it unnoticed; those who know find the rows that it stands for.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tezo_ds.trunk.noted import Pairs
+from tezo_ds.trunk.outputs import unknown
 from tezo_ds.trunk.stand_ins import Act, all_replaced
 
 
@@ -34,7 +34,7 @@ class Rows:
 
     def standing(self, rows: Tensor, shape: torch.Size) -> Tensor:
         """Returns what stands for rows (branches, k, width), of a shape but for its width."""
-        nan = rows.new_full((1,), math.nan).expand(*shape[:-1], rows.shape[-1])
+        nan = unknown(rows, (*shape[:-1], rows.shape[-1]))
         self._rows.note(nan, rows)
         return nan
 

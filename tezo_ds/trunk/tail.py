@@ -7,7 +7,6 @@ afterwards.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from tezo_ds.trunk.found import Attention
 from tezo_ds.trunk.noted import Noted
-from tezo_ds.trunk.outputs import called_with, hidden_in, hidden_of, with_hidden
+from tezo_ds.trunk.outputs import called_with, hidden_in, hidden_of, unknown, with_hidden
 from tezo_ds.trunk.rows import Rows
 from tezo_ds.trunk.stand_ins import Act, Places, replaced, swapped
 
@@ -129,14 +128,13 @@ def mixed_by(
         taken.append(_without_last(attention, where, inner, named))
         raise _Taken
 
-    name = type(attention.module).__name__
     with swapped(where, [(attention.module, take)]):
         try:
             forward(*args, **kwargs)
         except _Taken:
             ((output, given),) = taken
             return Mixed(hidden_in(args, kwargs), given, output)
-    raise RuntimeError(f"{name} was not called")
+    raise RuntimeError(f"{type(attention.module).__name__} was not called")
 
 
 def _without_last(
@@ -149,7 +147,7 @@ def _without_last(
     given: list[tuple[Tensor, Noted]] = []
 
     def note(x: Tensor) -> Tensor:
-        nan = x.new_full((1,), math.nan).expand(*x.shape[:-1], attention.width)
+        nan = unknown(x, (*x.shape[:-1], attention.width))
         given.append((x, Noted(nan)))
         return nan
 
