@@ -82,6 +82,7 @@ OVERRIDES: dict[str, Any] = {
     "output_layer_examples": 9,
     "output_layer_rank": 5,
     "inner_layers": "none",
+    "inner_maps": "last",
     "seed": 11,
     "queries": 2,
     "probe": "fused",
@@ -137,7 +138,8 @@ def test_every_field_of_the_block_has_an_option(given: Given, tmp_path: Path) ->
     same = {name for name, value in OVERRIDES.items() if value == fields[name].get_default()}
     # memory_budget sets the first; a trunk or label words are not there; an adapter goes with fewer fields.
     # Compiling takes longer than all tests here, and there is no GPU.
-    alike = {"branch_chunk", "trunk_cache", "inner_layers", "adapter", "compile", "cuda_graphs"}
+    alike = {"branch_chunk", "trunk_cache", "inner_layers", "inner_maps", "adapter"}
+    alike |= {"compile", "cuda_graphs"}
     assert same == alike
     options = {k: v[0] if k in ("include", "exclude") else v for k, v in OVERRIDES.items()}
     options |= {name: tuple(OVERRIDES[name]) for name in ("betas", "step_scales")}

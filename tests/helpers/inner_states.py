@@ -33,8 +33,9 @@ def one_label(count: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 def states_of(
-    engine: tezo_ds.Engine, batch: dict[str, Tensor], chosen: str, late: Late | None = None
-) -> States:
+    engine: tezo_ds.Engine, batch: dict[str, Tensor], chosen: str, late: Late | None = None,
+    maps: str = "last",
+) -> States:  # fmt: skip
     """Returns what `collect` keeps of a batch, and of one without labels, as of a rank without examples."""
     term = engine.output_layer
     assert term.layer is not None
@@ -42,5 +43,5 @@ def states_of(
     nobody = {**batch, "labels": torch.full_like(batch["labels"], -100)}
     batches = [(batch, held), (nobody, held)]
     with torch.no_grad():
-        inner = term.inner.of_blocks(chosen)
+        inner = term.inner.of_blocks(chosen, maps)
         return collect(engine.objective, term.layer, batches, WORDS, inner, late)

@@ -122,7 +122,7 @@ def test_states_with_terms_come_from_forwards_that_begin_at_the_first_term() -> 
     plain = states_of(engine, batch, "layers:1", late)
     (inner,) = engine.output_layer.inner.of_blocks("layers:1")
     A = torch.randn(len(WORDS), inner.sizes[1], generator=torch.Generator().manual_seed(3))
-    engine.output_layer.load(tensors_of([inner.path], plain.directions, [A]))
+    engine.output_layer.load(tensors_of([inner.path], [(plain.directions, A)]))
     whole = states_of(engine, batch, "none")
     first = calls(model.model.layers[0])
     begun = states_of(engine, batch, "none", late)

@@ -32,7 +32,7 @@ def term(inner: InnerLayer, seed: int = 5) -> dict[str, Tensor]:
     m, n = inner.sizes
     U, A = (torch.randn(*s, generator=generator) * 0.3 for s in ((m, 3), (3, n)))
     words = {TOKENS: WORDS, WEIGHT: torch.zeros(3, m), BIAS: torch.zeros(3)}
-    return {**words, **tensors_of([inner.path], U, [A])}
+    return {**words, **tensors_of([inner.path], [(U, A)])}
 
 
 def with_change(model: Any, path: str, state: dict[str, Tensor]) -> Any:
@@ -126,7 +126,8 @@ def made(n: int = 91, words: int = 3, width: int = 4, inputs: int = 6) -> States
     noise = torch.randn(n, words, generator=generator)
     truth = (torch.einsum("nck,nk->nc", J, x @ A.t()) + noise).argmax(dim=1)
     held = torch.arange(n) % 5 == 4
-    return States(hidden, torch.zeros(n, words), truth, held, (Answers(x, J, x[:0]),))
+    answers = (Answers(x, J, x[:0]),)
+    return States(hidden, torch.zeros(n, words), truth, held, answers, torch.zeros(width, 2))
 
 
 def with_others(states: States, others: Tensor) -> States:
@@ -139,7 +140,7 @@ def share(states: States, index: int, parts: int) -> States:
     rows = slice(n * index // parts, n * (index + 1) // parts)
     own = (states.hidden[rows], states.logits[rows], states.truth[rows], states.held[rows])
     answers = [Answers(x.inputs[rows], x.responses[rows], x.others[rows]) for x in states.inner]
-    return States(*own, answers)
+    return States(*own, answers, states.directions)
 
 
 def in_parts(states: States, parts: int) -> list[Fitted]:
@@ -149,7 +150,7 @@ def in_parts(states: States, parts: int) -> list[Fitted]:
 def test_the_fit_is_the_least_of_the_loss_as_it_is_written() -> None:
     states = made()
     found = fit(states, False, alone)
-    (answers,), (A,) = states.inner, found.inner
+    (answers,), ((_, A),) = states.inner, found.inner
     x, J = answers.inputs.double(), answers.responses.double()
     rms = x.square().mean(dim=0).sqrt()
     units = (rms + 1e-2 * rms.mean()) * J.square().sum(dim=(1, 2)).mean().sqrt()
@@ -177,8 +178,8 @@ def test_ranks_find_the_same_bits() -> None:
     one, several = fit(made(), False, alone), in_parts(made(), 3)
     for found in several:
         assert torch.equal(found.weight, several[0].weight)
-        assert torch.equal(found.inner[0], several[0].inner[0])
-        torch.testing.assert_close(found.inner[0], one.inner[0], rtol=1e-4, atol=1e-6)
+        assert torch.equal(found.inner[0][1], several[0].inner[0][1])
+        torch.testing.assert_close(found.inner[0][1], one.inner[0][1], rtol=1e-4, atol=1e-6)
         assert found.message_bytes == 8 * (3 * 5 + 2 * 6)
 
 
@@ -189,10 +190,12 @@ def test_the_term_is_silent_where_most_inputs_before_the_labelled_position_lie()
     others = torch.randn(91, 2, generator=generator) @ along
     states = with_others(states, others)
     found = fit(states, False, alone)
-    (answers,), (A,) = states.inner, found.inner
+    (answers,), ((_, A),) = states.inner, found.inner
     size = (answers.inputs @ A.t()).square().mean().sqrt()
     assert float((others @ A.t()).abs().max()) < 1e-4 * float(size)
-    assert float((others @ fit(made(inputs=16), False, alone).inner[0].t()).std()) > float(size) / 4
+    assert (
+        float((others @ fit(made(inputs=16), False, alone).inner[0][1].t()).std()) > float(size) / 4
+    )
     # Of all that is silent there it is the least of the loss.
     x, J = answers.inputs.double(), answers.responses.double()
     rms = x.square().mean(dim=0).sqrt()
@@ -209,7 +212,7 @@ def test_the_term_is_silent_where_most_inputs_before_the_labelled_position_lie()
     span = torch.linalg.qr((along.double() / units).t()).Q
     assert float((slopes - slopes @ span @ span.t()).abs().max()) < 1e-5 < float(slopes.abs().max())
     for part in in_parts(states, 3):
-        torch.testing.assert_close(part.inner[0], A, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(part.inner[0][1], A, rtol=1e-4, atol=1e-6)
         assert part.message_bytes == 8 * (3 * 5 + 2 * 16)
 
 
@@ -225,12 +228,12 @@ def test_what_was_foreseen_comes_true_where_the_term_acts_everywhere() -> None:
         if not silent:
             states = with_others(states, states.inner[0].others[:0])
         found = fit(states, False, alone)
-        (answers,), (A,) = states.inner, found.inner
+        (answers,), ((_, A),) = states.inner, found.inner
         foreseen = states.logits + torch.einsum(
             "nck,nk->nc", answers.responses.double(), answers.inputs.double() @ A.double().t()
         )
         path = engine.output_layer.inner.of_blocks("layers:0")[0].path
-        engine.output_layer.load(tensors_of([path], states.directions, [A]))
+        engine.output_layer.load(tensors_of([path], [(states.directions, A)]))
         true = states_of(engine, batch, "layers:0").logits
         engine.output_layer.load({})
         errors.append(float((true - foreseen).norm() / (foreseen - states.logits).norm()))

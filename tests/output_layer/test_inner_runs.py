@@ -44,22 +44,26 @@ def test_the_output_layer_is_fitted_to_what_inner_layers_make_of_its_states(
     assert all(float(slope.abs().max()) < 1e-4 for slope in slopes)
 
 
-@pytest.mark.parametrize("chosen", ["auto", "layers:0-1"])
+@pytest.mark.parametrize(
+    ("chosen", "maps"),
+    [("auto", "last"), ("layers:0-1", "last"), ("auto", "values"), ("layers:0-1", "values")],
+)
 def test_a_run_with_inner_layers(
-    untied: Given, chosen: str, tmp_path: Path, capsys: Captured
+    untied: Given, chosen: str, maps: str, tmp_path: Path, capsys: Captured
 ) -> None:  # fmt: skip
-    options = {**FIT, "steps": 2, "inner_layers": chosen}
+    options = {**FIT, "steps": 2, "inner_layers": chosen, "inner_maps": maps}
     assert call(*untied.train(tmp_path / "run", **options)) == 0
     run, out = Run(tmp_path / "run"), capsys.readouterr().out
     found = run.summary["output_layer"]
     paths = found["inner_layers"]
     assert f"with a term of {' and '.join(paths) or 'no inner layer'}" in out
-    assert call(*untied.train(tmp_path / "fit", **{**options, "inner_layers": "none"})) == 0
+    plain = {**options, "inner_layers": "none", "inner_maps": "last"}
+    assert call(*untied.train(tmp_path / "fit", **plain)) == 0
     alone = Run(tmp_path / "fit").summary["output_layer"]
     if chosen == "auto":
         assert found["held_out_loss_after"] <= alone["held_out_loss_after"] + 1e-6
     else:
-        assert len(paths) == 2
+        assert len(paths) == 2 and all(("v_proj" in path) == (maps == "values") for path in paths)
     assert "inner_layers" not in alone and found["bytes_of_states"] > alone["bytes_of_states"]
     capsys.readouterr()
     assert_found_again(run, capsys, 1e-6)

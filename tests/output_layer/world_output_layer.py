@@ -36,6 +36,7 @@ from tezo_ds.output_layer.language import TokenStates, fit_tokens
 from tezo_ds.output_layer.problem import States
 from tezo_ds.output_layer.states import collect, collect_tokens
 from tezo_ds.output_layer.term import BASIS, BIAS, TOKENS, WEIGHT
+from tezo_ds.output_layer.values import Gathered
 from tezo_ds.plan.output_layer import fit_of
 from tezo_ds.run.terms import path_of
 from tezo_ds.sharding import zero3
@@ -62,28 +63,30 @@ def engine_of(model: nn.Module) -> tezo_ds.Engine:
 
 
 def collected(
-    engine: tezo_ds.Engine, rank: int, size: int, chosen: str = "none", late: Late | None = None
-) -> States:
+    engine: tezo_ds.Engine, rank: int, size: int, chosen: str = "none", late: Late | None = None,
+    maps: str = "last",
+) -> States:  # fmt: skip
     """Returns a rank's states of the examples, and what is known of chosen inner layers."""
     batch, held = part_of(examples(), rank, size), torch.arange(EXAMPLES) % FOLD == FOLD - 1
     batches = [(batch, held.tensor_split(size)[rank])]
     layer = engine.output_layer.layer
     assert layer is not None
     with engine.applied():
-        inner = engine.output_layer.inner.of_blocks(chosen)
+        inner = engine.output_layer.inner.of_blocks(chosen, maps)
         return collect(engine.objective, layer, batches, WORDS, inner, late)
 
 
 def fitted(
-    engine: tezo_ds.Engine, rank: int, size: int, chosen: str = "none", late: Late | None = None
-) -> tuple[States, Fitted]:
+    engine: tezo_ds.Engine, rank: int, size: int, chosen: str = "none", late: Late | None = None,
+    maps: str = "last",
+) -> tuple[States, Fitted]:  # fmt: skip
     """Fits the term, and those of chosen inner layers, to the examples of all ranks, and gives them to the
     engine."""
-    inner = engine.output_layer.inner.of_blocks(chosen)
+    inner = engine.output_layer.inner.of_blocks(chosen, maps)
     with engine.output_layer.off():
-        states = collected(engine, rank, size, chosen, late)
+        states = collected(engine, rank, size, chosen, late, maps)
     found = fit(states, False, engine.sharding.all_reduce)
-    theirs = tensors_of([x.path for x in inner], states.directions, found.inner)
+    theirs = tensors_of([x.path for x in inner], found.inner)
     engine.output_layer.load({TOKENS: WORDS, WEIGHT: found.weight, BIAS: found.bias, **theirs})
     return states, found
 
@@ -138,7 +141,7 @@ def every_sharding_finds_the_terms_of_inner_layers(world: World) -> None:
     alone = engine_of(tiny())
     alone.sharding.world_size = 1
     states, expected = fitted(alone, 0, 1, "layers:0-1")
-    assert all(float(A.abs().max()) > 1e-3 for A in expected.inner)
+    assert all(float(A.abs().max()) > 1e-3 for _, A in expected.inner)
     batch = examples()
     theirs = alone.step(batch)
     for name, make in ways().items():
@@ -148,13 +151,42 @@ def every_sharding_finds_the_terms_of_inner_layers(world: World) -> None:
         for mine, whole in zip(own.inner, states.inner, strict=True):
             share = part_of({"x": whole.responses}, world.rank, world.size)["x"]
             torch.testing.assert_close(mine.responses, share, rtol=1e-2, atol=1e-3, msg=name)
-        for part, its in zip(found.inner, expected.inner, strict=True):
+        for (_, part), (_, its) in zip(found.inner, expected.inner, strict=True):
             assert_equal_on_all_ranks(part)
             torch.testing.assert_close(part, its, rtol=2e-2, atol=2e-3, msg=name)
         engine.check()
         ours = engine.step(part_of(batch, world.rank, world.size))
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-3), name
         assert ours.kappa == pytest.approx(theirs.kappa, rel=2e-2, abs=1e-2), name
+
+
+@case(worlds=(1, 2, 3))
+def every_sharding_finds_the_terms_of_value_projections(world: World) -> None:
+    alone = engine_of(tiny())
+    alone.sharding.world_size = 1
+    states, expected = fitted(alone, 0, 1, "layers:0-1", maps="values")
+    (known, _), batch = states.inner, examples()
+    assert isinstance(known, Gathered) and known.sums.abs().max() > 1e-2
+    assert all(float(A.abs().max()) > 1e-3 for _, A in expected.inner)
+    theirs = alone.step(batch)
+    for name, make in ways().items():
+        engine = engine_of(make(True))
+        own, found = fitted(engine, world.rank, world.size, "layers:0-1", maps="values")
+        mine = own.inner[0]
+        assert isinstance(mine, Gathered)
+        share = part_of({"x": known.inputs}, world.rank, world.size)["x"]
+        torch.testing.assert_close(mine.inputs, share, rtol=1e-3, atol=1e-4, msg=name)
+        sums, counts = (engine.sharding.all_reduce(x.clone()) for x in (mine.sums, mine.counts))
+        assert torch.equal(counts, known.counts), name
+        torch.testing.assert_close(sums, known.sums, rtol=1e-2, atol=1e-2, msg=name)
+        for ours, its in zip(found.inner, expected.inner, strict=True):
+            for part in ours:
+                assert_equal_on_all_ranks(part)
+            changes = [left @ right for left, right in (ours, its)]
+            torch.testing.assert_close(*changes, rtol=2e-2, atol=4e-3, msg=name)
+        engine.check()
+        report = engine.step(part_of(batch, world.rank, world.size))
+        assert report.loss == pytest.approx(theirs.loss, rel=1e-3), name
 
 
 @case(worlds=(1, 2, 3))

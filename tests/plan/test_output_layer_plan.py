@@ -38,14 +38,16 @@ def examples(words: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("way", "choices", "inner"),
-    [("fit", True, "none"), ("bias", True, "none"), ("fit", False, "none"), ("bias", False, "none"),
-     ("fit", True, "layers:0-1"), ("fit", True, "layers:1")],
+    ("way", "choices", "inner", "of"),
+    [("fit", True, "none", "last"), ("bias", True, "none", "last"), ("fit", False, "none", "last"),
+     ("bias", False, "none", "last"), ("fit", True, "layers:0-1", "last"), ("fit", True, "layers:1", "last"),
+     ("fit", True, "layers:0-1", "values"), ("fit", True, "layers:1", "values")],
 )  # fmt: skip
-def test_bytes_are_those_of_a_fit(way: Any, choices: bool, inner: str) -> None:
+def test_bytes_are_those_of_a_fit(way: Any, choices: bool, inner: str, of: Any) -> None:
     words, ranks = torch.arange(VOCABULARY) if not choices else torch.tensor([7, 12, 40]), 2
     batch = examples(words)
-    config = TezoConfig(output_layer=way, output_layer_rank=3, inner_layers=inner)
+    fields = {"output_layer": way, "output_layer_rank": 3, "inner_layers": inner, "inner_maps": of}
+    config = TezoConfig(**fields)
     planned = fit_of(
         tiny(), config, ranks, EXAMPLES, LABELS, len(words) if choices else None, LENGTH
     )
@@ -59,8 +61,8 @@ def test_bytes_are_those_of_a_fit(way: Any, choices: bool, inner: str) -> None:
         batches = [(part, torch.arange(EXAMPLES // ranks) % 5 == 4)]
         states: States | TokenStates
         if choices:
-            maps = engine.output_layer.inner.of_blocks(inner)
-            states = collect(engine.objective, layer, batches, words, maps, late)
+            layers = engine.output_layer.inner.of_blocks(inner, of)
+            states = collect(engine.objective, layer, batches, words, layers, late)
             found = fit(states, way == "bias", reduce)
         else:
             states = collect_tokens(engine.objective, layer, batches, words)

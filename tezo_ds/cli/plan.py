@@ -37,6 +37,7 @@ BLOCK = (
     "trunk_cache", "trunk_cache_gib", "include", "exclude", "train_vectors", "adapter",
     "adapter_sites", "tt_rank", "tt_modes", "bottleneck", "output_layer",
     "output_layer_every", "output_layer_examples", "output_layer_rank", "inner_layers",
+    "inner_maps",
 )  # fmt: skip
 HARDWARE = "Overrides of --gpu and of what is assumed"
 

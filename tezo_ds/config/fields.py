@@ -327,3 +327,9 @@ class Fields(BaseModel):
         "the examples that are held out",
         group=TRAINS, used_by="output_layer fit", example="layers:20",
     )  # fmt: skip
+    inner_maps: Literal["last", "values"] = declared(
+        "last",
+        "which linear map of these blocks gets a term: last, the block's last, or values, its value "
+        "projection, of rank C for each group of heads, which reads what attention gathers of the whole text",
+        group=TRAINS, used_by="inner_layers", example="values",
+    )  # fmt: skip

@@ -6,7 +6,7 @@ map, U A its change, and J = ∂z/∂(its output) · U how an example's logits a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,6 +42,29 @@ class Answers:
         """Bytes that they take on this rank."""
         return self.inputs.nbytes + self.responses.nbytes + self.others.nbytes
 
+    @staticmethod
+    def joined(parts: Sequence[Answers]) -> Answers:
+        """Returns what is known of the examples of several batches."""
+        return Answers(
+            torch.cat([part.inputs for part in parts]),
+            torch.cat([part.responses for part in parts]),
+            torch.cat([part.others for part in parts]),
+        )
+
+    def columns(self, left: Tensor, count: int, states: float, total: Totals) -> Inner:
+        """Returns the layer's columns, in units of all ranks' examples.
+
+        Args:
+            left: U, float32 (m, K).
+            count: number of examples over all ranks.
+            states: variance of a number of the output layer's states, on average.
+            total: sums over ranks.
+        """
+        squares = self.inputs.double().square().sum(dim=0)
+        length = self.responses.double().square().sum()
+        found = total(torch.cat([squares, length[None]])) / count
+        return Inner(self, left, found[:-1].sqrt(), float(found[-1].sqrt()), states, total)
+
 
 class Columns(Protocol):
     """A part of the variables, a matrix of `shape`, of which logits are a linear function.
@@ -66,7 +89,7 @@ class Columns(Protocol):
         """Returns the gradient of `shape` for slopes (k, C) of the examples' logits, in their dtype."""
 
 
-class _Made:
+class Made:
     """What is made of some examples; in single precision the last is at hand, as a solver asks for the same
     again and again."""
 
@@ -97,7 +120,7 @@ class Head:
 
     def __init__(self, hidden: Tensor, words: int, mean: Tensor, variance: Tensor) -> None:
         self._hidden, self._mean = hidden, mean.to(hidden.device)
-        self._known = _Made(self._centred)
+        self._known = Made(self._centred)
         self.shape = (words, hidden.shape[1] + 1)
         self.scale = dot(variance, torch.ones_like(variance))
         # Variables in which a logistic loss, which curves by a quarter at most, curves alike all over.
@@ -129,39 +152,43 @@ class Head:
         return weight, (x[:, -1] - torch.tensor(moved, dtype=torch.float64)).float()
 
 
-class Inner:
-    """A of an inner layer, K rows, in units in which inputs and responses are alike: x over its root mean
-    squares, J over its own. The ridge bears on these units as that of the output layer bears on states whose
-    numbers have a variance of one, so that one λ serves all.
+class Added:
+    """A of what is added within the model, in units in which inputs and responses are alike: x over its root
+    mean squares, J over its own. The ridge bears on these units as that of the output layer bears on states
+    whose numbers have a variance of one, so that one λ serves all.
 
     The term acts at the positions before the labelled one as well, and J knows nothing of what follows from
     that. So A is silent, A p = 0, along the directions p that most of the inputs there lie along.
 
+    Attributes:
+        shape: of A, (K, width).
+        units: what each input is divided by, float64 (width,).
+
     Args:
-        answers: this rank's.
+        left: U, float32 (m, K).
         rms: of each input over all ranks' examples, float64 (width,).
         size: root mean square of J, as a matrix's length, over all ranks' examples.
         states: variance of a number of the output layer's states, on average.
+        others: inputs at other positions, of this rank, (m, width).
+        silent: along how many directions to be silent at most.
         total: sums over ranks.
     """
 
     def __init__(
-        self, answers: Answers, rms: Tensor, size: float, states: float, total: Totals
-    ) -> None:
-        self._answers = answers
-        self._known = _Made(self._scaled)
+        self, left: Tensor, rms: Tensor, size: float, states: float, others: Tensor, silent: int,
+        total: Totals,
+    ) -> None:  # fmt: skip
         floor = FLOOR * dot(rms, torch.ones_like(rms)) / len(rms)
         self.units = (rms + floor) * size
         self.units[self.units == 0] = 1  # nothing enters, or nothing answers
-        self.shape = (answers.responses.shape[2], len(rms))
-        self._states = states
+        self.shape = (left.shape[1], len(rms))
+        self._left, self._states, self._others = left, states, others
         self.curves = torch.full(self.shape, 0.25 / self.shape[0], dtype=torch.float64)
-        count = silent_count(len(rms))
-        self._silent = principal(lambda rows: total(self._moments(rows)), len(rms), count)
+        self._silent = principal(lambda rows: total(self._moments(rows)), len(rms), silent)
 
     def _moments(self, rows: Tensor) -> Tensor:
         """Returns directions (k, width) times Σ x xᵀ of this rank's inputs at other positions, in units."""
-        others = self._answers.others
+        others = self._others
         rows = rows.to(others.device)
         found = torch.zeros_like(rows)
         for part in others.split(CHUNK):
@@ -178,6 +205,26 @@ class Inner:
         """Returns λ in this part's units."""
         return torch.full(self.shape, strength / (self._states or 1.0), dtype=torch.float64)
 
+    def solution(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns U (m, K) and A (K, width) for inputs as they are, float32."""
+        return self._left, (self._quiet(x) / self.units).float()
+
+
+class Inner(Added):
+    """A of the last linear map of a block: of its output layer z' = z + J A x, with J of each example.
+
+    Args:
+        answers: this rank's.
+        left, rms, size, states, total: as of `Added`.
+    """
+
+    def __init__(
+        self, answers: Answers, left: Tensor, rms: Tensor, size: float, states: float, total: Totals
+    ) -> None:
+        self._answers = answers
+        self._known = Made(self._scaled)
+        super().__init__(left, rms, size, states, answers.others, silent_count(len(rms)), total)
+
     def _scaled(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Returns inputs in their units, (k, width), and J, (k, C, K), of some examples."""
         inputs = self._answers.inputs[rows].double() / self.units.to(rows.device)
@@ -193,19 +240,7 @@ class Inner:
         inputs, J = self._known(rows, slopes.dtype)
         return self._quiet(torch.einsum("nck,nc->nk", J, slopes).t() @ inputs)
 
-    def solution(self, x: Tensor) -> Tensor:
-        """Returns A for inputs as they are, float32 (K, width)."""
-        return (self._quiet(x) / self.units).float()
-
 
 def silent_count(width: int) -> int:
     """Returns along how many directions an inner layer of so many inputs is silent at most."""
     return min(SILENT, width // SHARE)
-
-
-def inner_of(answers: Answers, count: int, states: float, total: Totals) -> Inner:
-    """Returns an inner layer's columns, in units of all ranks' examples."""
-    squares = answers.inputs.double().square().sum(dim=0)
-    length = answers.responses.double().square().sum()
-    found = total(torch.cat([squares, length[None]])) / count
-    return Inner(answers, found[:-1].sqrt(), float(found[-1].sqrt()), states, total)

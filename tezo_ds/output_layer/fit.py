@@ -30,7 +30,7 @@ class Fitted:
         messages: all-reduces.
         message_bytes: bytes of the largest.
         basis: A, float32 (r, d), for which ΔW is B A; None: ΔW is the weight.
-        inner: A of each inner layer, float32 (K, width).
+        inner: U and A of each inner layer, float32 (m, K) and (K, width).
     """
 
     weight: Tensor
@@ -42,7 +42,7 @@ class Fitted:
     messages: int
     message_bytes: int
     basis: Tensor | None = None
-    inner: Sequence[Tensor] = ()
+    inner: Sequence[tuple[Tensor, Tensor]] = ()
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
-"""Inner layers: the last linear map of a transformer block, and a term U A on its weight, y' = y + U A x.
+"""Inner layers: a linear map of a transformer block, and a term U A on its weight, y' = y + U A x.
 
-The columns of U are the label words' rows of the output layer, less their mean and of length one: directions
-that later blocks mostly pass on, and that the words' logits are read along. A is fitted, see `fit`.
+Of the block's last map the columns of U are the label words' rows of the output layer, less their mean and
+of length one: directions that later blocks mostly pass on, and that the words' logits are read along. Of its
+value projection they follow from what is measured, see `values`. A is fitted, see `fit`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +23,11 @@ from tezo_ds.patterns import layers_of, numbered_layers
 from tezo_ds.trunk.outputs import hidden_in
 
 PREFIX, LEFT, RIGHT = "inner_layers.", ".left", ".right"
-DEPTHS = (1 / 2, 2 / 3, 5 / 6)  # of the blocks that `auto` tries
+DEPTHS = {
+    "last": (1 / 2, 2 / 3, 5 / 6),
+    "values": (1 / 2, 2 / 3),
+}  # of the blocks that `auto` tries
+PROJECTION, LAST = "v_proj", ("o_proj", "out_proj", "dense")  # names within an attention
 
 
 def directions(rows: Tensor) -> Tensor:
@@ -31,13 +37,33 @@ def directions(rows: Tensor) -> Tensor:
     return (centred / torch.where(length > 0, length, 1.0)[:, None]).t().float().contiguous()
 
 
+@dataclass(frozen=True)
+class Heads:
+    """Heads of the attention that a value projection is of.
+
+    Attributes:
+        last: the attention's last linear map, which is given what all heads give, one after another.
+        count: H.
+        groups: number of values that heads share.
+        size: numbers of a value.
+        place: number of blocks before its own.
+    """
+
+    last: nn.Module
+    count: int
+    groups: int
+    size: int
+    place: int
+
+
 class InnerLayer:
-    """The last linear map of a block, and its term; nothing is added until one is loaded.
+    """A linear map of a block, and its term; nothing is added until one is loaded.
 
     Attributes:
         path: of the linear map in the model.
         block: the transformer block that it is in.
         layer: the linear map.
+        heads: of a value projection; None: it is the block's last map.
         term: U (m, K) and A (K, n), float32; None: nothing is added.
 
     Args:
@@ -48,6 +74,7 @@ class InnerLayer:
         self, path: str, block: nn.Module, layer: nn.Module, off: Callable[[], bool]
     ) -> None:
         self.path, self.block, self.layer, self._off = path, block, layer, off
+        self.heads: Heads | None = None
         self.term: tuple[Tensor, Tensor] | None = None
         self._attached = False
         self._placed: tuple[Any, Tensor, Tensor] | None = None
@@ -127,8 +154,43 @@ def last_map(module: nn.Module, block: str) -> str:
     return f"{block}.{maps[-1]}"
 
 
-def named(chosen: str, module: nn.Module) -> list[str]:
+def value_map(module: nn.Module, block: str) -> tuple[str, Heads]:
+    """Returns the path of a block's value projection, and the heads of its attention.
+
+    Raises:
+        ConfigError: the block has no projection that gives values alone.
+    """
+    within = dict(module.get_submodule(block).named_modules())
+    path = next((name for name in within if name.split(".")[-1] == PROJECTION), None)
+    beside = "" if path is None else path.removesuffix(PROJECTION)
+    last = next((within[beside + name] for name in LAST if beside + name in within), None)
+    size = _head_size(module)
+    if path is None or last is None or not size or _sizes(within[path])[0] % size:
+        raise ConfigError(
+            f"inner_maps: {block} of {type(module).__name__} has no linear map that gives values alone "
+            f"({PROJECTION}) beside the attention's last; use inner_maps last"
+        )
+    place = numbered_layers(name for name, _ in module.named_parameters()).index(block)
+    groups = _sizes(within[path])[0] // size
+    return f"{block}.{path}", Heads(last, _sizes(last)[1] // size, groups, size, place)
+
+
+def _head_size(module: nn.Module) -> int | None:
+    """Returns how many numbers a head's value has; None where the model does not say."""
+    config = getattr(module, "config", None)
+    config = getattr(config, "get_text_config", lambda: config)()
+    heads, width = (getattr(config, x, None) for x in ("num_attention_heads", "hidden_size"))
+    found = getattr(config, "head_dim", None)
+    return found or (width // heads if heads and width else None)
+
+
+def named(chosen: str, module: nn.Module, maps: str = "last") -> list[str]:
     """Returns the blocks that a value of `inner_layers` names, or that it lets choose among.
+
+    Args:
+        chosen: the value.
+        module: the model.
+        maps: value of `inner_maps`.
 
     Raises:
         ConfigError: the model has no such blocks.
@@ -139,14 +201,14 @@ def named(chosen: str, module: nn.Module) -> list[str]:
     if chosen != AUTO:
         return layers_of(chosen, names, "inner_layers")
     layers = numbered_layers(names)
-    return list(dict.fromkeys(layers[int(depth * len(layers))] for depth in DEPTHS))
+    return list(dict.fromkeys(layers[int(depth * len(layers))] for depth in DEPTHS[maps]))
 
 
-def tensors_of(paths: Sequence[str], U: Tensor, rights: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Returns the terms U A of some maps by the names that a run keeps them under."""
+def tensors_of(paths: Sequence[str], terms: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Returns the terms (U, A) of some maps by the names that a run keeps them under."""
     # Copies, as files of tensors refuse those that share their memory.
-    lefts = {f"{PREFIX}{path}{LEFT}": U.cpu().clone() for path in paths}
-    return lefts | {f"{PREFIX}{p}{RIGHT}": A for p, A in zip(paths, rights, strict=True)}
+    lefts = {f"{PREFIX}{p}{LEFT}": U.cpu().clone() for p, (U, _) in zip(paths, terms, strict=True)}
+    return lefts | {f"{PREFIX}{p}{RIGHT}": A for p, (_, A) in zip(paths, terms, strict=True)}
 
 
 class InnerLayers:
@@ -161,19 +223,25 @@ class InnerLayers:
         self._module, self._off = module, off
         self._known: dict[str, InnerLayer] = {}
 
-    def of_blocks(self, chosen: str) -> list[InnerLayer]:
-        """Returns the inner layers that a value of `inner_layers` names, the same each time.
+    def of_blocks(self, chosen: str, maps: str = "last") -> list[InnerLayer]:
+        """Returns the inner layers that values of `inner_layers` and `inner_maps` name, the same each time.
 
         Raises:
-            ConfigError: the model has no such blocks, or they have no linear map.
+            ConfigError: the model has no such blocks, or they have no such map.
         """
-        blocks = named(chosen, self._module)
+        blocks = named(chosen, self._module, maps)
+        if maps == "values":
+            found = [(*value_map(self._module, block), block) for block in blocks]
+            return [self._of(path, block, heads) for path, heads, block in found]
         return [self._of(last_map(self._module, block), block) for block in blocks]
 
-    def _of(self, path: str, block: str) -> InnerLayer:
+    def _of(self, path: str, block: str, heads: Heads | None = None) -> InnerLayer:
         if path not in self._known:
             modules = self._module.get_submodule(block), self._module.get_submodule(path)
             self._known[path] = InnerLayer(path, *modules, self._off)
+        self._known[path].heads = (
+            heads or self._known[path].heads
+        )  # a term may have been loaded before
         return self._known[path]
 
     @property

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from tezo_ds.errors import ProbeError
 from tezo_ds.output_layer.choosing import Quality
-from tezo_ds.output_layer.columns import CHUNK, Answers, Columns, Head, inner_of
+from tezo_ds.output_layer.columns import CHUNK, Answers, Columns, Head
 from tezo_ds.output_layer.newton import Product, minimise
 from tezo_ds.output_layer.totals import AllReduce, Totals
+from tezo_ds.output_layer.values import Gathered
 
 # λ over the states' mean square, the strongest first; written out, as powers differ by library
 GRID = (
@@ -41,14 +42,14 @@ class States:
         truth: index of the right word, int64 (n,).
         held: whether the example is held out, bool (n,).
         inner: of each inner layer that is fitted, too.
-        directions: U of all inner layers, float32 (d, K); empty without any.
+        directions: U of inner layers that are a block's last map, float32 (d, K); empty without any.
     """
 
     hidden: Tensor
     logits: Tensor
     truth: Tensor
     held: Tensor
-    inner: Sequence[Answers] = ()
+    inner: Sequence[Answers | Gathered] = ()
     directions: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
@@ -96,7 +97,9 @@ class Problem:
         squares = self._sums(lambda rows: (hidden[rows].double() - mean).square().sum(dim=0), width)
         self._head = Head(hidden, words, mean, self._total(squares) / n)
         self.scale = self._head.scale
-        self._inner = [inner_of(x, n, self.scale / width, self._total) for x in states.inner]
+        self._inner = [
+            x.columns(states.directions, n, self.scale / width, self._total) for x in states.inner
+        ]
         self._columns: list[Columns] = [self._head, *self._inner]
         logits = states.logits.double().square().sum()[None]
         self.size = float(self._total(logits)[0]) + sum(float(x.units.sum()) for x in self._inner)
@@ -152,8 +155,9 @@ class Problem:
         ]
         return torch.cat([self._states.logits[:0, 0].double(), *found])
 
-    def solution(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
-        """Returns ΔW (C, d) and b (C,) of x, and A of each inner layer: float32, for states as they are."""
+    def solution(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], list[tuple[Tensor, Tensor]]]:
+        """Returns ΔW (C, d) and b (C,) of x, and U and A of each inner layer: float32, for states as they
+        are."""
         ours, *theirs = self._matrices(x)
         pairs = zip(self._inner, theirs, strict=True)
         return self._head.solution(ours), [inner.solution(part) for inner, part in pairs]

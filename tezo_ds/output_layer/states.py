@@ -19,6 +19,7 @@ from tezo_ds.output_layer.entry import Late
 from tezo_ds.output_layer.inner import InnerLayer
 from tezo_ds.output_layer.language import TokenStates
 from tezo_ds.output_layer.problem import States
+from tezo_ds.output_layer.values import Gathered
 from tezo_ds.trunk.outputs import hidden_in
 
 Batches = Iterable[tuple[Mapping[str, Any], Tensor]]
@@ -65,14 +66,14 @@ class _Seen:
 
 class _Part(NamedTuple):
     """Positions with a label, of one batch: hidden states (k, d), tokens (k,), whether they are held out
-    (k,), and what was made of their logits (k, …); all on the model's device. Inputs and responses of each
-    inner layer, (k, …)."""
+    (k,), and what was made of their logits (k, …); all on the model's device. What is known of each inner
+    layer."""
 
     hidden: Tensor
     tokens: Tensor
     held: Tensor
     made: Tensor
-    inner: Sequence[Answers] = ()
+    inner: Sequence[Answers | Gathered] = ()
 
 
 def collect(
@@ -175,14 +176,7 @@ def _parts(
 def _joined(parts: Iterable[_Part]) -> _Part:
     all_of = list(parts)
     layers = zip(*(part.inner for part in all_of), strict=True)
-    joined = [
-        Answers(
-            torch.cat([x.inputs for x in layer]),
-            torch.cat([x.responses for x in layer]),
-            torch.cat([x.others for x in layer]),
-        )
-        for layer in layers
-    ]
+    joined = [type(layer[0]).joined(layer) for layer in layers]
     columns = zip(*(part[:4] for part in all_of), strict=True)
     hidden, tokens, held, made = (torch.cat(column) for column in columns)
     return _Part(hidden, tokens, held, made, joined)

@@ -13,10 +13,12 @@ from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError
 from tezo_ds.models.structure import embeddings
 from tezo_ds.output_layer.answering import OTHERS
+from tezo_ds.output_layer.attending import count_asked
 from tezo_ds.output_layer.columns import CHUNK, silent_count
-from tezo_ds.output_layer.inner import InnerLayers, named
+from tezo_ds.output_layer.inner import InnerLayer, InnerLayers, named
 from tezo_ds.output_layer.language import CHUNK_NUMEL
 from tezo_ds.output_layer.lbfgs import PAIRS
+from tezo_ds.output_layer.values import silent_values
 from tezo_ds.patterns import numbered_layers
 from tezo_ds.plan.job import Job
 from tezo_ds.plan.needs import GIB
@@ -101,27 +103,71 @@ def fit_of(
         numbers, largest = among * (rank + 1), max(rank * width, 2 * among, width + 1)
         states = positions * (each + 2 * max(4, itemsize)) + among * (width + 1) * itemsize
         solver = 8 * ((VECTORS + 2 * PAIRS) * numbers + COPIES * CHUNK_NUMEL)
-    widths = [inner.sizes[1] for inner in InnerLayers(module).of_blocks(config.inner_layers)]
-    states += sum(positions * ((1 + OTHERS) * n * itemsize + 4 * among**2) for n in widths)
-    shares = _shares(module, config.inner_layers)
+    layers = InnerLayers(module).of_blocks(config.inner_layers, config.inner_maps)
+    added = [_added(inner, among, itemsize) for inner in layers]
+    states += sum(positions * each.kept + each.once for each in added)
+    shares = _shares(module, config.inner_layers, config.inner_maps)
     if shares and max(shares) < 1:  # else forwards begin at the first block anyway
         states += -(-count // ranks) * length * width * itemsize
-    silent = [silent_count(n) * n for n in widths]
-    numbers, largest = numbers + among * sum(widths), max([largest, *silent])
+    silent = [each.silent for each in added]
+    numbers += sum(each.numbers for each in added)
+    largest = max([largest, *silent, *(each.known for each in added)])
     # Of a chunk single precision is at hand, and double is made for a gradient.
     chunk = min(positions, CHUNK)
-    solver += sum(8 * VECTORS * among * n + 12 * chunk * (n + among**2) for n in widths)
+    solver += sum(8 * VECTORS * each.numbers + 12 * chunk * each.made for each in added)
     solver += 8 * (sum(silent) + max(silent, default=0))
     message = 8 * max(numbers, largest) if ranks > 1 else 0
-    tokens = (among + 1) * sum(shares)
+    tokens = sum(each.tokens * share for each, share in zip(added, shares, strict=True))
     forwards = 1 + max(shares, default=0.0)
     return Fit(positions, among, numbers, states, solver, message, forwards, tokens)
 
 
-def _shares(module: nn.Module, chosen: str) -> list[float]:
+@dataclass(frozen=True)
+class _Added:
+    """What an inner layer takes.
+
+    Attributes:
+        numbers: of A.
+        kept: bytes of a labelled position.
+        once: bytes that are kept, whatever the positions.
+        silent, known: numbers of messages.
+        made: numbers of a labelled position that products are made of.
+        tokens: of an example, that run again.
+    """
+
+    numbers: int
+    kept: int
+    once: int
+    silent: int
+    known: int
+    made: int
+    tokens: int
+
+
+def _added(inner: InnerLayer, words: int, itemsize: int) -> _Added:
+    n = inner.sizes[1]
+    if (heads := inner.heads) is None:
+        kept = (1 + OTHERS) * n * itemsize + 4 * words**2
+        silent, made = silent_count(n) * n, n + words**2
+        return _Added(words * n, kept, 0, silent, n + 1, made, words + 1)
+    given = heads.count * heads.size  # numbers that all heads give
+    asked = count_asked(given, words)
+    tokens = -(-n // heads.size) + asked + -(-asked // words)
+    return _Added(
+        numbers=heads.groups * min(words, heads.size) * n,
+        kept=(heads.count + OTHERS) * n * itemsize,
+        once=8 * (words + 1) * given,
+        silent=silent_values(n) * n,
+        known=(words + 1) * given + n,
+        made=heads.count * n,
+        tokens=tokens,
+    )
+
+
+def _shares(module: nn.Module, chosen: str, maps: str) -> list[float]:
     """Returns the share of the blocks that runs again for each of some inner layers: from its own on."""
     layers = numbered_layers(name for name, _ in module.named_parameters())
-    return [1 - layers.index(block) / len(layers) for block in named(chosen, module)]
+    return [1 - layers.index(block) / len(layers) for block in named(chosen, module, maps)]
 
 
 def seconds(job: Job, fit: Fit) -> float:

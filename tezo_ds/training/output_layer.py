@@ -47,7 +47,7 @@ def refuse_unfit(session: Session, saves: bool) -> None:
                 "leave inner_layers off"
             )
         refuse_no_inner(engine.objective)
-        engine.output_layer.inner.of_blocks(engine.config.inner_layers)
+        engine.output_layer.inner.of_blocks(engine.config.inner_layers, engine.config.inner_maps)
     if saves and (reason := engine.output_layer.unmergeable()):
         raise ConfigError(f"{reason}, or add --no-save-model")
     if len(session.task.train) < FOLD:
@@ -162,7 +162,8 @@ class OutputLayerFits:
         objective, config, layer = engine.objective, engine.config, engine.output_layer.layer
         assert layer is not None, "refused before"
         alone = config.output_layer == "bias"
-        inner, late = engine.output_layer.inner.of_blocks(config.inner_layers), Late()
+        inner = engine.output_layer.inner.of_blocks(config.inner_layers, config.inner_maps)
+        late = Late()
         with engine.applied(), engine.output_layer.off():
             if self._session.words is not None:
                 states = collect(objective, layer, batches, words, inner, late)
@@ -171,7 +172,7 @@ class OutputLayerFits:
         if self._session.words is not None:
             fitted, chosen = self._best(states, alone)
             paths = [inner[i].path for i in chosen]
-            terms = tensors_of(paths, states.directions, fitted.inner)
+            terms = tensors_of(paths, fitted.inner)
             return self._again(fitted, terms, late), terms, states.nbytes + late.nbytes
         rank = 0 if alone else config.output_layer_rank
         return fit_tokens(tokens, rank, self._reduce), {}, tokens.nbytes

@@ -11,6 +11,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "bias": {"output_layer": "bias"},
     "fit": {"output_layer": "fit"},
     "inner": {"output_layer": "fit", "inner_layers": "auto"},
+    "values": {"output_layer": "fit", "inner_layers": "auto", "inner_maps": "values"},
 }
 # Fields of a method's steps. Rates are `lr` times the factor that tuning chose.
 STEPS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,221 @@
+"""What each head gathers at a labelled position, and how the words' logits answer to what heads give.
+
+Attention is linear in its values. So the labelled position runs again with what enters the value projection
+in the place of the values, as many of its numbers at a time as a value has, and what the heads give then is
+p_h = Σ_t a_ht x_t, without that anybody looks into how a model makes its weights a.
+
+How logits answer to what heads give has as many numbers as the hidden state, for each word: too many to be
+asked of each example. It is asked of the mean over examples, each of which is asked for a few numbers.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tezo_ds.losses.objective import Objective
+from tezo_ds.output_layer.going import Change, alike, unfit, wide
+from tezo_ds.output_layer.inner import Heads, InnerLayer
+from tezo_ds.output_layer.values import Gathered
+from tezo_ds.output_layer.watched import Watched
+from tezo_ds.trunk.outputs import hidden_in, hidden_of
+from tezo_ds.trunk.stand_ins import replaced
+
+SHARE = 128  # an example is asked for one of so many numbers that heads give; or for one a word
+
+
+class Attended(Watched):
+    """What a value projection is given, and what its attention's heads give; what to add to that.
+
+    Attributes:
+        heads: of the attention.
+        gave: what all heads gave in the whole forward that is looked at, (B, T, H * size).
+        mixed: what the attention's last map made of it, (B, T, d).
+        again: what they gave in the last forward.
+        push: to be added to what they give, (rows, H * size); None: nothing.
+    """
+
+    def __init__(self, module: nn.Module, inner: InnerLayer, stack: ExitStack) -> None:
+        super().__init__(module, inner, stack)
+        assert inner.heads is not None
+        self.heads: Heads = inner.heads
+        self.gave = self.mixed = self.again = torch.empty(0)
+        self.compared = False
+        for hook in (
+            self.heads.last.register_forward_pre_hook(self._given),
+            self.heads.last.register_forward_hook(self._made),
+        ):
+            stack.callback(hook.remove)
+
+    def _after(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return None  # it is to what heads give that something is added
+
+    def _given(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        self.again = hidden_in(args, {})
+        if self.entry.on:
+            self.gave = self.again
+        if self.push is None:
+            return None
+        return (self.again + self.push.to(self.again.dtype).view_as(self.again), *args[1:])
+
+    def _made(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.entry.on:
+            self.mixed = hidden_of(output)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a whole forward of a batch gave the value projection.
+
+    Attributes:
+        given: x, (B, T, width).
+        rows, places: of the labelled positions, int64 (k,).
+        before: rows and places of some positions before them.
+        count: number of labelled positions that count: k, or none where k is one that runs along.
+    """
+
+    given: Tensor
+    rows: Tensor
+    places: Tensor
+    before: tuple[Tensor, Tensor]
+    count: int
+
+
+Run = Callable[[int, Change | None], Tensor]
+Answers = Callable[[Tensor], Tensor]
+
+
+def gathered(
+    objective: Objective, watched: Attended, seen: Seen, batch: Mapping[str, Any], words: int, run: Run,
+    answers: Answers,
+) -> Gathered:  # fmt: skip
+    """Returns what is known of a value projection, for one batch. Every rank must call it.
+
+    Args:
+        objective: of the model.
+        watched: of the value projection.
+        seen: what a whole forward gave it.
+        batch: the examples, (B, T).
+        words: C, which is also how many copies of the positions run beside the plain one at a time.
+        run: runs the labelled positions of so many copies, with keys and values changed.
+        answers: pushes (K, k, H * size) -> how the logits change, over ε: (K, k, C).
+
+    Raises:
+        ConfigError: heads give something else than what attention gathers of the values.
+    """
+    heads, at = watched.heads, (seen.rows, seen.places)
+    width = heads.count * heads.size
+    asked = coordinates(batch, *at, words, width)  # (k, K)
+    gave = wide(watched.gave.reshape(*seen.given.shape[:2], width)[at])  # (k, H * size)
+    # As long a change of the hidden state as that of other inner layers, going by what the map makes of all.
+    made = wide(watched.mixed.reshape(*seen.given.shape[:2], -1)[at]).norm(dim=1)
+    gain = gave.norm(dim=1) / made.clamp(min=torch.finfo(made.dtype).tiny)  # (k,)
+    pooled = _pooled(objective, watched, seen, words, run)
+    sums, counts = torch.zeros(words, width).double(), torch.zeros(width).double()
+    for some in asked.split(words, dim=1):
+        pushes = F.one_hot(some.t(), width).to(gain) * gain[:, None]  # (K, k, H * size)
+        with _comparing(objective, watched, pooled, gave):
+            found = answers(pushes.to(seen.given.device)) / gain[:, None]  # (K, k, C)
+        own = found[:, : seen.count].flatten(0, 1).double().cpu()
+        places = some.t()[:, : seen.count].flatten().cpu()
+        sums.index_add_(1, places, own.t())
+        counts.index_add_(0, places, torch.ones(len(places)).double())
+    device = seen.given.device
+    return Gathered(
+        pooled[: seen.count],
+        sums.to(device),
+        counts.to(device),
+        seen.given[seen.before],
+        heads.groups,
+    )
+
+
+def coordinates(
+    batch: Mapping[str, Any], rows: Tensor, places: Tensor, words: int, width: int
+) -> Tensor:
+    """Returns which of the numbers that heads give are asked of each example: int64 (k, K), evenly spaced
+    from a place that follows from the example's tokens, so whatever the batch and the rank it is the same."""
+    count = count_asked(width, words)
+    ids = batch["input_ids"].cpu()
+    mask = batch.get("attention_mask", torch.ones_like(ids)).cpu().bool()
+    starts = [
+        zlib.crc32(ids[row, : place + 1][mask[row, : place + 1]].numpy().tobytes())
+        for row, place in zip(rows.tolist(), places.tolist(), strict=True)
+    ]
+    apart = torch.arange(count) * width // count
+    return ((torch.tensor(starts)[:, None] + apart) % width).to(rows.device)
+
+
+def count_asked(width: int, words: int) -> int:
+    """Returns how many of the numbers that heads give, `width` in all, are asked of an example."""
+    return min(width, max(words, width // SHARE))
+
+
+def _pooled(objective: Objective, watched: Attended, seen: Seen, words: int, run: Run) -> Tensor:
+    """Returns p of each head at the labelled positions, (k, H, width), in the dtype of the forward."""
+    heads, (k, width) = watched.heads, (len(seen.rows), seen.given.shape[-1])
+    pieces = -(-width // heads.size)
+    padded = F.pad(seen.given, (0, pieces * heads.size - width)).unflatten(-1, (pieces, heads.size))
+    found = []
+    for chosen in torch.arange(pieces).split(words + 1):
+
+        def change(layers: Sequence[Any], rows: Tensor, chosen: Tensor = chosen) -> None:
+            layer = layers[heads.place]
+            values = padded[rows[:k]][:, :, chosen].permute(2, 0, 1, 3).flatten(0, 1)[:, None]
+            values = values.expand(-1, heads.groups, -1, -1)  # (pieces * k, groups, T, size)
+            kept = getattr(layer, "values", None)
+            fits = isinstance(kept, Tensor) and kept.shape == values.shape
+            if objective.sharding.maxima([not fits])[0]:
+                raise unfit(objective, "keeps values in a form of its own (or use inner_maps last)")
+            layer.values = values.to(kept).contiguous()
+
+        def own(x: Tensor, chosen: Tensor = chosen) -> Tensor:
+            """Gives pieces of what enters, in the place of the position's own values."""
+            piece = F.pad(x, (0, pieces * heads.size - width)).unflatten(-1, (pieces, heads.size))
+            branch = chosen.repeat_interleave(k).to(x.device)
+            piece = piece[torch.arange(len(x), device=x.device), ..., branch, :]  # (rows, 1, size)
+            return piece.repeat(*(1 for _ in piece.shape[:-1]), heads.groups)
+
+        with replaced(watched.inner.layer, own):
+            run(len(chosen), change)
+        found.append(watched.again.reshape(len(chosen), k, heads.count, heads.size))
+    return torch.cat(found).permute(1, 2, 0, 3).flatten(2)[..., :width]
+
+
+def _comparing(objective: Objective, watched: Attended, pooled: Tensor, gave: Tensor) -> ExitStack:
+    """Returns a context manager: sees once, in a forward inside, that the projection of what heads gather is
+    what they gave."""
+    stack = ExitStack()
+    if watched.compared:
+        return stack
+    watched.compared, heads = True, watched.heads
+    project, found = watched.inner.layer.forward, list[Tensor]()
+
+    def note(x: Tensor) -> Tensor:
+        found.append(
+            project(pooled).unflatten(-1, (heads.groups, heads.size))
+        )  # (k, H, groups, size)
+        return project(x)
+
+    def compare(*error: object) -> None:
+        if error[0] is not None:
+            return
+        group = torch.arange(heads.count, device=gave.device) // (heads.count // heads.groups)
+        ours = wide(found[0][:, torch.arange(heads.count), group]).flatten(1)
+        if objective.sharding.maxima([not alike(ours, gave, pooled.dtype)])[0]:
+            raise unfit(
+                objective,
+                f"has heads that give something else than what they gather of {watched.inner.path} (or use "
+                "inner_maps last)",
+            )
+
+    stack.push(compare)
+    stack.enter_context(replaced(watched.inner.layer, note))
+    return stack
