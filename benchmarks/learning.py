@@ -2,9 +2,9 @@
 
 SmolLM2-135M-Instruct on four tasks (see parts/methods/data.py), by `tezo-ds train` in a process of its own a
 run, one thread. An arm is a head (frozen, bias, fit, inner or values, see docs/output-layer.md) and a
-method's steps behind it, or none; frozen+adamw and frozen+adamw-lora are backpropagation, to compare with. A run
-makes as many steps as fit into the budget, what the head takes included, at the pace that two pilot runs of
-the arm had; processor seconds count, so a busy machine changes little. Each method's rate is the best on
+method's steps behind it, or none; frozen+adamw and frozen+adamw-lora are backpropagation, to compare with. A
+run makes as many steps as fit into the budget, what the head takes included, at the pace that two pilot runs
+of the arm had; processor seconds count, so a busy machine changes little. Each method's rate is the best on
 validation examples of TREC, by loss, of rates ten times apart that are tried until the best has a worse one
 on either side, and of a third and three times of it; all other tasks get it, too.
 

@@ -48,7 +48,6 @@ def test_each_text_names_its_values_and_shows_one_that_is_valid(model: type[Base
         assert example is not None, f"{name} has no example"
         together = {"query_schedule": {"queries_max": 9}, "warmup_steps": {"total_steps": 900}}
         together["inner_layers"] = {"output_layer": "fit"}
-        together["inner_maps"] = {"output_layer": "fit", "inner_layers": "auto"}
         together["cuda_graphs"] = {"compile": True}
         together["keep_periods"] = {"refresh_every": 500}
         required = {"model": "m", "task": "t", "output": "o"}

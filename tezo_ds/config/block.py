@@ -150,8 +150,6 @@ class TezoConfig(Fields):
             raise ValueError(f"query_schedule: {self.query_schedule} needs queries_max")
         if self.query_schedule == "adaptive" and self.total_steps is None:
             raise ValueError("query_schedule: adaptive needs total_steps, which is not set")
-        if self.inner_maps != "last" and self.inner_layers == "none":
-            raise ValueError("inner_maps: are of inner_layers, which are none; set these, too")
         if self.inner_layers != "none":
             if self.output_layer != "fit":
                 raise ValueError("inner_layers: are fitted with output_layer fit; set that, too")

@@ -89,12 +89,12 @@ class Seen:
 
 
 Run = Callable[[int, Change | None], Tensor]
-Answers = Callable[[Tensor], Tensor]
+Ask = Callable[[Tensor], Tensor]
 
 
 def gathered(
     objective: Objective, watched: Attended, seen: Seen, batch: Mapping[str, Any], words: int, run: Run,
-    answers: Answers,
+    ask: Ask,
 ) -> Gathered:  # fmt: skip
     """Returns what is known of a value projection, for one batch. Every rank must call it.
 
@@ -105,7 +105,7 @@ def gathered(
         batch: the examples, (B, T).
         words: C, which is also how many copies of the positions run beside the plain one at a time.
         run: runs the labelled positions of so many copies, with keys and values changed.
-        answers: pushes (K, k, H * size) -> how the logits change, over ε: (K, k, C).
+        ask: pushes (K, k, H * size) -> how the logits change, over ε: (K, k, C).
 
     Raises:
         ConfigError: heads give something else than what attention gathers of the values.
@@ -116,13 +116,14 @@ def gathered(
     gave = wide(watched.gave.reshape(*seen.given.shape[:2], width)[at])  # (k, H * size)
     # As long a change of the hidden state as that of other inner layers, going by what the map makes of all.
     made = wide(watched.mixed.reshape(*seen.given.shape[:2], -1)[at]).norm(dim=1)
-    gain = gave.norm(dim=1) / made.clamp(min=torch.finfo(made.dtype).tiny)  # (k,)
+    gain = gave.norm(dim=1) / made  # (k,)
+    gain = torch.where(gain.isfinite() & (gain > 0), gain, 1.0)  # heads may give nothing
     pooled = _pooled(objective, watched, seen, words, run)
     sums, counts = torch.zeros(words, width).double(), torch.zeros(width).double()
     for some in asked.split(words, dim=1):
         pushes = F.one_hot(some.t(), width).to(gain) * gain[:, None]  # (K, k, H * size)
         with _comparing(objective, watched, pooled, gave):
-            found = answers(pushes.to(seen.given.device)) / gain[:, None]  # (K, k, C)
+            found = ask(pushes.to(seen.given.device)) / gain[:, None]  # (K, k, C)
         own = found[:, : seen.count].flatten(0, 1).double().cpu()
         places = some.t()[:, : seen.count].flatten().cpu()
         sums.index_add_(1, places, own.t())
