@@ -57,6 +57,7 @@ def test_a_run_with_inner_layers(
     found = run.summary["output_layer"]
     paths = found["inner_layers"]
     assert f"with a term of {' and '.join(paths) or 'no inner layer'}" in out
+    assert "inner_maps (for" not in out
     plain = {**options, "inner_layers": "none", "inner_maps": "last"}
     assert call(*untied.train(tmp_path / "fit", **plain)) == 0
     alone = Run(tmp_path / "fit").summary["output_layer"]

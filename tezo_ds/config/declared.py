@@ -19,7 +19,8 @@ def declared(
         text: a sentence for `--help` and docs, which names values and unit.
         group: heading in `--help` and docs; None: the command's own.
         used_by: what uses the field: "all"; methods, "tezo…" for all whose names begin so; "fused probe" or
-            "in-place probe"; "methods that write weights"; or values of another field, "rank auto".
+            "in-place probe"; "methods that write weights"; or values of another field, "rank auto", or its
+            name alone where any but its default will do.
         example: a value to show.
         flag: whether the command line has an option for the field.
         bounds: bounds of the value, as pydantic's `Field` takes them.

@@ -38,6 +38,8 @@ def _looks_at(engine: Engine, used_by: str) -> bool:
         return engine.method.writes or config.writes_periods
     if used_by == REWARD:
         return engine.objective.gain is not None
+    if used_by in TezoConfig.model_fields:
+        return bool(getattr(config, used_by) != TezoConfig.model_fields[used_by].get_default())
     if field in TezoConfig.model_fields:
         return str(getattr(config, field)) in values.split(", ")
     return _is_one_of(config, used_by.split(", "))
