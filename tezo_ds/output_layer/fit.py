@@ -15,6 +15,9 @@ from tezo_ds.output_layer.totals import AllReduce
 
 # Length of the gradient at which to end, in variables that curve alike: to choose λ, and then.
 ROUGHLY, EXACTLY = 1e-4, 1e-9
+# The same of a problem with value projections, which has many more variables: of A the half is taken, and ΔW
+# and b are fitted once more, so digits of it are worth nothing, and would take most of the time.
+LOOSELY = 3e-3, 1e-3
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Choice:
         """Fits the term to all examples; every rank must call it."""
         problem = self._problem
         (weight, bias), inner = problem.solution(
-            problem.least(self._x, self.strength, None, EXACTLY)
+            problem.least(self._x, self.strength, None, _tolerances(problem)[1])
         )
         return Fitted(
             weight, bias, None if problem.alone else self.strength, problem.counts[0], self.before,
@@ -97,8 +100,12 @@ def choice(states: States, bias_alone: bool, all_reduce: AllReduce) -> Choice:
     problem = problem_of(states, bias_alone, all_reduce)
     x = problem.zero()
     before = problem.quality(x)
-    strength, after, x = choose(problem, x, problem.strengths, ROUGHLY)
+    strength, after, x = choose(problem, x, problem.strengths, _tolerances(problem)[0])
     return Choice(strength, before, after, problem, x)
+
+
+def _tolerances(problem: Problem) -> tuple[float, float]:
+    return LOOSELY if problem.large else (ROUGHLY, EXACTLY)
 
 
 def fit(states: States, bias_alone: bool, all_reduce: AllReduce) -> Fitted:

@@ -76,6 +76,7 @@ class Problem:
 
     Attributes:
         alone: whether the biases alone are variables.
+        large: whether value projections are among the inner layers.
         counts: examples, those to fit by, those held out.
         scale: mean square of the centred states.
         size: sum of the squares of the logits, and of what is known of inner layers.
@@ -84,6 +85,7 @@ class Problem:
     def __init__(self, states: States, bias_alone: bool, all_reduce: AllReduce) -> None:
         self._states, self.alone = states, bias_alone
         self._chunks: dict[bool | None, Sequence[Tensor]] = {}
+        self.large = any(isinstance(x, Gathered) for x in states.inner)
         self.totals = self._total = Totals(all_reduce)
         hidden, words = states.hidden, states.logits.shape[1]
         device, width = hidden.device, hidden.shape[1]

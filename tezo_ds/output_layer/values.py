@@ -132,21 +132,23 @@ class Values(Added):
         super().__init__(left, rms, size, states, gathered.others, silent_values(len(rms)), total)
 
     def _scaled(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Returns p in their units, (k, H, width), of some examples, and J."""
+        """Returns p in their units, (k, H * width), of some examples, and J. A row has all heads, so that two
+        products of matrices make all that follows."""
         inputs = self._gathered.inputs[rows].double() / self.units.to(rows.device)
-        return inputs.to(dtype), self._J.to(dtype)
+        return inputs.to(dtype).flatten(1), self._J.to(dtype)
 
     def term(self, rows: Tensor, x: Tensor) -> Tensor:
         """Returns Σ_h J_h A_g(h) p_h, (k, C)."""
         inputs, J = self._known(rows, x.dtype)
         A = self._quiet(x).view(self._gathered.groups, -1, x.shape[1])  # (groups, K, width)
-        gathered = torch.einsum("nhd,hkd->nhk", inputs, A.repeat_interleave(self._each, dim=0))
-        return torch.einsum("hck,nhk->nc", J, gathered)
+        each = J @ A.repeat_interleave(self._each, dim=0)  # (H, C, width)
+        return inputs @ each.transpose(1, 2).flatten(0, 1)
 
     def gradient(self, rows: Tensor, slopes: Tensor) -> Tensor:
         """Returns Σ (J_hᵀ slopes) p_hᵀ over examples and the heads of each group."""
         inputs, J = self._known(rows, slopes.dtype)
-        each = torch.einsum("nhk,nhd->hkd", torch.einsum("hck,nc->nhk", J, slopes), inputs)
+        each = (slopes.t() @ inputs).unflatten(1, (len(J), -1)).transpose(0, 1)  # (H, C, width)
+        each = J.transpose(1, 2) @ each  # (H, K, width)
         return self._quiet(each.unflatten(0, (-1, self._each)).sum(dim=1).flatten(0, 1))
 
     def solution(self, x: Tensor) -> tuple[Tensor, Tensor]:
