@@ -132,7 +132,8 @@ def test_states_with_terms_come_from_forwards_that_begin_at_the_first_term() -> 
 
 
 @pytest.mark.parametrize("raises", [False, True])
-def test_blocks_that_later_ones_read_are_not_left_out(raises: bool) -> None:
+@pytest.mark.parametrize("maps", ["last", "values"])
+def test_blocks_that_later_ones_read_are_not_left_out(raises: bool, maps: str) -> None:
     """Block 1 reads what block 0 was given, as models do whose blocks share keys and values."""
     found = []
     for tries in (True, False):
@@ -160,7 +161,7 @@ def test_blocks_that_later_ones_read_are_not_left_out(raises: bool) -> None:
             if not tries:
                 patch.setattr(Watch, "without_a_forward", lambda _: "as nobody looks")
             late = Late()
-            found.append(states_of(engine, one_label(7), "layers:1", late))
+            found.append(states_of(engine, one_label(7), "layers:1", late, maps))
             assert late.nbytes == 0
-    ours, whole = (states.inner[0].responses for states in found)
+    ours, whole = (vars(states.inner[0]) for states in found)
     torch.testing.assert_close(ours, whole, rtol=0, atol=0)
