@@ -31,7 +31,7 @@ def term(inner: InnerLayer, seed: int = 5) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     m, n = inner.sizes
     U, A = (torch.randn(*s, generator=generator) * 0.3 for s in ((m, 3), (3, n)))
-    words = {TOKENS: WORDS, WEIGHT: torch.zeros(3, m), BIAS: torch.zeros(3)}
+    words = {TOKENS: WORDS, WEIGHT: torch.zeros(3, 22), BIAS: torch.zeros(3)}
     return {**words, **tensors_of([inner.path], [(U, A)])}
 
 
@@ -44,10 +44,17 @@ def with_change(model: Any, path: str, state: dict[str, Tensor]) -> Any:
     return model
 
 
-@pytest.mark.parametrize("kind", sorted(MAPS.keys() - {"mixtral"}))
+@pytest.mark.parametrize(
+    ("kind", "maps"),
+    [
+        *((kind, "last") for kind in sorted(MAPS.keys() - {"mixtral"})),
+        ("llama", "values"),
+        ("opt", "values"),
+    ],
+)
 @pytest.mark.parametrize("probe", ["fused", "inplace"])
 def test_the_term_is_a_change_of_the_weight_to_every_branch(
-    kind: str, probe: str, tmp_path: Path
+    kind: str, maps: str, probe: str, tmp_path: Path
 ) -> None:
     fields = {
         "rank": 3,
@@ -58,10 +65,10 @@ def test_the_term_is_a_change_of_the_weight_to_every_branch(
         "include": ("*mlp*", "*fc*"),
     }
     mine = tezo_ds.initialize(tiny(kind), fields)
-    (inner,) = mine.output_layer.inner.of_blocks("layers:1")
+    (inner,) = mine.output_layer.inner.of_blocks("layers:1", maps)
     state = term(inner)
     mine.output_layer.load(state)
-    reference = with_change(tiny(kind), MAPS[kind], state)
+    reference = with_change(tiny(kind), inner.path, state)
     its = tezo_ds.initialize(reference, fields)
     plain = tezo_ds.initialize(tiny(kind), fields)
     assert abs(mine.loss(make_batch(4)) - plain.loss(make_batch(4))) > 1e-3
@@ -79,7 +86,7 @@ def test_the_term_is_a_change_of_the_weight_to_every_branch(
     torch.testing.assert_close(adapted, expected, rtol=0, atol=1e-5)
     other = tezo_ds.initialize(tiny(kind), fields)
     other.load_state(mine.state(), written=False)
-    assert torch.equal(other.output_layer.state[f"inner_layers.{MAPS[kind]}.right"], inner.term[1])
+    assert torch.equal(other.output_layer.state[f"inner_layers.{inner.path}.right"], inner.term[1])
     for name, weight in merged(mine).items():
         torch.testing.assert_close(weight, merged(its)[name], rtol=0, atol=1e-6)
 
