@@ -118,7 +118,9 @@ def gathered(
     made = wide(watched.mixed.reshape(*seen.given.shape[:2], -1)[at]).norm(dim=1)
     gain = gave.norm(dim=1) / made  # (k,)
     gain = torch.where(gain.isfinite() & (gain > 0), gain, 1.0)  # heads may give nothing
-    if not watched.tried:  # shows whether earlier blocks can be left out, before anything relies on it
+    if (
+        not watched.tried
+    ):  # shows whether earlier blocks can be left out, before anything relies on it
         ask(gave.new_zeros(1, *gave.shape).to(seen.given.device))
     pooled = _pooled(objective, watched, seen, words, run)
     sums, counts = torch.zeros(words, width).double(), torch.zeros(width).double()
