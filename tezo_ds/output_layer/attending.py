@@ -11,8 +11,8 @@ asked of each example. It is asked of the mean over examples, each of which is a
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,13 +121,13 @@ def gathered(
     if (
         not watched.tried
     ):  # shows whether earlier blocks can be left out, before anything relies on it
-        ask(gave.new_zeros(1, *gave.shape).to(seen.given.device))
+        ask(gave.new_zeros(1, *gave.shape))
     pooled = _pooled(objective, watched, seen, words, run)
     sums, counts = torch.zeros(words, width).double(), torch.zeros(width).double()
     for some in asked.split(words, dim=1):
         pushes = F.one_hot(some.t(), width).to(gain) * gain[:, None]  # (K, k, H * size)
         with _comparing(objective, watched, pooled, gave):
-            found = ask(pushes.to(seen.given.device)) / gain[:, None]  # (K, k, C)
+            found = ask(pushes) / gain[:, None]  # (K, k, C)
         own = found[:, : seen.count].flatten(0, 1).double().cpu()
         places = some.t()[:, : seen.count].flatten().cpu()
         sums.index_add_(1, places, own.t())
@@ -167,13 +167,17 @@ def _pooled(objective: Objective, watched: Attended, seen: Seen, words: int, run
     """Returns p of each head at the labelled positions, (k, H, width), in the dtype of the forward."""
     heads, (k, width) = watched.heads, (len(seen.rows), seen.given.shape[-1])
     pieces = -(-width // heads.size)
-    padded = F.pad(seen.given, (0, pieces * heads.size - width)).unflatten(-1, (pieces, heads.size))
-    found = []
+
+    def in_pieces(x: Tensor) -> Tensor:
+        """Returns inputs (…, width) in pieces as long as a value, zero after the end: (…, pieces, size)."""
+        return F.pad(x, (0, pieces * heads.size - width)).unflatten(-1, (pieces, heads.size))
+
+    entered, found = in_pieces(seen.given), []  # (B, T, pieces, size)
     for chosen in torch.arange(pieces).split(words + 1):
 
         def change(layers: Sequence[Any], rows: Tensor, chosen: Tensor = chosen) -> None:
             layer = layers[heads.place]
-            values = padded[rows[:k]][:, :, chosen].permute(2, 0, 1, 3).flatten(0, 1)[:, None]
+            values = entered[:, :, chosen][rows[:k]].permute(2, 0, 1, 3).flatten(0, 1)[:, None]
             values = values.expand(-1, heads.groups, -1, -1)  # (pieces * k, groups, T, size)
             kept = getattr(layer, "values", None)
             fits = isinstance(kept, Tensor) and kept.shape == values.shape
@@ -183,9 +187,10 @@ def _pooled(objective: Objective, watched: Attended, seen: Seen, words: int, run
 
         def own(x: Tensor, chosen: Tensor = chosen) -> Tensor:
             """Gives pieces of what enters, in the place of the position's own values."""
-            piece = F.pad(x, (0, pieces * heads.size - width)).unflatten(-1, (pieces, heads.size))
             branch = chosen.repeat_interleave(k).to(x.device)
-            piece = piece[torch.arange(len(x), device=x.device), ..., branch, :]  # (rows, 1, size)
+            piece = in_pieces(x)[
+                torch.arange(len(x), device=x.device), ..., branch, :
+            ]  # (rows, 1, size)
             return piece.repeat(*(1 for _ in piece.shape[:-1]), heads.groups)
 
         with replaced(watched.inner.layer, own):
@@ -194,33 +199,30 @@ def _pooled(objective: Objective, watched: Attended, seen: Seen, words: int, run
     return torch.cat(found).permute(1, 2, 0, 3).flatten(2)[..., :width]
 
 
-def _comparing(objective: Objective, watched: Attended, pooled: Tensor, gave: Tensor) -> ExitStack:
-    """Returns a context manager: sees once, in a forward inside, that the projection of what heads gather is
-    what they gave."""
-    stack = ExitStack()
+@contextmanager
+def _comparing(
+    objective: Objective, watched: Attended, pooled: Tensor, gave: Tensor
+) -> Iterator[None]:
+    """Context manager: sees once, in a forward inside, that the projection of what heads gather is what they
+    gave."""
     if watched.compared:
-        return stack
+        yield
+        return
     watched.compared, heads = True, watched.heads
     project, found = watched.inner.layer.forward, list[Tensor]()
 
     def note(x: Tensor) -> Tensor:
-        found.append(
-            project(pooled).unflatten(-1, (heads.groups, heads.size))
-        )  # (k, H, groups, size)
+        found.append(project(pooled))
         return project(x)
 
-    def compare(*error: object) -> None:
-        if error[0] is not None:
-            return
-        group = torch.arange(heads.count, device=gave.device) // (heads.count // heads.groups)
-        ours = wide(found[0][:, torch.arange(heads.count), group]).flatten(1)
-        if objective.sharding.maxima([not alike(ours, gave, pooled.dtype)])[0]:
-            raise unfit(
-                objective,
-                f"has heads that give something else than what they gather of {watched.inner.path} (or use "
-                "inner_maps last)",
-            )
-
-    stack.push(compare)
-    stack.enter_context(replaced(watched.inner.layer, note))
-    return stack
+    with replaced(watched.inner.layer, note):
+        yield
+    values = found[0].unflatten(-1, (heads.groups, heads.size))  # (k, H, groups, size)
+    group = torch.arange(heads.count, device=gave.device) // (heads.count // heads.groups)
+    ours = wide(values[:, torch.arange(heads.count), group]).flatten(1)
+    if objective.sharding.maxima([not alike(ours, gave, pooled.dtype)])[0]:
+        raise unfit(
+            objective,
+            f"has heads that give something else than what they gather of {watched.inner.path} (or use "
+            "inner_maps last)",
+        )

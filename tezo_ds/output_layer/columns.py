@@ -241,6 +241,6 @@ class Inner(Added):
         return self._quiet(torch.einsum("nck,nc->nk", J, slopes).t() @ inputs)
 
 
-def silent_count(width: int) -> int:
+def silent_count(width: int, most: int = SILENT) -> int:
     """Returns along how many directions an inner layer of so many inputs is silent at most."""
-    return min(SILENT, width // SHARE)
+    return min(most, width // SHARE)

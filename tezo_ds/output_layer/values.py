@@ -20,12 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tezo_ds.output_layer.columns import Added, Made
+from tezo_ds.output_layer.columns import Added, Made, silent_count
 from tezo_ds.output_layer.newton import by_halves
 from tezo_ds.output_layer.principal import principal
 from tezo_ds.output_layer.totals import Totals
 
-SILENT, SHARE = 16, 8  # directions of inputs to be silent along: so many, or one of so many inputs
+SILENT = 16  # directions of inputs to be silent along at most
 # Of the term that the linear problem asks for, which knows nothing of effects at other positions nor of what
 # is not linear: the whole of it overshoots.
 HALF = 0.5
@@ -129,7 +129,9 @@ class Values(Added):
         self._gathered, self._J = gathered, J.to(gathered.inputs.device)
         self._each = len(J) // gathered.groups  # heads of a group
         self._known = Made(self._scaled)
-        super().__init__(left, rms, size, states, gathered.others, silent_values(len(rms)), total)
+        super().__init__(
+            left, rms, size, states, gathered.others, silent_count(len(rms), SILENT), total
+        )
 
     def _scaled(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Returns p in their units, (k, H * width), of some examples, and J. A row has all heads, so that two
@@ -155,8 +157,3 @@ class Values(Added):
         """Returns U (groups * size, groups * K) and A (groups * K, width), float32; of A the half."""
         U, A = super().solution(x)
         return U, HALF * A
-
-
-def silent_values(width: int) -> int:
-    """Returns along how many directions a value projection of so many inputs is silent at most."""
-    return min(SILENT, width // SHARE)

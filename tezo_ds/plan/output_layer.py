@@ -18,7 +18,7 @@ from tezo_ds.output_layer.columns import CHUNK, silent_count
 from tezo_ds.output_layer.inner import InnerLayer, InnerLayers, named
 from tezo_ds.output_layer.language import CHUNK_NUMEL
 from tezo_ds.output_layer.lbfgs import PAIRS
-from tezo_ds.output_layer.values import silent_values
+from tezo_ds.output_layer.values import SILENT
 from tezo_ds.patterns import numbered_layers
 from tezo_ds.plan.job import Job
 from tezo_ds.plan.needs import GIB
@@ -157,7 +157,7 @@ def _added(inner: InnerLayer, words: int, itemsize: int) -> _Added:
         numbers=heads.groups * min(words, heads.size) * n,
         kept=(heads.count + OTHERS) * n * itemsize,
         once=8 * (words + 1) * given,
-        silent=silent_values(n) * n,
+        silent=silent_count(n, SILENT) * n,
         known=(words + 1) * given + n,
         made=heads.count * n,
         tokens=tokens,
