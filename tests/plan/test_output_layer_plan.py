@@ -10,7 +10,7 @@ import pytest
 import torch
 from command_line import call
 from reducing import by_ranks
-from tiny import VOCABULARY, make_batch, tiny
+from tiny import SIZES, VOCABULARY, make_batch, tiny
 from torch import Tensor
 from world_plan import small
 
@@ -71,6 +71,30 @@ def test_bytes_are_those_of_a_fit(way: Any, choices: bool, inner: str, of: Any) 
 
     taken = by_ranks(ranks, rank)
     assert taken == [(planned.positions, planned.states, planned.message)] * ranks
+
+
+@pytest.mark.parametrize("maps", ["last", "values"])
+@pytest.mark.parametrize("chosen", ["layers:1", "layers:0", "layers:1-2"])
+def test_tokens_are_those_that_run_again(
+    chosen: str, maps: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SIZES, "num_hidden_layers", 3)
+    model: Any = tiny()
+    engine, words = tezo_ds.initialize(model, {"rank": 2}), torch.tensor([7, 12, 40])
+    config = TezoConfig(output_layer="fit", inner_layers=chosen, inner_maps=maps)
+    planned = fit_of(model, config, 1, EXAMPLES, LABELS, len(words), LENGTH)
+    batch, rows = examples(words), list[int]()
+    for block in model.model.layers:
+        block.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:2].numel()))
+    layers = engine.output_layer.inner.of_blocks(chosen, maps)
+    taken = []
+    for batches in (1, 2):  # the first of which is also tried
+        held = torch.arange(EXAMPLES) % 5 == 4
+        collect(engine.objective, model.lm_head, [(batch, held)] * batches, words, layers)
+        taken.append(sum(rows))
+        rows.clear()
+    again = (taken[1] - taken[0]) / EXAMPLES / 3 - LENGTH
+    assert planned is not None and again == pytest.approx(LABELS * planned.tokens)
 
 
 def test_inner_layers_of_a_loss_over_all_tokens_are_refused() -> None:

@@ -128,22 +128,28 @@ class Answering:
         hidden = wide(watched.behind[rows, places])  # (k, d)
         step = PUSH * hidden.norm(dim=1)  # (k,): ε of each example
 
-        def run(branches: int, change: Change | None = None) -> Tensor:
-            return self._going(watched, batch, rows, places, branches, change)
+        def within(branches: int, change: Change) -> None:
+            self._going.within(watched, batch, rows, places, branches, change)
 
         def answers(pushes: Tensor) -> Tensor:
             """Returns (z(ε) - z(0)) / ε, (K, k, C), of pushes (K, k, m) times ε."""
             pushes = torch.cat([torch.zeros_like(pushes[:1]), pushes])
             watched.push = (pushes * step[:, None]).flatten(0, 1)  # branch by branch
             try:
-                found = self._going.tried(watched, logits, lambda: run(len(pushes)))
+                found = self._going.tried(
+                    watched,
+                    logits,
+                    lambda: self._going(watched, batch, rows, places, len(pushes)),
+                )
             finally:
                 watched.push = None
             return (found[1:] - found[0]) / step[:, None]
 
         if isinstance(watched, Attended):
             seen = Seen(given, rows, places, before, count)
-            return gathered(self._objective, watched, seen, batch, len(self._words), run, answers)
+            return gathered(
+                self._objective, watched, seen, batch, len(self._words), within, answers
+            )
         found = answers(self.directions.to(step).t()[:, None].expand(-1, len(step), -1))
         inputs = given[rows, places][:count]  # (k, n)
         return Answers(inputs, found.permute(1, 2, 0)[:count].contiguous(), given[before])

@@ -88,13 +88,13 @@ class Seen:
     count: int
 
 
-Run = Callable[[int, Change | None], Tensor]
+Within = Callable[[int, Change], None]
 Ask = Callable[[Tensor], Tensor]
 
 
 def gathered(
-    objective: Objective, watched: Attended, seen: Seen, batch: Mapping[str, Any], words: int, run: Run,
-    ask: Ask,
+    objective: Objective, watched: Attended, seen: Seen, batch: Mapping[str, Any], words: int,
+    within: Within, ask: Ask,
 ) -> Gathered:  # fmt: skip
     """Returns what is known of a value projection, for one batch. Every rank must call it.
 
@@ -104,7 +104,7 @@ def gathered(
         seen: what a whole forward gave it.
         batch: the examples, (B, T).
         words: C, which is also how many copies of the positions run beside the plain one at a time.
-        run: runs the labelled positions of so many copies, with keys and values changed.
+        within: runs so many copies of the labelled positions through the block, with keys and values changed.
         ask: pushes (K, k, H * size) -> how the logits change, over ε: (K, k, C).
 
     Raises:
@@ -122,7 +122,7 @@ def gathered(
         not watched.tried
     ):  # shows whether earlier blocks can be left out, before anything relies on it
         ask(gave.new_zeros(1, *gave.shape))
-    pooled = _pooled(objective, watched, seen, words, run)
+    pooled = _pooled(objective, watched, seen, words, within)
     sums, counts = torch.zeros(words, width).double(), torch.zeros(width).double()
     for some in asked.split(words, dim=1):
         pushes = F.one_hot(some.t(), width).to(gain) * gain[:, None]  # (K, k, H * size)
@@ -163,7 +163,9 @@ def count_asked(width: int, words: int) -> int:
     return min(width, max(words, width // SHARE))
 
 
-def _pooled(objective: Objective, watched: Attended, seen: Seen, words: int, run: Run) -> Tensor:
+def _pooled(
+    objective: Objective, watched: Attended, seen: Seen, words: int, within: Within
+) -> Tensor:
     """Returns p of each head at the labelled positions, (k, H, width), in the dtype of the forward."""
     heads, (k, width) = watched.heads, (len(seen.rows), seen.given.shape[-1])
     pieces = -(-width // heads.size)
@@ -194,7 +196,7 @@ def _pooled(objective: Objective, watched: Attended, seen: Seen, words: int, run
             return piece.repeat(*(1 for _ in piece.shape[:-1]), heads.groups)
 
         with replaced(watched.inner.layer, own):
-            run(len(chosen), change)
+            within(len(chosen), change)
         found.append(watched.again.reshape(len(chosen), k, heads.count, heads.size))
     return torch.cat(found).permute(1, 2, 0, 3).flatten(2)[..., :width]
 

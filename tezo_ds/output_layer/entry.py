@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tezo_ds.trunk.found import Found, Watch
 from tezo_ds.trunk.outputs import hidden_in
-from tezo_ds.trunk.passes import through_rest
+from tezo_ds.trunk.passes import through_block, through_rest
 from tezo_ds.trunk.stand_ins import replaced
 
 
@@ -71,13 +71,15 @@ class Entry:
         self._found = None
 
     @contextmanager
-    def beginning(self, hidden: Tensor) -> Iterator[None]:
-        """Context manager: the model's forward inside begins at the block, with hidden states (B, T, d)."""
+    def beginning(self, hidden: Tensor, alone: bool = False) -> Iterator[None]:
+        """Context manager: the model's forward inside begins at the block, with hidden states (B, T, d);
+        where the block is to run alone it ends behind it, too, and gives nothing."""
         found, forward = self._found, self._module.forward
         if found is None:
             yield
             return
-        with replaced(self._module, lambda **inputs: through_rest(found, forward, inputs, hidden)):
+        through = through_block if alone else through_rest
+        with replaced(self._module, lambda **inputs: through(found, forward, inputs, hidden)):
             yield
 
 

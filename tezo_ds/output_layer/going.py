@@ -40,8 +40,7 @@ class GoingOn:
         self._head = Head(objective.sharding)
 
     def __call__(
-        self, watched: Watched, batch: Mapping[str, Any], rows: Tensor, places: Tensor, branches: int,
-        change: Change | None = None,
+        self, watched: Watched, batch: Mapping[str, Any], rows: Tensor, places: Tensor, branches: int
     ) -> Tensor:  # fmt: skip
         """Returns the words' logits, (branches, k, C).
 
@@ -50,15 +49,44 @@ class GoingOn:
             batch: the examples, (B, T).
             rows, places: of the labelled positions, int64 (k,).
             branches: number of copies.
+        """
+        inputs, hidden = self._inputs(watched, batch, rows, places, branches)
+        words = self._words.to(rows.device)
+        self._head.mode = self._objective.head_mode
+        everyone = torch.arange(len(rows), device=rows.device)
+        with watched.entry.beginning(hidden):
+            return self._head(inputs, everyone, branches, lambda logits, _: wide(logits), words)
+
+    def within(
+        self, watched: Watched, batch: Mapping[str, Any], rows: Tensor, places: Tensor, branches: int,
+        change: Change,
+    ) -> None:  # fmt: skip
+        """Runs the inner layer's block, of which all that is wanted happens within it; the blocks before and
+        after it only where they cannot be left out.
+
+        Args:
+            watched, batch, rows, places, branches: as of a call.
             change: is given the keys and values, a layer for each block, before the forward.
         """
-        several = rows.repeat(branches)
+        inputs, hidden = self._inputs(
+            watched, batch, rows, places, branches, watched.entry.leaves_out
+        )
+        change(inputs["past_key_values"].layers, rows.repeat(branches))
+        with watched.entry.beginning(hidden, alone=True):
+            self._objective.sharding.forward(**inputs)
+
+    def _inputs(
+        self, watched: Watched, batch: Mapping[str, Any], rows: Tensor, places: Tensor, branches: int,
+        alone: bool = False,
+    ) -> tuple[dict[str, Any], Tensor]:  # fmt: skip
+        """Returns the model's inputs, and the hidden states that enter the block; `alone`: whether it is the
+        only one that reads its keys and values."""
+        several, entry = rows.repeat(branches), watched.entry
         kept = copy.copy(self.kept)
         kept.layers = [copy.copy(layer) for layer in kept.layers]
-        for layer in kept.layers[watched.entry.place :]:  # those that run
+        end = entry.place + 1 if alone else len(kept.layers)
+        for layer in kept.layers[entry.place : end]:  # those that run
             layer.batch_select_indices(several)
-        if change is not None:
-            change(kept.layers, several)
         batch = self._objective.inputs(batch)
         ids = batch["input_ids"]
         before = batch.get("attention_mask", torch.ones_like(ids)).clone()[rows]
@@ -72,16 +100,11 @@ class GoingOn:
             "attention_mask": mask.repeat(branches, 1),
             "position_ids": at[rows, places][:, None].repeat(branches, 1),
         }
-        inputs = {**self._objective.inputs(inputs), "past_key_values": kept, "use_cache": True}
-        words = self._words.to(rows.device)
-        self._head.mode = self._objective.head_mode
-        everyone = torch.arange(len(rows), device=rows.device)
-        entry = watched.entry
         hidden = entry.given
         if entry.leaves_out:
             hidden = hidden[several, places.repeat(branches)][:, None]  # (branches * k, 1, d)
-        with entry.beginning(hidden):
-            return self._head(inputs, everyone, branches, lambda logits, _: wide(logits), words)
+        inputs = {**self._objective.inputs(inputs), "past_key_values": kept, "use_cache": True}
+        return inputs, hidden
 
     def tried(self, watched: Watched, logits: Tensor, run: Callable[[], Tensor]) -> Tensor:
         """Returns what `run` gives, (1 + C, k, words). Sees once that positions that go on from keys and

@@ -42,7 +42,7 @@ class Fit:
         solver: bytes of the solver's vectors and of a chunk.
         message: bytes of an all-reduce, one for each product or gradient; 0: of a single rank.
         forwards: forwards of an example: one, and for inner layers another in a share of the blocks.
-        tokens: tokens of an example that run again for inner layers, each in its share of the blocks.
+        tokens: of a labelled position, those that run again for inner layers, each in its share of blocks.
     """
 
     positions: int
@@ -106,7 +106,7 @@ def fit_of(
     layers = InnerLayers(module).of_blocks(config.inner_layers, config.inner_maps)
     added = [_added(inner, among, itemsize) for inner in layers]
     states += sum(positions * each.kept + each.once for each in added)
-    shares = _shares(module, config.inner_layers, config.inner_maps)
+    shares, one = _shares(module, config.inner_layers, config.inner_maps)
     if shares and max(shares) < 1:  # else forwards begin at the first block anyway
         states += -(-count // ranks) * length * width * itemsize
     silent = [each.silent for each in added]
@@ -117,7 +117,11 @@ def fit_of(
     solver += sum(8 * VECTORS * each.numbers + 12 * chunk * each.made for each in added)
     solver += 8 * (sum(silent) + max(silent, default=0))
     message = 8 * max(numbers, largest) if ranks > 1 else 0
-    tokens = sum(each.tokens * share for each, share in zip(added, shares, strict=True))
+    tokens = sum(
+        # Where blocks before its own are left out, those behind it can be, too.
+        each.tokens * share + each.within * (one if share < 1 else 1)
+        for each, share in zip(added, shares, strict=True)
+    )
     forwards = 1 + max(shares, default=0.0)
     return Fit(positions, among, numbers, states, solver, message, forwards, tokens)
 
@@ -132,7 +136,8 @@ class _Added:
         once: bytes that are kept, whatever the positions.
         silent, known: numbers of messages.
         made: numbers of a labelled position that products are made of.
-        tokens: of an example, that run again.
+        tokens: of a labelled position, that run again.
+        within: those that run again in this block alone.
     """
 
     numbers: int
@@ -142,6 +147,7 @@ class _Added:
     known: int
     made: int
     tokens: int
+    within: int
 
 
 def _added(inner: InnerLayer, words: int, itemsize: int) -> _Added:
@@ -149,10 +155,9 @@ def _added(inner: InnerLayer, words: int, itemsize: int) -> _Added:
     if (heads := inner.heads) is None:
         kept = (1 + OTHERS) * n * itemsize + 4 * words**2
         silent, made = silent_count(n) * n, n + words**2
-        return _Added(words * n, kept, 0, silent, n + 1, made, words + 1)
+        return _Added(words * n, kept, 0, silent, n + 1, made, words + 1, 0)
     given = heads.count * heads.size  # numbers that all heads give
     asked = count_asked(given, words)
-    tokens = -(-n // heads.size) + asked + -(-asked // words)
     return _Added(
         numbers=heads.groups * min(words, heads.size) * n,
         kept=(heads.count + OTHERS) * n * itemsize,
@@ -160,21 +165,24 @@ def _added(inner: InnerLayer, words: int, itemsize: int) -> _Added:
         silent=silent_count(n, SILENT) * n,
         known=(words + 1) * given + n,
         made=heads.count * n,
-        tokens=tokens,
+        tokens=asked + -(-asked // words),
+        within=-(-n // heads.size),
     )
 
 
-def _shares(module: nn.Module, chosen: str, maps: str) -> list[float]:
-    """Returns the share of the blocks that runs again for each of some inner layers: from its own on."""
+def _shares(module: nn.Module, chosen: str, maps: str) -> tuple[list[float], float]:
+    """Returns the share of the blocks that runs again for each of some inner layers, from its own on, and
+    that of a block alone."""
     layers = numbered_layers(name for name, _ in module.named_parameters())
-    return [1 - layers.index(block) / len(layers) for block in named(chosen, module, maps)]
+    one = 1 / max(1, len(layers))
+    return [1 - layers.index(block) * one for block in named(chosen, module, maps)], one
 
 
 def seconds(job: Job, fit: Fit) -> float:
     """Returns the seconds of a fit: a forward of each example, what of it runs again, another forward with
     the terms of inner layers, from the first on, and some hundreds of products or gradients."""
     examples = fit.positions // job.labels
-    tokens = int(examples * (fit.forwards * job.length + fit.tokens))
+    tokens = int(examples * fit.forwards * job.length + fit.positions * fit.tokens)
     once = flops(job, tokens, fused=job.run.fused)
     width = job.shape.hidden
     rows = width + 2 * (fit.numbers // fit.words)  # their logits, the term, and the slopes

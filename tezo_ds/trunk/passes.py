@@ -48,6 +48,15 @@ def through_rest(found: Found, forward: Act, inputs: dict[str, Any], hidden: Ten
         return forward(**inputs)
 
 
+def through_block(found: Found, forward: Act, inputs: dict[str, Any], hidden: Tensor) -> None:
+    """Runs the block after the trunk from the hidden states that enter it, (branches * B, T, hidden), for
+    what happens within it. What follows is left out."""
+    later = range(found.first + 1, len(found.blocks))
+    acts = [(found.blocks[i], _passed_on(found, i)) for i in later]
+    with swapped(found.places, _from(found, hidden) + acts + _without_logits(found)):
+        forward(**inputs)
+
+
 def through_attention(
     found: Found, attention: Attention, forward: Act, inputs: dict[str, Any], hidden: Tensor
 ) -> Mixed:
