@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from inner_states import MAPS, WORDS, one_label, states_of
-from tiny import tiny
+from tiny import HEADS, SIZES, tiny
 from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM
 
 import tezo_ds
 from tezo_ds.errors import ConfigError
@@ -88,6 +89,23 @@ class Forgetful(torch.nn.Module):
             input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache
         )
         return out if self.keeps else out.logits
+
+
+@pytest.mark.parametrize("maps", ["last", "values"])
+def test_texts_are_shorter_than_a_sliding_window(maps: str) -> None:
+    def made(window: int | None) -> Any:
+        torch.manual_seed(0)
+        config = MistralConfig(
+            **SIZES, **HEADS, intermediate_size=37, num_key_value_heads=1, head_dim=10,
+            sliding_window=window, initializer_range=0.1,
+        )  # fmt: skip
+        engine = tezo_ds.initialize(MistralForCausalLM(config).eval(), {"rank": 2})
+        return vars(states_of(engine, one_label(7), "layers:1", maps=maps).inner[0])
+
+    torch.testing.assert_close(made(12), made(None))  # of texts of 11 tokens
+    why = r"window of 11 tokens, and texts are as long \(or lower --max-length\); leave"
+    with pytest.raises(ConfigError, match=why):
+        made(11)
 
 
 @pytest.mark.parametrize(("keeps", "why"), [(False, "keeps no keys"), (True, "to other logits")])

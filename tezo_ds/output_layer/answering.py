@@ -107,6 +107,13 @@ class Answering:
         rows, places = own // length, own % length
         if self._sharding.maxima([not hasattr(self._going.kept, "layers")])[0]:
             raise unfit(self._objective, "keeps no keys and values")
+        window = self._going.window
+        short = (
+            window if window is not None and length >= window else 0
+        )  # for a position after them
+        if (short := self._sharding.maxima([short])[0]) > 0:
+            why = f"has a sliding window of {short} tokens, and texts are as long (or lower --max-length)"
+            raise unfit(self._objective, why)
         mask, count = batch.get("attention_mask", torch.ones_like(batch["labels"])), len(positions)
         before = positions_before(mask.to(device), rows[:count], places[:count])
         found = [

@@ -39,6 +39,13 @@ class GoingOn:
         self.kept: Any = None
         self._head = Head(objective.sharding)
 
+    @property
+    def window(self) -> int | None:
+        """Tokens of the shortest sliding window, of which keys and values are kept alone; None: of all."""
+        layers = getattr(self.kept, "layers", ())
+        windows = [layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)]
+        return min(windows, default=None)
+
     def __call__(
         self, watched: Watched, batch: Mapping[str, Any], rows: Tensor, places: Tensor, branches: int
     ) -> Tensor:  # fmt: skip
