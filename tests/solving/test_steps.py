@@ -6,9 +6,10 @@ import pytest
 import torch
 from gauss_newton_oracle import run
 from once import once
-from tiny import make_batch, tiny
+from tiny import HEADS, SIZES, make_batch, tiny
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import GraniteConfig, GraniteForCausalLM
 
 import tezo_ds
 from tezo_ds.errors import ConfigError
@@ -129,6 +130,23 @@ def test_late_layers_step_alike_with_and_without_their_trunk() -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-8)
 
 
+def test_the_first_step_of_a_model_that_changes_its_logits_counts_none_twice() -> None:
+    """Its output layer's results are seen before it shows that they are not its logits."""
+    found = []
+    for known in (False, True):
+        torch.manual_seed(0)
+        config = GraniteConfig(
+            **{**SIZES, "hidden_size": 24}, **HEADS, intermediate_size=37, logits_scaling=0.25,
+            initializer_range=0.1,
+        )  # fmt: skip
+        engine = tezo_ds.initialize(GraniteForCausalLM(config).double().eval(), FIELDS)
+        if known:
+            engine.loss(make_batch(200))
+        assert any(engine.step(make_batch(200)).solved)
+        found.append(engine.method.coefficients)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=0)
+
+
 def test_what_it_cannot_do_is_refused() -> None:
     for field, value in {
         "probe": "inplace", "placement": "per_rank", "branch_chunk": 2, "memory_budget": 1.0,
@@ -136,6 +154,11 @@ def test_what_it_cannot_do_is_refused() -> None:
     }.items():  # fmt: skip
         with pytest.raises(ConfigError, match=f"{field}: tezo-gn needs all branches"):
             tezo_ds.initialize(tiny(), {**FIELDS, field: value})
+    with pytest.raises(
+        ConfigError, match="tezo-gn needs all branches of a step in one forward; ex"
+    ):
+        tezo_ds.initialize(tiny("mixtral"), FIELDS)
+    tezo_ds.initialize(tiny("mixtral"), {**FIELDS, "exclude": ("*experts*", "*gate*")})
     assert tezo_ds.TezoConfig(method="tezo-gn").lr == 1.0
     assert tezo_ds.TezoConfig(method="tezo-gn", lr=0.5).lr == 0.5
     assert tezo_ds.TezoConfig().lr == 1e-6

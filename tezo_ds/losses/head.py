@@ -36,12 +36,18 @@ class Head:
     return its result as it is (Llama, OPT, GPT-NeoX, …) get a chunk at a time. Models that go on to
     change the result row by row (soft-capping, scaling, a cast) are noticed, tried, and get the chosen
     positions at once; those that do anything else, or have no output layer, compute all logits.
+
+    Attributes:
+        mode: which of the three it is, as far as is known.
+        settled: whether a forward has shown it; one that shows the opposite runs once more, and has called
+            `reduce` before.
     """
 
     def __init__(self, sharding: Sharding) -> None:
         self._sharding = sharding
         self._layer = embeddings(sharding.module, "output")
         self.mode = "chunks" if self._layer is not None else "whole"
+        self.settled = False
 
     def __call__(
         self, inputs: dict[str, Any], positions: Tensor, branches: int, reduce: Reduce,
@@ -66,6 +72,7 @@ class Head:
         while True:
             result = self._run(inputs, positions, branches, reduce, words, rows_of)
             if result is not None:
+                self.settled = True
                 return result
             self.mode = "chosen" if self._row_by_row(inputs, branches) else "whole"
 

@@ -157,15 +157,23 @@ class Objective:
             self.trunk.fill(part, self.inputs(part))
 
     def settle(self, batch: Mapping[str, Any], branches: int) -> None:
-        """Finds the model's trunk at the first batch, by some forwards of two of its examples."""
-        if self.trunk is not None and not self.trunk.settled:
-            # Responses are a whole batch's, and counts do not tell forwards of two kinds apart.
-            two, aside = two_of(batch), (self._responses, self.metric)
-            self._responses = self.metric = None
-            try:
-                self.trunk.settle(lambda: self._sums(two, branches))
-            finally:
-                self._responses, self.metric = aside
+        """Finds at the first batch, by some forwards of two of its examples, the model's trunk; and, where
+        somebody is given logits, which of them the model lets be left out."""
+        trunk, head = self.trunk, self._head
+        if trunk is not None and not trunk.settled:
+            self._by_two(batch, lambda two: trunk.settle(lambda: self._sums(two, branches)))
+        if self._responses is not None and head is not None and not head.settled:
+            # Else a forward that shows that none can be has given wrong ones by then.
+            self._by_two(batch, lambda two: self._sums(two, branches))
+
+    def _by_two(self, batch: Mapping[str, Any], run: Callable[[Mapping[str, Any]], Any]) -> None:
+        """Runs two examples of a batch for their forwards alone."""
+        # Responses are a whole batch's, and counts do not tell forwards of two kinds apart.
+        aside, self._responses, self.metric = (self._responses, self.metric), None, None
+        try:
+            run(two_of(batch))
+        finally:
+            self._responses, self.metric = aside
 
     @property
     def piecewise_constant(self) -> bool:

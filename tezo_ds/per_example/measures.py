@@ -37,7 +37,7 @@ def measures(
         rewarded: what is generated and judged in the place of a loss; None: nothing is.
 
     Raises:
-        ConfigError: ranks or examples cannot have directions of their own.
+        ConfigError: ranks or examples cannot have directions of their own, or a method not all at once.
         ProbeError: a trainable parameter, or directions, are out of the probe's reach.
         ShardingError: in-place on weights that cannot be written exactly.
     """
@@ -49,6 +49,11 @@ def measures(
         raise ConfigError(
             f"placement {config.placement} needs the fused probe, as {whose} share the weights; exclude what "
             "it cannot reach, or set placement to shared"
+        )
+    if config.facts.solves and kind.writes:
+        raise ConfigError(
+            f"method {config.method} needs all branches of a step in one forward; exclude what the fused "
+            "probe cannot reach, or use another method"
         )
     if config.placement != "per_example":
         probe = kind.make(config, sharding, names, method.factors)
