@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from tiny import VOCABULARY, losses_of_both_probes, make_batch, tiny
 from torch import nn
 from trained import groups
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import tezo_ds
 from tezo_ds.directions.branches import Ask
@@ -157,6 +158,37 @@ def test_fused_says_what_it_cannot_measure() -> None:
         match=r"cannot reach model\.layers\.0\.mlp\.gate\.weight .*experts\.gate_up_proj",
     ):
         tezo_ds.initialize(tiny("mixtral"), {"rank": 2, "probe": "fused"})
+
+
+class Secret(nn.Linear):
+    """A linear layer that multiplies in a way of its own."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input @ self.weight.T
+
+
+def test_a_layer_whose_product_does_not_show_is_named() -> None:
+    model: Any = tiny("llama")
+    model.model.layers[1].mlp.down_proj = Secret(37, 22, bias=False)
+    why = (
+        r"down_proj.weight took no part in the forward that shows to the fused probe, as Secret has its own "
+        r"\(1 such\); add it to exclude, .*, or set probe to inplace"
+    )
+    with pytest.raises(tezo_ds.ProbeError, match=why):
+        tezo_ds.initialize(model, {"rank": 2}).step(make_batch(3))
+    engine = tezo_ds.initialize(model, {"rank": 2, "probe": "inplace"})
+    assert any(engine.step(make_batch(3)).kappa)
+
+
+def test_falcons_linear_layers_are_plain_ones() -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        sizes = {"vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": 2}
+        config = FalconConfig(**sizes, num_attention_heads=4, bias=True, initializer_range=0.1)
+        return FalconForCausalLM(config).eval()
+
+    fused, inplace = losses_of_both_probes(make, "chunks")
+    torch.testing.assert_close(fused, inplace, rtol=1e-5, atol=0)
 
 
 def test_auto_takes_fused_where_it_can_and_names_what_it_cannot(

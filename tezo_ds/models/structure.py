@@ -13,12 +13,17 @@ from tezo_ds.quantised.packed import is_packed
 
 KINDS: dict[type[nn.Module], str] = {nn.Linear: "linear", nn.Embedding: "embedding"}
 PLAIN = (nn.Linear.forward, nn.Embedding.forward)
+CONV1D = "transformers.pytorch_utils", "Conv1D"
+FALCON = (
+    "transformers.models.falcon.modeling_falcon",
+    "FalconLinear",
+)  # x @ Wᵀ + b, without `F.linear`
 
 
 def kind_of(module: nn.Module) -> str | None:
     """Returns "linear" (y = x Wᵀ), "conv1d" (y = x W, of GPT-2), "embedding", or None for a module that the
     fused probe does not know."""
-    if (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
+    if _named(module) == CONV1D:
         return "conv1d"
     found = next((name for base, name in KINDS.items() if isinstance(module, base)), None)
     return found or ("linear" if is_packed(module) else None)
@@ -28,7 +33,12 @@ def acts_plainly(module: nn.Module) -> bool:
     """Returns whether a linear layer's or Embedding's result is its product or lookup, and a bias. A packed
     layer's is, or the fused probe refuses it."""
     packed = is_packed(module) and kind_of(module) == "linear"
-    return packed or kind_of(module) == "conv1d" or type(module).forward in PLAIN
+    return packed or _named(module) in (CONV1D, FALCON) or type(module).forward in PLAIN
+
+
+def _named(module: nn.Module) -> tuple[str, str]:
+    """Returns where a module's class is from, and its name, as it may not be installed."""
+    return type(module).__module__, type(module).__name__
 
 
 def embeddings(model: nn.Module, which: Literal["input", "output"]) -> nn.Module | None:

@@ -119,11 +119,17 @@ class FusedProbe(Probe):
             return objective(batch, len(branches))
         with self.held(branches):
             result = objective(batch, len(branches))
-        idle = sorted({site.name for site in self._all if site.calls == 0 and not self._lent(site)})
+        idle = {s.name: s for s in self._all if s.calls == 0 and not self._lent(s)}
         if idle:
+            site = idle[name := min(idle)]
+            unseen = ""
+            if isinstance(site, Site) and not site.plain:
+                unseen = (
+                    f" that shows to the fused probe, as {type(site.module).__name__} has its own"
+                )
             raise ProbeError(
-                f"{idle[0]} took no part in the forward ({len(idle)} such); "
-                f'add it to exclude, e.g. exclude: ["{idle[0]}"]'
+                f"{name} took no part in the forward{unseen} ({len(idle)} such); "
+                f'add it to exclude, e.g. exclude: ["{name}"]{", or set probe to inplace" * bool(unseen)}'
             )
         return result
 
