@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from command_line import Given, Run, assert_found_again, call
 from test_runs import FIT, terms
 
+from tezo_ds.output_layer.fit import Choice
 from tezo_ds.output_layer.problem import States
 from tezo_ds.output_layer.states import collect
 from tezo_ds.output_layer.term import BIAS, WEIGHT
@@ -42,6 +43,43 @@ def test_the_output_layer_is_fitted_to_what_inner_layers_make_of_its_states(
     loss = F.cross_entropy(logits, after.truth) + found["ridge"] * weight.square().sum()
     slopes = torch.autograd.grad(loss, (weight, bias))
     assert all(float(slope.abs().max()) < 1e-4 for slope in slopes)
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_auto_measures_what_terms_are_worth_that_it_foresees_a_gain_of(
+    better: bool, untied: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[States] = []
+    asked: list[tuple[Choice, Choice]] = []
+
+    def collected(*given: Any, **named: Any) -> States:
+        seen.append(collect(*given, **named))
+        return seen[-1]
+
+    def gained(less: Choice, more: Choice) -> tuple[float, float]:
+        asked.append((less, more))
+        return (2.0, 1.0) if better or len(asked) == 1 else (1.0, 2.0)
+
+    monkeypatch.setattr(output_layer, "collect", collected)
+    monkeypatch.setattr(output_layer, "gain", gained)
+    options = {**FIT, "steps": 1, "inner_layers": "auto", "inner_maps": "values"}
+    assert call(*untied.train(tmp_path / "run", **options)) == 0
+    (without, foreseen), (_, measured) = asked
+    found = Run(tmp_path / "run").summary["output_layer"]
+    assert bool(found["inner_layers"]) == better
+    assert found["held_out_loss_after"] == (measured if better else without).after.loss
+    # By hand: A of the examples that are not held out, ΔW and b of the same, what the others lose.
+    states = seen[1]
+    assert (states.logits - seen[0].logits).abs().max() > 1e-3 and not states.inner
+    weight, bias = (x.double().requires_grad_() for x in measured._problem.solution(measured._x)[0])
+    logits = states.logits + states.hidden.double() @ weight.t() + bias
+    losses = F.cross_entropy(logits, states.truth, reduction="none")
+    assert float(losses[states.held].mean()) == pytest.approx(measured.after.loss, abs=1e-6)
+    loss = losses[~states.held].mean() + foreseen.strength * weight.square().sum()
+    assert all(float(x.abs().max()) < 1e-3 for x in torch.autograd.grad(loss, (weight, bias)))
+    assert measured.strength == foreseen.strength and len(seen) == (3 if better else 2)
+    if better:
+        assert not torch.equal(seen[2].logits, states.logits)  # of A by all examples
 
 
 @pytest.mark.parametrize(

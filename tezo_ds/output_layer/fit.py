@@ -63,6 +63,18 @@ class Choice:
     _problem: Problem
     _x: Tensor
 
+    @property
+    def inner(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """U and A of each inner layer, as of `Fitted`, of those that the examples held out had no part in."""
+        return self._problem.solution(self._x)[1]
+
+    def measured(self, states: States, all_reduce: AllReduce) -> Choice:
+        """Returns what ΔW and b are worth that are fitted anew, with the same λ and to the same examples, to
+        states of forwards that have the terms of `inner`. Every rank must call it."""
+        problem = problem_of(states, False, all_reduce)
+        x = problem.least(problem.zero(), self.strength, False, ROUGHLY)
+        return replace(self, after=problem.quality(x), _problem=problem, _x=x)
+
     def fitted(self) -> Fitted:
         """Fits the term to all examples; every rank must call it."""
         problem = self._problem

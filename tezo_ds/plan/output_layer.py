@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tezo_ds.config import TezoConfig
+from tezo_ds.config.block import AUTO
 from tezo_ds.errors import ConfigError
 from tezo_ds.models.structure import embeddings
 from tezo_ds.output_layer.answering import OTHERS
@@ -41,7 +42,7 @@ class Fit:
         states: bytes that are kept of the positions while the fit runs, twice that while they are joined.
         solver: bytes of the solver's vectors and of a chunk.
         message: bytes of an all-reduce, one for each product or gradient; 0: of a single rank.
-        forwards: forwards of an example: one, and for inner layers another in a share of the blocks.
+        forwards: forwards of an example: one, and for inner layers one or two in a share of the blocks.
         tokens: of a labelled position, those that run again for inner layers, each in its share of blocks.
     """
 
@@ -122,7 +123,8 @@ def fit_of(
         each.tokens * share + each.within * (one if share < 1 else 1)
         for each, share in zip(added, shares, strict=True)
     )
-    forwards = 1 + max(shares, default=0.0)
+    again = 2 if config.inner_layers == AUTO else 1  # what terms are worth is measured first
+    forwards = 1 + again * max(shares, default=0.0)
     return Fit(positions, among, numbers, states, solver, message, forwards, tokens)
 
 

@@ -17,8 +17,8 @@ from tezo_ds.files.tensors import digest
 from tezo_ds.output_layer.answering import refuse_unfit as refuse_no_inner
 from tezo_ds.output_layer.choosing import FOLD
 from tezo_ds.output_layer.entry import Late
-from tezo_ds.output_layer.fit import Fitted, again, choice, gain
-from tezo_ds.output_layer.inner import tensors_of
+from tezo_ds.output_layer.fit import Choice, Fitted, again, choice, gain
+from tezo_ds.output_layer.inner import InnerLayer, tensors_of
 from tezo_ds.output_layer.language import fit_tokens
 from tezo_ds.output_layer.problem import States
 from tezo_ds.output_layer.states import Batches, collect, collect_tokens
@@ -55,6 +55,19 @@ def refuse_unfit(session: Session, saves: bool) -> None:
             f"output_layer: a fit needs {FOLD} training examples at least, got {len(session.task.train)}; "
             "leave it frozen"
         )
+
+
+def _terms(
+    inner: Sequence[InnerLayer], pairs: Sequence[tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """Returns the terms of all inner layers by name, or {} where there are none."""
+    return tensors_of([each.path for each in inner], pairs) if pairs else {}
+
+
+def _better(without: Choice, found: Choice) -> bool:
+    """Returns whether a fit with inner layers is better than one without, by more than the standard error."""
+    better, error = gain(without, found)
+    return better > error
 
 
 class OutputLayerFits:
@@ -170,36 +183,37 @@ class OutputLayerFits:
             else:
                 tokens = collect_tokens(objective, layer, batches, words)
         if self._session.words is not None:
-            fitted, chosen = self._best(states, alone)
-            paths = [inner[i].path for i in chosen]
-            terms = tensors_of(paths, fitted.inner)
-            return self._again(fitted, terms, late), terms, states.nbytes + late.nbytes
+            fitted = self._best(states, alone, inner, late)
+            terms = _terms(inner, fitted.inner)
+            if terms:
+                # The first fit only foresees the states that they give, and as if ΔW were zero. λ stays, as
+                # by now the examples that are held out have had a part in A.
+                fitted = again(self._with(terms, late), fitted, self._reduce)
+            return fitted, terms, states.nbytes + late.nbytes
         rank = 0 if alone else config.output_layer_rank
         return fit_tokens(tokens, rank, self._reduce), {}, tokens.nbytes
 
-    def _again(self, fitted: Fitted, terms: dict[str, Tensor], late: Late) -> Fitted:
-        """Returns a fit whose ΔW and b are fitted once more, to states that have the inner layers' terms, if
-        there are any: the first fit only foresees these states, and as if ΔW were zero."""
+    def _with(self, terms: dict[str, Tensor], late: Late) -> States:
+        """Returns states that inner layers' terms give, of the examples that `late` knows."""
         engine, layer = self._engine, self._engine.output_layer.layer
-        if not terms:
-            return fitted
         assert layer is not None, "refused before"
         engine.output_layer.load(terms)
         with engine.applied():
-            states = collect(engine.objective, layer, self.batches(), self._words, late=late)
-        # λ stays, as by now the examples that are held out have had a part in A.
-        return again(states, fitted, self._reduce)
+            return collect(engine.objective, layer, self.batches(), self._words, late=late)
 
-    def _best(self, states: States, alone: bool) -> tuple[Fitted, Sequence[int]]:
-        """Returns the fit, and which of the inner layers it has: all, but with `auto` none unless they lower
-        the loss of the examples that are held out by more than its standard error."""
+    def _best(self, states: States, alone: bool, inner: Sequence[InnerLayer], late: Late) -> Fitted:
+        """Returns the fit, with the terms of all inner layers; but with `auto` of none unless they lower the
+        loss of the examples that are held out by more than its standard error, foreseen and measured."""
         found = choice(states, alone, self._reduce)
-        if self._engine.config.inner_layers == AUTO:
-            without = choice(replace(states, inner=()), alone, self._reduce)
-            better, error = gain(without, found)
-            if better <= error:  # as much as chance would give
-                return without.fitted(), ()
-        return found.fitted(), range(len(states.inner))
+        if self._engine.config.inner_layers != AUTO:
+            return found.fitted()
+        without = choice(replace(states, inner=()), alone, self._reduce)
+        if not _better(without, found):  # as much as chance would give
+            return without.fitted()
+        measured = found.measured(self._with(_terms(inner, found.inner), late), self._reduce)
+        if not _better(without, measured):
+            return without.fitted()
+        return replace(found.fitted(), after=measured.after)
 
     @property
     def _count(self) -> int:
