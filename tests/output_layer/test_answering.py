@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from inner_states import MAPS, WORDS, one_label, states_of
+from parts.families.models import make
 from tiny import HEADS, SIZES, tiny
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
@@ -106,6 +107,13 @@ def test_texts_are_shorter_than_a_sliding_window(maps: str) -> None:
     why = r"window of 11 tokens, and texts are as long \(or lower --max-length\); leave"
     with pytest.raises(ConfigError, match=why):
         made(11)
+
+
+def test_blocks_that_keep_no_keys_are_refused_where_they_would_run() -> None:
+    engine = tezo_ds.initialize(make("LFM 2"), {"rank": 2})  # a convolution, then attention
+    assert len(states_of(engine, one_label(7), "layers:1-2").inner) == 2
+    with pytest.raises(ConfigError, match=r"no keys and values of some blocks; leave"):
+        states_of(engine, one_label(7), "layers:0")
 
 
 @pytest.mark.parametrize(("keeps", "why"), [(False, "keeps no keys"), (True, "to other logits")])

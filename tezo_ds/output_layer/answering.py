@@ -105,8 +105,11 @@ class Answering:
         device = self._sharding.device
         own = positions.to(device) if len(positions) else torch.zeros(1).long().to(device)
         rows, places = own // length, own % length
-        if self._sharding.maxima([not hasattr(self._going.kept, "layers")])[0]:
-            raise unfit(self._objective, "keeps no keys and values")
+        first = min(watched.entry.place for watched in self._watched)
+        layers = getattr(self._going.kept, "layers", ())[first:]  # of those that run
+        every = bool(layers) and all(hasattr(layer, "keys") for layer in layers)
+        if self._sharding.maxima([not every])[0]:
+            raise unfit(self._objective, "keeps no keys and values of some blocks")
         window = self._going.window
         short = (
             window if window is not None and length >= window else 0
