@@ -1,4 +1,4 @@
-"""Which families of models each feature works with, tried on tiny ones with random weights.
+"""Families of models beside the features that work with them, tried on tiny models with random weights.
 
 A cell is `yes` where the feature ran and gave the numbers of another way to compute them: one forward for
 all branches those of one branch at a time, frozen blocks that run once those of whole forwards, a step that

@@ -131,7 +131,7 @@ def test_late_layers_step_alike_with_and_without_their_trunk() -> None:
 
 
 def test_the_first_step_of_a_model_that_changes_its_logits_counts_none_twice() -> None:
-    """Its output layer's results are seen before it shows that they are not its logits."""
+    """Results of its output layer are seen before it shows that they are not its logits."""
     found = []
     for known in (False, True):
         torch.manual_seed(0)
