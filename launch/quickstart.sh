@@ -30,6 +30,6 @@ PATH="$bin:$PATH" deepspeed --num_gpus "$ranks" --master_port "${MASTER_PORT:-29
     --deepspeed ds_configs/quickstart.json \
     --model "$cache/SmolLM2-135M-Instruct" --task trec --data "$cache/trec" \
     --objective choices --output-layer fit --inner-layers auto --inner-maps values \
-    --output-layer-examples 1000 --steps 4 --lr 2e-6 \
+    --output-layer-examples 900 --steps 4 --lr 2e-6 \
     --test-examples 400 --eval-batch-size 64 --batch-size $((ranks * ((16 + ranks - 1) / ranks))) \
     --output "$output" "$@"
