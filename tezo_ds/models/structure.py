@@ -14,10 +14,8 @@ from tezo_ds.quantised.packed import is_packed
 KINDS: dict[type[nn.Module], str] = {nn.Linear: "linear", nn.Embedding: "embedding"}
 PLAIN = (nn.Linear.forward, nn.Embedding.forward)
 CONV1D = "transformers.pytorch_utils", "Conv1D"
-FALCON = (
-    "transformers.models.falcon.modeling_falcon",
-    "FalconLinear",
-)  # x @ Wᵀ + b, without `F.linear`
+# x @ Wᵀ + b, without `F.linear`
+FALCON = "transformers.models.falcon.modeling_falcon", "FalconLinear"
 
 
 def kind_of(module: nn.Module) -> str | None:

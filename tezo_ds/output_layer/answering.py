@@ -111,10 +111,8 @@ class Answering:
         if self._sharding.maxima([not every])[0]:
             raise unfit(self._objective, "keeps no keys and values of some blocks")
         window = self._going.window
-        short = (
-            window if window is not None and length >= window else 0
-        )  # for a position after them
-        if (short := self._sharding.maxima([short])[0]) > 0:
+        full = window is not None and length >= window  # so a position after them would not see all
+        if (short := self._sharding.maxima([window or 0 if full else 0])[0]) > 0:
             why = f"has a sliding window of {short} tokens, and texts are as long (or lower --max-length)"
             raise unfit(self._objective, why)
         mask, count = batch.get("attention_mask", torch.ones_like(batch["labels"])), len(positions)

@@ -122,14 +122,14 @@ class FusedProbe(Probe):
         idle = {s.name: s for s in self._all if s.calls == 0 and not self._lent(s)}
         if idle:
             site = idle[name := min(idle)]
-            unseen = ""
+            where, instead = "in the forward", ""
             if isinstance(site, Site) and not site.plain:
-                unseen = (
-                    f" that shows to the fused probe, as {type(site.module).__name__} has its own"
-                )
+                kind = type(site.module).__name__
+                where += f" that shows to the fused probe, as {kind} has its own"
+                instead = ", or set probe to inplace"
             raise ProbeError(
-                f"{name} took no part in the forward{unseen} ({len(idle)} such); "
-                f'add it to exclude, e.g. exclude: ["{name}"]{", or set probe to inplace" * bool(unseen)}'
+                f"{name} took no part {where} ({len(idle)} such); "
+                f'add it to exclude, e.g. exclude: ["{name}"]{instead}'
             )
         return result
 
