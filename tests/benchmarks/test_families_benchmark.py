@@ -15,7 +15,7 @@ from parts.families.models import FAMILIES, make
 from parts.families.tried import FEATURES, tried
 from torch import nn
 
-SOME = ["Gemma 3", "Command R", "Mixtral", "LFM 2"]  # plain, scaled logits, experts, a recurrence
+SOME = ["Gemma 3", "Command R", "Mixtral"]  # plain, scaled logits, experts
 
 
 def test_a_table_and_reasons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
