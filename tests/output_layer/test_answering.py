@@ -114,6 +114,14 @@ def test_blocks_that_keep_no_keys_are_refused_where_they_would_run() -> None:
     assert len(states_of(engine, one_label(7), "layers:1-2").inner) == 2
     with pytest.raises(ConfigError, match=r"no keys and values of some blocks; leave"):
         states_of(engine, one_label(7), "layers:0")
+    model: Any = make("LFM 2")  # whose attention reads more of the convolution than hidden states
+    seen: list[Tensor] = []
+    one, two = model.model.layers[:2]
+    one.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    own = two.forward
+    two.forward = lambda x, *args, **kwargs: own(x + seen.pop(), *args, **kwargs)
+    with pytest.raises(ConfigError, match=r"no keys and values of some blocks; leave"):
+        states_of(tezo_ds.initialize(model, {"rank": 2}), one_label(7), "layers:1-2")
 
 
 @pytest.mark.parametrize(("keeps", "why"), [(False, "keeps no keys"), (True, "to other logits")])

@@ -105,11 +105,8 @@ class Answering:
         device = self._sharding.device
         own = positions.to(device) if len(positions) else torch.zeros(1).long().to(device)
         rows, places = own // length, own % length
-        first = min(watched.entry.place for watched in self._watched)
-        layers = getattr(self._going.kept, "layers", ())[first:]  # of those that run
-        every = bool(layers) and all(hasattr(layer, "keys") for layer in layers)
-        if self._sharding.maxima([not every])[0]:
-            raise unfit(self._objective, "keeps no keys and values of some blocks")
+        # Of blocks that run.
+        self._going.refuse_without_keys(min(watched.entry.place for watched in self._watched))
         window = self._going.window
         full = window is not None and length >= window  # so a position after them would not see all
         if (short := self._sharding.maxima([window or 0 if full else 0])[0]) > 0:

@@ -39,6 +39,14 @@ class GoingOn:
         self.kept: Any = None
         self._head = Head(objective.sharding)
 
+    def refuse_without_keys(self, first: int) -> None:
+        """Raises ConfigError unless all blocks from one on, by its number, keep keys and values. Every rank
+        must call it."""
+        layers = getattr(self.kept, "layers", ())[first:]
+        every = bool(layers) and all(hasattr(layer, "keys") for layer in layers)
+        if self._objective.sharding.maxima([not every])[0]:
+            raise unfit(self._objective, "keeps no keys and values of some blocks")
+
     @property
     def window(self) -> int | None:
         """Tokens of the shortest sliding window, of which keys and values are kept alone; None: of all."""
@@ -128,6 +136,7 @@ class GoingOn:
             if not self._objective.sharding.maxima([differs])[0]:
                 return found
             watched.entry.give_up()
+            self.refuse_without_keys(0)
         found = run()
         if self._objective.sharding.maxima([not alike(found[0], logits, watched.given.dtype)])[0]:
             raise unfit(
