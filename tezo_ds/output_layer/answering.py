@@ -107,11 +107,7 @@ class Answering:
         rows, places = own // length, own % length
         # Of blocks that run.
         self._going.refuse_without_keys(min(watched.entry.place for watched in self._watched))
-        window = self._going.window
-        full = window is not None and length >= window  # so a position after them would not see all
-        if (short := self._sharding.maxima([window or 0 if full else 0])[0]) > 0:
-            why = f"has a sliding window of {short} tokens, and texts are as long (or lower --max-length)"
-            raise unfit(self._objective, why)
+        self._going.refuse_longer(length)
         mask, count = batch.get("attention_mask", torch.ones_like(batch["labels"])), len(positions)
         before = positions_before(mask.to(device), rows[:count], places[:count])
         found = [

@@ -47,12 +47,15 @@ class GoingOn:
         if self._objective.sharding.maxima([not every])[0]:
             raise unfit(self._objective, "keeps no keys and values of some blocks")
 
-    @property
-    def window(self) -> int | None:
-        """Tokens of the shortest sliding window, of which keys and values are kept alone; None: of all."""
+    def refuse_longer(self, length: int) -> None:
+        """Raises ConfigError if texts of so many tokens fill a sliding window, of whose tokens alone keys and
+        values are kept, so that a position after them would not see all. Every rank must call it."""
         layers = getattr(self.kept, "layers", ())
         windows = [layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)]
-        return min(windows, default=None)
+        full = [window for window in windows if window <= length]
+        if (short := self._objective.sharding.maxima([min(full, default=0)])[0]) > 0:
+            why = f"has a sliding window of {short} tokens, and texts are as long (or lower --max-length)"
+            raise unfit(self._objective, why)
 
     def __call__(
         self, watched: Watched, batch: Mapping[str, Any], rows: Tensor, places: Tensor, branches: int

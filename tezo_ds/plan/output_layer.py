@@ -181,8 +181,8 @@ def _shares(module: nn.Module, chosen: str, maps: str) -> tuple[list[float], flo
 
 
 def seconds(job: Job, fit: Fit) -> float:
-    """Returns the seconds of a fit: a forward of each example, what of it runs again, another forward with
-    the terms of inner layers, from the first on, and some hundreds of products or gradients."""
+    """Returns the seconds of a fit: a forward of each example, what of it runs again, one or two forwards
+    with the terms of inner layers, from the first on, and some hundreds of products or gradients."""
     examples = fit.positions // job.labels
     tokens = int(examples * fit.forwards * job.length + fit.positions * fit.tokens)
     once = flops(job, tokens, fused=job.run.fused)
