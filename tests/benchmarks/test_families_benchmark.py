@@ -15,7 +15,7 @@ from parts.families.models import FAMILIES, make
 from parts.families.tried import FEATURES, tried
 from torch import nn
 
-SOME = ["Gemma 3", "Command R", "Mixtral"]  # plain, scaled logits, experts
+SOME = ["Gemma 3", "Gemma 2", "Mixtral"]  # plain, capped logits, experts
 
 
 def test_a_table_and_reasons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,8 +31,8 @@ def test_a_table_and_reasons(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     }
     assert [cell.strip() for cell in rows["Gemma 3"]] == ["yes"] * len(FEATURES) + [""]
     assert "no (" in rows["Mixtral"][0] and "yes" in rows["Mixtral"][1]
-    assert "no (" in rows["Command R"][3] and "yes" in rows["Command R"][2]
-    assert "1. output_layer: CohereForCausalLM goes on to change" in text
+    assert "no (" in rows["Gemma 2"][3] and "yes" in rows["Gemma 2"][2]
+    assert "1. output_layer: Gemma2ForCausalLM goes on to change" in text
     capsys.readouterr()
 
 

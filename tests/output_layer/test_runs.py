@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_resume import Killed, kappas, killed_after, same
 from world_output_layer import roughly
 
-from tezo_ds.output_layer.term import BIAS, TOKENS, WEIGHT
+from tezo_ds.output_layer.term import BIAS, MULTIPLIER, TOKENS, WEIGHT
 from tezo_ds.run.folder import (
     ADAPTER,
     COEFFICIENTS,
@@ -73,6 +73,27 @@ def test_what_a_run_says(given: Given, tmp_path: Path, capsys: Captured, way: st
     assert summary["test_loss_output_layer"] < summary["test_loss_before"] - margin
     (term,) = terms(run.path).values()
     assert len(term[TOKENS]) == len(WORDS) and bool(term[WEIGHT].any()) == (way == "fit")
+    assert_found_again(run, capsys, 1e-6)
+
+
+def test_a_run_on_a_model_that_divides_its_logits(
+    given: Given, tmp_path: Path, capsys: Captured
+) -> None:
+    shutil.copytree(given.model, tmp_path / "model")
+    config = json.loads((given.model / "config.json").read_text())
+    divided = {
+        "model_type": "granite",
+        "architectures": ["GraniteForCausalLM"],
+        "logits_scaling": 8.0,
+    }
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, **divided}))
+    divides = Given(tmp_path / "model", given.data)
+    assert call(*divides.train(tmp_path / "run", **FIT, check_every=2)) == 0
+    run = Run(tmp_path / "run")
+    (term,) = terms(run.path).values()
+    assert term[MULTIPLIER].tolist() == [0.125]
+    assert run.summary["test_loss_output_layer"] < run.summary["test_loss_before"] - 0.05
+    assert call("replay", run.path, "--verify") == 0
     assert_found_again(run, capsys, 1e-6)
 
 

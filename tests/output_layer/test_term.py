@@ -284,8 +284,10 @@ class Changed(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
         out = self.inner(input_ids, attention_mask=attention_mask).logits
-        if self.change == "scale":
-            return out * 0.1
+        if self.change == "cap":
+            return out.tanh()
+        if self.change == "length":  # a factor, but of each position another one
+            return out / out.norm(dim=-1, keepdim=True)
         if self.change == "cast":
             return out.double()
         if self.change == "backwards":
@@ -295,7 +297,12 @@ class Changed(nn.Module):
 
 @pytest.mark.parametrize(
     ("change", "expected"),
-    [("scale", "goes on to change"), ("backwards", "does not take"), ("other", "does not take")],
+    [
+        ("cap", "goes on to change"),
+        ("length", "goes on to change"),
+        ("backwards", "does not take"),
+        ("other", "does not take"),
+    ],
 )
 def test_a_model_that_changes_its_logits_is_refused(change: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=f"output_layer: Changed {expected}.*; leave it frozen"):

@@ -14,6 +14,7 @@ import world_fsdp2
 import world_fsdp_runs
 from command_line import Run, flags
 from once import once
+from test_multiplier import DIVISOR, granite
 from tiny import make_batch, part_of, tiny
 from torch import Tensor, nn
 from traffic import Traffic
@@ -35,7 +36,7 @@ from tezo_ds.output_layer.inner import tensors_of
 from tezo_ds.output_layer.language import TokenStates, fit_tokens
 from tezo_ds.output_layer.problem import States
 from tezo_ds.output_layer.states import collect, collect_tokens
-from tezo_ds.output_layer.term import BASIS, BIAS, TOKENS, WEIGHT
+from tezo_ds.output_layer.term import BIAS, term_of
 from tezo_ds.output_layer.values import Gathered
 from tezo_ds.plan.output_layer import fit_of
 from tezo_ds.run.terms import path_of
@@ -87,7 +88,7 @@ def fitted(
         states = collected(engine, rank, size, chosen, late, maps)
     found = fit(states, False, engine.sharding.all_reduce)
     theirs = tensors_of([x.path for x in inner], found.inner)
-    engine.output_layer.load({TOKENS: WORDS, WEIGHT: found.weight, BIAS: found.bias, **theirs})
+    engine.output_layer.load({**term_of(WORDS, found), **theirs})
     return states, found
 
 
@@ -204,6 +205,21 @@ def every_sharding_begins_at_the_first_term(world: World) -> None:
         assert torch.equal(again.logits, whole.logits), name
 
 
+@case(worlds=(1, 3))
+def ranks_agree_on_what_logits_are_multiplied_by(world: World) -> None:
+    """One of three has no label that could tell it."""
+    batch = examples()
+    if world.rank == 1:
+        batch["labels"][:] = -100
+    for wrap in (lambda model: model, lambda model: zero3.wrap(model, ZERO3)):
+        engine = engine_of(wrap(granite()))
+        layer, held = engine.output_layer.layer, torch.zeros(EXAMPLES, dtype=torch.bool)
+        assert layer is not None
+        states = collect(engine.objective, layer, [(batch, held)], WORDS)
+        assert states.multiplier == 1 / DIVISOR
+        assert len(states.hidden) == (0 if world.rank == 1 else EXAMPLES)
+
+
 def fitted_to_tokens(engine: tezo_ds.Engine, rank: int, size: int) -> tuple[TokenStates, Fitted]:
     """Fits a term of rank 5 for a language-model loss to the examples of all ranks, and gives it to the
     engine."""
@@ -216,8 +232,7 @@ def fitted_to_tokens(engine: tezo_ds.Engine, rank: int, size: int) -> tuple[Toke
         states = collect_tokens(engine.objective, layer, batches, words)
     found = fit_tokens(states, 5, engine.sharding.all_reduce)
     assert found.basis is not None
-    term = {TOKENS: words, WEIGHT: found.weight, BIAS: found.bias, BASIS: found.basis}
-    engine.output_layer.load(term)
+    engine.output_layer.load(term_of(words, found))
     return states, found
 
 

@@ -22,7 +22,7 @@ def pairs_of(engine: Engine) -> dict[str, tuple[Tensor, Tensor]]:
     term, shape = layer.state, layer.shape
     if TOKENS in term:
         assert shape is not None, "there is a term"
-        tokens, weight = term[TOKENS], term[WEIGHT]
+        tokens, weight = term[TOKENS], layer.within[WEIGHT]
         right = term.get(BASIS, weight)
         left = torch.zeros(shape[0], len(right))
         left[tokens] = weight if BASIS in term else torch.eye(len(tokens))

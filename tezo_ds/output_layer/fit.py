@@ -34,6 +34,7 @@ class Fitted:
         message_bytes: bytes of the largest.
         basis: A, float32 (r, d), for which ΔW is B A; None: ΔW is the weight.
         inner: U and A of each inner layer, float32 (m, K) and (K, width).
+        multiplier: what the model multiplies its output layer's result by; the term is on the logits behind.
     """
 
     weight: Tensor
@@ -46,6 +47,7 @@ class Fitted:
     message_bytes: int
     basis: Tensor | None = None
     inner: Sequence[tuple[Tensor, Tensor]] = ()
+    multiplier: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Choice:
         return Fitted(
             weight, bias, None if problem.alone else self.strength, problem.counts[0], self.before,
             self.after, problem.totals.messages, problem.totals.message_bytes, inner=inner,
+            multiplier=problem.multiplier,
         )  # fmt: skip
 
 

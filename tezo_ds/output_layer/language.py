@@ -49,8 +49,9 @@ class TokenStates:
         others: log-sum-exp of the logits of all tokens that are no words, and the largest of them, (n, 2).
         truth: index of the right word, int64 (n,).
         held: whether the example is held out, bool (n,).
-        rows: the words' rows of the output layer, (words, d), as hidden.
-        offset: their biases there, (words,).
+        rows: the words' rows of the output layer, (words, d), as hidden, times the multiplier.
+        offset: their biases there, (words,), times the multiplier.
+        multiplier: what the model multiplies its output layer's result by.
     """
 
     hidden: Tensor
@@ -59,6 +60,7 @@ class TokenStates:
     held: Tensor
     rows: Tensor
     offset: Tensor
+    multiplier: float = 1.0
 
     @property
     def nbytes(self) -> int:
@@ -86,7 +88,7 @@ def fit_tokens(states: TokenStates, rank: int, all_reduce: AllReduce) -> Fitted:
     totals, strength = problem.totals, share * (problem.scale if len(basis) else 1.0)
     return Fitted(
         weight, bias, strength, problem.counts[0], before, after, totals.messages, totals.message_bytes,
-        basis,
+        basis, multiplier=states.multiplier,
     )  # fmt: skip
 
 

@@ -43,6 +43,7 @@ class States:
         held: whether the example is held out, bool (n,).
         inner: of each inner layer that is fitted, too.
         directions: U of inner layers that are a block's last map, float32 (d, K); empty without any.
+        multiplier: what the model multiplies its output layer's result by; the logits are behind that.
     """
 
     hidden: Tensor
@@ -51,6 +52,7 @@ class States:
     held: Tensor
     inner: Sequence[Answers | Gathered] = ()
     directions: Tensor = field(default_factory=lambda: torch.empty(0))
+    multiplier: float = 1.0
 
     @property
     def nbytes(self) -> int:
@@ -79,11 +81,12 @@ class Problem:
         large: whether value projections are among the inner layers.
         counts: examples, those to fit by, those held out.
         scale: mean square of the centred states.
+        multiplier: as of `States`.
         size: sum of the squares of the logits, and of what is known of inner layers.
     """
 
     def __init__(self, states: States, bias_alone: bool, all_reduce: AllReduce) -> None:
-        self._states, self.alone = states, bias_alone
+        self._states, self.alone, self.multiplier = states, bias_alone, states.multiplier
         self._chunks: dict[bool | None, Sequence[Tensor]] = {}
         self.large = any(isinstance(x, Gathered) for x in states.inner)
         self.totals = self._total = Totals(all_reduce)

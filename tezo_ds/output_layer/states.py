@@ -18,6 +18,7 @@ from tezo_ds.output_layer.columns import Answers
 from tezo_ds.output_layer.entry import Late
 from tezo_ds.output_layer.inner import InnerLayer
 from tezo_ds.output_layer.language import TokenStates
+from tezo_ds.output_layer.multiplier import multiplier
 from tezo_ds.output_layer.problem import States
 from tezo_ds.output_layer.values import Gathered
 from tezo_ds.trunk.outputs import hidden_in
@@ -29,16 +30,21 @@ Of = Callable[[Tensor, Tensor], Tensor]
 class _Seen:
     """What an output layer was last given, and what it returned; by hooks, which the probes leave alone.
 
+    Attributes:
+        multiplier: what the model multiplies that by, once all batches have run.
+
     Args:
         layer: the output layer.
-        words: tokens whose rows are to be known, int64 (words,), or none.
+        words: tokens, int64 (words,).
         stack: its end takes the hooks away.
+        knows: whether the words' rows are to be known.
     """
 
-    def __init__(self, layer: nn.Module, words: Tensor, stack: ExitStack) -> None:
+    def __init__(self, layer: nn.Module, words: Tensor, stack: ExitStack, knows: bool) -> None:
         self.hidden = self.logits = torch.empty(0)
         self.rows = self.offset = torch.empty(0)
-        self._words, self._project = words, layer.forward  # with what probes add to it
+        self.layer, self.words, self.multiplier = layer, words, 1.0
+        self._project, self._knows = layer.forward, knows  # with what probes add to it
         # The last of all that come before the layer, so its weight is gathered then.
         before = layer.register_forward_pre_hook(self._before, with_kwargs=True)
         after = layer.register_forward_hook(self._after)
@@ -47,7 +53,7 @@ class _Seen:
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.hidden = hidden_in(args, kwargs)  # (B, T, d)
-        if len(self._words) > len(self.rows):
+        if self._knows and not len(self.rows):
             self._know_rows()
 
     def _after(self, _: nn.Module, args: tuple[Any, ...], logits: Tensor) -> None:
@@ -56,7 +62,7 @@ class _Seen:
     def _know_rows(self) -> None:
         """Reads the words' rows off the layer's results for one-hot states."""
         width, like = self.hidden.shape[-1], self.hidden
-        words = self._words.to(like.device)
+        words = self.words.to(like.device)
         offset = self._project(like.new_zeros(1, 1, width))[0, 0]  # (vocabulary,)
         self.offset, each = offset[words], max(1, CHUNK_NUMEL // len(offset))
         ones = torch.eye(width, dtype=like.dtype, device=like.device).split(each)
@@ -92,11 +98,11 @@ def collect(
             with what it was given of the same batches; None: neither.
 
     Raises:
-        ConfigError: the model goes on to change what its output layer returns, or does not use it; or its
-            inner layers cannot be fitted.
+        ConfigError: the model changes what its output layer returns by more than a factor, or does not use
+            it; or its inner layers cannot be fitted.
     """
     with ExitStack() as stack:
-        seen = _Seen(layer, words if inner else words[:0], stack)
+        seen = _Seen(layer, words, stack, bool(inner))
         answering = None
         if inner:
             late = late or Late()
@@ -110,7 +116,7 @@ def collect(
         parts = _joined(_parts(objective, seen, batches, chosen, answering, late))
     truth = _index_in(words, parts.tokens)
     U = torch.empty(0) if answering is None else answering.directions
-    return States(parts.hidden, parts.made, truth, parts.held, parts.inner, U)
+    return States(parts.hidden, parts.made, truth, parts.held, parts.inner, U, seen.multiplier)
 
 
 def collect_tokens(
@@ -125,7 +131,8 @@ def collect_tokens(
         words: token ids in ascending order, int64 (words,), one of which is each label.
 
     Raises:
-        ConfigError: the model goes on to change what its output layer returns, or does not use it.
+        ConfigError: the model changes what its output layer returns by more than a factor, or does not use
+            it.
     """
 
     def others(logits: Tensor, _: Tensor) -> Tensor:
@@ -134,10 +141,12 @@ def collect_tokens(
         return torch.stack([wide.logsumexp(dim=1), wide.amax(dim=1)], dim=1)
 
     with ExitStack() as stack:
-        seen = _Seen(layer, words, stack)
+        seen = _Seen(layer, words, stack, True)
         parts = _joined(_parts(objective, seen, batches, others))
     truth = _index_in(words, parts.tokens)
-    return TokenStates(parts.hidden, parts.made, truth, parts.held, seen.rows, seen.offset)
+    s = seen.multiplier
+    rows, offset = seen.rows * s, seen.offset * s
+    return TokenStates(parts.hidden, parts.made, truth, parts.held, rows, offset, s)
 
 
 def _parts(
@@ -170,7 +179,11 @@ def _parts(
     if objective.head_mode == "whole":  # by the model's code, so on all ranks alike
         raise _unfit(sharding.module, "does not take its logits from its output layer as they are")
     if sharding.maxima([changed])[0]:
-        raise _unfit(sharding.module, "goes on to change what its output layer returns")
+        s = multiplier(objective, seen.layer, batch, seen.words)
+        if s is None:
+            why = "goes on to change what its output layer returns, and not by a factor alone"
+            raise _unfit(sharding.module, why)
+        seen.multiplier = s
 
 
 def _joined(parts: Iterable[_Part]) -> _Part:

@@ -20,14 +20,33 @@ from tezo_ds.config import TezoConfig
 from tezo_ds.errors import ConfigError
 from tezo_ds.losses.head import TO_WORDS
 from tezo_ds.models.structure import embeddings
+from tezo_ds.output_layer.fit import Fitted
 from tezo_ds.output_layer.inner import InnerLayers
 from tezo_ds.sharding.base import Sharding
 
 TOKENS, WEIGHT, BIAS = "output_layer.tokens", "output_layer.weight", "output_layer.bias"
 BASIS = "output_layer.basis"
+# What the model multiplies its output layer's result by, float64 (1,), where it does: the term is one on the
+# logits behind that, and in the layer stands over it.
+MULTIPLIER = "output_layer.multiplier"
 INSTEAD = "export an adapter (tezo-ds export --adapter)"
 
-_PARTS = (TOKENS, WEIGHT, BIAS, BASIS)
+_PARTS = (TOKENS, WEIGHT, BIAS, BASIS, MULTIPLIER)
+
+
+def term_of(words: Tensor, fitted: Fitted) -> dict[str, Tensor]:
+    """Returns a fitted term by name, as of `OutputTerm.state`, without those of inner layers.
+
+    Args:
+        words: token ids, int64 (C,).
+        fitted: of these.
+    """
+    term = {TOKENS: words.cpu(), WEIGHT: fitted.weight, BIAS: fitted.bias}
+    if fitted.basis is not None:
+        term[BASIS] = fitted.basis
+    if fitted.multiplier != 1:
+        term[MULTIPLIER] = torch.tensor([fitted.multiplier], dtype=torch.float64)
+    return term
 
 
 def due_by(config: TezoConfig, done: int) -> int:
@@ -68,6 +87,13 @@ class OutputTerm:
         """Tokens int64 (C,), ΔW float32 (C, d) and b float32 (C,) by name; {} where nothing is added. In
         the place of ΔW may be B (C, r), with A (r, d) beside it; then the terms of inner layers."""
         return self._loaded | self.inner.state
+
+    @property
+    def within(self) -> dict[str, Tensor]:
+        """ΔW, or B and A, and b by name, as what the layer itself returns is to have them."""
+        multiplier = float(self._loaded.get(MULTIPLIER, torch.ones(1)))
+        parts = {name: self._loaded[name] for name in (WEIGHT, BIAS, BASIS) if name in self._loaded}
+        return {name: x if name == BASIS else x / multiplier for name, x in parts.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes the term from among tensors by name, as of `state`; they may have none.
@@ -136,7 +162,7 @@ class OutputTerm:
         key = (hidden.device, wide)
         if self._placed is None or self._placed[0] != key:
             tokens = self._loaded[TOKENS].to(hidden.device)
-            parts = [self._loaded.get(name) for name in (WEIGHT, BIAS, BASIS)]
+            parts = [self.within.get(name) for name in (WEIGHT, BIAS, BASIS)]
             placed = [None if x is None else x.to(hidden.device, wide) for x in parts]
             self._placed = key, tokens, *placed
         _, tokens, weight, bias, basis = self._placed
@@ -218,9 +244,10 @@ class OutputTerm:
             inner.merge_into(names, tensor)
         if not self._loaded:
             return
-        tokens, weight, bias = (self._loaded[name] for name in (TOKENS, WEIGHT, BIAS))
-        if BASIS in self._loaded:
-            weight = weight @ self._loaded[BASIS]
+        tokens, within = self._loaded[TOKENS], self.within
+        weight, bias = within[WEIGHT], within[BIAS]
+        if BASIS in within:
+            weight = weight @ within[BASIS]
         for name, part in ((f"{self.path}.weight", weight), (f"{self.path}.bias", bias)):
             if name in names:
                 tensor[tokens] = (tensor[tokens] + part).to(tensor.dtype)

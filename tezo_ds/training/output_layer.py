@@ -22,7 +22,7 @@ from tezo_ds.output_layer.inner import InnerLayer, tensors_of
 from tezo_ds.output_layer.language import fit_tokens
 from tezo_ds.output_layer.problem import States
 from tezo_ds.output_layer.states import Batches, collect, collect_tokens
-from tezo_ds.output_layer.term import BASIS, BIAS, TOKENS, WEIGHT, due_by
+from tezo_ds.output_layer.term import due_by, term_of
 from tezo_ds.run.folder import RunFolder
 from tezo_ds.run.terms import save_term
 from tezo_ds.tasks.batches import PIECE, batch_indices, lane_places, longest_first, shard_range
@@ -116,9 +116,7 @@ class OutputLayerFits:
             return False
         start = time.perf_counter()
         fitted, inner, nbytes = self._fitted()
-        term = {TOKENS: self._words.cpu(), WEIGHT: fitted.weight, BIAS: fitted.bias, **inner}
-        if fitted.basis is not None:
-            term[BASIS] = fitted.basis
+        term = {**term_of(self._words, fitted), **inner}
         engine.output_layer.load(term)
         engine.check()
         if self._folder is not None:
