@@ -48,8 +48,7 @@ def with_change(model: Any, path: str, state: dict[str, Tensor]) -> Any:
     ("kind", "maps"),
     [
         *((kind, "last") for kind in sorted(MAPS.keys() - {"mixtral"})),
-        ("llama", "values"),
-        ("opt", "values"),
+        *((kind, "values") for kind in ("llama", "opt", "gpt2", "neox")),
     ],
 )
 @pytest.mark.parametrize("probe", ["fused", "inplace"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from inner_states import WORDS, one_label, states_of
 from reducing import Reduce, alone, by_ranks
 from tiny import tiny
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 import tezo_ds
 from tezo_ds.errors import ConfigError
@@ -20,11 +22,16 @@ from tezo_ds.output_layer.attending import coordinates
 from tezo_ds.output_layer.fit import Fitted, fit
 from tezo_ds.output_layer.inner import tensors_of
 from tezo_ds.output_layer.problem import States
+from tezo_ds.output_layer.value_rows import value_rows
 from tezo_ds.output_layer.values import HALF, Gathered
 
+# What enters the map that gives values, and that map: of values alone, of queries and keys in order, and of
+# each head's in turn.
 ENTERS = {
-    "llama": "model.layers.1.input_layernorm",
-    "opt": "model.decoder.layers.1.self_attn_layer_norm",
+    "llama": ("model.layers.1.input_layernorm", "v_proj"),
+    "opt": ("model.decoder.layers.1.self_attn_layer_norm", "v_proj"),
+    "gpt2": ("transformer.h.1.ln_1", "c_attn"),
+    "neox": ("gpt_neox.layers.1.input_layernorm", "query_key_value"),
 }
 
 
@@ -37,7 +44,8 @@ def test_what_heads_gather_and_what_logits_answer_to_it(
     engine = tezo_ds.initialize(model, {"rank": 2})
     batch = one_label(7)
     _, inner = engine.output_layer.inner.of_blocks("layers:0-1", "values")
-    assert inner.path.endswith("layers.1.self_attn.v_proj") and inner.heads is not None
+    enters, name = ENTERS[kind]
+    assert inner.path.endswith(name) and inner.heads is not None
     assert inner.heads.groups == (1 if kind == "llama" else 2)
     _, found = states_of(engine, batch, "layers:0-1", maps="values").inner
     assert isinstance(found, Gathered)
@@ -52,7 +60,7 @@ def test_what_heads_gather_and_what_logits_answer_to_it(
         return (args[0] + at,)
 
     model.set_attn_implementation("eager")
-    norm = model.get_submodule(ENTERS[kind])
+    norm = model.get_submodule(enters)
     with (
         norm.register_forward_hook(lambda _, __, output: entered.append(output)),
         last.register_forward_pre_hook(add),
@@ -104,7 +112,8 @@ def made(n: int = 91, inputs: int = 17) -> States:
     others = torch.randn(2 * n, 2, generator=generator) @ torch.randn(
         2, inputs, generator=generator
     )
-    known = Gathered(p, answers.flatten(1) * counts, counts, others, 2)
+    rows = torch.arange(10) + 3  # of 14 numbers, as queries and keys are given, too
+    known = Gathered(p, answers.flatten(1) * counts, counts, others, 2, rows, 14)
     return States(hidden, torch.zeros(n, words), truth, torch.arange(n) % 5 == 4, (known,))
 
 
@@ -114,7 +123,9 @@ def share(states: States, index: int, parts: int) -> States:
     (x,) = states.inner
     assert isinstance(x, Gathered)
     others = x.others[2 * rows.start : 2 * rows.stop]
-    known = Gathered(x.inputs[rows], x.sums / parts, x.counts / parts, others, x.groups)
+    known = replace(
+        x, inputs=x.inputs[rows], sums=x.sums / parts, counts=x.counts / parts, others=others
+    )
     own = (states.hidden[rows], states.logits[rows], states.truth[rows], states.held[rows])
     return States(*own, (known,))
 
@@ -136,7 +147,9 @@ def test_the_fit_is_the_least_of_the_loss_as_it_is_written(monkeypatch: pytest.M
     # U: directions that logits answer to most, of each group, whatever moves all of them alike.
     centred = answers - answers.mean(dim=0)
     J = []
-    assert U.shape == (10, 6) and not U[:5, 3:].any() and not U[5:, :3].any()
+    assert U.shape == (14, 6) and not U[:3].any() and not U[13:].any()
+    U = U[3:13]
+    assert not U[:5, 3:].any() and not U[5:, :3].any()
     for h in range(4):
         g = h // 2
         own = U[5 * g : 5 * g + 5, 3 * g : 3 * g + 3].double()
@@ -174,10 +187,11 @@ def test_ranks_find_the_same_bits() -> None:
             torch.testing.assert_close(ours, its, rtol=1e-3, atol=1e-5)
 
 
-def test_a_term_is_worth_what_was_foreseen_where_it_is_small() -> None:
+@pytest.mark.parametrize("kind", ["llama", "neox"])
+def test_a_term_is_worth_what_was_foreseen_where_it_is_small(kind: str) -> None:
     """The whole chain, from forwards to forwards: the logits move as the fit says they do, less what follows
     from other positions."""
-    model: Any = tiny().double()
+    model: Any = tiny(kind).double()
     engine = tezo_ds.initialize(model, {"rank": 2})
     batch = one_label(60)
     states = states_of(engine, batch, "layers:1", maps="values")
@@ -189,9 +203,10 @@ def test_a_term_is_worth_what_was_foreseen_where_it_is_small() -> None:
     engine.output_layer.load(tensors_of([inner.path], [(U, share * A)]))
     true = states_of(engine, batch, "none").logits - states.logits
     engine.output_layer.load({})
-    answers = (known.sums / known.counts.clamp(min=1)).view(3, 2, 10)
+    answers = (known.sums / known.counts.clamp(min=1)).view(3, 2, -1)
     gathered = torch.einsum("kd,nhd->nhk", share * A.double(), known.inputs)
-    foreseen = torch.einsum("chs,sk,nhk->nc", answers, U.double(), gathered)
+    own = U[known.rows].double().view(known.groups, -1, len(A)).repeat(2 // known.groups, 1, 1)
+    foreseen = torch.einsum("chs,hsk,nhk->nc", answers, own, gathered)
     true, foreseen = (x - x.mean(dim=1, keepdim=True) for x in (true.double(), foreseen))
     # Only in the last block nothing but the labelled position counts; J is the mean over examples.
     correlation = F.cosine_similarity(true.flatten(), foreseen.flatten(), dim=0)
@@ -199,12 +214,40 @@ def test_a_term_is_worth_what_was_foreseen_where_it_is_small() -> None:
     assert 0.5 < float((true * foreseen).sum() / foreseen.square().sum()) < 2
 
 
-def test_models_without_a_value_projection_of_its_own_are_refused() -> None:
-    engine = tezo_ds.initialize(tiny("gpt2"), {"rank": 2})
+def test_a_block_of_which_no_map_gives_values_is_refused() -> None:
+    model: Any = tiny("gpt2")
+    model.transformer.h[1].attn.other = model.transformer.h[1].attn.c_attn
+    del model.transformer.h[1].attn.c_attn
+    engine = tezo_ds.initialize(model, {"rank": 2})
     with pytest.raises(
         ConfigError, match=r"inner_maps: transformer.h.1 of GPT2LMHeadModel has no .*use"
     ):
         engine.output_layer.inner.of_blocks("layers:1", "values")
+
+
+def test_values_that_are_not_what_the_map_gives_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    update = DynamicLayer.update
+
+    def scaled(self: Any, keys: Tensor, values: Tensor, *rest: Any, **more: Any) -> Any:
+        return update(self, keys, 1.5 * values, *rest, **more)
+
+    monkeypatch.setattr(DynamicLayer, "update", scaled)
+    engine = tezo_ds.initialize(tiny("neox"), {"rank": 2, "include": ("*mlp*",)})
+    with pytest.raises(ConfigError, match=r"keeps other values than .*query_key_value gives"):
+        states_of(engine, one_label(7), "layers:1", maps="values")
+
+
+def test_places_of_values_are_found_by_what_they_are() -> None:
+    given = torch.randn(9, 31).bfloat16()
+    rows = torch.tensor([30, 2, 17, 5])
+    found = value_rows(given, given[:, rows])
+    assert found is not None and torch.equal(found, rows)
+    assert value_rows(given, given[:, rows] + (torch.arange(4) == 2)) is None
+    given[:, 2] = given[:, 5]  # the same number twice: either
+    found = value_rows(given, given[:, rows])
+    assert found is not None and torch.equal(given[:, found], given[:, rows])
 
 
 def test_heads_that_do_not_gather_values_are_refused() -> None:

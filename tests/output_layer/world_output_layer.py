@@ -92,11 +92,11 @@ def fitted(
     return states, found
 
 
-def ways() -> dict[str, Callable[[bool], nn.Module]]:
+def ways(kind: str = "llama") -> dict[str, Callable[[bool], nn.Module]]:
     return {
-        "replicated": lambda tied: tiny("llama", tied),
-        "zero3": lambda tied: zero3.wrap(tiny("llama", tied), ZERO3),
-        "fsdp2": lambda tied: world_fsdp2.shard(tiny("llama", tied)),
+        "replicated": lambda tied: tiny(kind, tied),
+        "zero3": lambda tied: zero3.wrap(tiny(kind, tied), ZERO3),
+        "fsdp2": lambda tied: world_fsdp2.shard(tiny(kind, tied)),
     }
 
 
@@ -163,14 +163,23 @@ def every_sharding_finds_the_terms_of_inner_layers(world: World) -> None:
 
 @case(worlds=(1, 2, 3))
 def every_sharding_finds_the_terms_of_value_projections(world: World) -> None:
-    alone = engine_of(tiny())
+    finds_the_terms_of_value_projections(world, "llama")
+
+
+@case(worlds=(2,))
+def every_sharding_finds_values_beside_queries_and_keys(world: World) -> None:
+    finds_the_terms_of_value_projections(world, "neox")
+
+
+def finds_the_terms_of_value_projections(world: World, kind: str) -> None:
+    alone = engine_of(tiny(kind))
     alone.sharding.world_size = 1
     states, expected = fitted(alone, 0, 1, "layers:0-1", maps="values")
     (known, _), batch = states.inner, examples()
     assert isinstance(known, Gathered) and known.sums.abs().max() > 1e-2
     assert all(float(A.abs().max()) > 1e-3 for _, A in expected.inner)
     theirs = alone.step(batch)
-    for name, make in ways().items():
+    for name, make in ways(kind).items():
         engine = engine_of(make(True))
         own, found = fitted(engine, world.rank, world.size, "layers:0-1", maps="values")
         mine = own.inner[0]

@@ -147,7 +147,7 @@ class Answering:
             return (found[1:] - found[0]) / step[:, None]
 
         if isinstance(watched, Attended):
-            seen = Seen(given, rows, places, before, count)
+            seen = Seen(given, rows, places, before, count, self._going.kept.layers)
             return gathered(
                 self._objective, watched, seen, batch, len(self._words), within, answers
             )

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tezo_ds.losses.objective import Objective
 from tezo_ds.output_layer.going import Change, alike, unfit, wide
 from tezo_ds.output_layer.inner import Heads, InnerLayer
+from tezo_ds.output_layer.value_rows import value_rows
 from tezo_ds.output_layer.values import Gathered
 from tezo_ds.output_layer.watched import Watched
 from tezo_ds.trunk.outputs import hidden_in, hidden_of
@@ -36,6 +37,9 @@ class Attended(Watched):
 
     Attributes:
         heads: of the attention.
+        rows: which of the numbers that the map gives are values, int64 (groups * size,); None: not known yet.
+        projected: what the map gave in the whole forward that is looked at, (B, T, m), as long as they are
+            not.
         gave: what all heads gave in the whole forward that is looked at, (B, T, H * size).
         mixed: what the attention's last map made of it, (B, T, d).
         again: what they gave in the last forward.
@@ -46,7 +50,10 @@ class Attended(Watched):
         super().__init__(module, inner, stack)
         assert inner.heads is not None
         self.heads: Heads = inner.heads
-        self.gave = self.mixed = self.again = torch.empty(0)
+        self.gave = self.mixed = self.again = self.projected = torch.empty(0)
+        values = self.heads.groups * self.heads.size
+        alone = inner.sizes[0] == values
+        self.rows = torch.arange(values) if alone else None
         self.compared = False
         for hook in (
             self.heads.last.register_forward_pre_hook(self._given),
@@ -55,6 +62,8 @@ class Attended(Watched):
             stack.callback(hook.remove)
 
     def _after(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if self.entry.on and self.rows is None:
+            self.projected = output
         return None  # it is to what heads give that something is added
 
     def _given(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -79,6 +88,7 @@ class Seen:
         rows, places: of the labelled positions, int64 (k,).
         before: rows and places of some positions before them.
         count: number of labelled positions that count: k, or none where k is one that runs along.
+        layers: keys and values that the forward kept, a layer for each block.
     """
 
     given: Tensor
@@ -86,6 +96,7 @@ class Seen:
     places: Tensor
     before: tuple[Tensor, Tensor]
     count: int
+    layers: Sequence[Any]
 
 
 Within = Callable[[int, Change], None]
@@ -112,6 +123,8 @@ def gathered(
     """
     heads, at = watched.heads, (seen.rows, seen.places)
     width = heads.count * heads.size
+    if watched.rows is None:
+        watched.rows = _rows(objective, watched, seen)
     asked = coordinates(batch, *at, words, width)  # (k, K)
     gave = wide(watched.gave.reshape(*seen.given.shape[:2], width)[at])  # (k, H * size)
     # As long a change of the hidden state as that of other inner layers, going by what the map makes of all.
@@ -139,6 +152,8 @@ def gathered(
         counts.to(device),
         seen.given[seen.before],
         heads.groups,
+        watched.rows,
+        watched.inner.sizes[0],
     )
 
 
@@ -163,11 +178,29 @@ def count_asked(width: int, words: int) -> int:
     return min(width, max(words, width // SHARE))
 
 
+def _rows(objective: Objective, watched: Attended, seen: Seen) -> Tensor:
+    """Returns which of the numbers that the map gives are values, the same on all ranks, on the CPU."""
+    heads, found = watched.heads, None
+    kept = getattr(seen.layers[heads.place], "values", None)  # (B, groups, T, size)
+    length, count = seen.given.shape[1], heads.groups * heads.size
+    if isinstance(kept, Tensor) and kept.shape[1:] == (heads.groups, length, heads.size):
+        values = kept.transpose(1, 2).reshape(-1, count)
+        found = value_rows(watched.projected.reshape(len(values), -1), values)
+    ours = None if found is None else found.tolist()
+    all_of = objective.sharding.gather(ours)
+    if ours is None or any(theirs != ours for theirs in all_of):
+        why = f"keeps other values than {watched.inner.path} gives (or use inner_maps last)"
+        raise unfit(objective, why)
+    watched.projected = torch.empty(0)
+    return torch.tensor(ours)
+
+
 def _pooled(
     objective: Objective, watched: Attended, seen: Seen, words: int, within: Within
 ) -> Tensor:
     """Returns p of each head at the labelled positions, (k, H, width), in the dtype of the forward."""
     heads, (k, width) = watched.heads, (len(seen.rows), seen.given.shape[-1])
+    project, places = watched.inner.layer.forward, watched.rows
     pieces = -(-width // heads.size)
 
     def in_pieces(x: Tensor) -> Tensor:
@@ -189,11 +222,12 @@ def _pooled(
 
         def own(x: Tensor, chosen: Tensor = chosen) -> Tensor:
             """Gives pieces of what enters, in the place of the position's own values."""
-            branch = chosen.repeat_interleave(k).to(x.device)
+            branch, y = chosen.repeat_interleave(k).to(x.device), project(x)
             piece = in_pieces(x)[
                 torch.arange(len(x), device=x.device), ..., branch, :
             ]  # (rows, 1, size)
-            return piece.repeat(*(1 for _ in piece.shape[:-1]), heads.groups)
+            y[..., places] = piece.repeat(*(1 for _ in piece.shape[:-1]), heads.groups).to(y.dtype)
+            return y
 
         with replaced(watched.inner.layer, own):
             within(len(chosen), change)
@@ -219,7 +253,7 @@ def _comparing(
 
     with replaced(watched.inner.layer, note):
         yield
-    values = found[0].unflatten(-1, (heads.groups, heads.size))  # (k, H, groups, size)
+    values = found[0][..., watched.rows].unflatten(-1, (heads.groups, heads.size))
     group = torch.arange(heads.count, device=gave.device) // (heads.count // heads.groups)
     ours = wide(values[:, torch.arange(heads.count), group]).flatten(1)
     if objective.sharding.maxima([not alike(ours, gave, pooled.dtype)])[0]:

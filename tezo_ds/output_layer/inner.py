@@ -25,7 +25,9 @@ from tezo_ds.trunk.outputs import hidden_in
 PREFIX, LEFT, RIGHT = "inner_layers.", ".left", ".right"
 # Of the blocks that `auto` tries, by what gets a term in them.
 DEPTHS = {"last": (1 / 2, 2 / 3, 5 / 6), "values": (7 / 15, 8 / 15, 3 / 5)}
-PROJECTION, LAST = "v_proj", ("o_proj", "out_proj", "dense")  # names within an attention
+# Names within an attention: of the map that gives values, maybe queries and keys as well, and of its last.
+PROJECTIONS = ("v_proj", "qkv_proj", "query_key_value", "c_attn")
+LAST = ("o_proj", "out_proj", "dense", "c_proj")
 
 
 def directions(rows: Tensor) -> Tensor:
@@ -153,33 +155,38 @@ def last_map(module: nn.Module, block: str) -> str:
 
 
 def value_map(module: nn.Module, block: str) -> tuple[str, Heads]:
-    """Returns the path of a block's value projection, and the heads of its attention.
+    """Returns the path of the linear map that gives a block's values, and the heads of its attention.
 
     Raises:
-        ConfigError: the block has no projection that gives values alone.
+        ConfigError: the block has no such map.
     """
     within = dict(module.get_submodule(block).named_modules())
-    path = next((name for name in within if name.split(".")[-1] == PROJECTION), None)
-    beside = "" if path is None else path.removesuffix(PROJECTION)
-    last = next((within[beside + name] for name in LAST if beside + name in within), None)
-    size = _head_size(module)
-    if path is None or last is None or not size or _sizes(within[path])[0] % size:
+    path = next((name for name in within if name.split(".")[-1] in PROJECTIONS), "")
+    name = path.split(".")[-1]
+    beside = path.removesuffix(name)
+    last = next((within[beside + name] for name in LAST if path and beside + name in within), None)
+    config = getattr(module, "config", None)
+    size, groups = _of_values(getattr(config, "get_text_config", lambda: config)())
+    if last is None or not size or _sizes(within[path])[0] < groups * size:
         raise ConfigError(
-            f"inner_maps: {block} of {type(module).__name__} has no linear map that gives values alone "
-            f"({PROJECTION}) beside the attention's last; use inner_maps last"
+            f"inner_maps: {block} of {type(module).__name__} has no linear map that gives values (such as "
+            f"{PROJECTIONS[0]}) beside the attention's last; use inner_maps last"
         )
+    if name == PROJECTIONS[0]:  # values alone, so that nothing has to be said of their number
+        groups = _sizes(within[path])[0] // size
     place = numbered_layers(name for name, _ in module.named_parameters()).index(block)
-    groups = _sizes(within[path])[0] // size
     return f"{block}.{path}", Heads(last, _sizes(last)[1] // size, groups, size, place)
 
 
-def _head_size(module: nn.Module) -> int | None:
-    """Returns how many numbers a head's value has; None where the model does not say."""
-    config = getattr(module, "config", None)
-    config = getattr(config, "get_text_config", lambda: config)()
+def _of_values(config: Any) -> tuple[int, int]:
+    """Returns how many numbers a value has, 0 where the config does not say, and how many values."""
     heads, width = (getattr(config, x, None) for x in ("num_attention_heads", "hidden_size"))
-    found = getattr(config, "head_dim", None)
-    return found or (width // heads if heads and width else None)
+    if not heads or not width:
+        return 0, 0
+    size = getattr(config, "head_dim", None) or width // heads
+    groups = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", heads)
+    one = getattr(config, "multi_query", False)
+    return size, 1 if one and not getattr(config, "new_decoder_architecture", False) else groups
 
 
 def named(chosen: str, module: nn.Module, maps: str = "last") -> list[str]:

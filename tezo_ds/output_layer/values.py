@@ -42,6 +42,8 @@ class Gathered:
         counts: examples that were asked for each, float64 (H * size,).
         others: x at some positions before the labelled ones, (m, width).
         groups: number of values that heads share.
+        rows: which of the numbers that the map gives are values, int64 (groups * size,).
+        outputs: how many it gives, m.
     """
 
     inputs: Tensor
@@ -49,6 +51,8 @@ class Gathered:
     counts: Tensor
     others: Tensor
     groups: int
+    rows: Tensor
+    outputs: int
 
     @property
     def nbytes(self) -> int:
@@ -70,6 +74,8 @@ class Gathered:
             counts.sum(dim=0),
             torch.cat(others),
             parts[0].groups,
+            parts[0].rows,
+            parts[0].outputs,
         )
 
     def columns(self, left: Tensor, count: int, states: float, total: Totals) -> Values:
@@ -86,7 +92,9 @@ class Gathered:
         found = total(torch.cat([self.sums.flatten(), self.counts, squares]))
         sums, counts, squares = found.split([self.sums.numel(), len(self.counts), len(squares)])
         answers = sums.view(len(self.sums), -1) / counts.clamp(min=1)
-        U, J = _answered(answers.unflatten(1, (heads, -1)), self.groups)
+        of_values, J = _answered(answers.unflatten(1, (heads, -1)), self.groups)
+        U = of_values.new_zeros(self.outputs, of_values.shape[1])
+        U[self.rows] = of_values
         # Heads that share a value gather alike, and all of them move by one change of A, so it is held less.
         size = float(J.square().sum(dim=(1, 2)).mean().sqrt()) / math.sqrt(heads)
         return Values(self, U, J, (squares / (count * heads)).sqrt(), size, states, total)
@@ -154,6 +162,6 @@ class Values(Added):
         return self._quiet(each.unflatten(0, (-1, self._each)).sum(dim=1).flatten(0, 1))
 
     def solution(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns U (groups * size, groups * K) and A (groups * K, width), float32; of A the half."""
+        """Returns U (m, groups * K) and A (groups * K, width), float32; of A the half."""
         U, A = super().solution(x)
         return U, HALF * A
