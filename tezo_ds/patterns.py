@@ -12,7 +12,7 @@ from tezo_ds.errors import ConfigError
 _NUMBERED = re.compile(r"(.*?\.)?\d+(?=\.)")  # up to a name's first number, as in model.layers.3
 _LAYERS = re.compile(r"\s*(last|layers)\s*:(.*)", re.DOTALL)
 _RANGE = re.compile(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?")  # 3 or 24-29
-_TOWER = re.compile("vision|visual|image|audio|speech")
+TOWER = re.compile("vision|visual|image|audio|speech")
 SWAPPED = {"encoder": "decoder", "decoder": "encoder"}
 
 
@@ -73,7 +73,7 @@ def numbered_layers(names: Iterable[str]) -> list[str]:
         return []
 
     def size(prefix: str) -> float:
-        return lists[prefix].total() / (4 if _TOWER.search(prefix) else 1)
+        return lists[prefix].total() / (4 if TOWER.search(prefix) else 1)
 
     largest = max(lists, key=size)
     halves = [largest]

@@ -63,6 +63,12 @@ def test_models_without_a_table_have_no_limit(kind: str) -> None:
     assert fitting_length(tiny(kind), 512) == 512
 
 
+def test_positions_of_images_are_no_limit_to_texts() -> None:
+    model = tiny()
+    model.vision_tower = made("GPT2LMHeadModel", {"n_positions": 20})
+    assert dict(position_tables(model.vision_tower)) and not dict(position_tables(model))
+
+
 def test_a_length_that_fits_is_kept_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert [fitting_length(tiny("gpt2"), n) for n in (16, 64)] == [16, 64]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -112,6 +114,14 @@ def test_ranks_find_the_same_bits_and_up_to_rounding_what_one_finds(parts: int) 
         torch.testing.assert_close(found.weight, one.weight, rtol=1e-5, atol=1e-7)
         assert found.strength == pytest.approx(one.strength)
         assert found.message_bytes == 8 * 3 * (5 + 1)
+
+
+def test_states_that_are_all_alike_tell_how_often_a_word_is_right() -> None:
+    states = made()
+    alike = replace(states, hidden=torch.full_like(states.hidden, 7.5))
+    found, biases = fit(alike, False, alone), fit(alike, True, alone)
+    assert not found.weight.any() and found.bias.any()
+    torch.testing.assert_close(found.bias, biases.bias)
 
 
 def test_a_word_without_examples_has_a_finite_bias() -> None:

@@ -119,6 +119,14 @@ def test_the_ridge_is_chosen_by_what_is_held_out() -> None:
     assert (found.before.loss, found.before.accuracy) == pytest.approx(tuple(map(float, before)))
 
 
+def test_states_that_are_all_alike_tell_how_often_a_word_is_right() -> None:
+    states, _ = made()
+    alike = replace(states, hidden=torch.full_like(states.hidden, 7.5))
+    found = fit_tokens(alike, 3, alone)
+    assert not found.weight.any() and found.bias.any()
+    torch.testing.assert_close(found.bias, fit_tokens(alike, 0, alone).bias)
+
+
 def test_a_word_of_no_example_to_fit_by_has_no_term_while_the_ridge_is_chosen() -> None:
     states, _ = made()
     truth = torch.where(states.held, states.truth, states.truth.clamp(max=5))

@@ -10,6 +10,7 @@ from torch import nn
 
 from tezo_ds.intake.tokens import token_embedding
 from tezo_ds.launched import env_rank
+from tezo_ds.patterns import TOWER
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ def position_tables(model: nn.Module) -> Iterator[tuple[str, int]]:
     words = token_embedding(model)
     for path, module in model.named_modules():
         name = path.rpartition(".")[2]
+        if TOWER.search(path):  # its positions are of an image or a sound
+            continue
         if isinstance(module, nn.Embedding) and module is not words and _TABLE.fullmatch(name):
             # OPT and BART leave their first rows out; RoBERTa those up to the padding's.
             unused = getattr(module, "offset", 0)

@@ -128,7 +128,9 @@ class Problem:
             tolerance: length of the gradient at which to end.
         """
         ridge = torch.cat([columns.ridge(strength).flatten() for columns in self._columns])
-        units = 1 / (torch.cat([c.curves.flatten() for c in self._columns]) + 2 * ridge).sqrt()
+        curves = torch.cat([c.curves.flatten() for c in self._columns]) + 2 * ridge
+        # Where states are all alike nothing can be told by them, and nothing curves.
+        units = torch.where(curves > 0, 1 / curves.sqrt(), 0.0)
         if self.alone:
             of_rows = units[: self._head.curves.numel()].view(self._head.shape)
             of_rows[:, :-1] = 0

@@ -44,7 +44,10 @@ def choose_probe(
                 "quantised weights"
             )
         if following and factors is not None:
-            log.warning("probe: %s, since %s cannot reach %s", following, name, listed(gaps))
+            log.warning(
+                "probe: %s, since %s cannot reach %s; exclude it, and a step is one forward",
+                following, name, listed(gaps),
+            )  # fmt: skip
     others = ", ".join(other for other in PROBES if other != name)
     if factors is None:
         raise ProbeError(f"{name} probe: directions of {config.method} are dense; use {others}")

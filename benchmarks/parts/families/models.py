@@ -20,7 +20,8 @@ _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "experts_implementation": 
 _GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": BLOCKS, "n_head": 4}
 _MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": BLOCKS}
 _WINDOW = {"sliding_window": 2 * LENGTH}
-# Of a family the beginning of its classes' names, and what its config is given.
+_IMAGES = {**_MLP, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+# Of a family the beginning of its config's name, and what that is given.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("Llama", _SIZED),
     "Mistral": ("Mistral", {**_SIZED, **_WINDOW}),
@@ -29,6 +30,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma": ("Gemma", _SIZED),
     "Gemma 2": ("Gemma2", {**_SIZED, **_WINDOW, "query_pre_attn_scalar": 10}),
     "Gemma 3": ("Gemma3Text", {**_SIZED, **_WINDOW, "query_pre_attn_scalar": 10}),
+    "Gemma 3 with a tower for images": (
+        "Gemma3",
+        {"text_config": {**_SIZED, **_WINDOW, "query_pre_attn_scalar": 10}, "vision_config": _IMAGES,
+         "mm_tokens_per_image": 4, "boi_token_index": 58, "eoi_token_index": 59, "image_token_index": 60},
+    ),
     "Phi": ("Phi", _GROUPED),
     "Phi 3": ("Phi3", _GROUPED),
     "OLMo 2": ("Olmo2", _GROUPED),
@@ -72,10 +78,8 @@ def make(family: str) -> nn.Module:
     """Makes the model of a family, in float64, the same each time."""
     name, fields = FAMILIES[family]
     config = getattr(transformers, f"{name}Config")(**fields)
-    kinds = (f"{name.removesuffix('Text')}ForCausalLM", f"{name}LMHeadModel")
-    kind = next(k for each in kinds if (k := getattr(transformers, each, None)) is not None)
     torch.manual_seed(0)
-    model: nn.Module = kind(config)
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
     return model.double().eval()
 
 
