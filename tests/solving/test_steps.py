@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gauss_newton_oracle import run
+from inner_states import WORDS, one_label
 from once import once
 from tiny import HEADS, SIZES, make_batch, tiny
 from torch import Tensor
@@ -75,11 +76,11 @@ def test_steps_are_the_oracles(micro_batch: int, recall: bool) -> None:
         again.replay(STEPS, [1.0] * 4, 1.0, 1e-2, [1.0] * 3)
 
 
-def with_biases(engine: tezo_ds.Engine) -> tezo_ds.Engine:
+def with_biases(engine: tezo_ds.Engine, choices: Tensor = CHOICES) -> tezo_ds.Engine:
     """Gives an engine choices, whose words have biases of 0."""
-    engine.objective.choices = CHOICES
-    zeros = {WEIGHT: torch.zeros(len(CHOICES), 22), BIAS: torch.zeros(len(CHOICES))}
-    engine.output_layer.load({TOKENS: CHOICES, **zeros})
+    engine.objective.choices = choices
+    zeros = {WEIGHT: torch.zeros(len(choices), 22), BIAS: torch.zeros(len(choices))}
+    engine.output_layer.load({TOKENS: choices, **zeros})
     return engine
 
 
@@ -128,6 +129,14 @@ def test_late_layers_step_alike_with_and_without_their_trunk() -> None:
         found.append(engine.method.coefficients)
     assert found[0].abs().max() > 1e-3
     torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-8)
+
+
+def test_a_model_that_is_wrong_and_sure_of_it_does_not_stand_still() -> None:
+    """At scales of the solve's own order its loss, which hardly curves, overshoots."""
+    engine, batch = with_biases(started(), WORDS), one_label(200)
+    engine.output_layer.move_biases(torch.tensor([5.0, -5.0, 0.0]))
+    losses = [engine.step(batch).loss for _ in range(STEPS)]
+    assert losses[0] > 3 and losses[-1] < 2
 
 
 def test_the_first_step_of_a_model_that_changes_its_logits_counts_none_twice() -> None:

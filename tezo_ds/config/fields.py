@@ -79,7 +79,7 @@ class Fields(BaseModel):
     step_scales: tuple[Annotated[float, Field(gt=0)], ...] = declared(
         (0.25, 0.5, 1.0),
         "scales of tezo-gn's step that one more forward tries, beside 0; the one with the least loss of the "
-        "batch is taken",
+        "batch is taken, and where that is 0 smaller ones are tried",
         group=METHOD, used_by="tezo-gn", example=(1.0,),
     )  # fmt: skip
 

@@ -18,6 +18,9 @@ from tezo_ds.sharding import Sharding
 from tezo_ds.solving.gauss_newton import solve
 from tezo_ds.solving.responses import LossResponses, Responses
 
+# Where no scale lowers the loss: what the next are over, and how many times scales are tried in all.
+SMALLER, TRIES = 8, 4
+
 
 class Solving:
     """Gauss-Newton in the span of a step's directions, over all ranks.
@@ -61,16 +64,24 @@ class Solving:
         return losses, -self._scale(batch, step, solved.weights) * solved.weights
 
     def _scale(self, batch: Mapping[str, Any], step: int, weights: Tensor) -> float:
-        """Returns the scale of the step, 0 included, at which the batch's own loss is least."""
+        """Returns the scale of the step, 0 included, at which the batch's own loss is least.
+
+        The loss of a model that is wrong and sure of it is steep and hardly curves, so that the solve asks
+        for far too much. Where no scale lowers the loss smaller ones are tried, or it would stay there.
+        """
         if not bool(weights.any()):
             return 0.0
         scales = torch.tensor([0.0, *self._config.step_scales], dtype=torch.float64)
         directions = len(weights) - self._biases
         change = self._method.total(step, weights[:directions])  # (D,)
-        with self._objective.leaning(scales[:, None] * weights[directions:]):
-            losses = self._measuring.losses_along(batch, step, scales[:, None] * change)
-        losses = losses.nan_to_num(torch.inf, torch.inf, torch.inf)
-        return scales[losses.argmin()].item()
+        for _ in range(TRIES):
+            with self._objective.leaning(scales[:, None] * weights[directions:]):
+                losses = self._measuring.losses_along(batch, step, scales[:, None] * change)
+            best = int(losses.nan_to_num(torch.inf, torch.inf, torch.inf).argmin())
+            if best > 0:
+                return scales[best].item()
+            scales = scales / SMALLER
+        return 0.0
 
     def parts(self, step: int, slopes: Tensor) -> tuple[Tensor, Tensor]:
         """Returns Σ slope · direction, float64 (D,), of slopes as of `losses`, and those of biases: (C,), or
