@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from command_line import call
+from parts.families.models import make
 from parts.scaling_model.counted import compared
 from tiny import tiny
 from world_plan import TIGHT, job_of, small
@@ -28,6 +29,7 @@ from tezo_ds.plan.hardware import GPUS, Cluster, gpu
 from tezo_ds.plan.job import Job
 from tezo_ds.plan.prefetch import Limits, gathered
 from tezo_ds.plan.shapes import BUILT_IN, numel, outline, skeleton
+from tezo_ds.plan.trunk import trunk_of
 
 GIB = 1 << 30
 
@@ -69,8 +71,33 @@ def test_an_outline_is_read_from_the_modules() -> None:
     llama = outline(tiny("llama"))  # 2 heads of 10, 1 of keys
     assert (llama.inner, llama.gated, llama.queries, llama.keys) == (37, True, 20, 10)
     assert llama.multiplied == 2 * (22 * 20 * 2 + 22 * 10 * 2 + 3 * 22 * 37)
-    with pytest.raises(ConfigError, match="no blocks of Linear layers"):
-        outline(torch.nn.Linear(3, 3))
+    for module in (torch.nn.Linear(3, 3), make("Mamba")):
+        with pytest.raises(ConfigError, match="no blocks of attention and Linear layers"):
+            outline(module)
+
+
+def test_a_token_meets_the_experts_that_it_is_sent_to() -> None:
+    model = tiny("mixtral")  # two of three experts
+    of, names = outline(model), dict(model.named_parameters())
+    experts = sum(p.numel() for name, p in names.items() if "experts." in name)
+    assert experts > of.read / 2 and of.multiplied == of.read - experts // 3
+    assert trunk_of(model, [name for name in names if "layers.1." in name]).multiplied == (
+        of.multiplied // 2
+    )
+    llama = outline(tiny("llama"))
+    assert llama.read == llama.multiplied
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen 3 MoE", "gpt-oss"])
+def test_experts_of_any_size_are_planned(family: str) -> None:
+    with torch.device("meta"):
+        model: Any = make(family).float()
+    model.set_experts_implementation("grouped_mm")  # whose sizes are particular
+    assert sum(gathered(model, 1, Limits()).messages) == 4 * numel(model)
+
+
+def test_an_outline_leaves_a_tower_for_images_out() -> None:
+    assert outline(make("Gemma 3 with a tower for images")) == outline(make("Gemma 3"))
 
 
 @cache

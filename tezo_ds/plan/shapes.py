@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Qwen2Conf
 from tezo_ds.errors import ConfigError
 from tezo_ds.models.loading import load_skeleton
 from tezo_ds.models.structure import blocks, is_classifier, is_encoder_decoder
+from tezo_ds.patterns import numbered_layers
 
 
 def _opt(hidden: int, layers: int, heads: int) -> OPTConfig:
@@ -109,7 +110,8 @@ class Outline:
         queries, keys: columns of all heads' queries, and of their keys.
         layers: number of blocks.
         vocabulary: number of words.
-        multiplied: weights of all matrices in blocks, which each token is multiplied with.
+        read: weights of all matrices in blocks, which a forward reads.
+        multiplied: those of them that a token is multiplied with: of experts the ones that it is sent to.
         itemsize: bytes of a weight.
     """
 
@@ -120,6 +122,7 @@ class Outline:
     keys: int
     layers: int
     vocabulary: int
+    read: int
     multiplied: int
     itemsize: int
 
@@ -128,17 +131,21 @@ def outline(module: nn.Module) -> Outline:
     """Returns the outline of a transformers model.
 
     Raises:
-        ConfigError: the model has no blocks of Linear layers, as decoders have.
+        ConfigError: the model has no blocks of attention and Linear layers, as decoders have.
     """
-    config: Any = getattr(module, "config", None)
-    found = blocks(module)
+    config = _text_config(module)
+    names = numbered_layers(name for name, _ in module.named_parameters())
+    own = {id(module.get_submodule(name)) for name in names}  # and not of a tower for images
+    found = [block for block in blocks(module) if id(block) in own]
     linears = [m for m in found[0].modules() if isinstance(m, nn.Linear)] if found else []
-    if not linears or config is None:
+    heads = getattr(config, "num_attention_heads", None)
+    if not linears or not heads:
         raise ConfigError(
-            f"{type(module).__name__}: no blocks of Linear layers are found in it, which the plan is of; "
-            "name another model"
+            f"{type(module).__name__}: no blocks of attention and Linear layers are found in it, which the "
+            "plan is of; name another model"
         )
-    hidden, heads = config.hidden_size, config.num_attention_heads
+    hidden = config.hidden_size
+    matrices = [p for block in found for p in block.parameters() if p.dim() > 1]
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     inner = max(linear.out_features for linear in linears)
     return Outline(
@@ -149,9 +156,29 @@ def outline(module: nn.Module) -> Outline:
         keys=(getattr(config, "num_key_value_heads", None) or heads) * head_dim,
         layers=len(found),
         vocabulary=config.vocab_size,
-        multiplied=sum(p.numel() for b in found for p in b.parameters() if p.dim() > 1),
+        read=sum(p.numel() for p in matrices),
+        multiplied=multiplied(module, matrices),
         itemsize=max(p.itemsize for p in module.parameters()),
     )
+
+
+def multiplied(module: nn.Module, matrices: Iterable[nn.Parameter]) -> int:
+    """Returns how many weights of some of a model's matrices a token is multiplied with: of experts whose
+    weights are one tensor, (experts, …), those of the ones that it is sent to."""
+    config = _text_config(module)
+    names = ("num_local_experts", "num_experts", "num_experts_per_tok")
+    local, experts, chosen = (int(getattr(config, name, None) or 0) for name in names)
+    experts = local or experts
+    chosen = chosen or experts
+    return sum(
+        p.numel() * chosen // experts if p.dim() == 3 and len(p) == experts else p.numel()
+        for p in matrices
+    )
+
+
+def _text_config(module: nn.Module) -> Any:
+    config = getattr(module, "config", None)
+    return getattr(config, "get_text_config", lambda: config)()
 
 
 def numel(module: nn.Module) -> int:

@@ -49,9 +49,8 @@ class Timing:
 def engine(job: Job, traffic: Traffic, overlapped: bool) -> Timing:
     """Returns the timing of this engine."""
     late, early = _flops(job)
-    weights = job.shape.multiplied - job.trunk.multiplied
-    compute = job.full_forwards * _seconds(job, late, weights)
-    compute += job.trunk_forwards * _seconds(job, early, job.trunk.multiplied)
+    compute = job.full_forwards * _seconds(job, late, job.shape.read - job.trunk.read)
+    compute += job.trunk_forwards * _seconds(job, early, job.trunk.read)
     update = 0.0
     if not job.run.fused:  # every branch is moved to, the last one left, and the update made
         moves = job.branches + 2
@@ -88,8 +87,8 @@ def _flops(job: Job) -> tuple[float, float]:
 
 
 def flops(job: Job, tokens: int, fused: bool, labels: int | None = None) -> float:
-    """Returns the FLOPs of one forward of a rank: two for each weight and token, attention in full, and the
-    skinny products of a fused probe and of adapters."""
+    """Returns the FLOPs of one forward of a rank: two for each token and weight that it meets, attention in
+    full, and the skinny products of a fused probe and of adapters."""
     shape = job.shape
     rows = tokens / job.length * job.labels if labels is None else labels
     total = 2.0 * tokens * (shape.multiplied + 2 * job.length * shape.queries * shape.layers)
@@ -105,7 +104,7 @@ def _in_blocks(job: Job) -> list[Matrix]:
 
 
 def _forward(job: Job, tokens: int, fused: bool, labels: int | None = None) -> float:
-    return _seconds(job, flops(job, tokens, fused, labels), job.shape.multiplied)
+    return _seconds(job, flops(job, tokens, fused, labels), job.shape.read)
 
 
 def _seconds(job: Job, arithmetic: float, weights: int) -> float:

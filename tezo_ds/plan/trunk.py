@@ -11,6 +11,7 @@ from torch import nn
 
 from tezo_ds.models.structure import embeddings
 from tezo_ds.patterns import numbered_layers, numbered_module
+from tezo_ds.plan.shapes import multiplied
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,18 @@ class Trunk:
         layers: L, number of all layers.
         weights: weights of the first ℓ layers.
         modules: modules within these layers, and the input embedding, which what comes later does not need.
+        multiplied: weights of matrices in the trunk that a token is multiplied with.
     """
 
     first: int
     layers: int
     weights: tuple[nn.Parameter, ...]
     modules: frozenset[nn.Module]
+    multiplied: int = 0
 
     @property
-    def multiplied(self) -> int:
-        """Weights of matrices in the trunk, which each token is multiplied with."""
+    def read(self) -> int:
+        """Weights of matrices in the trunk, which a forward reads."""
         return sum(p.numel() for p in self.weights if p.dim() > 1)
 
 
@@ -54,6 +57,7 @@ def trunk_of(module: nn.Module, trained: Collection[str]) -> Trunk:
     return Trunk(
         first, len(layers), tuple(weights),
         frozenset(modules | ({embedding} if embedding is not None else set())),
+        multiplied(module, [p for p in weights if p.dim() > 1]),
     )  # fmt: skip
 
 
