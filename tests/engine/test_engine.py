@@ -159,6 +159,21 @@ def not_a_number(outputs: object, batch: dict) -> tuple[torch.Tensor, torch.Tens
     return loss * float("nan"), count
 
 
+def test_a_batch_that_is_answered_with_certainty_moves_nothing() -> None:
+    sizes = iter([0.0] * 4 + [1.0] + [0.0] * 5)
+
+    def loss(outputs: object, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        size, half = next(sizes), len(batch["input_ids"]) // 2
+        signs = torch.tensor([1.0] * half + [0.5] * half)
+        return size * signs, torch.ones(2 * half)
+
+    engine = tezo_ds.initialize(tiny(), {"rank": 2, "probe": "fused"}, loss)
+    reports = [engine.step(make_batch(3)) for _ in range(9)]
+    assert [bool(report.kappa[0]) for report in reports] == [i == 4 for i in range(9)]
+    with pytest.raises(tezo_ds.ProbeError, match=r"step 9: all 2 branches give the same loss 0"):
+        engine.step(make_batch(3))
+
+
 @pytest.mark.parametrize("probe", ["fused", "inplace"])
 def test_a_probe_that_measured_nothing_is_loud(probe: str) -> None:
     config, batch = {"rank": 2, "probe": probe}, make_batch(3)

@@ -47,7 +47,7 @@ class Measuring:
         # Listed once, as to walk through thousands takes longer than all else that a step does but forwards.
         self._modules = list(sharding.module.modules())
         self._where = f"{type(sharding).__name__} on {sharding.everyone} rank(s)"
-        self.asked = False
+        self.asked, self._certain = False, 0
         self.groups = sharding.world_size if config.placement == "per_rank" else 1
         self.radius: Radius | None = None
 
@@ -224,12 +224,14 @@ class Measuring:
             step: index of the step.
 
         Raises:
-            ProbeError: no branch differs, of an objective that is not piecewise constant; or directions
-                failed in too many steps in a row.
+            ProbeError: no branch differs, of an objective that is not piecewise constant and a loss that is
+                not 0, or is in too many steps in a row; or directions failed in as many.
         """
         failed = bool(kappa.isnan().any())
-        tied = not failed and not bool(kappa.any())
-        if tied and not self._objective.piecewise_constant:
+        tied = not failed and not bool(kappa.any()) and not self._objective.piecewise_constant
+        # A batch whose every answer is certain and right has a loss of 0 along all directions.
+        self._certain = self._certain + 1 if tied and not bool(losses.any()) else 0
+        if tied and self._certain in (0, PATIENCE):
             raise ProbeError(
                 f"step {step}: all {losses.numel()} branches give the same loss {losses[0, 0]:.6g}, so "
                 "nothing was measured; raise rho, or check that the chosen parameters act on the loss"
