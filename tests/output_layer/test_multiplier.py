@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from reducing import alone
 from tiny import HEADS, SIZES, make_batch
 from torch import Tensor, nn
 from trained import logits, trained
@@ -61,18 +62,17 @@ def found(
     engine = tezo_ds.initialize(model, {"rank": 2, **fields})
     layer, held = engine.output_layer.layer, torch.arange(EXAMPLES) % 5 == 4
     assert layer is not None
-    same = lambda part: part  # noqa: E731
     words, maps = WORDS, engine.output_layer.inner.of_blocks(inner, "last")
     with torch.no_grad():
         if choices:
             engine.objective.choices = WORDS
             batches = [(examples(), held)]
-            fitted = fit(collect(engine.objective, layer, batches, WORDS, maps), False, same)
+            fitted = fit(collect(engine.objective, layer, batches, WORDS, maps), False, alone)
         else:
             batch = make_batch(EXAMPLES)
             words = batch["labels"][batch["labels"] >= 0].unique()
             states = collect_tokens(engine.objective, layer, [(batch, held)], words)
-            fitted = fit_tokens(states, 5, same)
+            fitted = fit_tokens(states, 5, alone)
     engine.output_layer.load(term_of(words, fitted))
     return engine, fitted
 

@@ -18,7 +18,7 @@ from tezo_ds.config import TezoConfig
 from tezo_ds.directions.branches import LowRank
 from tezo_ds.directions.space import CoefficientSpace, Vector
 from tezo_ds.errors import ConfigError
-from tezo_ds.models.structure import kind_of
+from tezo_ds.models.structure import kind_of, text_config
 from tezo_ds.patterns import matching
 from tezo_ds.sharding.base import Sharding
 from tezo_ds.sharding.view import as_matrix
@@ -172,9 +172,8 @@ def _adapter(config: TezoConfig, sharding: Sharding, place: Place) -> Adapter:
 def _sizes(sharding: Sharding, place: Place) -> tuple[int, int]:
     """Returns a layer's inputs and outputs."""
     if kind_of(place.module) is None:  # a whole feed-forward with experts
-        config: Any = sharding.module.config
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        return int(text.hidden_size), int(text.hidden_size)
+        width = int(text_config(sharding.module).hidden_size)
+        return width, width
     if packed := sharding.packed.get(f"{place.path}.weight"):
         return packed.shape[1], packed.shape[0]
     weight = place.module.get_parameter("weight")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -47,6 +47,13 @@ def embeddings(model: nn.Module, which: Literal["input", "output"]) -> nn.Module
     except (AttributeError, NotImplementedError):  # transformers' default, of models without one
         return None
     return found if isinstance(found, nn.Module) else None
+
+
+def text_config(model: nn.Module) -> Any:
+    """Returns the config of what reads text in a transformers model, which may read images as well; None
+    where it has none."""
+    config = getattr(model, "config", None)
+    return getattr(config, "get_text_config", lambda: config)()
 
 
 def users(module: nn.Module, names: set[str]) -> Iterator[tuple[str, nn.Module, str]]:

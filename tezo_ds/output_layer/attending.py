@@ -52,8 +52,7 @@ class Attended(Watched):
         self.heads: Heads = inner.heads
         self.gave = self.mixed = self.again = self.projected = torch.empty(0)
         values = self.heads.groups * self.heads.size
-        alone = inner.sizes[0] == values
-        self.rows = torch.arange(values) if alone else None
+        self.rows = torch.arange(values) if inner.sizes[0] == values else None
         self.compared = False
         for hook in (
             self.heads.last.register_forward_pre_hook(self._given),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tezo_ds.config.block import AUTO
 from tezo_ds.errors import ConfigError
-from tezo_ds.models.structure import embeddings, kind_of
+from tezo_ds.models.structure import embeddings, kind_of, text_config
 from tezo_ds.output_layer.newton import by_halves
 from tezo_ds.patterns import layers_of, numbered_layers
 from tezo_ds.trunk.outputs import hidden_in
@@ -165,8 +165,7 @@ def value_map(module: nn.Module, block: str) -> tuple[str, Heads]:
     name = path.split(".")[-1]
     beside = path.removesuffix(name)
     last = next((within[beside + name] for name in LAST if path and beside + name in within), None)
-    config = getattr(module, "config", None)
-    size, groups = _of_values(getattr(config, "get_text_config", lambda: config)())
+    size, groups = _of_values(text_config(module))
     if last is None or not size or _sizes(within[path])[0] < groups * size:
         raise ConfigError(
             f"inner_maps: {block} of {type(module).__name__} has no linear map that gives values (such as "

@@ -162,7 +162,8 @@ class OutputTerm:
         key = (hidden.device, wide)
         if self._placed is None or self._placed[0] != key:
             tokens = self._loaded[TOKENS].to(hidden.device)
-            parts = [self.within.get(name) for name in (WEIGHT, BIAS, BASIS)]
+            within = self.within
+            parts = [within.get(name) for name in (WEIGHT, BIAS, BASIS)]
             placed = [None if x is None else x.to(hidden.device, wide) for x in parts]
             self._placed = key, tokens, *placed
         _, tokens, weight, bias, basis = self._placed

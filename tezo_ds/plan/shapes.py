@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Qwen2Conf
 
 from tezo_ds.errors import ConfigError
 from tezo_ds.models.loading import load_skeleton
-from tezo_ds.models.structure import blocks, is_classifier, is_encoder_decoder
+from tezo_ds.models.structure import blocks, is_classifier, is_encoder_decoder, text_config
 from tezo_ds.patterns import numbered_layers
 
 
@@ -133,7 +133,7 @@ def outline(module: nn.Module) -> Outline:
     Raises:
         ConfigError: the model has no blocks of attention and Linear layers, as decoders have.
     """
-    config = _text_config(module)
+    config = text_config(module)
     names = numbered_layers(name for name, _ in module.named_parameters())
     own = {id(module.get_submodule(name)) for name in names}  # and not of a tower for images
     found = [block for block in blocks(module) if id(block) in own]
@@ -165,7 +165,7 @@ def outline(module: nn.Module) -> Outline:
 def multiplied(module: nn.Module, matrices: Iterable[nn.Parameter]) -> int:
     """Returns how many weights of some of a model's matrices a token is multiplied with: of experts whose
     weights are one tensor, (experts, …), those of the ones that it is sent to."""
-    config = _text_config(module)
+    config = text_config(module)
     names = ("num_local_experts", "num_experts", "num_experts_per_tok")
     local, experts, chosen = (int(getattr(config, name, None) or 0) for name in names)
     experts = local or experts
@@ -174,11 +174,6 @@ def multiplied(module: nn.Module, matrices: Iterable[nn.Parameter]) -> int:
         p.numel() * chosen // experts if p.dim() == 3 and len(p) == experts else p.numel()
         for p in matrices
     )
-
-
-def _text_config(module: nn.Module) -> Any:
-    config = getattr(module, "config", None)
-    return getattr(config, "get_text_config", lambda: config)()
 
 
 def numel(module: nn.Module) -> int:

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
-from tezo_ds.models.structure import embeddings
+from tezo_ds.models.structure import embeddings, text_config
 from tezo_ds.patterns import numbered_layers, numbered_module
 from tezo_ds.plan.shapes import multiplied
 
@@ -78,9 +77,7 @@ def _places(
 
 def hidden_size(module: nn.Module) -> int:
     """Returns the width of the hidden states between the layers of a transformers model."""
-    config: Any = module.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(text.hidden_size)
+    return int(text_config(module).hidden_size)
 
 
 @dataclass(frozen=True)
