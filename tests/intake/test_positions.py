@@ -65,8 +65,10 @@ def test_models_without_a_table_have_no_limit(kind: str) -> None:
 
 def test_positions_of_images_are_no_limit_to_texts() -> None:
     model = tiny()
-    model.vision_tower = made("GPT2LMHeadModel", {"n_positions": 20})
-    assert dict(position_tables(model.vision_tower)) and not dict(position_tables(model))
+    tables = {"GPT2LMHeadModel": {}, "GPTJForCausalLM": {"rotary_dim": 2}}  # a layer, a buffer
+    for name, more in tables.items():
+        model.vision_tower = made(name, {"n_positions": 20, **more})
+        assert dict(position_tables(model.vision_tower)) and not dict(position_tables(model))
 
 
 def test_a_length_that_fits_is_kept_without_a_word(caplog: pytest.LogCaptureFixture) -> None:

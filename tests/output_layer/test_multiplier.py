@@ -66,7 +66,8 @@ def found(
     with torch.no_grad():
         if choices:
             engine.objective.choices = WORDS
-            batches = [(examples(), held)]
+            nobody = {**examples(), "labels": torch.full_like(examples()["labels"], -100)}
+            batches = [(examples(), held), (nobody, held)]
             fitted = fit(collect(engine.objective, layer, batches, WORDS, maps), False, alone)
         else:
             batch = make_batch(EXAMPLES)

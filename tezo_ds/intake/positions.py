@@ -35,12 +35,17 @@ def fitting_length(model: nn.Module, max_length: int) -> int:
 
 
 def position_tables(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Yields each table with a row a position, by name, and the number of positions that it serves."""
+    """Yields each table with a row a position of a text, by name, and the number of positions that it
+    serves."""
+    for path, count in _tables(model):
+        if not TOWER.search(path):  # whose positions are of an image or a sound
+            yield path, count
+
+
+def _tables(model: nn.Module) -> Iterator[tuple[str, int]]:
     words = token_embedding(model)
     for path, module in model.named_modules():
         name = path.rpartition(".")[2]
-        if TOWER.search(path):  # its positions are of an image or a sound
-            continue
         if isinstance(module, nn.Embedding) and module is not words and _TABLE.fullmatch(name):
             # OPT and BART leave their first rows out; RoBERTa those up to the padding's.
             unused = getattr(module, "offset", 0)

@@ -153,7 +153,7 @@ def _parts(
     objective: Objective, seen: _Seen, batches: Batches, of: Of, answering: Answering | None = None,
     late: Late | None = None,
 ) -> Iterator[_Part]:  # fmt: skip
-    sharding, changed = objective.sharding, False
+    sharding, shown = objective.sharding, None  # a batch whose logits the model has changed
     for number, (batch, out) in enumerate(batches):
         wanted = targets(sharding.module, batch["labels"]).reshape(-1)
         positions = (wanted != IGNORE).nonzero()[:, 0]
@@ -171,15 +171,16 @@ def _parts(
         device = states.device
         if mode == "chosen":  # (1, k, vocabulary), as the model goes on with them
             own = of(seen.logits[0], wanted[positions].to(device))
-            changed |= not torch.equal(own.cpu(), made)
+            if not torch.equal(own.cpu(), made):
+                shown = batch
         inner = [] if answering is None else answering.of(batch, positions, made)
         found = (states[positions.to(device)], wanted[positions], out[rows], made)
         hidden, tokens, held, made = (part.to(device) for part in found)
         yield _Part(hidden, tokens, held, made, inner)
     if objective.head_mode == "whole":  # by the model's code, so on all ranks alike
         raise _unfit(sharding.module, "does not take its logits from its output layer as they are")
-    if sharding.maxima([changed])[0]:
-        s = multiplier(objective, seen.layer, batch, seen.words)
+    if sharding.maxima([shown is not None])[0]:
+        s = multiplier(objective, seen.layer, shown or batch, seen.words)
         if s is None:
             why = "goes on to change what its output layer returns, and not by a factor alone"
             raise _unfit(sharding.module, why)
