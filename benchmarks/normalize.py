@@ -1,18 +1,20 @@
 """Whether one learning rate serves several tasks, with `normalize: none` and `std`.
 
 SmolLM2-135M-Instruct, v_proj of the last six layers, directions of each example's own, on four tasks made of
-TREC's questions; their losses differ in scale, and in how many positions they are of:
+TREC's questions, whose losses differ in scale, and in how many positions they are of, and on three others:
 
     type    the kind of answer, among six words
     open    the same words, among all tokens of the vocabulary
     number  whether the answer is a number: yes or no
     text    the question itself, each token from those before it
+    rotten-tomatoes, bbc, sms    see parts/methods/data.py
 
 Each task trains with each rate of a grid, half a decade apart, for as many steps from the same weights. What
 a rate gains is the fall of the test loss, as a share of the most that any rate of either way gives that task.
 
     python benchmarks/normalize.py                          an hour of processor time
     python benchmarks/normalize.py --steps 16 --batch-size 4 --rates 4 --test-examples 24    minutes
+    python benchmarks/normalize.py --tasks type rotten-tomatoes bbc sms
     python benchmarks/normalize.py --report                 runs nothing, prints what there is
 
 A finished run is a line in --out; the same command goes on from there.
@@ -29,6 +31,7 @@ from typing import Any
 
 import torch
 from parts.common.machine import describe
+from parts.methods.data import load_splits
 from parts.methods.report import Results
 from rich.console import Console
 from rich.table import Table
@@ -40,7 +43,10 @@ from tezo_ds.errors import ProbeError
 from tezo_ds.tasks import Example, batch_indices, collate, encode, first_tokens, load_task
 
 ROOT = Path(__file__).resolve().parent.parent
-TASKS = ("type", "open", "number", "text")
+CACHE = ROOT / ".cache/methods"  # of the tasks that are not of TREC
+OF_TREC = ("type", "open", "number", "text")
+TASKS = (*OF_TREC, "rotten-tomatoes", "bbc", "sms")
+MOST_TOKENS = 64
 CENTRE = {"none": 3e-4, "std": 3e-5}  # about the middle of what trains
 
 
@@ -48,17 +54,20 @@ class Task:
     """One task's batches: (question, word) pairs, or texts alone."""
 
     def __init__(self, name: str, folder: Path, tokenizer: Any, examples: int) -> None:
-        data, test = str(folder / "train.jsonl"), str(folder / "test.jsonl")
-        found = load_task(
-            "trec", data=data, test_data=test, test_examples=examples, template="{text} Answer:"
-        )
         self._name, self._tokenizer = name, tokenizer
+        if name in OF_TREC:
+            data, test = str(folder / "train.jsonl"), str(folder / "test.jsonl")
+            found: Any = load_task(
+                "trec", data=data, test_data=test, test_examples=examples, template="{text} Answer:"
+            )
+        else:
+            found = load_splits(name, CACHE, 1, examples)
         self.before = 0.0  # loss of the model's own weights; 0: not measured yet
         self.train, self.test = (
             [self._made(e) for e in part] for part in (found.train, found.test)
         )
         self.choices: Tensor | None = None
-        if name in ("type", "number"):
+        if name not in ("open", "text"):
             words = sorted({str(e.answer) for e in [*self.train, *self.test]})
             tokens = first_tokens(tokenizer, words, [self.train[0].prompt])
             assert tokens is not None, f"{words} are not of one token each"
@@ -74,7 +83,9 @@ class Task:
 
     def batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Returns examples as a batch, (B, T) each tensor."""
-        return collate(encode(self._tokenizer, examples, 48), int(self._tokenizer.pad_token_id))
+        return collate(
+            encode(self._tokenizer, examples, MOST_TOKENS), int(self._tokenizer.pad_token_id)
+        )
 
 
 def run(task: Task, model: Any, key: dict[str, Any]) -> dict[str, Any]:
@@ -178,7 +189,7 @@ def loaded(args: argparse.Namespace) -> tuple[Any, Any]:
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    add("--tasks", nargs="+", choices=TASKS, default=list(OF_TREC))
     add("--rates", type=int, default=5, help="of each way, half a decade apart")
     add("--steps", type=int, default=100)
     add("--batch-size", type=int, default=8)
