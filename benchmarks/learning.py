@@ -32,15 +32,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from parts.common.machine import describe
-from parts.learning.arms import CACHED, FIRST_ORDER, HEADS, NONE, STEPS, Arm, arms_of
+from parts.learning.arguments import ROOT, arguments, command, of_arm
+from parts.learning.arms import CACHED, FIRST_ORDER, NONE, Arm, arms_of
 from parts.learning.clocked import run_for
 from parts.learning.first_order import WAYS
-from parts.learning.report import MARKERS, draw, markdown, tables_of
-from parts.methods.data import FIELDS, SHORT, TASKS, load_splits
+from parts.learning.report import draw, markdown, markers, tables_of
+from parts.methods.data import FIELDS, SHORT, load_splits
 from parts.methods.report import MOST_SEEDS, Record, Results, put_between_markers
 from rich.console import Console
 
-ROOT = Path(__file__).resolve().parent.parent
 TUNED_ON, TUNING_SEED = "trec", 0
 # Of the rates in STEPS; further ones, while the best lies at an end.
 FIRST_FACTORS = (100.0, 1000.0)
@@ -49,10 +49,6 @@ NEARER = 3.0  # what the best of rates ten times apart is at last multiplied and
 PILOTS = (1, 5)  # steps
 ENDLESS = 100_000  # steps that no budget has room for
 PILOT_EXAMPLES, TUNING_EXAMPLES = 16, 200  # to test with, at most
-DEFAULT_ARMS = [
-    *HEADS, *(f"{head}+{steps}" for steps in STEPS for head in HEADS),
-    *(f"frozen+{steps}" for steps in FIRST_ORDER),
-]  # fmt: skip
 
 
 class Benchmark:
@@ -91,9 +87,14 @@ class Benchmark:
         return {
             "task": task, "arm": arm.name, "budget": args.budget if arm.steps != NONE else 0,
             "examples": args.examples, "test_examples": args.test_examples, "include": args.include,
-            **({"batch_size": args.batch_size} if args.batch_size else {}),
+            **({"batch_size": size} if (size := self._batch_size(arm)) else {}),
             "trunk_cache": True if args.trunk_cache and arm.steps in CACHED else None,
         }  # fmt: skip
+
+    def _batch_size(self, arm: Arm) -> int | None:
+        """Returns the examples of a step that were asked for, or None for the arm's own."""
+        given = of_arm(self._args.batch_size, arm)
+        return None if given is None else int(given)
 
     def _tuned(self, arm: Arm) -> float:
         """Returns the factor of a method's rate that validates best on one task, by loss."""
@@ -108,8 +109,7 @@ class Benchmark:
 
     def _given(self, arm: Arm) -> float | None:
         """Returns the factor where nothing is tuned, else None."""
-        factor: float | None = self._args.factor
-        return factor if arm.tuned else 1.0
+        return of_arm(self._args.factor, arm) if arm.tuned else 1.0
 
     def _best_so_far(self, arm: Arm) -> float:
         """Returns the factor that is best of those which were tried."""
@@ -199,7 +199,7 @@ class Benchmark:
             "test_examples": min(most, args.test_examples), "output_layer_examples": args.examples,
             "max_length": args.max_length, "output": out, "no_save_model": True, "check_every": 0,
             "snapshot_every": 0,
-        }, args.batch_size)  # fmt: skip
+        }, self._batch_size(arm))  # fmt: skip
         if "--include" not in words:
             for pattern in args.include if arm.steps != NONE else ["last:1"]:
                 words += ["--include", pattern]
@@ -214,8 +214,8 @@ class Benchmark:
         words += ["--lr", str(WAYS[way]), "--seed", str(seed), *self._data(task, "test")]
         for name in ("model", "budget", "max_length", "test_examples"):
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-        if args.batch_size:
-            words += ["--batch-size", str(args.batch_size)]
+        if size := self._batch_size(arm):
+            words += ["--batch-size", str(size)]
         found: Record = json.loads(_run(words).splitlines()[-1])
         return {
             **found, "zero_shot": None, "head": None, "fit": None, "machine": describe(), "time": time.time(),
@@ -298,36 +298,8 @@ def _processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def arguments() -> argparse.ArgumentParser:
-    """Makes the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    add("--arms", nargs="+", default=DEFAULT_ARMS, help="head or head+steps: fit, fit+tezo-gn")
-    add("--budget", type=float, default=300.0, help="processor seconds of training of a run")
-    add("--seeds", type=int, default=3, choices=range(1, MOST_SEEDS + 1), metavar="N")
-    add("--include", nargs="+", default=["last:3"], help="what the steps train")
-    add("--examples", type=int, default=1000, help="training examples of a fit, drawn by the seed")
-    add("--test-examples", type=int, default=400)
-    add("--batch-size", type=int, help="of all methods; each its own by default")
-    add("--factor", type=float, help="of all rates, which are then not tuned")
-    add(
-        "--trunk-cache", action="store_true",
-        help="keep the frozen blocks' states of --examples training examples, and stop runs by their clock",
-    )  # fmt: skip
-    add("--beside", default="fit", help="the arm that others are compared with, seed by seed")
-    add("--max-length", type=int, default=64)
-    add("--model", default=str(ROOT / ".cache/quickstart/SmolLM2-135M-Instruct"))
-    add("--cache", type=Path, default=ROOT / ".cache/methods", help="of the data")
-    add("--out", type=Path, default=ROOT / "docs/learning.jsonl", help="finished runs")
-    add("--page", type=Path, default=ROOT / "docs/learning.md", help="where the tables go")
-    add("--no-page", dest="page", action="store_const", const=None, help="on the screen only")
-    add("--report", action="store_true", help="run nothing, report what there is")
-    return parser
-
-
 def main(words: Sequence[str] | None = None) -> None:
-    args = arguments().parse_args(words)
+    args = arguments(__doc__).parse_args(words)
     console = Console(soft_wrap=True, width=120)
     console.print(describe())
     benchmark = Benchmark(args, Results(args.out), console)
@@ -340,34 +312,11 @@ def main(words: Sequence[str] | None = None) -> None:
     for table in tables_of(lines, args.beside):
         console.print(table)
     if args.page is not None and lines:
-        picture = args.page.with_suffix(".png")
-        text = markdown(lines, command(args), picture.name, args.beside)
-        put_between_markers(args.page, text, MARKERS)
+        name = f"{args.page.stem}-{args.part}.png" if args.part else f"{args.page.stem}.png"
+        picture = args.page.with_name(name)
+        text = markdown(lines, command(args), picture.name, args.beside, args.compact)
+        put_between_markers(args.page, text, markers(args.part))
         draw(lines, picture)
-
-
-def command(args: argparse.Namespace) -> str:
-    """Returns the command that makes the same runs again."""
-    parser, words = arguments(), ["python benchmarks/learning.py"]
-    names = (
-        "tasks",
-        "arms",
-        "budget",
-        "seeds",
-        "include",
-        "examples",
-        "test_examples",
-        "batch_size",
-        "factor",
-        "trunk_cache",
-        "beside",
-    )
-    for name in names:
-        value = getattr(args, name)
-        if value != parser.get_default(name):
-            given = value if isinstance(value, list) else [] if value is True else [str(value)]
-            words.append(" ".join([f"--{name.replace('_', '-')}", *given]))
-    return " ".join(words)
 
 
 if __name__ == "__main__":

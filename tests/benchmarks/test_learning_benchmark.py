@@ -16,9 +16,10 @@ import pytest
 import torch
 from command_line import WORDS, Given
 from parts.learning import first_order
+from parts.learning.arguments import DEFAULT_ARMS, arguments, command, of_arm
 from parts.learning.arms import OTHERS, Arm, arms_of
 from parts.learning.clocked import run_for
-from parts.learning.report import MARKERS
+from parts.learning.report import markers
 from parts.methods.report import Results
 from rich.console import Console
 from tiny import tiny
@@ -43,14 +44,14 @@ class Told(learning.Benchmark):
             "accuracy": 0.5 + seed / (50 if steps else 100), "loss": loss, "zero_shot": 0.2, "majority": 0.3,
             "head": None,
             "steps_made": steps,
-            "seconds": seconds, "machine": "here, 2 cores",
+            "seconds": seconds, "machine": f"here, 2 cores; commit {seed}",
         }  # fmt: skip
 
 
 def benchmark_of(tmp_path: Path, *words: str) -> Told:
     Told.calls = []
     out = tmp_path / "learning.jsonl"
-    args = learning.arguments().parse_args(["--out", str(out), "--cache", str(tmp_path), *words])
+    args = arguments("").parse_args(["--out", str(out), "--cache", str(tmp_path), *words])
     return Told(args, Results(out), Console(quiet=True))
 
 
@@ -72,17 +73,20 @@ def test_budgets_count_what_a_fit_takes_and_finished_runs_are_kept(
     again.run()
     assert again.calls == []
     page = tmp_path / "page.md"
-    page.write_text("\n".join(["before", *MARKERS, "after"]))
-    out = ["--out", str(tmp_path / "learning.jsonl"), "--page", str(page)]
+    page.write_text("\n".join(["before", *markers("late"), "after"]))
+    out = ["--out", str(tmp_path / "learning.jsonl"), "--page", str(page), "--part", "late"]
     learning.main([*words, *out, "--report"])
     text = page.read_text()
     assert (
         "| fit + mezo | 53.0 | 12.7 | +1.5 ± 6.4 | 1.000 ± 0.000 | -999.000 ± 0.000 | 2 |" in text
     )
     assert "| most frequent class | 30.0 |" in text and "| zero-shot | 20.0 | 0.0 |" in text
-    assert "| fit | 51.5 | 6.4 |  | " in text and "here, 2 cores" in text
+    assert "| fit | 51.5 | 6.4 |  | " in text and "Machine: here, 2 cores; commits 1, 2." in text
     assert text.startswith("before") and text.endswith("after")
-    assert page.with_suffix(".png").stat().st_size > 1000
+    learning.main([*words, *out, "--report", "--compact"])
+    assert "| sms |\n| --- | --- |\n| most frequent class | 30.0 |" in (text := page.read_text())
+    assert "| zero-shot | 20.0 ± 0.0 |\n| fit + mezo | 53.0 ± 12.7; 1.000 |\n" in text
+    assert page.with_name("page-late.png").stat().st_size > 1000 and "(page-late.png)" in text
 
 
 def test_rates_are_tried_until_the_best_has_a_worse_one_on_either_side() -> None:
@@ -99,7 +103,7 @@ def test_rates_are_tried_until_the_best_has_a_worse_one_on_either_side() -> None
 
 def test_every_arm_is_a_command_line_that_train_takes() -> None:
     (train,) = (c for c in app.registered_commands if c.callback and c.callback.__name__ == "train")
-    for arm in arms_of([*learning.DEFAULT_ARMS, *(f"frozen+{steps}" for steps in OTHERS)]):
+    for arm in arms_of([*DEFAULT_ARMS, *(f"frozen+{steps}" for steps in OTHERS)]):
         flags = arm.flags(10.0, {"seed": 1, "output_layer_examples": 5})
         names = [word for word in flags if word.startswith("--")]
         assert len(set(names)) == len(names)
@@ -201,5 +205,20 @@ def test_runs_by_the_clock_and_at_a_given_rate_have_lines_of_their_own(tmp_path:
         assert [run for _, _, runs in told.finished() for run in runs] == (
             [wanted] if wanted else []
         )
-    parsed = learning.arguments().parse_args(["--trunk-cache", "--budget", "60"])
-    assert learning.command(parsed).endswith("--budget 60.0 --trunk-cache")
+    parsed = arguments("").parse_args(["--trunk-cache", "--budget", "60"])
+    assert command(parsed).endswith("--budget 60.0 --trunk-cache")
+
+
+def test_rates_and_batch_sizes_are_of_all_methods_or_of_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--factor", "lozo=100", "333", "--batch-size", "tezo-gn=256"]
+    parsed = arguments("").parse_args(words)
+    lozo, mezo, solved, fitted = arms_of(["fit+lozo", "frozen+mezo", "frozen+tezo-gn", "fit"])
+    assert [of_arm(parsed.factor, arm) for arm in (lozo, mezo, fitted)] == [100, 333, 333]
+    assert [of_arm(parsed.batch_size, arm) for arm in (lozo, solved, fitted)] == [None, 256, None]
+    assert command(parsed).endswith("--batch-size tezo-gn=256 --factor lozo=100 333")
+    for wrong, told in (("adam=3", "adam is none of mezo, "), ("mezo=", "mezo=: 100, or mezo=100")):
+        with pytest.raises(SystemExit):
+            arguments("").parse_args(["--factor", wrong])
+        assert told in capsys.readouterr().err

@@ -12,7 +12,6 @@ from parts.common.pictures import load_pyplot
 from parts.learning.arms import Arm
 from parts.methods.report import Record, interval
 
-MARKERS = "<!-- benchmarks/learning.py: begin -->", "<!-- benchmarks/learning.py: end -->"
 COLUMNS = ("arm", "acc. %", "± 95 %", "vs {}", "loss ± 95 %", "vs {}", "seeds", "steps", "s")
 
 Line = tuple[str, Arm, list[Record]]  # task, arm, its runs by seed
@@ -63,6 +62,12 @@ def _rows(lines: Sequence[Line], task: str, beside: str) -> list[list[str]]:
     return rows + [_cells(arm, runs, others) for arm, runs in of_task if arm.name != "zero-shot"]
 
 
+def markers(part: str | None = None) -> tuple[str, str]:
+    """Returns what stands before and after a table in a page; `part` tells those of one page apart."""
+    name = f"benchmarks/learning.py {part}" if part else "benchmarks/learning.py"
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
 def tasks_of(lines: Sequence[Line]) -> list[str]:
     """Returns the tasks that there are runs of, in order."""
     return list(dict.fromkeys(task for task, _, _ in lines))
@@ -87,14 +92,53 @@ def tables_of(lines: Sequence[Line], beside: str) -> list[Table]:
     return made
 
 
-def markdown(lines: Sequence[Line], command: str, picture: str, beside: str) -> str:
-    """Returns the text between the page's markers; `picture` is beside the page, and `beside` as above."""
-    machines = dict.fromkeys(run["machine"] for _, _, runs in lines for run in runs)
-    parts = [f"`{command}`", *(f"Machine: {machine}." for machine in machines)]
-    for task in tasks_of(lines):
-        rows = [columns(beside), ["---"] * len(COLUMNS), *_rows(lines, task, beside)]
-        parts.append(f"### {task}")
-        parts.append("\n".join("| " + " | ".join(row) + " |" for row in rows))
+def _machines(described: Sequence[str]) -> list[str]:
+    """Returns a line for each machine, with the commits of all its runs."""
+    commits: dict[str, dict[str, None]] = {}
+    for one in described:
+        machine, _, commit = one.partition("; commit ")
+        commits.setdefault(machine, {})[commit] = None
+    return [
+        f"Machine: {machine}" + (f"; commits {', '.join(made)}." if any(made) else ".")
+        for machine, made in commits.items()
+    ]
+
+
+def _compact(lines: Sequence[Line]) -> list[list[str]]:
+    """Returns the rows of one table of all tasks, a column each: accuracy and loss."""
+    of = {task: {row[0]: row for row in _rows(lines, task, "")} for task in tasks_of(lines)}
+    arms = dict.fromkeys(arm for rows in of.values() for arm in rows)
+    empty = [""] * len(COLUMNS)
+
+    def cell(row: Sequence[str]) -> str:
+        accuracy = f"{row[1]} ± {row[2]}" if row[2] else row[1]
+        return f"{accuracy}; {row[4].split()[0]}" if row[4] else accuracy
+
+    return [[arm, *(cell(rows.get(arm, empty)) for rows in of.values())] for arm in arms]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table in Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def markdown(
+    lines: Sequence[Line], command: str, picture: str, beside: str, compact: bool = False
+) -> str:
+    """Returns the text between the page's markers.
+
+    Args:
+        lines: what is finished.
+        command: what prints it.
+        picture: beside the page.
+        beside: as in `tables_of`.
+        compact: one table, a column a task, instead of one a task.
+    """
+    parts = [f"`{command}`", *_machines([run["machine"] for _, _, runs in lines for run in runs])]
+    if compact:
+        parts.append(_table(["accuracy, %; loss", *tasks_of(lines)], _compact(lines)))
+    for task in [] if compact else tasks_of(lines):
+        parts += [f"### {task}", _table(columns(beside), _rows(lines, task, beside))]
     return "\n\n".join([*parts, f"![Accuracy by arm]({picture})"])
 
 
