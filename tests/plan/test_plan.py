@@ -257,6 +257,20 @@ def test_a_dry_run_of_examples_own_directions_is_refused_in_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_dry_run_of_experts_that_torch_cannot_follow_is_refused_in_one_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with torch.device("meta"):
+        model: Any = make("Mixtral").float()
+    model.set_experts_implementation("grouped_mm")
+    with pytest.raises(
+        ConfigError, match="multiplies experts without values in bfloat16"
+    ) as caught:
+        count(replace(job_of("llama", "fsdp2", 15, 5), module=model))
+    assert "\n" not in str(caught.value) and not dist.is_initialized()
+    assert "failed while attempting" not in caplog.text  # and a traceback
+
+
 @pytest.mark.slow
 def test_a_dry_run_sees_what_was_not_predicted() -> None:
     job = job_of("opt", "fsdp2", 5, 5)

@@ -28,6 +28,7 @@ from tezo_ds.installed import need_deepspeed
 from tezo_ds.models.fsdp import FsdpPlan, shard_whole
 from tezo_ds.plan.absent import Absent, AbsentFsdp2
 from tezo_ds.plan.job import Job
+from tezo_ds.plan.silence import silence
 from tezo_ds.rng import philox
 
 
@@ -56,7 +57,8 @@ def count(job: Job) -> Counted:
         job: that gathers, in a process without a process group.
 
     Raises:
-        ConfigError: nothing is gathered; examples have directions of their own; there is a process group.
+        ConfigError: nothing is gathered; examples have directions of their own; there is a process group;
+            experts are of a dtype or a size that torch cannot follow.
     """
     if job.gather_ranks == 1:
         raise ConfigError(
@@ -81,7 +83,16 @@ def count(job: Job) -> Counted:
             sharding.collectives.calls.clear()
             gc.collect()  # what a forward leaves in cycles is no tensor of the next one
             live.peak = 0
-            engine.step(batch)
+            try:
+                with silence():
+                    engine.step(batch)
+            except RuntimeError as error:
+                if "mat_a" not in str(error):  # torch's name of what its products of experts take
+                    raise
+                raise ConfigError(
+                    "--dry-run: torch multiplies experts without values in bfloat16 of some sizes alone "
+                    f"({str(error).splitlines()[0]}); try --dtype bfloat16, or leave --dry-run out"
+                ) from error
     calls = sharding.collectives.calls
     gathers = [nbytes for gathers, nbytes in calls if gathers]
     return Counted(

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tezo_ds.plan.silence import silence
+
 AWAY, COMING, HERE = range(3)
 
 
@@ -105,7 +107,8 @@ def visits(module: nn.Module) -> tuple[Visit, ...]:
     hooks = [m.register_forward_pre_hook(enter) for m in module.modules()]
     hooks += [m.register_forward_hook(leave) for m in module.modules()]
     try:
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):  # meta alone has no mask
+        mode = FakeTensorMode(allow_non_fake_inputs=True)  # meta alone has no mask
+        with torch.no_grad(), silence(), mode:
             module(input_ids=torch.ones(1, 2, dtype=torch.int64, device="meta"), use_cache=False)
     except RuntimeError:  # torch's own for either
         return tuple(_registered(module))
