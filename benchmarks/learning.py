@@ -35,6 +35,7 @@ from parts.common.machine import describe
 from parts.learning.arguments import ROOT, arguments, command, of_arm
 from parts.learning.arms import CACHED, FIRST_ORDER, NONE, Arm, arms_of
 from parts.learning.clocked import run_for
+from parts.learning.curves import curve_of, draw_curves
 from parts.learning.first_order import WAYS
 from parts.learning.report import draw, markdown, markers, tables_of
 from parts.methods.data import FIELDS, SHORT, load_splits
@@ -183,9 +184,10 @@ class Benchmark:
             summary = json.loads((out / "summary.json").read_text())
             evaluate = [sys.executable, "-m", "tezo_ds", "evaluate", "--run", str(out)]
             found = json.loads(_run(evaluate))
+            curve = curve_of(out, self._args.budget)
         return {
             "accuracy": found["accuracy"], "loss": found["loss"],
-            **_known(summary), "steps_made": summary["steps"], "seconds": seconds,
+            **_known(summary), "steps_made": summary["steps"], "seconds": seconds, "curve": curve,
         }  # fmt: skip
 
     def _words(
@@ -312,11 +314,14 @@ def main(words: Sequence[str] | None = None) -> None:
     for table in tables_of(lines, args.beside):
         console.print(table)
     if args.page is not None and lines:
-        name = f"{args.page.stem}-{args.part}.png" if args.part else f"{args.page.stem}.png"
-        picture = args.page.with_name(name)
+        stem = f"{args.page.stem}-{args.part}" if args.part else args.page.stem
+        picture = args.page.with_name(f"{stem}.png")
         text = markdown(lines, command(args), picture.name, args.beside, args.compact)
-        put_between_markers(args.page, text, markers(args.part))
         draw(lines, picture)
+        curves = args.page.with_name(f"{stem}-curves.png")
+        if args.curves and draw_curves(lines, curves):
+            text += f"\n\n![Loss by seconds, sequences and gathers]({curves.name})"
+        put_between_markers(args.page, text, markers(args.part))
 
 
 if __name__ == "__main__":

@@ -74,6 +74,7 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     add("--page", type=Path, default=ROOT / "docs/learning.md", help="where the tables go")
     add("--part", help="which of the page's tables, of a page with several")
     add("--compact", action="store_true", help="one table on the page, a column a task")
+    add("--curves", action="store_true", help="draw those of runs with --trunk-cache as well")
     add("--no-page", dest="page", action="store_const", const=None, help="on the screen only")
     add("--report", action="store_true", help="run nothing, report what there is")
     return parser
