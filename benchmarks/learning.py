@@ -89,7 +89,7 @@ class Benchmark:
             "task": task, "arm": arm.name, "budget": args.budget if arm.steps != NONE else 0,
             "examples": args.examples, "test_examples": args.test_examples, "include": args.include,
             **({"batch_size": size} if (size := self._batch_size(arm)) else {}),
-            "trunk_cache": True if args.trunk_cache and arm.steps in CACHED else None,
+            "trunk_cache": True if args.trunk_cache and arm.steps in {*CACHED, NONE} else None,
         }  # fmt: skip
 
     def _batch_size(self, arm: Arm) -> int | None:
@@ -207,6 +207,8 @@ class Benchmark:
                 words += ["--include", pattern]
         if arm.steps == NONE:
             words += ["--lr", "0", "--batch-size", "1"]
+            # Those that train where there are steps.
+            words += ["--train-examples", str(args.examples)] if args.trunk_cache else []
         return words
 
     def _by_first_order(self, task: str, arm: Arm, seed: int) -> Record:

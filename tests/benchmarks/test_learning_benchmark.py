@@ -205,6 +205,11 @@ def test_runs_by_the_clock_and_at_a_given_rate_have_lines_of_their_own(tmp_path:
         assert [run for _, _, runs in told.finished() for run in runs] == (
             [wanted] if wanted else []
         )
+    for more in ([], ["--trunk-cache"]):  # a fit beside them is to what they train on
+        told = benchmark_of(tmp_path, *words, *more)
+        flags = told._words("trec", Arm("fit", "none"), 1, 1.0, "test", 0, 9, tmp_path)
+        assert ("--train-examples" in flags) == bool(more)
+        assert told._common("trec", Arm("fit", "none"))["trunk_cache"] == (bool(more) or None)
     parsed = arguments("").parse_args(["--trunk-cache", "--budget", "60"])
     assert command(parsed).endswith("--budget 60.0 --trunk-cache")
 

@@ -64,7 +64,7 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "--trunk-cache", action="store_true",
-        help="keep the frozen blocks' states of --examples training examples, and stop runs by their clock",
+        help="train on --examples alone, keep the frozen blocks' states, and stop runs by their clock",
     )  # fmt: skip
     add("--beside", default="fit", help="the arm that others are compared with, seed by seed")
     add("--max-length", type=int, default=64)
