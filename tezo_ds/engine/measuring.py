@@ -23,6 +23,9 @@ from tezo_ds.probes import Probe
 from tezo_ds.rollouts.shaping import shaped
 from tezo_ds.sharding import Sharding
 
+# Losses below this are those of certain answers: the spacing of float32 logits near 20 is 2e-6.
+CERTAIN = 1e-5
+
 
 class Measuring:
     """Measurement of a method's branches by a probe.
@@ -225,12 +228,13 @@ class Measuring:
 
         Raises:
             ProbeError: no branch differs, of an objective that is not piecewise constant and a loss that is
-                not 0, or is in too many steps in a row; or directions failed in as many.
+                not about 0, or is in too many steps in a row; or directions failed in as many.
         """
         failed = bool(kappa.isnan().any())
         tied = not failed and not bool(kappa.any()) and not self._objective.piecewise_constant
-        # A batch whose every answer is certain and right has a loss of 0 along all directions.
-        self._certain = self._certain + 1 if tied and not bool(losses.any()) else 0
+        # A batch whose every answer is certain and right has a loss of 0, or nearly, along all directions.
+        certain = tied and bool((losses.abs() < CERTAIN).all())
+        self._certain = self._certain + 1 if certain else 0
         if tied and self._certain in (0, PATIENCE):
             raise ProbeError(
                 f"step {step}: all {losses.numel()} branches give the same loss {losses[0, 0]:.6g}, so "
