@@ -11,8 +11,9 @@ on either side, and of a third and three times of it; all other tasks get it, to
     python benchmarks/learning.py                                       all; many hours
     python benchmarks/learning.py --tasks trec --arms bias fit --seeds 3
     python benchmarks/learning.py --tasks trec sms --arms frozen+tt frozen+lora --include '*' --no-page
-    python benchmarks/learning.py --trunk-cache --arms frozen+tezo-gn-fresh frozen+mezo
+    python benchmarks/learning.py --trunk-cache --arms frozen+lozo frozen+mezo --factor lozo=100 mezo=333
     python benchmarks/learning.py --report                              writes docs/learning.md's table alone
+    python benchmarks/learning.py --report --page docs/learning-late.md --part twenty --curves --budget 1200 …
 
 A finished run is a line in --out, which is kept in the repository: any machine goes on from there.
 """

@@ -12,10 +12,8 @@ from parts.common.pictures import load_pyplot
 from parts.learning.arms import Arm
 from parts.methods.report import Record
 
-POINTS, FIRST = (
-    24,
-    0.01,
-)  # spans of a budget, equal in its logarithm, and the share that ends the first
+POINTS = 24  # spans of a budget, equal in its logarithm
+FIRST = 0.01  # share of it that ends the first
 AXES = ("processor seconds", "sequences through the layers that train", "gathers of these layers")
 
 
