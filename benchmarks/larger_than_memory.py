@@ -36,7 +36,7 @@ from typing import Any, cast
 import torch
 from parts.common.apart import found_apart
 from parts.common.machine import describe
-from parts.directions.report import table
+from parts.common.tables import markdown_table
 from parts.larger_than_memory.mapped_weights import (
     extents,
     give_back,
@@ -213,8 +213,8 @@ def markdown(records: list[Record], command: str, setting: str) -> str:
         f"{first['numel'] / 1e9:.2f} billion weights, {first['weights'] / 1e9:.2f} GB; the machine has "
         f"{memory['MemTotal'] / 1e9:.2f} GB of memory and {memory['SwapTotal'] / 1e9:.2f} of swap. {setting}",
         f"Measured on: {describe()}.",
-        table(PEAKS, peaks),
-        table(VISITS, _visits(records)) if visits else table(STEPS, _steps(records)),
+        markdown_table(PEAKS, peaks),
+        markdown_table(VISITS, _visits(records)) if visits else markdown_table(STEPS, _steps(records)),
     ])  # fmt: skip
 
 

@@ -34,7 +34,7 @@ from pathlib import Path
 
 from parts.common.machine import describe
 from parts.learning.arguments import ROOT, arguments, command, of_arm
-from parts.learning.arms import CACHED, FIRST_ORDER, NONE, Arm, arms_of
+from parts.learning.arms import FIRST_ORDER, NONE, Arm, arms_of
 from parts.learning.clocked import run_for
 from parts.learning.curves import curve_of, draw_curves
 from parts.learning.first_order import WAYS
@@ -90,7 +90,7 @@ class Benchmark:
             "task": task, "arm": arm.name, "budget": args.budget if arm.steps != NONE else 0,
             "examples": args.examples, "test_examples": args.test_examples, "include": args.include,
             **({"batch_size": size} if (size := self._batch_size(arm)) else {}),
-            "trunk_cache": True if args.trunk_cache and arm.steps in {*CACHED, NONE} else None,
+            "trunk_cache": True if args.trunk_cache and arm.steps not in FIRST_ORDER else None,
         }  # fmt: skip
 
     def _batch_size(self, arm: Arm) -> int | None:

@@ -12,6 +12,7 @@ import argparse
 from dataclasses import dataclass
 
 import torch
+from parts.common.tables import markdown_table
 from rich.console import Console
 from rich.table import Table
 
@@ -120,9 +121,7 @@ def main() -> None:
         found = rows(shapes, args.rank)
         narrow = f"With 16-bit moments mezo-adam would take {_of_narrow_adam(shapes, args.rank)}"
         if args.markdown:
-            lines = [COLUMNS, ("---",) * len(COLUMNS), *found]
-            table_lines = ("| " + " | ".join(line) + " |" for line in lines)
-            print(title, "", *table_lines, "", narrow, "", sep="\n")
+            print(title, "", markdown_table(COLUMNS, found), "", narrow, "", sep="\n")
             continue
         table = Table(*COLUMNS, title=title)
         for line in found:

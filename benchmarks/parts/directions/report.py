@@ -8,17 +8,12 @@ from statistics import mean, pstdev
 from typing import Any
 
 from parts.common.pictures import load_pyplot
+from parts.common.tables import markdown_table
 from parts.directions.gradient import expected_cosine
 from parts.directions.training import Way
 from parts.methods.report import Record
 
 MARKERS = ("<!-- benchmarks/directions.py: begin -->", "<!-- benchmarks/directions.py: end -->")
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table in Markdown."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def gradient_lines(records: Sequence[Record]) -> list[dict[str, float]]:
@@ -50,7 +45,7 @@ def gradient(records: Sequence[Record]) -> str:
         f"D = {first['coefficients']} coefficients, {len(records)} batches of {first['batch_size']} "
         f"examples, ρ {first['rho']:g}. Cosine of measured and exact slopes, by batch: {agree}. "
         f"‖∇‖ as the step reports it, of the true one: {norms}.",
-        table(
+        markdown_table(
             ("Q", "cosine", "standard deviation", "with exact slopes", "√(Q/(Q+D+1))", "estimates"),
             [
                 (
@@ -78,7 +73,7 @@ def speed(records: Sequence[Record]) -> str:
     return "\n\n".join([
         f"{first['shape']} tokens, all matrices, rank 16, at most {first['chunk']} branches in a forward, "
         f"{first['rounds']} rounds in each of which everything is timed in turn.",
-        table(("Q", "difference", "forward, s", "step, s", "ratio", "range"), rows),
+        markdown_table(("Q", "difference", "forward, s", "step, s", "ratio", "range"), rows),
     ])  # fmt: skip
 
 
@@ -94,7 +89,7 @@ def update(records: Sequence[Record]) -> str:
         )
     return "\n\n".join([
         f"Q = {first['queries']}, D = {first['coefficients']}, processor time, {first['threads']} thread(s).",
-        table(
+        markdown_table(
             ("ranks", "own directions", "draw τ, ms", "Σκτ, ms", "update, ms",
              "Σκτ and update of 1 s"), rows,
         ),
@@ -126,7 +121,7 @@ def training(records: Sequence[Record], ways: Sequence[Way], paced: bool) -> str
         f"at least {first['rates']} learning rates each, half a decade apart, and more beyond an end that "
         f"was best; chosen by the loss of {first['valid_examples']} validation examples, judged on "
         f"{first['test_examples']} test examples. Means over seeds (least to most).",
-        table(
+        markdown_table(
             ("way", "Q", "lr", "steps", "s/step", f"loss after {first['least']} steps", "loss at the end",
              "accuracy, %", "seeds"), rows,
         ),
@@ -142,8 +137,9 @@ def tuning(records: Sequence[Record], ways: Sequence[Way]) -> str:
             f"{r['lr']:.2g}: {_mean([r], 'loss', 1)}, {100 * r['accuracy']:.0f} %" for r in tried
         )
         rows.append((way.name, "; ".join(cells)))
-    return "Learning rates tried, with loss and accuracy of the validation examples:\n\n" + table(
-        ("way", "rate: loss, accuracy"), rows
+    return (
+        "Learning rates tried, with loss and accuracy of the validation examples:\n\n"
+        + markdown_table(("way", "rate: loss, accuracy"), rows)
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from parts.common.tables import markdown_table
 from parts.gpu_check.rows import FAILED, Row
 
 MARKERS = "<!-- benchmarks/gpu_check.py: begin -->", "<!-- benchmarks/gpu_check.py: end -->"
@@ -29,10 +30,8 @@ def markdown(found: Mapping[str, Any]) -> str:
         " Toy sizes, which show that the check runs, and nothing of a GPU." if found["toy"] else ""
     )
     lines = [f"{found['machine']}; {found['seconds']:.0f} s.{toy}", ""]
-    lines += ["| " + " | ".join(COLUMNS) + " |", "| " + " | ".join(["---"] * len(COLUMNS)) + " |"]
-    for row in found["rows"]:
-        cells = (row["part"], row["name"], row["status"], row["told"])
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    rows = [(row["part"], row["name"], row["status"], row["told"]) for row in found["rows"]]
+    lines.append(markdown_table(COLUMNS, rows))
     published = {
         f"{row['name'].split(':')[0]}: {seconds:g} s a step by {whose}": None
         for row in found["rows"]

@@ -58,7 +58,6 @@ OTHERS: dict[str, dict[str, Any]] = {
 NONE = "none"  # no steps: what the head alone gives
 # By name of the steps, the way of first_order.py.
 FIRST_ORDER = {"adamw-lora": "lora", "adamw": "full"}
-CACHED = {*STEPS, *OTHERS}  # steps that --trunk-cache makes cheaper
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from parts.common.pictures import load_pyplot
+from parts.common.tables import markdown_table
 from parts.learning.arms import Arm
 from parts.methods.report import Record, interval
 
@@ -99,7 +100,8 @@ def _machines(described: Sequence[str]) -> list[str]:
         machine, _, commit = one.partition("; commit ")
         commits.setdefault(machine, {})[commit] = None
     return [
-        f"Machine: {machine}" + (f"; commits {', '.join(made)}." if any(made) else ".")
+        f"Machine: {machine}"
+        + (f"; commit{'s' * (len(made) > 1)} {', '.join(made)}." if any(made) else ".")
         for machine, made in commits.items()
     ]
 
@@ -117,11 +119,6 @@ def _compact(lines: Sequence[Line]) -> list[list[str]]:
     return [[arm, *(cell(rows.get(arm, empty)) for rows in of.values())] for arm in arms]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table in Markdown."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
-
-
 def markdown(
     lines: Sequence[Line], command: str, picture: str, beside: str, compact: bool = False
 ) -> str:
@@ -136,9 +133,9 @@ def markdown(
     """
     parts = [f"`{command}`", *_machines([run["machine"] for _, _, runs in lines for run in runs])]
     if compact:
-        parts.append(_table(["accuracy, %; loss", *tasks_of(lines)], _compact(lines)))
+        parts.append(markdown_table(["accuracy, %; loss", *tasks_of(lines)], _compact(lines)))
     for task in [] if compact else tasks_of(lines):
-        parts += [f"### {task}", _table(columns(beside), _rows(lines, task, beside))]
+        parts += [f"### {task}", markdown_table(columns(beside), _rows(lines, task, beside))]
     return "\n\n".join([*parts, f"![Accuracy by arm]({picture})"])
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from parts.common.pictures import load_pyplot
+from parts.common.tables import markdown_table
 
 # 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -161,9 +162,8 @@ def markdown(lines: Sequence[Line], command: str, machines: Sequence[str], setti
     parts = [f"`{command}`", setting, *(f"Machine: {machine}." for machine in machines)]
     for task in dict.fromkeys(line.task for line in lines):
         of_task = [line for line in lines if line.task == task]
-        rows = [COLUMNS, ["---"] * len(COLUMNS), *(line.cells() for line in of_task)]
         parts.append(f"### {task}, {of_task[0].n} test examples")
-        parts.append("\n".join("| " + " | ".join(row) + " |" for row in rows))
+        parts.append(markdown_table(COLUMNS, [line.cells() for line in of_task]))
     return "\n\n".join(parts)
 
 

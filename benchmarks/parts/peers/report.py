@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from parts.common.pictures import load_pyplot
-from parts.directions.report import table
+from parts.common.tables import markdown_table
 from parts.methods.report import Record, put_between_markers
 from parts.peers.ways import ALL, WAYS
 
@@ -83,9 +83,15 @@ def markdown(records: Sequence[Record]) -> str:
     )
     if some:
         names = ", ".join(dict.fromkeys(str(NAMES.get(x["include"], x["include"])) for x in some))
-        parts += [f"### A step that trains the {names}", table(COST, [cost(x) for x in some])]
+        parts += [
+            f"### A step that trains the {names}",
+            markdown_table(COST, [cost(x) for x in some]),
+        ]
     if whole:
-        parts += ["### A step that trains all weights", table(COST, [cost(x) for x in whole])]
+        parts += [
+            "### A step that trains all weights",
+            markdown_table(COST, [cost(x) for x in whole]),
+        ]
     if finals:
         before = next((r["accuracy"] for r in records if r["way"] == "no training"), None)
         start = "" if before is None else f" Without training: {100 * before:.1f} %."
@@ -93,7 +99,7 @@ def markdown(records: Sequence[Record]) -> str:
             "### Accuracy at equal wall-clock",
             f"{max(x['budget'] for x in finals):g} s at the pace of each, judged on {finals[0]['n']} test "
             f"examples.{start}",
-            table(TRAINED, [trained(x) for x in finals]),
+            markdown_table(TRAINED, [trained(x) for x in finals]),
         ]
     return "\n\n".join(parts)
 

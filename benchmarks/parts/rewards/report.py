@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
+from parts.common.tables import markdown_table
 from parts.methods.report import Record, interval
 
 MARKERS = "<!-- benchmarks/rewards.py: begin -->", "<!-- benchmarks/rewards.py: end -->"
@@ -32,11 +33,6 @@ def _alike(records: Iterable[Record], names: Sequence[str]) -> list[list[Record]
     for record in records:
         groups.setdefault(str([record[name] for name in names]), []).append(record)
     return list(groups.values())
-
-
-def _table(rows: Iterable[Sequence[object]]) -> str:
-    head, *body = ("| " + " | ".join(map(str, row)) + " |" for row in rows)
-    return "\n".join([head, "| " + " | ".join(["---"] * (head.count("|") - 1)) + " |", *body])
 
 
 def _percent(values: Sequence[float]) -> str:
@@ -68,7 +64,7 @@ def _objectives(runs: Sequence[Record]) -> str:
                 len(group), f"{_mean(group, 'steps_made'):.0f}", f"{100 * _mean(group, 'tied'):.0f}",
             )
         )  # fmt: skip
-    return _table(rows)
+    return markdown_table(rows[0], rows[1:])
 
 
 def _what_answers(run: Record) -> str:
@@ -90,7 +86,7 @@ def _answers(runs: Sequence[Record]) -> str:
                 f"{100 * run['tied']:.0f}", f"{run['seconds']:.0f}",
             )
         )  # fmt: skip
-    return _table(rows)
+    return markdown_table(rows[0], rows[1:])
 
 
 def _samples(run: Record) -> str:
@@ -99,4 +95,4 @@ def _samples(run: Record) -> str:
         rows.append(
             [f"`{str(one[name]).strip()!r}`" for name in ("prompt", "answer", "before", "after")]
         )
-    return _table(rows)
+    return markdown_table(rows[0], rows[1:])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from parts.common.pictures import load_pyplot
-from parts.directions.report import table
+from parts.common.tables import markdown_table
 from parts.methods.report import Record
 from parts.scaling.split import PARTS
 
@@ -162,7 +162,7 @@ def _throughput(records: Sequence[Record]) -> str:
         )
         for r in records
     ]  # fmt: skip
-    return table(columns, rows)
+    return markdown_table(columns, rows)
 
 
 def _split(records: Sequence[Record]) -> str:
@@ -182,7 +182,7 @@ def _split(records: Sequence[Record]) -> str:
         )
         for r in records
     ]
-    return table(columns, rows)
+    return markdown_table(columns, rows)
 
 
 def _traffic(records: Sequence[Record]) -> str:
@@ -204,7 +204,7 @@ def _traffic(records: Sequence[Record]) -> str:
         )
         for r in records
     }  # fmt: skip
-    return table(columns, list(rows.values()))
+    return markdown_table(columns, list(rows.values()))
 
 
 def draw(records: Sequence[Record], page: Path) -> None:

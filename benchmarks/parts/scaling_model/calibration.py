@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from parts.directions.report import table
+from parts.common.tables import markdown_table
 from parts.methods.report import Record
 from parts.scaling.report import NAMES
 from parts.scaling_model.fit import FORMS, RING, Fit, LeftOut, fit, left_out, typical, usable
@@ -30,7 +30,7 @@ def calibration(records: Sequence[Record]) -> str:
             f"{backend}, {len(mine)} rows. Constants and errors are **modelled**, from gathers whose seconds "
             "were **measured** with nothing beside them. Errors are relative. *Left out*: each world and "
             "sharding, predicted from the others.",
-            table(
+            markdown_table(
                 ("form", "hop, inside", "hop, between", "GB/s, inside", "GB/s, between", "median error",
                  "largest", "median, left out", "largest, left out"),
                 [_form(f, mine, o) for f, o in zip(fits, others, strict=True)],
@@ -94,4 +94,4 @@ def _rows(others: Sequence[LeftOut]) -> str:
         "model", "sharding", "ranks", "of a gather", "gathers (counted)", "MB (counted)", "ms (measured)",
         "ms (modelled from the others)", "error",
     )  # fmt: skip
-    return table(heads, lines)
+    return markdown_table(heads, lines)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from parts.common.pictures import load_pyplot
-from parts.directions.report import table
+from parts.common.tables import markdown_table
 from parts.scaling_model.counted import Line
 from parts.scaling_model.points import OURS, WAYS, Limit, Point, efficiency, limit, line_of
 from tezo_ds.plan import timing
@@ -42,7 +42,7 @@ def constants(gpu: str, of: Gpu, cluster: Cluster) -> str:
         ("a hop between nodes", f"{1e6 * cluster.latency_between:g} µs", "the same, over a network"),
         ("a collective besides", f"{1e6 * timing.BASE:g} µs", "the same, baseLat"),
     ]  # fmt: skip
-    return table(("constant", "stated", "source"), rows)
+    return markdown_table(("constant", "stated", "source"), rows)
 
 
 def steps(points: Sequence[Point], model: str) -> str:
@@ -59,7 +59,7 @@ def steps(points: Sequence[Point], model: str) -> str:
                 found = _cells(point, line)
                 cells += [found[name] for name in SHOWN[point.way]]
             rows.append(cells)
-    return table(heads, rows)
+    return markdown_table(heads, rows)
 
 
 def _cells(point: Point, line: Sequence[Point]) -> dict[str, str]:
@@ -113,7 +113,7 @@ def stops(found: Sequence[Limit]) -> str:
             f"{_about(each.half)} GPUs", str(each.examples), str(last.column.examples),
             "–" if each.gbit is None else f"{each.gbit:,.0f}",
         ))  # fmt: skip
-    return table(heads, rows)
+    return markdown_table(heads, rows)
 
 
 def _gpus(world: int | None) -> str:
@@ -177,7 +177,7 @@ def counted(checks: Sequence[tuple[str, Sequence[Line]]]) -> str:
         for about, lines in checks
         for what, predicted, found, fine in lines
     ]
-    return table(("point", "of a rank and a step", "modelled", "counted", "agrees"), rows)
+    return markdown_table(("point", "of a rank and a step", "modelled", "counted", "agrees"), rows)
 
 
 def draw(points: Sequence[Point], page: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from parts.common.pictures import load_pyplot
-from parts.directions.report import table
+from parts.common.tables import markdown_table
 from parts.methods.report import Record
 
 MARKERS = ("<!-- benchmarks/two_nodes.py: begin -->", "<!-- benchmarks/two_nodes.py: end -->")
@@ -38,7 +38,7 @@ def markdown(records: Sequence[Record], names: Mapping[str, str]) -> str:
         f"Two hosts of two ranks each; {sizes}; the weights take {amount(first['weights'])}. Per step: the "
         "median of its seconds, and the mean of what the link's counters grew by, headers included. Of "
         "that, in both directions and without headers: between ranks, and to and from the store.",
-        table(COLUMNS, rows),
+        markdown_table(COLUMNS, rows),
     ])  # fmt: skip
 
 
