@@ -7,6 +7,7 @@ says what a closed-form fit at the end leaves to be won, and how deep it lies.
 
     python benchmarks/depth.py                                  some 25 processor minutes
     python benchmarks/depth.py --tasks trec --layers 18 22
+    python benchmarks/depth.py --layers --seeds 1 2 3           the end alone, by the draws of three fits
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +114,15 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    add("--layers", nargs="+", type=int, default=[10, 14, 18, 20, 22, 24, 26, 28])
+    add("--layers", nargs="*", type=int, default=[10, 14, 18, 20, 22, 24, 26, 28])
     add("--examples", type=int, default=1000, help="training examples")
+    add(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[0],
+        help="of the draws of training examples, each as a run's fit draws",
+    )
     add("--test-examples", type=int, default=400)
     add("--max-length", type=int, default=64)
     add("--model", default=str(ROOT / ".cache/quickstart/SmolLM2-135M-Instruct"))
@@ -134,19 +143,27 @@ def main(words: Sequence[str] | None = None) -> None:
         tokens = first_tokens(tokenizer, answers, [e.prompt for e in splits.train[:50]])
         choices = torch.tensor(tokens)
         count = min(args.examples, len(splits.train))
-        order = batch_indices(len(splits.train), count, 0, 0, 0, 1)
-        chosen = [splits.train[i] for i in order]
-        train, test = (
-            look(model, tokenizer, part, choices, args.layers, args.max_length)
-            for part in (chosen, splits.test)
+        seen = partial(
+            look, model, tokenizer, words=choices, layers=args.layers, length=args.max_length
         )
-        table = Table(title=f"{task}: {len(train.truth)} examples, {len(test.truth)} test examples")
-        for column in ("block", "held-out loss", "held-out acc. %", "test loss", "test acc. %"):
-            table.add_column(column, no_wrap=True)
-        for place in train.inputs:
-            held, share, loss, right = judged(train, test, place, len(answers))
-            numbers = (f"{held:.3f}", f"{100 * share:.1f}", f"{loss:.3f}", f"{100 * right:.1f}")
-            table.add_row(place, *numbers)
+        test = seen(splits.test)
+        title = f"{task}: {count} examples, {len(test.truth)} test examples"
+        table = Table(
+            "seed",
+            "block",
+            "held-out loss",
+            "held-out acc. %",
+            "test loss",
+            "test acc. %",
+            title=title,
+        )
+        for seed in args.seeds:
+            order = batch_indices(len(splits.train), count, 0, seed, 0, 1)
+            train = seen([splits.train[i] for i in order])
+            for place in train.inputs:
+                held, share, loss, right = judged(train, test, place, len(answers))
+                numbers = (f"{held:.3f}", f"{100 * share:.1f}", f"{loss:.3f}", f"{100 * right:.1f}")
+                table.add_row(f"{seed}", place, *numbers)
         console.print(table)
 
 
