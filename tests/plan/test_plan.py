@@ -350,6 +350,7 @@ def test_gpus_by_name() -> None:
 def test_a_solved_step_has_one_more_forward_of_its_scales() -> None:
     plain, solved = llama(queries=4), llama(queries=3, method="tezo-gn")  # and the last step's
     assert llama(queries=4, method="tezo-gn", recall=False).branches == solved.branches
+    assert llama(queries=4, method="tezo-gn", refresh_every=1).branches == solved.branches
     assert solved.forwards == 2 and solved.full_forwards == 1 + 4 / 8
     assert solved.scalars == (*plain.scalars, 8 * (16 + 4 + 1), 16 * 4)
     one, two = traffic.engine(plain), traffic.engine(solved)

@@ -184,8 +184,11 @@ class Job:
 
     @property
     def _directions(self) -> int:
-        """Number of directions of a step that a rank measures: the last step's is one, if it is recalled."""
-        recalled = self.config.facts.solves and self.config.recall
+        """Number of directions of a step that a rank measures: the last step's is one, if it is recalled.
+
+        With U and V of its own no step has a last one to recall, as that was along other U and V.
+        """
+        recalled = self.config.facts.solves and self.config.recall and self.config.refresh_every != 1
         return self.config.queries_at(0) + recalled
 
     @property
