@@ -188,8 +188,9 @@ class Job:
 
         With U and V of its own no step has a last one to recall, as that was along other U and V.
         """
-        recalled = self.config.facts.solves and self.config.recall and self.config.refresh_every != 1
-        return self.config.queries_at(0) + recalled
+        config = self.config
+        recalled = config.facts.solves and config.recall and config.refresh_every != 1
+        return config.queries_at(0) + recalled
 
     @property
     def directions(self) -> int:
