@@ -38,6 +38,7 @@ from tezo_ds.tasks import Example, batch_indices, collate, encode, first_tokens
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = "output layer"
 AT_ONCE = 25  # examples in a forward
+COLUMNS = ("seed", "block", "held-out loss", "held-out acc. %", "test loss", "test acc. %")
 
 
 @dataclass(frozen=True)
@@ -116,13 +117,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     add("--layers", nargs="*", type=int, default=[10, 14, 18, 20, 22, 24, 26, 28])
     add("--examples", type=int, default=1000, help="training examples")
-    add(
-        "--seeds",
-        nargs="+",
-        type=int,
-        default=[0],
-        help="of the draws of training examples, each as a run's fit draws",
-    )
+    add("--seeds", nargs="+", type=int, default=[0], help="of the draws, each as a run's fit draws")
     add("--test-examples", type=int, default=400)
     add("--max-length", type=int, default=64)
     add("--model", default=str(ROOT / ".cache/quickstart/SmolLM2-135M-Instruct"))
@@ -148,15 +143,7 @@ def main(words: Sequence[str] | None = None) -> None:
         )
         test = seen(splits.test)
         title = f"{task}: {count} examples, {len(test.truth)} test examples"
-        table = Table(
-            "seed",
-            "block",
-            "held-out loss",
-            "held-out acc. %",
-            "test loss",
-            "test acc. %",
-            title=title,
-        )
+        table = Table(*COLUMNS, title=title)
         for seed in args.seeds:
             order = batch_indices(len(splits.train), count, 0, seed, 0, 1)
             train = seen([splits.train[i] for i in order])

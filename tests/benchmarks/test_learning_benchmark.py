@@ -19,7 +19,7 @@ from parts.learning import first_order
 from parts.learning.arguments import DEFAULT_ARMS, arguments, command, of_arm
 from parts.learning.arms import OTHERS, Arm, arms_of
 from parts.learning.clocked import run_for
-from parts.learning.report import markers
+from parts.learning.report import markdown, markers
 from parts.methods.report import Results
 from rich.console import Console
 from tiny import tiny
@@ -87,6 +87,22 @@ def test_budgets_count_what_a_fit_takes_and_finished_runs_are_kept(
     assert "| sms |\n| --- | --- |\n| most frequent class | 30.0 |" in (text := page.read_text())
     assert "| zero-shot | 20.0 ± 0.0 |\n| fit + mezo | 53.0 ± 12.7; 1.000 |\n" in text
     assert page.with_name("page-late.png").stat().st_size > 1000 and "(page-late.png)" in text
+
+
+def test_a_table_of_all_tasks_keeps_the_order_of_the_arms() -> None:
+    run = {
+        "accuracy": 0.5, "loss": 1.0, "zero_shot": None, "seed": 1, "steps_made": 1, "seconds": 1.0,
+        "machine": "here",
+    }  # fmt: skip
+    arms = {
+        "sms": ["frozen+mezo", "frozen+lozo"],
+        "trec": ["bias", "frozen+mezo", "fit", "frozen+lozo"],
+    }
+    lines = [(task, arm, [run]) for task, words in arms.items() for arm in arms_of(words)]
+    table = markdown(lines, "command", "picture.png", "", compact=True).split("\n\n")[2]
+    head, _, *rows = table.splitlines()
+    assert head == "| accuracy, %; loss | sms | trec |"
+    assert [row.split(" | ")[0] for row in rows] == ["| bias", "| mezo", "| fit", "| lozo"]
 
 
 def test_rates_are_tried_until_the_best_has_a_worse_one_on_either_side() -> None:

@@ -109,7 +109,15 @@ def _machines(described: Sequence[str]) -> list[str]:
 def _compact(lines: Sequence[Line]) -> list[list[str]]:
     """Returns the rows of one table of all tasks, a column each: accuracy and loss."""
     of = {task: {row[0]: row for row in _rows(lines, task, "")} for task in tasks_of(lines)}
-    arms = dict.fromkeys(arm for rows in of.values() for arm in rows)
+    arms: list[str] = []
+    for (
+        rows
+    ) in of.values():  # an arm that has no run of an earlier task comes behind what it follows here
+        place = 0
+        for arm in rows:
+            if arm not in arms:
+                arms.insert(place, arm)
+            place = arms.index(arm) + 1
     empty = [""] * len(COLUMNS)
 
     def cell(row: Sequence[str]) -> str:
