@@ -207,6 +207,22 @@ class TezoConfig(Fields):
         return self.include == (AUTO,)
 
     @property
+    def recalls(self) -> bool:
+        """Whether a step measures along the last one; one with U and V of its own has none to recall."""
+        return self.facts.solves and self.recall and self.refresh_every != 1
+
+    @property
+    def directions(self) -> int:
+        """Number of directions of a step, or of each rank or example where these have their own, the
+        recalled one counted, at the start of a query schedule."""
+        return self.queries_at(0) + self.recalls
+
+    @property
+    def branches(self) -> int:
+        """Number of branches of a step along its `directions`, the base of one-sided ones counted."""
+        return 2 * self.directions if self.difference == "central" else self.directions + 1
+
+    @property
     def identity(self) -> str:
         """Hex digest, 64 bits, of the fields that must not change on resume; kept in a run's files."""
         fields = self.model_dump(mode="json", exclude_defaults=True, exclude={*FREE, "total_steps"})

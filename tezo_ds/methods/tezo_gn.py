@@ -73,5 +73,5 @@ class TezoGaussNewton(Tezo):
 def make(config: TezoConfig, space: CoefficientSpace, device: torch.device) -> TezoGaussNewton:
     """Makes the method from a config, at its start; the arguments are those of `make_method`."""
     return TezoGaussNewton(
-        space, config.refresh_every, Storing.of(config), config.recall, config.keep_periods
+        space, config.refresh_every, Storing.of(config), config.recalls, config.keep_periods
     )

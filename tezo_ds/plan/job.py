@@ -178,24 +178,12 @@ class Job:
     @property
     def branches(self) -> int:
         """Number of branches that a rank measures in a step."""
-        return (2 if self.config.difference == "central" else 1) * self._directions + (
-            self.config.difference == "forward"
-        )
-
-    @property
-    def _directions(self) -> int:
-        """Number of directions of a step that a rank measures: the last step's is one, if it is recalled.
-
-        With U and V of its own no step has a last one to recall, as that was along other U and V.
-        """
-        config = self.config
-        recalled = config.facts.solves and config.recall and config.refresh_every != 1
-        return config.queries_at(0) + recalled
+        return self.config.branches
 
     @property
     def directions(self) -> int:
         """Number of directions of a step, over all ranks."""
-        return self._directions * self.groups
+        return self.config.directions * self.groups
 
     @property
     def groups(self) -> int:
@@ -240,13 +228,13 @@ class Job:
         with a cache, whether any rank has to run the trunk; loss sum and count of each branch, with the
         request to stop; Σκτ, where ranks add it up; what tezo-gn solves by, and the losses of its scales."""
         losses, run = 16 * self.branches * self.groups + 8, self.run
-        of_examples, own = self.config.placement == "per_example", self._directions
+        of_examples, own = self.config.placement == "per_example", self.config.directions
         own *= self.examples if of_examples else 1
         shared = sums_are_shared(run.method, run.space, self.directions - own)
         asks = self.trunk.first and (self.cached or self.config.trunk_cache != "off")
         sums: tuple[int, ...] = (losses, 8 * run.space.numel) if shared else (losses,)
         if self.config.facts.solves:
-            count, scales = self._directions, 1 + len(self.config.step_scales)
+            count, scales = self.config.directions, 1 + len(self.config.step_scales)
             sums += (8 * (count**2 + count + 1), 16 * scales)
         counts = (8 * self.cluster.world,) * of_examples
         return counts + (16,) * (self._parts if asks else 0) + sums

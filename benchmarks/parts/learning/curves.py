@@ -11,6 +11,7 @@ from typing import Any
 from parts.common.pictures import load_pyplot
 from parts.learning.arms import Arm
 from parts.methods.report import Record
+from tezo_ds.config import TezoConfig
 
 POINTS = 24  # spans of a budget, equal in its logarithm
 FIRST = 0.01  # share of it that ends the first
@@ -20,13 +21,10 @@ AXES = ("processor seconds", "sequences through the layers that train", "gathers
 def per_step(config: dict[str, Any]) -> tuple[int, int]:
     """Returns how many sequences a step takes through the layers that train, and how many forwards, each of
     which would gather these layers once where they are sharded."""
-    steps, solves = config["tezo"], config["tezo"]["method"] == "tezo-gn"
-    recalled = solves and steps["recall"] and steps["refresh_every"] != 1
-    directions = steps["queries"] + recalled
-    branches = 2 * directions if steps["difference"] == "central" else directions + 1
-    dense = steps["method"].startswith("mezo")
-    scales = solves * (1 + len(steps["step_scales"]))
-    return config["batch_size"] * (branches + scales), (branches if dense else 1) + solves
+    run = TezoConfig.model_validate(config["tezo"])
+    solves, dense = run.facts.solves, run.method.startswith("mezo")
+    scales = solves * (1 + len(run.step_scales))
+    return config["batch_size"] * (run.branches + scales), (run.branches if dense else 1) + solves
 
 
 def curve_of(run: Path, budget: float) -> list[list[float]]:
