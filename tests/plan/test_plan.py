@@ -67,12 +67,16 @@ def test_every_built_in_shape_is_tested() -> None:
 
 def test_an_outline_is_read_from_the_modules() -> None:
     of = outline(small("opt"))
-    assert (of.hidden, of.inner, of.gated, of.layers) == (94, 381, False, 3)
+    assert (of.hidden, of.inner, of.wide, of.layers) == (94, 381, 2, 3)
+    of = outline(
+        small("gpt2")
+    )  # whose matrices lie the other way round, and whose GELU is written out
+    assert (of.hidden, of.inner, of.wide, of.layers) == (94, 381, 4, 3)
     llama = outline(tiny("llama"))  # 2 heads of 10, 1 of keys
-    assert (llama.inner, llama.gated, llama.queries, llama.keys) == (37, True, 20, 10)
+    assert (llama.inner, llama.wide, llama.queries, llama.keys) == (37, 3, 20, 10)
     assert llama.multiplied == 2 * (22 * 20 * 2 + 22 * 10 * 2 + 3 * 22 * 37)
     for module in (torch.nn.Linear(3, 3), make("Mamba")):
-        with pytest.raises(ConfigError, match="no blocks of attention and Linear layers"):
+        with pytest.raises(ConfigError, match="no blocks of attention and linear layers"):
             outline(module)
 
 
@@ -230,6 +234,7 @@ def test_what_does_not_fit_comes_with_advice() -> None:
         ("opt", "zero3", {"queries": 2}, Limits()),
         ("opt", "zero3", {"queries": 2}, TIGHT),
         ("llama", "zero3-hpz", {"method": "mezo"}, TIGHT),
+        ("gpt2", "fsdp2", {"queries": 2}, Limits()),
     ],
 )
 @pytest.mark.slow

@@ -12,7 +12,14 @@ import world_fsdp2
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from traffic import Traffic
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 from worlds import World, case
 
 import tezo_ds
@@ -41,6 +48,8 @@ def small(kind: str = "llama", tied: bool = False) -> nn.Module:
     sizes |= {"num_attention_heads": 1, "max_position_embeddings": 64}
     if kind == "opt":
         return OPTForCausalLM(OPTConfig(**sizes, ffn_dim=381, word_embed_proj_dim=94)).eval()
+    if kind == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(**sizes, n_inner=381)).eval()
     config = LlamaConfig(**sizes, intermediate_size=253, tie_word_embeddings=tied)
     return LlamaForCausalLM(config).eval()
 

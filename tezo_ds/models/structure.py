@@ -27,6 +27,16 @@ def kind_of(module: nn.Module) -> str | None:
     return found or ("linear" if is_packed(module) else None)
 
 
+def widths(module: nn.Module) -> tuple[int, int] | None:
+    """Returns how many numbers a linear layer takes and gives; None for another module."""
+    kind = kind_of(module)
+    if kind not in ("linear", "conv1d"):
+        return None
+    weight = module.get_parameter("weight")
+    rows, columns = weight.shape
+    return (rows, columns) if kind == "conv1d" else (columns, rows)
+
+
 def acts_plainly(module: nn.Module) -> bool:
     """Returns whether a linear layer's or Embedding's result is its product or lookup, and a bias. A packed
     layer's is, or the fused probe refuses it."""

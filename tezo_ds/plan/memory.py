@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
-
 from tezo_ds.directions.lowrank import BLOCK_NUMEL
 from tezo_ds.losses.head import CHUNK_NUMEL
+from tezo_ds.models.structure import widths
 from tezo_ds.plan.job import Job
 
 # bf16 weights and gradients, float32 weights, two moments, and 2 more: DeepSpeed's own
@@ -117,7 +116,7 @@ def _stages(job: Job) -> Stages:
     unit = job.tokens * shape.itemsize
     # The embedded tokens, the block's input, the sum after attention and the normed input of the MLP; then
     # what the MLP multiplies, and the product.
-    mlp = 4 * shape.hidden + (3 if shape.gated else 2) * shape.inner
+    mlp = 4 * shape.hidden + shape.wide * shape.inner
     # The first two and the normed input; q, k, v; and the rotation of q.
     attention = 3 * shape.hidden + 4 * shape.queries + 2 * shape.keys
     labels = job.branches_at_once * job.examples_at_once * job.labels
@@ -149,8 +148,8 @@ def _stages_ahead(job: Job, unit: int, mlp: int, attention: int, last: tuple[int
         if module not in inner:
             (last_layers if len(block) > 1 else first).append((moment.most, unit * shape.hidden))
             continue
-        down = isinstance(module, nn.Linear) and module.in_features == shape.inner
-        within = unit * (mlp if down else attention)
+        taken, _ = widths(module) or (0, 0)
+        within = unit * (mlp if taken == shape.inner else attention)
         block += [(moment.before, within), (moment.most, unit * 4 * shape.hidden)]
     return {
         "embedding": (*max(first, key=sum), 0),

@@ -14,7 +14,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Qwen2Conf
 
 from tezo_ds.errors import ConfigError
 from tezo_ds.models.loading import load_skeleton
-from tezo_ds.models.structure import blocks, is_classifier, is_encoder_decoder, text_config
+from tezo_ds.models.structure import (
+    blocks,
+    is_classifier,
+    is_encoder_decoder,
+    text_config,
+    widths,
+)
 from tezo_ds.patterns import numbered_layers
 
 
@@ -106,7 +112,7 @@ class Outline:
     Attributes:
         hidden: d, width of the residual stream.
         inner: f, width within an MLP.
-        gated: whether the MLP multiplies two activations of width f.
+        wide: how many activations of width f the MLP holds at once.
         queries, keys: columns of all heads' queries, and of their keys.
         layers: number of blocks.
         vocabulary: number of words.
@@ -117,7 +123,7 @@ class Outline:
 
     hidden: int
     inner: int
-    gated: bool
+    wide: int
     queries: int
     keys: int
     layers: int
@@ -131,27 +137,30 @@ def outline(module: nn.Module) -> Outline:
     """Returns the outline of a transformers model.
 
     Raises:
-        ConfigError: the model has no blocks of attention and Linear layers, as decoders have.
+        ConfigError: the model has no blocks of attention and linear layers, as decoders have.
     """
     config = text_config(module)
     names = numbered_layers(name for name, _ in module.named_parameters())
     own = {id(module.get_submodule(name)) for name in names}  # and not of a tower for images
     found = [block for block in blocks(module) if id(block) in own]
-    linears = [m for m in found[0].modules() if isinstance(m, nn.Linear)] if found else []
+    linears = [w for m in found[0].modules() if (w := widths(m))] if found else []
     heads = getattr(config, "num_attention_heads", None)
     if not linears or not heads:
         raise ConfigError(
-            f"{type(module).__name__}: no blocks of attention and Linear layers are found in it, which the "
+            f"{type(module).__name__}: no blocks of attention and linear layers are found in it, which the "
             "plan is of; name another model"
         )
     hidden = config.hidden_size
     matrices = [p for block in found for p in block.parameters() if p.dim() > 1]
     head_dim = getattr(config, "head_dim", None) or hidden // heads
-    inner = max(linear.out_features for linear in linears)
+    inner = max(given for _, given in linears)
+    gated = sum(given == inner for _, given in linears) > 1  # both factors and their product
+    # In several operations, as of GPT-2 and Phi, where others are one: x, x / 2, x³ and what is made of it.
+    written = any(type(m).__name__ == "NewGELUActivation" for m in found[0].modules())
     return Outline(
         hidden=hidden,
         inner=inner,
-        gated=sum(linear.out_features == inner for linear in linears) > 1,
+        wide=max(3 if gated else 2, 4 if written else 2),
         queries=heads * head_dim,
         keys=(getattr(config, "num_key_value_heads", None) or heads) * head_dim,
         layers=len(found),
