@@ -68,9 +68,7 @@ def test_every_built_in_shape_is_tested() -> None:
 def test_an_outline_is_read_from_the_modules() -> None:
     of = outline(small("opt"))
     assert (of.hidden, of.inner, of.wide, of.layers) == (94, 381, 2, 3)
-    of = outline(
-        small("gpt2")
-    )  # whose matrices lie the other way round, and whose GELU is written out
+    of = outline(small("gpt2"))  # its matrices lie the other way round, its GELU is written out
     assert (of.hidden, of.inner, of.wide, of.layers) == (94, 381, 4, 3)
     llama = outline(tiny("llama"))  # 2 heads of 10, 1 of keys
     assert (llama.inner, llama.wide, llama.queries, llama.keys) == (37, 3, 20, 10)

@@ -115,7 +115,7 @@ def _stages(job: Job) -> Stages:
     shape = job.shape
     unit = job.tokens * shape.itemsize
     # The embedded tokens, the block's input, the sum after attention and the normed input of the MLP; then
-    # what the MLP multiplies, and the product.
+    # what the MLP makes of that.
     mlp = 4 * shape.hidden + shape.wide * shape.inner
     # The first two and the normed input; q, k, v; and the rotation of q.
     attention = 3 * shape.hidden + 4 * shape.queries + 2 * shape.keys
