@@ -27,14 +27,11 @@ def kind_of(module: nn.Module) -> str | None:
     return found or ("linear" if is_packed(module) else None)
 
 
-def widths(module: nn.Module) -> tuple[int, int] | None:
-    """Returns how many numbers a linear layer takes and gives; None for another module."""
-    kind = kind_of(module)
-    if kind not in ("linear", "conv1d"):
-        return None
-    weight = module.get_parameter("weight")
-    rows, columns = weight.shape
-    return (rows, columns) if kind == "conv1d" else (columns, rows)
+def sizes_of(layer: nn.Module) -> tuple[int, int]:
+    """Returns how many numbers a "linear" or "conv1d" layer gives and takes, whoever holds its weight."""
+    if kind_of(layer) == "conv1d":
+        return int(layer.nf), int(layer.nx)  # type: ignore[arg-type]
+    return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
 
 
 def acts_plainly(module: nn.Module) -> bool:

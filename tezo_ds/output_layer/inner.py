@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tezo_ds.config.block import AUTO
 from tezo_ds.errors import ConfigError
-from tezo_ds.models.structure import embeddings, kind_of, text_config
+from tezo_ds.models.structure import embeddings, kind_of, sizes_of, text_config
 from tezo_ds.output_layer.newton import by_halves
 from tezo_ds.patterns import layers_of, numbered_layers
 from tezo_ds.trunk.outputs import hidden_in
@@ -82,7 +82,7 @@ class InnerLayer:
     @property
     def sizes(self) -> tuple[int, int]:
         """Numbers that the whole map gives, m, and takes, n, whoever holds it."""
-        return _sizes(self.layer)
+        return sizes_of(self.layer)
 
     def load(self, left: Tensor, right: Tensor) -> None:
         """Takes U and A.
@@ -127,12 +127,6 @@ class InnerLayer:
             tensor.copy_((tensor + change).to(tensor.dtype))
 
 
-def _sizes(layer: nn.Module) -> tuple[int, int]:
-    if kind_of(layer) == "conv1d":
-        return int(layer.nf), int(layer.nx)  # type: ignore[arg-type]
-    return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
-
-
 def last_map(module: nn.Module, block: str) -> str:
     """Returns the path of the last linear map of a block, which is named by its own, of those that give as
     many numbers as enter the output layer: neither a router nor what stands within an attention.
@@ -144,7 +138,7 @@ def last_map(module: nn.Module, block: str) -> str:
     maps = [
         name
         for name, m in module.get_submodule(block).named_modules()
-        if kind_of(m) in ("linear", "conv1d") and _sizes(m)[0] == width
+        if kind_of(m) in ("linear", "conv1d") and sizes_of(m)[0] == width
     ]
     if not maps:
         raise ConfigError(
@@ -166,15 +160,15 @@ def value_map(module: nn.Module, block: str) -> tuple[str, Heads]:
     beside = path.removesuffix(name)
     last = next((within[beside + name] for name in LAST if path and beside + name in within), None)
     size, groups = _of_values(text_config(module))
-    if last is None or not size or _sizes(within[path])[0] < groups * size:
+    if last is None or not size or sizes_of(within[path])[0] < groups * size:
         raise ConfigError(
             f"inner_maps: {block} of {type(module).__name__} has no linear map that gives values (such as "
             f"{PROJECTIONS[0]}) beside the attention's last; use inner_maps last"
         )
     if name == PROJECTIONS[0]:  # values alone, so that nothing has to be said of their number
-        groups = _sizes(within[path])[0] // size
+        groups = sizes_of(within[path])[0] // size
     place = numbered_layers(name for name, _ in module.named_parameters()).index(block)
-    return f"{block}.{path}", Heads(last, _sizes(last)[1] // size, groups, size, place)
+    return f"{block}.{path}", Heads(last, sizes_of(last)[1] // size, groups, size, place)
 
 
 def _of_values(config: Any) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tezo_ds.directions.lowrank import BLOCK_NUMEL
 from tezo_ds.losses.head import CHUNK_NUMEL
-from tezo_ds.models.structure import widths
+from tezo_ds.models.structure import kind_of, sizes_of
 from tezo_ds.plan.job import Job
 
 # bf16 weights and gradients, float32 weights, two moments, and 2 more: DeepSpeed's own
@@ -148,8 +148,8 @@ def _stages_ahead(job: Job, unit: int, mlp: int, attention: int, last: tuple[int
         if module not in inner:
             (last_layers if len(block) > 1 else first).append((moment.most, unit * shape.hidden))
             continue
-        taken, _ = widths(module) or (0, 0)
-        within = unit * (mlp if taken == shape.inner else attention)
+        linear = kind_of(module) in ("linear", "conv1d")
+        within = unit * (mlp if linear and sizes_of(module)[1] == shape.inner else attention)
         block += [(moment.before, within), (moment.most, unit * 4 * shape.hidden)]
     return {
         "embedding": (*max(first, key=sum), 0),

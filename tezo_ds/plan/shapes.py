@@ -18,8 +18,9 @@ from tezo_ds.models.structure import (
     blocks,
     is_classifier,
     is_encoder_decoder,
+    kind_of,
+    sizes_of,
     text_config,
-    widths,
 )
 from tezo_ds.patterns import numbered_layers
 
@@ -143,7 +144,12 @@ def outline(module: nn.Module) -> Outline:
     names = numbered_layers(name for name, _ in module.named_parameters())
     own = {id(module.get_submodule(name)) for name in names}  # and not of a tower for images
     found = [block for block in blocks(module) if id(block) in own]
-    linears = [w for m in found[0].modules() if (w := widths(m))] if found else []
+    linears = [
+        sizes_of(m)
+        for block in found[:1]
+        for m in block.modules()
+        if kind_of(m) in ("linear", "conv1d")
+    ]
     heads = getattr(config, "num_attention_heads", None)
     if not linears or not heads:
         raise ConfigError(
@@ -153,8 +159,8 @@ def outline(module: nn.Module) -> Outline:
     hidden = config.hidden_size
     matrices = [p for block in found for p in block.parameters() if p.dim() > 1]
     head_dim = getattr(config, "head_dim", None) or hidden // heads
-    inner = max(given for _, given in linears)
-    gated = sum(given == inner for _, given in linears) > 1  # both factors and their product
+    inner = max(given for given, _ in linears)
+    gated = sum(given == inner for given, _ in linears) > 1  # both factors and their product
     # In several operations, as of GPT-2 and Phi, where others are one: x, x / 2, x³ and what is made of it.
     written = any(type(m).__name__ == "NewGELUActivation" for m in found[0].modules())
     return Outline(
