@@ -110,9 +110,7 @@ def _compact(lines: Sequence[Line]) -> list[list[str]]:
     """Returns the rows of one table of all tasks, a column each: accuracy and loss."""
     of = {task: {row[0]: row for row in _rows(lines, task, "")} for task in tasks_of(lines)}
     arms: list[str] = []
-    for (
-        rows
-    ) in of.values():  # an arm that has no run of an earlier task comes behind what it follows here
+    for rows in of.values():  # an arm that no earlier task has comes behind the one that it follows
         place = 0
         for arm in rows:
             if arm not in arms:
